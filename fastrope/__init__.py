@@ -1,0 +1,25 @@
+"""FastRoPE: attention with first-class modulations, at flash-attention speed.
+
+``attention`` is the op; ``QueryScale``, ``BandWeight``, ``BiasDelta`` and ``LogitGain`` are what it can be told;
+``plan`` does the host work once; ``explain`` says what would run; ``apply`` binds modulations to a diffusers pipeline.
+"""
+
+from .api import attention, explain
+from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
+from .planning import Plan, plan
+from .rope import RoPE
+from .tokens import Site, TokenLayout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BandWeight", "BiasDelta", "LogitGain", "Plan", "QueryScale", "RoPE", "Site", "TokenLayout", "apply", "attention",
+    "explain", "plan",
+]  # fmt: skip
+
+
+def apply(pipe, *methods, **options):
+    """Bind methods and modulations to a diffusers pipeline or transformer; see :func:`fastrope.bindings.apply`."""
+    from .bindings import apply as bind
+
+    return bind(pipe, *methods, **options)

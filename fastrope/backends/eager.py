@@ -1,0 +1,128 @@
+"""The specification: modulated attention in plain torch, equation by equation.
+
+Materialises the ``(B, H, Sq, Sk)`` logits; for reading and for tests, not for pictures. It uses the modulations as the
+user gave them and none of the lowering, so it can judge the backends that do.
+
+Dtypes: float64 in, float64 throughout. Otherwise the rounding of a careful half-precision implementation: rotation in
+float32 rounded to the input dtype, as are modulated keys; logits, softmax and accumulation in float32; probabilities
+rounded to the input dtype before they meet the values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..planning import Plan
+from ..resolve import Resolved
+from ..rope import RoPE, rotate
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    return_lse: bool = False,
+    queries: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Modulated attention.
+
+    Args:
+        q: ``(B, Sq, H, D)``; k, v: ``(B, Sk, Hkv, D)``, ``H % Hkv == 0``.
+        plan: the call's plan.
+        scale: factor of the logits.
+        queries: ``(n,)`` indices; compute these queries only, ``out (B, n, H, D)``.
+
+    Returns:
+        ``out (B, Sq, H, D)`` in the input dtype and, if asked, ``lse (B, H, Sq)``, natural log, float32 or float64.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries = torch.arange(q.shape[1], device=q.device) if queries is None else queries
+    mask = plan.key_mask
+    if mask is not None:  # what a masked key holds must not matter, not even a NaN
+        k, v = k.masked_fill(~mask[:, :, None, None], 0), v.masked_fill(~mask[:, :, None, None], 0)
+    s = logits(q[:, queries], k, plan, scale, queries, wide)
+    if mask is not None:
+        s = s.masked_fill(~mask[:, None, None, :], -torch.inf)
+    p = s.softmax(dim=-1).nan_to_num(0.0) if mask is not None else s.softmax(dim=-1)  # no key left: zeros
+    out = torch.einsum("bhij,bjhd->bihd", p.to(q.dtype).to(wide), _per_head(v, q).to(wide)).to(q.dtype)
+    return out, s.logsumexp(dim=-1) if return_lse else None
+
+
+def logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    queries: torch.Tensor,
+    wide: torch.dtype,
+) -> torch.Tensor:
+    """``s_ij``, ``(B, H, n, Sk)``, for the ``n`` queries whose indices are ``queries``."""
+    mods = plan.resolved
+    if mods.scale is None:
+        s = _logits_at(q, k, None, plan, queries, wide)
+    else:  # queries that share r_i share khat, so one pass per distinct value
+        r = mods.scale.r[:, queries]
+        s = q.new_zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), dtype=wide)
+        for value in r.unique():
+            rows = (r == value).any(dim=0).nonzero().flatten()
+            part = _logits_at(q[:, rows], k, value, plan, queries[rows], wide)
+            part = torch.where((r[:, rows] == value)[:, None, :, None], part, s[:, :, rows])
+            s = s.index_copy(2, rows, part)
+    s = s * scale
+    for gain in mods.gains:  # s_ij = g_i scale <...>
+        g = torch.where(gain.keys, gain.g[:, queries, None].to(wide), 1)
+        s = s * g[:, None]
+    return s
+
+
+def _logits_at(q, k, r, plan: Plan, queries, wide) -> torch.Tensor:
+    """``<R(phi'[i]) q_i, ktt_ij>`` for queries that share one ``r`` (None: no QueryScale)."""
+    mods, key_rope = plan.resolved, plan.key_rope or plan.rope
+    khat = _rotated(k, key_rope, None, None, mods)
+    q_plain, q_scaled = _rotated(q, plan.rope, queries, None, mods), None
+    if r is not None:
+        covered = mods.scale.keys[:, None, None]
+        khat = torch.where(covered, _rotated(k, key_rope, None, r, mods), khat)
+        q_scaled = _rotated(q, plan.rope, queries, r, mods)
+    kt = khat
+    for group in mods.groups:  # kt = lambda mu + delta (khat - mu)
+        member = group.keys if plan.key_mask is None else group.keys & plan.key_mask
+        mu = _mean(khat.to(wide), member)
+        bias, delta = (x.to(wide)[:, None, None, None] for x in (group.bias, group.delta))
+        kt = torch.where(group.keys[:, None, None], (bias * mu + delta * (khat.to(wide) - mu)).to(k.dtype), kt)
+    ktt = kt
+    for weight in mods.weights:  # ktt = w_c kt on pair c
+        w = weight.w.to(wide)
+        w = w.repeat_interleave(2) if plan.rope.pairing == "interleaved" else torch.cat((w, w))
+        ktt = torch.where(weight.keys[:, None, None], (w * ktt.to(wide)).to(k.dtype), ktt)
+    ktt = _per_head(ktt, q).to(wide)
+    s = torch.einsum("bihd,bjhd->bhij", q_plain.to(wide), ktt)
+    if q_scaled is not None:
+        s = torch.where(mods.scale.keys, torch.einsum("bihd,bjhd->bhij", q_scaled.to(wide), ktt), s)
+    return s
+
+
+def _rotated(x, rope: RoPE | None, tokens, r, mods: Resolved) -> torch.Tensor:
+    """``R(phi') x`` with ``phi' = r phi`` on the scaled pairs (r None: ``phi``), less what is applied already."""
+    if rope is None:
+        return x
+    phi = rope.angles if tokens is None else rope.angles[..., tokens, :]
+    turn = phi if r is None else torch.where(mods.scale.pairs, r * phi, phi)
+    if rope.applied:
+        turn = turn - phi
+        if r is None:
+            return x
+    return rotate(x, turn, rope.pairing)
+
+
+def _mean(khat: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """``mu``: mean over member keys, ``(B, 1, Hkv, D)``; zero where there is none."""
+    member = torch.atleast_2d(member)[:, :, None, None].to(khat.dtype)
+    return (khat * member).sum(dim=1, keepdim=True) / member.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _per_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Repeat key heads for grouped-query attention."""
+    return x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)

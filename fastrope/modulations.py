@@ -1,0 +1,124 @@
+"""The modulations: what may be done to an attention call, each a frozen description that computes nothing.
+
+The formulas are those of the README's reference section; ``phi'``, ``mu``, ``kt``, ``ktt``, ``s`` are its names.
+Every modulation names the keys it covers: a ``slice``, a 1-D bool mask over ``Sk`` or a 1-D integer index tensor
+(``slice(None)``, all keys, by default).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .checks import require, require_tensor
+
+Keys = slice | torch.Tensor
+
+def _check_keys(owner: str, keys: object) -> None:
+    if isinstance(keys, slice):
+        return
+    require(isinstance(keys, torch.Tensor), f"{owner}.keys", "a slice, bool mask or index tensor", type(keys).__name__)
+    require(keys.ndim == 1, f"{owner}.keys", "a 1-D mask or index tensor", tuple(keys.shape))
+    require(
+        not (keys.is_floating_point() or keys.is_complex()), f"{owner}.keys", "bool or integer elements", keys.dtype
+    )
+
+
+def _check_values(name: str, values: object, ndim: tuple[int, ...], hint: str) -> None:
+    require_tensor(name, values, ndim, hint)
+    require(values.is_floating_point(), name, "a floating-point tensor", values.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryScale:
+    """Positions multiplied per query: ``phi'[i] = r_i phi[i]`` and ``phi'[j] = r_i phi[j]`` (LooseRoPE,
+    arXiv 2601.05127). Both sides turn, so the score depends on ``r_i (p_i - p_j)`` and the origin does not matter.
+
+    Args:
+        scale: ``r``, ``(Sq,)`` or ``(B, Sq)``, dimensionless; 1 is neutral, 0 forgets position.
+        keys: the keys covered.
+        axes: position axes whose pairs are scaled; None scales every pair.
+
+    Raises:
+        ValueError: wrong rank or dtype, or axes that are not distinct non-negative integers.
+    """
+
+    scale: torch.Tensor
+    keys: Keys = field(default_factory=lambda: slice(None))
+    axes: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        _check_values("QueryScale.scale", self.scale, (1, 2), "(Sq,) or (B, Sq)")
+        _check_keys("QueryScale", self.keys)
+        if self.axes is not None:
+            axes = self.axes
+            ok = isinstance(axes, (tuple, list)) and len(axes) > 0 and all(isinstance(a, int) and a >= 0 for a in axes)
+            require(ok and len(set(axes)) == len(axes), "QueryScale.axes", "distinct axis numbers or None", repr(axes))
+            object.__setattr__(self, "axes", tuple(axes))
+
+
+@dataclass(frozen=True, eq=False)
+class BandWeight:
+    """Pairs of the covered keys weighted: ``ktt = w_c kt`` (Untwisting RoPE, arXiv 2602.05013). Both members of a
+    pair share the weight, so it commutes with the rotation.
+
+    Args:
+        weight: ``w``, ``(D/2,)``, dimensionless, in the order of the RoPE pairs; 1 is neutral.
+        keys: the keys covered.
+    """
+
+    weight: torch.Tensor
+    keys: Keys = field(default_factory=lambda: slice(None))
+
+    def __post_init__(self):
+        _check_values("BandWeight.weight", self.weight, (1,), "(D/2,)")
+        _check_keys("BandWeight", self.keys)
+
+
+@dataclass(frozen=True, eq=False)
+class BiasDelta:
+    """Keys re-weighted around their group mean: ``kt = lambda mu + delta (khat - mu)`` (GRAG, arXiv 2510.24657).
+
+    ``bias`` (lambda) trades the group against the other keys, ``delta`` is a temperature inside it. The mean runs over
+    the unmasked keys of the group, per batch row, key head and channel, after rotation.
+
+    Args:
+        bias: lambda, a number or a tensor ``()`` or ``(B,)``; 1 is neutral.
+        delta: a number or a tensor ``()`` or ``(B,)``; 1 is neutral.
+        keys: the group. Two groups may not share a key.
+    """
+
+    bias: float | torch.Tensor = 1.0
+    delta: float | torch.Tensor = 1.0
+    keys: Keys = field(default_factory=lambda: slice(None))
+
+    def __post_init__(self):
+        for name, value in (("BiasDelta.bias", self.bias), ("BiasDelta.delta", self.delta)):
+            if isinstance(value, torch.Tensor):
+                _check_values(name, value, (0, 1), "() or (B,)")
+            else:
+                ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+                require(ok, name, "a number or a tensor () or (B,)", repr(value))
+        _check_keys("BiasDelta", self.keys)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitGain:
+    """Scaled logits multiplied per query: ``s_ij <- g_i s_ij``, sign included (the crop factor of LooseRoPE).
+
+    Args:
+        gain: ``g``, ``(Sq,)`` or ``(B, Sq)``, dimensionless; 1 is neutral.
+        keys: the keys covered.
+    """
+
+    gain: torch.Tensor
+    keys: Keys = field(default_factory=lambda: slice(None))
+
+    def __post_init__(self):
+        _check_values("LogitGain.gain", self.gain, (1, 2), "(Sq,) or (B, Sq)")
+        _check_keys("LogitGain", self.keys)
+
+
+Modulation = QueryScale | BandWeight | BiasDelta | LogitGain
+MODULATIONS = (QueryScale, BandWeight, BiasDelta, LogitGain)

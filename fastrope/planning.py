@@ -1,0 +1,176 @@
+"""The plan: one validated, lowered form of a call's modulations that every backend consumes.
+
+``plan()`` does the host work (value checks, neutral modulations dropped, segments, levels, tables) once; applying it
+launches kernels and nothing else. A plan holds the modulations as the user meant them (``resolved``) for the
+reference, and their lowered form (``spec``, ``tensors``) for the other backends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+
+from .lowering import Segment
+from .modulations import Modulation
+from .resolve import Resolved, check_arguments, common_device, lengths, resolve
+from .rope import RoPE
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """The static part of a plan: what a launch must know without looking at a device tensor.
+
+    ``batch``, ``num_queries``, ``num_keys`` and ``pairs`` are None where the plan fits any. ``continuous`` counts the
+    leading query slots that may hold queries with a scale of their own. ``level_counts`` has, per row of the
+    scale, the number of queries with a scale of their own, at r = 1, and at each level.
+    """
+
+    batch: int | None = None
+    num_queries: int | None = None
+    num_keys: int | None = None
+    pairs: int | None = None
+    pairing: str = "interleaved"
+    segments: tuple[Segment, ...] = ()
+    scaled_keys: int = 0
+    queries_applied: bool = False
+    keys_applied: bool = False
+    num_levels: int = 0
+    level_counts: tuple[tuple[int, ...], ...] = ()
+    num_groups: int = 0
+    continuous: int = 0
+    pair_classes: tuple[tuple[int, ...], ...] = ((), (), ())
+    tensor_names: tuple[str, ...] = ()
+
+    @property
+    def modulated(self) -> bool:
+        """True when some key is treated."""
+        return any(s.treated for s in self.segments)
+
+    def to_string(self) -> str:
+        """A string that :meth:`from_string` reads back; ops carry it in their schema."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_string(text: str) -> PlanSpec:
+        """Inverse of :meth:`to_string`."""
+        fields = json.loads(text)
+        fields["segments"] = tuple(Segment(**s) for s in fields["segments"])
+        for name in ("pair_classes", "level_counts"):
+            fields[name] = tuple(tuple(c) for c in fields[name])
+        fields["tensor_names"] = tuple(fields["tensor_names"])
+        return PlanSpec(**fields)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A lowered call. Build it with :func:`fastrope.plan`; treat it as opaque.
+
+    ``tensors`` lives on the device of the call: float64 entries serve ``sdpa``, float32 and int32 ones the kernels.
+    """
+
+    spec: PlanSpec
+    spec_string: str
+    tensors: dict[str, torch.Tensor]
+    resolved: Resolved = Resolved()
+    rope: RoPE | None = None
+    key_rope: RoPE | None = None
+    key_mask: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the plan's tensors live; None for a plan that holds none."""
+        return next(iter(self.tensors.values())).device if self.tensors else None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the plan holds, bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def plan(
+    *,
+    rope: RoPE | None = None,
+    key_rope: RoPE | None = None,
+    modulations: Sequence[Modulation] = (),
+    key_mask: torch.Tensor | None = None,
+    num_queries: int | None = None,
+    num_keys: int | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Validate and lower modulations once, for many calls of :func:`fastrope.attention`.
+
+    Copies the values it needs to the host (a device synchronisation) and precomputes tables; apply it as often as you
+    like without either. Neutral modulations vanish here. Under ``torch.compile`` build the plan outside.
+
+    Args:
+        rope: angles of the queries, and of the keys unless ``key_rope`` is given.
+        key_rope: angles of the keys when they are other tokens than the queries. Same pairing and axes as ``rope``.
+        modulations: any of QueryScale (at most one), BandWeight, BiasDelta (disjoint groups), LogitGain, in any order.
+        key_mask: ``(B, Sk)`` bool, True = attend.
+        num_queries, num_keys: ``Sq`` and ``Sk``, needed only where neither ``rope`` nor a modulation tells them.
+        device: where to put the tables; by default where ``rope`` or the modulations are.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    from .tables import lower  # numpy is only needed once a plan is built
+
+    modulations = tuple(modulations)
+    check_arguments(rope, key_rope, modulations, key_mask)
+    device = common_device(rope, key_rope, modulations, key_mask, device)
+    num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
+    resolved = resolve(rope, key_rope or rope, modulations, num_keys)
+    if key_mask is not None and bool(key_mask.all()):
+        key_mask = None
+    spec, tensors = lower(rope, key_rope or rope, resolved, key_mask, num_queries, num_keys)
+    wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # mps has no float64
+    tensors = {k: t.to(device, wide if t.dtype == torch.float64 else t.dtype) for k, t in tensors.items()}
+    return Plan(spec, spec.to_string(), tensors, resolved.to(device, wide), rope, key_rope, key_mask)
+
+
+# A cache for callers that build modulations anew on every call. It holds its keys alive, so identities stay valid;
+# a tensor changed in place has another version and misses.
+_CACHE: OrderedDict[tuple, tuple[Plan, tuple]] = OrderedDict()
+_CACHE_SIZE = 8
+
+
+def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
+    """:func:`plan`, remembered by the identity and version of the tensors involved (the last 8 calls)."""
+    arguments = dict(
+        rope=rope, key_rope=key_rope, modulations=modulations, key_mask=key_mask,
+        num_queries=num_queries, num_keys=num_keys, device=device,
+    )  # fmt: skip
+    parts = [rope, key_rope, *modulations]
+    if not all(hasattr(p, "__dataclass_fields__") for p in parts if p is not None):
+        return plan(**arguments)  # which says what is wrong
+    held: list[torch.Tensor] = []
+    try:
+        key = (
+            tuple(_identity(p, held) for p in parts),
+            _identity(key_mask, held), num_queries, num_keys, str(device),
+        )  # fmt: skip
+    except RuntimeError:  # inference tensors have no version
+        return plan(**arguments)
+    if key not in _CACHE:
+        _CACHE[key] = plan(**arguments), tuple(held)
+        while len(_CACHE) > _CACHE_SIZE:
+            _CACHE.popitem(last=False)
+    _CACHE.move_to_end(key)
+    return _CACHE[key][0]
+
+
+def _identity(value, held: list[torch.Tensor]):
+    if isinstance(value, torch.Tensor):
+        held.append(value)
+        return id(value), value._version
+    if hasattr(value, "__dataclass_fields__"):
+        return (type(value), *(_identity(getattr(value, name), held) for name in value.__dataclass_fields__))
+    if isinstance(value, slice):
+        return value.start, value.stop, value.step
+    return value

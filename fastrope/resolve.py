@@ -1,0 +1,197 @@
+"""Modulations against a call: arguments checked, key sets turned into masks, neutral modulations dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from .checks import require, require_tensor
+from .modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
+from .rope import RoPE
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """A QueryScale resolved: ``r (Bs, Sq)``, keys ``(Sk,)`` bool, pairs ``(D/2,)`` bool."""
+
+    r: torch.Tensor
+    keys: torch.Tensor
+    pairs: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A BandWeight resolved: ``w (D/2,)``, keys ``(Sk,)`` bool."""
+
+    w: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A BiasDelta resolved: ``bias`` (lambda) and ``delta (Bg,)``, keys ``(Sk,)`` bool."""
+
+    bias: torch.Tensor
+    delta: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """A LogitGain resolved: ``g (Bg, Sq)``, keys ``(Sk,)`` bool."""
+
+    g: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The modulations of a call that are not neutral, in no particular order."""
+
+    scale: Scale | None = None
+    weights: tuple[Weight, ...] = ()
+    groups: tuple[Group, ...] = ()
+    gains: tuple[Gain, ...] = ()
+
+    def to(self, device, dtype: torch.dtype) -> Resolved:
+        """The same on another device, floating-point values in ``dtype``."""
+
+        def move(m):
+            values = (getattr(m, f.name) for f in fields(m))
+            return type(m)(*(v.to(device, dtype if v.is_floating_point() else v.dtype) for v in values))
+
+        return Resolved(
+            self.scale and move(self.scale),
+            *(tuple(move(m) for m in kind) for kind in (self.weights, self.groups, self.gains)),
+        )
+
+
+def check_arguments(rope, key_rope, modulations, key_mask) -> None:
+    require(rope is None or isinstance(rope, RoPE), "rope", "a fastrope.RoPE or None", type(rope).__name__)
+    require(key_rope is None or isinstance(key_rope, RoPE), "key_rope", "a RoPE or None", type(key_rope).__name__)
+    if key_rope is not None:
+        require(rope is not None, "rope", "a RoPE when key_rope is given", None)
+        require(key_rope.pairing == rope.pairing, "key_rope.pairing", rope.pairing, key_rope.pairing)
+        require(key_rope.pairs == rope.pairs, "key_rope.angles", f"(..., {rope.pairs})", tuple(key_rope.angles.shape))
+        both = rope.axis is not None and key_rope.axis is not None
+        if both:
+            same = torch.equal(rope.axis.cpu(), key_rope.axis.cpu())
+            require(same, "key_rope.axis", "the axis map of rope", key_rope.axis.tolist())
+    for m in modulations:
+        require(isinstance(m, MODULATIONS), "modulations", "QueryScale, BandWeight, BiasDelta or LogitGain", repr(m))
+        for name in ("scale", "weight", "bias", "delta", "gain"):
+            value = getattr(m, name, None)
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise ValueError(
+                    f"{type(m).__name__}.{name}: expected a tensor that does not require grad (modulation parameters "
+                    "are constants of the op), received requires_grad=True; detach it"
+                )
+        if isinstance(m, (QueryScale, BandWeight)):
+            require(rope is not None, "rope", f"a RoPE, since {type(m).__name__} acts on its pairs", None)
+    count = sum(isinstance(m, QueryScale) for m in modulations)
+    require(count <= 1, "modulations", "at most one QueryScale (one vector covers all queries)", count)
+    if key_mask is not None:
+        require_tensor("key_mask", key_mask, (2,), "(B, Sk)")
+        require(key_mask.dtype == torch.bool, "key_mask", "bool, True = attend", key_mask.dtype)
+
+
+def common_device(rope, key_rope, modulations, key_mask, device) -> torch.device | None:
+    named = [("rope.angles", rope and rope.angles), ("key_rope.angles", key_rope and key_rope.angles)]
+    named += [("key_mask", key_mask)]
+    for m in modulations:
+        for name in ("scale", "weight", "gain"):
+            named.append((f"{type(m).__name__}.{name}", getattr(m, name, None)))
+    named = [(name, t) for name, t in named if isinstance(t, torch.Tensor)]
+    wanted = torch.device(device) if device is not None else (named[0][1].device if named else None)
+    for name, t in named:
+        require(same_device(t.device, wanted), name, f"device {wanted}", t.device)
+    return named[0][1].device if named else wanted
+
+
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Equal devices, where "cuda" without an index means whichever is current."""
+    return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
+
+
+def lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys):
+    """``Sq`` and ``Sk``, agreed on by everything that tells them; None where nothing does."""
+
+    def agree(current, name, length):
+        require(current is None or current == length, name, f"{current} tokens", length)
+        return length
+
+    if rope is not None:
+        num_queries = agree(num_queries, "rope.angles", rope.tokens)
+        num_keys = agree(num_keys, "key_rope.angles" if key_rope else "rope.angles", (key_rope or rope).tokens)
+    if key_mask is not None:
+        num_keys = agree(num_keys, "key_mask", key_mask.shape[1])
+    for m in modulations:
+        if isinstance(m, QueryScale):
+            num_queries = agree(num_queries, "QueryScale.scale", m.scale.shape[-1])
+        if isinstance(m, LogitGain):
+            num_queries = agree(num_queries, "LogitGain.gain", m.gain.shape[-1])
+        if isinstance(m.keys, torch.Tensor) and m.keys.dtype == torch.bool:
+            num_keys = agree(num_keys, f"{type(m).__name__}.keys", m.keys.shape[0])
+    require(not modulations or num_keys is not None, "num_keys", "Sk, which no argument tells", None)
+    return num_queries, num_keys
+
+
+def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
+    """A key set as a ``(Sk,)`` bool mask on the CPU."""
+    covered = torch.zeros(num_keys, dtype=torch.bool)
+    if isinstance(keys, slice):
+        for bound in (keys.start, keys.stop):
+            inside = bound is None or -num_keys <= bound <= num_keys
+            require(inside, f"{owner}.keys", f"a slice within {num_keys} keys", keys)
+        require(keys.step is None or keys.step > 0, f"{owner}.keys", "a slice with a positive step", keys)
+        covered[keys] = True
+    elif keys.dtype == torch.bool:
+        covered |= keys.cpu()
+    elif keys.numel():
+        index = keys.cpu().long()
+        inside = bool(((index >= 0) & (index < num_keys)).all())
+        require(inside, f"{owner}.keys", f"indices in [0, {num_keys})", f"[{index.min()}, {index.max()}]")
+        covered[index] = True
+    require(bool(covered.any()), f"{owner}.keys", "at least one key", "an empty key set")
+    return covered
+
+
+def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
+    """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped."""
+    scale, weights, groups, gains = None, [], [], []
+    grouped = torch.zeros(num_keys or 0, dtype=torch.bool)
+    for m in modulations:
+        keys = _key_set(type(m).__name__, m.keys, num_keys)
+        if isinstance(m, QueryScale):
+            r = torch.atleast_2d(m.scale.double().cpu())
+            pairs = _scaled_pairs(rope, key_rope, m.axes)
+            if bool((r != 1).any()) and bool(pairs.any()):
+                scale = Scale(r, keys, pairs)
+        elif isinstance(m, BandWeight):
+            require(m.weight.shape[0] == rope.pairs, "BandWeight.weight", f"({rope.pairs},)", tuple(m.weight.shape))
+            w = m.weight.double().cpu()
+            if bool((w != 1).any()):
+                weights.append(Weight(w, keys))
+        elif isinstance(m, BiasDelta):
+            require(not bool((grouped & keys).any()), "BiasDelta.keys", "groups that share no key", "overlapping groups")
+            grouped |= keys
+            bias, delta = (torch.atleast_1d(torch.as_tensor(x, dtype=torch.float64).cpu()) for x in (m.bias, m.delta))
+            if bool((bias != 1).any()) or bool((delta != 1).any()):
+                groups.append(Group(bias, delta, keys))
+        else:
+            g = torch.atleast_2d(m.gain.double().cpu())
+            if bool((g != 1).any()):
+                gains.append(Gain(g, keys))
+    return Resolved(scale, tuple(weights), tuple(groups), tuple(gains))
+
+
+def _scaled_pairs(rope, key_rope, axes) -> torch.Tensor:
+    if axes is None:
+        return torch.ones(rope.pairs, dtype=torch.bool)
+    axis = rope.axis if rope.axis is not None else key_rope.axis
+    require(axis is not None, "rope.axis", "an axis per pair, since QueryScale names axes", None)
+    axis = axis.cpu()
+    known = axis.unique().tolist()
+    require(all(a in known for a in axes), "QueryScale.axes", f"axes of the RoPE, {known}", axes)
+    return torch.isin(axis, torch.tensor(axes, dtype=axis.dtype))

@@ -1,0 +1,142 @@
+"""Rotary position embedding: where every token stands, in radians per channel pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .checks import require, require_tensor
+
+PAIRINGS = ("interleaved", "half")
+
+
+@dataclass(frozen=True, eq=False)
+class RoPE:
+    """Angles ``phi[token, pair]`` of the rotary embedding (RoFormer, arXiv 2104.09864, eq. 15).
+
+    Args:
+        angles: ``(S, D/2)`` or ``(B, S, D/2)``, radians, float32 or float64. Unwrapped: position times frequency,
+            not reduced modulo 2 pi, since a scaled position multiplies the angle.
+        axis: ``(D/2,)`` integers, the position axis each pair belongs to. Needed only by modulations that name axes.
+        pairing: ``"interleaved"`` pairs channels ``(2c, 2c + 1)`` (FLUX, Qwen-Image, Z-Image), ``"half"`` pairs
+            ``(c, c + D/2)`` (Llama).
+        applied: True when the tensors handed to :func:`fastrope.attention` are already rotated by these angles.
+
+    Raises:
+        ValueError: wrong rank, dtype below float32, an axis map of another length, or an unknown pairing.
+    """
+
+    angles: torch.Tensor
+    axis: torch.Tensor | None = None
+    pairing: str = "interleaved"
+    applied: bool = False
+
+    def __post_init__(self):
+        require_tensor("RoPE.angles", self.angles, ndim=(2, 3), shape_hint="(S, D/2) or (B, S, D/2)")
+        require(
+            self.angles.dtype in (torch.float32, torch.float64),
+            "RoPE.angles", "float32 or float64 radians", self.angles.dtype,
+        )  # fmt: skip
+        if self.axis is not None:
+            require_tensor("RoPE.axis", self.axis, ndim=(1,), shape_hint="(D/2,)")
+            require(
+                not (self.axis.is_floating_point() or self.axis.is_complex() or self.axis.dtype == torch.bool),
+                "RoPE.axis", "integers", self.axis.dtype,
+            )  # fmt: skip
+            require(
+                self.axis.shape[0] == self.angles.shape[-1],
+                "RoPE.axis", f"one axis per pair, ({self.angles.shape[-1]},)", tuple(self.axis.shape),
+            )  # fmt: skip
+        require(self.pairing in PAIRINGS, "RoPE.pairing", f"one of {PAIRINGS}", repr(self.pairing))
+        require(isinstance(self.applied, bool), "RoPE.applied", "True or False", repr(self.applied))
+
+    @classmethod
+    def axial(
+        cls,
+        positions: torch.Tensor,
+        axes_dim: Sequence[int],
+        theta: float = 10_000.0,
+        pairing: str = "interleaved",
+        applied: bool = False,
+    ) -> RoPE:
+        """Axial RoPE of image transformers: axis ``a`` owns ``axes_dim[a]`` channels with frequencies
+        ``theta ** (-2 c / axes_dim[a])``.
+
+        Args:
+            positions: ``(S, axes)`` or ``(B, S, axes)``, tokens; integer, float32 or float64 (fractions are kept).
+            axes_dim: channels of each axis, even; they sum to the head dim ``D``.
+            theta: base of the frequencies.
+
+        Angles are computed and kept in float64 (float32 on devices without it), so that a common offset of the
+        positions does not cost precision.
+        """
+        require_tensor("positions", positions, ndim=(2, 3), shape_hint="(S, axes) or (B, S, axes)")
+        require(
+            positions.dtype not in (torch.float16, torch.bfloat16, torch.bool) and not positions.is_complex(),
+            "positions", "integers, float32 or float64 (half precision rounds positions)", positions.dtype,
+        )  # fmt: skip
+        axes_dim = tuple(axes_dim)
+        require(
+            len(axes_dim) == positions.shape[-1],
+            "axes_dim", f"one entry per position axis ({positions.shape[-1]})", axes_dim,
+        )  # fmt: skip
+        require(
+            all(isinstance(d, int) and d >= 0 and d % 2 == 0 for d in axes_dim) and sum(axes_dim) > 0,
+            "axes_dim", "even channel counts", axes_dim,
+        )  # fmt: skip
+        require(theta > 0, "theta", "a positive number", theta)
+        dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+        angles, axis = [], []
+        for a, dim in enumerate(axes_dim):
+            pair = torch.arange(dim // 2, dtype=dtype, device=positions.device)
+            angles.append(positions[..., a, None].to(dtype) * theta ** (-2.0 * pair / max(dim, 1)))
+            axis.append(torch.full((dim // 2,), a, dtype=torch.int64, device=positions.device))
+        return cls(torch.cat(angles, -1), torch.cat(axis), pairing, applied)
+
+    @property
+    def pairs(self) -> int:
+        """Number of rotated pairs, ``D/2``."""
+        return self.angles.shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length ``S``."""
+        return self.angles.shape[-2]
+
+    def as_applied(self, applied: bool = True) -> RoPE:
+        """The same angles for tensors that are (not) rotated yet."""
+        return replace(self, applied=applied)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor, pairing: str) -> torch.Tensor:
+    """``R(phi) x``: rotate pair ``c`` of ``x`` by ``angles[..., c]`` (RoFormer eq. 34).
+
+    Args:
+        x: ``(B, S, H, D)``.
+        angles: ``(S, D/2)`` or ``(B, S, D/2)``, radians.
+        pairing: see :class:`RoPE`.
+
+    Returns:
+        ``(B, S, H, D)`` in the dtype of ``x``; the rotation itself runs in float32, or float64 for float64 ``x``.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Cosines of the unrounded angle: a float32 angle of 1e4 rad is already 1e-3 rad off.
+    cos, sin = angles.cos().to(compute).unsqueeze(-2), angles.sin().to(compute).unsqueeze(-2)
+    first, second = split_pairs(x.to(compute), pairing)
+    return join_pairs(first * cos - second * sin, second * cos + first * sin, pairing).to(x.dtype)
+
+
+def split_pairs(x: torch.Tensor, pairing: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and second members of every pair, ``(..., D) -> 2 x (..., D/2)``."""
+    if pairing == "interleaved":
+        return x[..., 0::2], x[..., 1::2]
+    return x.chunk(2, dim=-1)
+
+
+def join_pairs(first: torch.Tensor, second: torch.Tensor, pairing: str) -> torch.Tensor:
+    """Inverse of :func:`split_pairs`."""
+    if pairing == "interleaved":
+        return torch.stack((first, second), dim=-1).flatten(-2)
+    return torch.cat((first, second), dim=-1)

@@ -1,0 +1,215 @@
+"""Lowering of resolved modulations into the tensors a backend reads. All work happens on the CPU.
+
+Shapes use ``Bx`` for a batch that is 1 or B, ``P = D/2`` pairs, ``N`` query slots, ``R`` rows of the packed key buffer:
+``Sk`` rows in key order at r = 1, then, per level, the scaled keys once more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import lowering
+from .checks import require
+from .lowering import Segment
+from .planning import PlanSpec
+from .resolve import Resolved
+from .rope import RoPE
+
+# Columns of tensors["segments"], read by the kernels.
+SEGMENT_FIELDS = (
+    "start", "stop", "level_base", "scaled", "weight", "group", "gain", "patch_start", "patch_stop",
+)  # fmt: skip
+
+
+def lower(
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    resolved: Resolved,
+    key_mask: torch.Tensor | None,
+    num_queries: int | None,
+    num_keys: int | None,
+) -> tuple[PlanSpec, dict[str, torch.Tensor]]:
+    """Spec and tensors of a plan; neutral modulations are gone from ``resolved`` already."""
+    fields = dict(
+        batch=_batch(rope, key_rope, resolved, key_mask), num_queries=num_queries, num_keys=num_keys,
+        pairs=rope and rope.pairs, pairing=rope.pairing if rope else "interleaved",
+        queries_applied=rope is not None and rope.applied, keys_applied=key_rope is not None and key_rope.applied,
+    )  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    if num_keys is not None:
+        treatments = _treat_keys(tensors, resolved, num_keys)
+        segments, order = lowering.segment_keys(treatments)
+        if order is not None:
+            tensors["key_order"] = order
+        if key_mask is not None:
+            mask = key_mask.cpu()
+            tensors["key_mask"] = mask if order is None else mask[:, order]
+        if resolved.groups:
+            _group_tables(tensors, resolved, key_mask)
+        fields.update(segments=segments, num_groups=len(resolved.groups))
+        levels = torch.empty(0, dtype=torch.float64)
+        if resolved.scale is not None:
+            levels, fields["level_counts"], fields["continuous"] = _query_tables(tensors, resolved)
+            fields["num_levels"] = len(levels)
+            fields["scaled_keys"] = int(resolved.scale.keys.sum())
+        if rope is not None:
+            _rotation_tables(tensors, rope, key_rope, resolved, levels, segments)
+        patch_bounds = [(0, 0)] * len(segments)
+        if fields.get("continuous"):
+            fields["pair_classes"], patch_bounds = _patch_tables(tensors, rope, key_rope, resolved, segments)
+        tensors["segments"] = _segment_table(segments, patch_bounds)
+    return PlanSpec(tensor_names=tuple(tensors), **fields), tensors
+
+
+def _batch(rope, key_rope, resolved: Resolved, key_mask) -> int | None:
+    """The batch every batched argument agrees on; None when nothing is batched."""
+    sizes = {}
+    for name, r in (("rope.angles", rope), ("key_rope.angles", key_rope)):
+        if r is not None and r.angles.ndim == 3:
+            sizes[name] = r.angles.shape[0]
+    if key_mask is not None:
+        sizes["key_mask"] = key_mask.shape[0]
+    if resolved.scale is not None:
+        sizes["QueryScale.scale"] = resolved.scale.r.shape[0]
+    for group in resolved.groups:
+        sizes["BiasDelta"] = max(len(group.bias), len(group.delta))
+    for gain in resolved.gains:
+        sizes["LogitGain.gain"] = gain.g.shape[0]
+    batch = None
+    for name, size in sizes.items():
+        if size > 1:
+            require(batch in (None, size), name, f"batch {batch}", size)
+            batch = size
+    return batch
+
+
+def _treat_keys(tensors, resolved: Resolved, num_keys: int) -> lowering.Treatments:
+    """Distinct products of weights ``weights (W, P)`` and of gains ``gains (Bg, G, Sq)``, and who gets which."""
+    weight_sets, weight = lowering.distinct_sets([m.keys for m in resolved.weights], num_keys)
+    if weight_sets:
+        rows = [torch.stack([resolved.weights[i].w for i in members]).prod(0) for members in weight_sets]
+        tensors["weights"] = torch.stack(rows)
+        tensors["kernel_weights"] = tensors["weights"].float()
+    gain_sets, gain = lowering.distinct_sets([m.keys for m in resolved.gains], num_keys)
+    if gain_sets:
+        rows = []
+        for members in gain_sets:
+            product = resolved.gains[members[0]].g
+            for i in members[1:]:
+                product = product * resolved.gains[i].g
+            rows.append(product)
+        batch = max(r.shape[0] for r in rows)
+        tensors["gains"] = torch.stack([r.expand(batch, -1) for r in rows], dim=1)
+        tensors["kernel_gains"] = tensors["gains"].float()
+    group = torch.full((num_keys,), -1, dtype=torch.int64)
+    for i, m in enumerate(resolved.groups):
+        group[m.keys] = i
+    scaled = resolved.scale.keys if resolved.scale is not None else torch.zeros(num_keys, dtype=torch.bool)
+    return lowering.Treatments(scaled, weight, group, gain)
+
+
+def _group_tables(tensors, resolved: Resolved, key_mask) -> None:
+    """``groups (Bg, G, 3)``: lambda, delta and the number of unmasked keys."""
+    counts = []
+    for m in resolved.groups:
+        mask = m.keys[None] if key_mask is None else m.keys[None] & key_mask.cpu()
+        counts.append(mask.sum(1).double())
+    batch = max(max(len(m.bias), len(m.delta), len(c)) for m, c in zip(resolved.groups, counts, strict=True))
+    rows = [
+        torch.stack([x.expand(batch) for x in (m.bias, m.delta, c)], dim=1)
+        for m, c in zip(resolved.groups, counts, strict=True)
+    ]
+    tensors["groups"] = torch.stack(rows, dim=1)
+    tensors["kernel_groups"] = tensors["groups"].float()
+
+
+def _query_tables(tensors, resolved: Resolved):
+    """``scale (Bs, Sq)``, ``levels (L,)``, ``level_order (Bs, Sq)`` the queries sorted by level, and for the kernels
+    ``slots (Bs, N)``, ``slot_level (Bs, T)``."""
+    levels, level = lowering.find_levels(resolved.scale.r)
+    slots, slot_level, continuous = lowering.query_slots(level)
+    tensors.update(scale=resolved.scale.r, levels=levels, scaled_pairs=resolved.scale.pairs)
+    tensors.update(level_order=level.argsort(dim=1, stable=True), slots=slots, slot_level=slot_level)
+    classes = range(lowering.CONTINUOUS, len(levels) + 1)
+    counts = tuple(tuple(int((row == n).sum()) for n in classes) for row in level)
+    return levels, counts, continuous
+
+
+def _rotation_tables(tensors, rope, key_rope, resolved, levels, segments) -> None:
+    """Cosines and sines, from float64 angles: of the queries ``(Bx, 1 or 2, Sq, P)`` (at r = 1; at their own scale) and
+    of the packed key rows ``(Bx, R, P)`` with the key ``key_source (R,)`` each is made from."""
+    query, key = (_batched(r.angles) for r in (rope, key_rope))
+    tensors["query_angles"], tensors["key_angles"] = query, key
+    scale = resolved.scale
+    plain = torch.zeros_like(query) if rope.applied else query
+    variants = [plain]
+    if scale is not None:
+        factor = scale.r[..., None] - 1  # phase beyond r = 1
+        variants = list(torch.broadcast_tensors(plain, plain + factor * query * scale.pairs))
+    if not rope.applied or scale is not None:
+        _store_rotation(tensors, "query", torch.stack(variants, dim=1))
+    order = tensors.get("key_order", torch.arange(key.shape[1]))
+    if key_rope.applied and not len(levels):
+        return
+    plain = torch.zeros_like(key) if key_rope.applied else key
+    rows, source = [plain[:, order]], [order]
+    if len(levels):
+        scaled = order[scale.keys[order]]
+        for r in levels:
+            rows.append((plain + (r - 1) * key * scale.pairs)[:, scaled])
+            source.append(scaled)
+    _store_rotation(tensors, "key", torch.cat(rows, dim=1))
+    tensors["key_source"] = torch.cat(source).int()
+
+
+def _store_rotation(tensors, name: str, angles: torch.Tensor) -> None:
+    tensors[f"{name}_cos"], tensors[f"{name}_sin"] = angles.cos().float(), angles.sin().float()
+
+
+def _batched(angles: torch.Tensor) -> torch.Tensor:
+    angles = angles.detach().double().cpu()
+    return angles if angles.ndim == 3 else angles[None]
+
+
+def _patch_tables(tensors, rope, key_rope, resolved, segments):
+    """Patches of the scaled segments (see :class:`lowering.Patches`) with rows in key order, the phases they need, and
+    the pair classes. Phases are float32 relative to the first scaled key, so a common offset costs no precision."""
+    scale, key = resolved.scale, tensors["key_angles"]
+    order = tensors.get("key_order", torch.arange(key.shape[1]))
+    axis = rope.axis if rope.axis is not None else key_rope.axis
+    axis = axis.cpu() if axis is not None else torch.zeros(rope.pairs, dtype=torch.int64)
+    ordered = key[:, order]
+    classes = lowering.classify_pairs(ordered[:, scale.keys[order]], axis, scale.pairs)
+    found, bounds, count = [], [], 0
+    for s in segments:
+        patches = None
+        if s.scaled:
+            patches = lowering.find_patches(ordered[:, s.start : s.stop], np.arange(s.start, s.stop), classes)
+            found.append(patches)
+        size = len(patches.keys) if patches else 0
+        bounds.append((count, count + size))
+        count += size
+    for name in ("keys", "a", "b", "c"):
+        stacked = np.concatenate([getattr(p, name) for p in found])
+        tensors[f"patch_{name}"] = torch.from_numpy(stacked).int()
+    origin = ordered[:1, found[0].c[:1]]
+    tensors["query_phase"] = (tensors["query_angles"] - origin).float()
+    tensors["key_phase"] = (ordered - origin).float()
+    tensors["kernel_scale"] = scale.r.float()
+    return (classes.a, classes.b, classes.c), bounds
+
+
+def _segment_table(segments: tuple[Segment, ...], patch_bounds) -> torch.Tensor:
+    """``(segments, len(SEGMENT_FIELDS))``. A scaled key's row at level l is ``level_base + l * scaled_keys``."""
+    total = segments[-1].stop
+    scaled_keys = sum(len(s) for s in segments if s.scaled)
+    rows, seen = [], 0
+    for s, (patch_start, patch_stop) in zip(segments, patch_bounds, strict=True):
+        level_base = total - scaled_keys + seen if s.scaled else s.start
+        rows.append(
+            [s.start, s.stop, level_base, int(s.scaled), s.weight, s.group, s.gain, patch_start, patch_stop]
+        )
+        seen += len(s) if s.scaled else 0
+    return torch.tensor(rows, dtype=torch.int32)
+
