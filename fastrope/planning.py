@@ -43,7 +43,6 @@ class PlanSpec:
     level_counts: tuple[tuple[int, ...], ...] = ()
     num_groups: int = 0
     continuous: int = 0
-    pair_classes: tuple[tuple[int, ...], ...] = ((), (), ())
     tensor_names: tuple[str, ...] = ()
 
     @property
@@ -61,8 +60,7 @@ class PlanSpec:
         """Inverse of :meth:`to_string`."""
         fields = json.loads(text)
         fields["segments"] = tuple(Segment(**s) for s in fields["segments"])
-        for name in ("pair_classes", "level_counts"):
-            fields[name] = tuple(tuple(c) for c in fields[name])
+        fields["level_counts"] = tuple(tuple(c) for c in fields["level_counts"])
         fields["tensor_names"] = tuple(fields["tensor_names"])
         return PlanSpec(**fields)
 

@@ -55,9 +55,11 @@ def lower(
             fields["scaled_keys"] = int(resolved.scale.keys.sum())
         if rope is not None:
             _rotation_tables(tensors, rope, key_rope, resolved, levels, segments)
+        if order is not None and "key_source" not in tensors:
+            tensors["key_source"] = order.int()
         patch_bounds = [(0, 0)] * len(segments)
         if fields.get("continuous"):
-            fields["pair_classes"], patch_bounds = _patch_tables(tensors, rope, key_rope, resolved, segments)
+            patch_bounds = _patch_tables(tensors, rope, key_rope, resolved, segments)
         tensors["segments"] = _segment_table(segments, patch_bounds)
     return PlanSpec(tensor_names=tuple(tensors), **fields), tensors
 
@@ -174,13 +176,15 @@ def _batched(angles: torch.Tensor) -> torch.Tensor:
 
 def _patch_tables(tensors, rope, key_rope, resolved, segments):
     """Patches of the scaled segments (see :class:`lowering.Patches`) with rows in key order, the phases they need, and
-    the pair classes. Phases are float32 relative to the first scaled key, so a common offset costs no precision."""
+    the pair columns of each class. Phases are float32 relative to one scaled key, so a common offset costs no
+    precision. Returns the patches of each segment."""
     scale, key = resolved.scale, tensors["key_angles"]
     order = tensors.get("key_order", torch.arange(key.shape[1]))
     axis = rope.axis if rope.axis is not None else key_rope.axis
     axis = axis.cpu() if axis is not None else torch.zeros(rope.pairs, dtype=torch.int64)
     ordered = key[:, order]
-    classes = lowering.classify_pairs(ordered[:, scale.keys[order]], axis, scale.pairs)
+    rows = scale.keys[order].nonzero().flatten()
+    classes = lowering.classify_pairs(ordered[:, rows], axis, scale.pairs)
     found, bounds, count = [], [], 0
     for s in segments:
         patches = None
@@ -193,11 +197,37 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
     for name in ("keys", "a", "b", "c"):
         stacked = np.concatenate([getattr(p, name) for p in found])
         tensors[f"patch_{name}"] = torch.from_numpy(stacked).int()
-    origin = ordered[:1, found[0].c[:1]]
-    tensors["query_phase"] = (tensors["query_angles"] - origin).float()
-    tensors["key_phase"] = (ordered - origin).float()
-    tensors["kernel_scale"] = scale.r.float()
-    return (classes.a, classes.b, classes.c), bounds
+    still = tuple((~scale.pairs).nonzero().flatten().tolist())
+    for name, pairs in (("a", classes.a), ("b", classes.b), ("c", classes.c + still)):
+        tensors[f"patch_columns_{name}"] = _padded(pairs)
+    origin = ordered[:1, rows[:1]]
+    tensors["patch_query_phase"] = (tensors["query_angles"] - origin).float()
+    tensors["patch_key_phase"] = (ordered - origin).float()
+    tensors["patch_scale"] = scale.r.float()
+    tensors["patch_scaled_pairs"] = scale.pairs
+    if resolved.groups:
+        _class_tables(tensors, ordered[:, rows], rows, classes, segments)
+    return bounds
+
+
+def _padded(pairs: tuple[int, ...]) -> torch.Tensor:
+    """Pairs as int32, padded with -1 to a power of two that a dot product takes."""
+    size = max(16, 1 << max(len(pairs) - 1, 0).bit_length())
+    return torch.tensor([*pairs, *[-1] * (size - len(pairs))], dtype=torch.int32)
+
+
+def _class_tables(tensors, angles, rows, classes, segments) -> None:
+    """For the means of groups under a continuous scale: the scaled rows and their group, and per pair class its pairs,
+    the id of each scaled key's angles and the angles ``(Bk, U, pairs)`` of each id."""
+    group = torch.full((segments[-1].stop,), -1, dtype=torch.int64)
+    for s in segments:
+        group[s.start : s.stop] = s.group
+    tensors["scaled_rows"], tensors["scaled_group"] = rows, group[rows]
+    for name in ("a", "b", "c"):
+        pairs = torch.tensor(getattr(classes, name), dtype=torch.int64)
+        ids, first = lowering.distinct_angles(angles, pairs)
+        tensors[f"class_{name}_pairs"], tensors[f"class_{name}_id"] = pairs, torch.from_numpy(ids)
+        tensors[f"class_{name}_angles"] = angles[:, torch.from_numpy(first)][..., pairs]
 
 
 def _segment_table(segments: tuple[Segment, ...], patch_bounds) -> torch.Tensor:

@@ -1,7 +1,12 @@
-"""The fused kernels of ``fastrope.kernels``, driven by a plan."""
+"""The fused kernels of ``fastrope.kernels``, driven by a plan.
+
+A call packs the keys once (rotated, per level), takes the means of BiasDelta groups, lets the patch kernel do queries
+with a scale of their own against the scaled keys, and runs the fused loop.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from functools import lru_cache
@@ -9,6 +14,8 @@ from functools import lru_cache
 import torch
 
 from ..planning import Plan
+
+INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
 
 
 @lru_cache(maxsize=1)
@@ -31,11 +38,134 @@ def unsupported(q: torch.Tensor) -> str | None:
         return "triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"no kernel for device {q.device.type} (set TRITON_INTERPRET=1 before importing triton to interpret)"
+    return _unsupported_arch(q.device)
+
+
+@lru_cache(maxsize=64)
+def _unsupported_arch(device: torch.device) -> str | None:
     from ..kernels import config
 
-    return config.unsupported(config.current_arch(q.device))
+    return config.unsupported(config.current_arch(device))
 
 
-def run(q, k, v, plan: Plan, scale: float, return_lse: bool = False):
-    """See :func:`fastrope.backends.eager.run`; forward only."""
-    raise NotImplementedError
+@lru_cache(maxsize=64)
+def _arch(device: torch.device) -> str:
+    from ..kernels import current_arch
+
+    return INTERPRETED_ARCH if interpreted() else current_arch(device)
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See :func:`fastrope.backends.eager.run`; forward only. Extra memory: the packed keys, at most
+    ``1 + MAX_LEVELS`` times k, and float32 state of the queries with a scale of their own."""
+    # Triton launches on the current device, which need not be the tensors'.
+    guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        return _run(q, k, v, plan, scale, return_lse)
+
+
+def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
+    from .. import kernels
+
+    t, spec = plan.tensors, plan.spec
+    arch, half = _arch(q.device), spec.pairing == "half"
+
+    def config(kernel: str) -> kernels.LaunchConfig:
+        return kernels.select(kernel, arch, q.dtype, q.shape[3])
+
+    source = t.get("key_source")
+    if source is not None:
+        keys = kernels.pack_rows(k, source, t.get("key_cos"), t.get("key_sin"), half, config("pack"))
+    else:
+        keys = k.transpose(1, 2)
+    if "key_order" in t:
+        values = kernels.pack_rows(v, t["key_source"][: spec.num_keys], None, None, half, config("pack"))
+    else:
+        values = v.transpose(1, 2)
+    rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
+    mask = t.get("key_mask")
+    tables = None
+    if spec.modulated:
+        tables = _tables(q, keys, values, plan, rotation, half, mask, scale, config)
+    out, lse = kernels.fused_attention(
+        q, keys, values, k.shape[1], rotation, half, mask, tables, scale, config("attention")
+    )
+    return out, lse if return_lse else None
+
+
+def _tables(q, keys, values, plan: Plan, rotation, half: bool, mask, scale: float, config):
+    """Group means and the state of continuous queries, beside the plan's own tables."""
+    from dataclasses import replace
+
+    from .. import kernels
+
+    t, spec = plan.tensors, plan.spec
+    groups = t.get("kernel_groups")
+    means = row_means = None
+    if groups is not None:
+        arguments = t["segments"], groups, mask, spec.num_levels, spec.scaled_keys
+        means = kernels.group_means(keys, *arguments, config("means"))
+        if spec.continuous:
+            row_means = _row_means(keys, plan, mask, means)
+    tables = kernels.SegmentTables(
+        t["segments"], t.get("kernel_weights"), groups, t.get("kernel_gains"), means, row_means,
+        t.get("slots"), t.get("slot_level"), None, spec.num_levels, spec.scaled_keys, spec.continuous,
+    )  # fmt: skip
+    if spec.continuous:
+        patches = {name: t[f"patch_{name}"] for name in _PATCH_TABLES}
+        state = kernels.patch_attention(
+            q, keys, values, rotation, half, mask, tables, patches, scale, config("patches")
+        )
+        tables = replace(tables, state=state)
+    return tables
+
+
+_PATCH_TABLES = (
+    "keys", "a", "b", "c", "columns_a", "columns_b", "columns_c", "query_phase", "key_phase", "scale", "scaled_pairs",
+)  # fmt: skip
+
+
+def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
+    """``mu_i`` of queries that each turn the scaled keys by their own scale: ``(B, Hkv, G, C, D)`` float32.
+
+    ``mu_i = mu + sum_j (R((r_i - 1) phi_j) - 1) k_j / count`` over the group's scaled keys. Keys that share ``phi_j`` on
+    a pair class are summed first, so the work is (queries x coordinates), not (queries x keys).
+    """
+    t, spec = plan.tensors, plan.spec
+    slots = t["slots"][:, : spec.continuous].long()
+    scale = t["scale"].expand(slots.shape[0], -1)
+    r = torch.where(slots >= 0, scale.gather(1, slots.clamp(min=0)), 1.0)  # (Bs, C)
+    first, second = _channels(spec.pairing, spec.pairs, keys.device)
+    out = means[:, :, :, :1].repeat(1, 1, 1, spec.continuous, 1)
+    rows = t["scaled_rows"]
+    scaled = keys[:, :, rows].float()  # (B, Hkv, n, D)
+    if mask is not None:  # zero rather than multiply: a masked key may hold NaN
+        scaled = scaled.masked_fill(~mask[:, None, rows, None], 0.0)
+    count = t["kernel_groups"][:, :, 2].clamp(min=1)
+    for name in ("a", "b", "c"):
+        pairs, ids, angles = (t[f"class_{name}_{field}"] for field in ("pairs", "id", "angles"))
+        if not len(pairs):
+            continue
+        for g in range(spec.num_groups):
+            member = ids[:, None] == torch.arange(angles.shape[1], device=ids.device)  # (n, U)
+            member = (member & (t["scaled_group"] == g)[:, None]).float()
+            x = torch.einsum("bhnc,nu->bhuc", scaled[..., first[pairs]], member)
+            y = torch.einsum("bhnc,nu->bhuc", scaled[..., second[pairs]], member)
+            turn = (r[:, :, None, None] - 1) * angles[:, None]  # (Bx, C, U, pairs)
+            cos, sin = (turn.cos() - 1).float(), turn.sin().float()
+            share = 1 / count[:, g, None, None, None]
+            product = "biuc,bhuc->bhic" if cos.shape[0] > 1 else "iuc,bhuc->bhic"
+            cos, sin = (cos, sin) if cos.shape[0] > 1 else (cos[0], sin[0])
+            turned_x = torch.einsum(product, cos, x) - torch.einsum(product, sin, y)
+            turned_y = torch.einsum(product, cos, y) + torch.einsum(product, sin, x)
+            out[:, :, g, :, first[pairs]] += turned_x * share
+            out[:, :, g, :, second[pairs]] += turned_y * share
+    return out
+
+
+def _channels(pairing: str, pairs: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and second channel of every pair."""
+    pair = torch.arange(pairs, device=device)
+    return (2 * pair, 2 * pair + 1) if pairing == "interleaved" else (pair, pair + pairs)

@@ -1,0 +1,73 @@
+"""Small jit helpers shared by the kernels. Rows are tokens; every offset is int64 before it meets a stride."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Columns of the segment table a plan hands over.
+SEGMENT_FIELDS = tl.constexpr(9)
+START = tl.constexpr(0)
+STOP = tl.constexpr(1)
+LEVEL_BASE = tl.constexpr(2)
+SCALED = tl.constexpr(3)
+WEIGHT = tl.constexpr(4)
+GROUP = tl.constexpr(5)
+GAIN = tl.constexpr(6)
+PATCH_START = tl.constexpr(7)
+PATCH_STOP = tl.constexpr(8)
+
+
+@triton.jit
+def load_rows(X, rows, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """``X[rows, :]`` -> [rows, BLOCK_D]; rows that are not valid and padded channels are zero."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = X + rows.to(tl.int64)[:, None] * stride_s + offs_d.to(tl.int64)[None, :] * stride_d
+    if MASKED:
+        if HEAD_DIM == BLOCK_D:
+            return tl.load(ptrs, mask=valid[:, None], other=0.0)
+        return tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rotated(
+    X, COS, SIN, rows, table_rows, valid, stride_s, stride_d, half, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """``R(phi) X[rows, :]`` -> [rows, BLOCK_D] float32, with tables of HEAD_DIM / 2 cosines and sines a row."""
+    offs_d = tl.arange(0, BLOCK_D)
+    PAIRS: tl.constexpr = HEAD_DIM // 2
+    pair = pair_of(offs_d, half, PAIRS)
+    partner = tl.where(half != 0, (offs_d + PAIRS) % HEAD_DIM, offs_d ^ 1)
+    first = tl.where(half != 0, offs_d < PAIRS, offs_d % 2 == 0)
+    mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
+    base = X + rows.to(tl.int64)[:, None] * stride_s
+    x = tl.load(base + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(base + partner.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    table = table_rows.to(tl.int64)[:, None] * PAIRS + pair[None, :]
+    cos = tl.load(COS + table, mask=mask, other=1.0)
+    sin = tl.load(SIN + table, mask=mask, other=0.0)
+    return x * cos + tl.where(first[None, :], -y, y) * sin
+
+
+@triton.jit
+def pair_of(channels, half, PAIRS: tl.constexpr):
+    """The RoPE pair a channel belongs to."""
+    return tl.where(half != 0, channels % PAIRS, channels // 2)
+
+
+@triton.jit
+def softmax_step(qk, m_i, l_i, acc, MASKED: tl.constexpr):
+    """Online softmax in base 2: probabilities of one tile, and the running state brought to its maximum."""
+    m_new = tl.maximum(m_i, tl.max(qk, 1))
+    m_ref = m_new
+    if MASKED:  # a row without any key so far has m = -inf, and -inf - -inf is not a number
+        m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.exp2(qk - m_ref[:, None])
+    alpha = tl.exp2(m_i - m_ref)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    return p, m_new, l_i, acc

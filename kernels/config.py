@@ -1,0 +1,138 @@
+"""Launch configurations: which tile, how many warps and stages, per kernel, architecture, dtype and head dim.
+
+Pure and static: the same call always gets the same configuration, so results do not change between processes and
+nothing is tuned at run time. The table below is what ``tests/test_compile.py`` compiles ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+KERNELS = ("attention", "patches", "pack", "means")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_BLOCKS = (16, 32, 64, 128, 256)
+# Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
+SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes in tokens and (padded) channels, warps and software-pipeline stages of one launch."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def current_arch(device: torch.device) -> str:
+    """The architecture of a CUDA or ROCm device, as named in ``ARCHS`` where there is a configuration for it."""
+    properties = torch.cuda.get_device_properties(device)
+    name = getattr(properties, "gcnArchName", "")
+    if torch.version.hip is not None:
+        name = name.split(":")[0]
+        return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
+    return arch_of(properties.major, properties.minor)
+
+
+def arch_of(major: int, minor: int) -> str:
+    """The configuration a CUDA compute capability uses: the nearest one with no more shared memory."""
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    if major == 8 or major == 12:
+        return "sm_89"
+    if major in (9, 10, 11):
+        return "sm_90" if major == 9 else "sm_100"
+    return f"sm_{major}{minor}"
+
+
+def unsupported(arch: str) -> str | None:
+    """Why no kernel ships for an architecture, or None."""
+    return None if arch in ARCHS else f"no kernel configuration for {arch}; supported: {', '.join(ARCHS)}"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Dot precision: float32 inputs are multiplied as such, never as TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+_OVERRIDES: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("fastrope_launch_overrides", default=None)
+
+
+@contextmanager
+def override(kernel: str, **fields: int) -> Iterator[None]:
+    """Replace fields of a kernel's :class:`LaunchConfig` inside the block, for tuning.
+
+    Raises:
+        ValueError: unknown kernel or field, or a ``block_m`` that does not divide 128.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {KERNELS}, received {kernel!r}")
+    known = tuple(LaunchConfig.__dataclass_fields__)
+    if not set(fields) <= set(known) - {"block_d"}:
+        raise ValueError(f"override: expected fields of {known} but block_d, received {tuple(fields)}")
+    if fields.get("block_m", 128) not in (16, 32, 64, 128):
+        raise ValueError(f"block_m: expected a power of two from 16 to 128, received {fields['block_m']}")
+    token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), kernel: fields})
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
+def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
+    """The configuration of a launch.
+
+    Args:
+        kernel: one of ``KERNELS``.
+        arch: one of ``ARCHS``.
+        head_dim: 16 to 256.
+
+    Raises:
+        ValueError: nothing ships for these.
+    """
+    if kernel not in KERNELS or arch not in ARCHS or dtype not in DTYPES or not 16 <= head_dim <= 256:
+        raise ValueError(
+            f"launch: expected a kernel of {KERNELS}, an architecture of {ARCHS}, float32, float16 or bfloat16 and a "
+            f"head dim from 16 to 256, received {kernel!r}, {arch!r}, {dtype}, {head_dim}"
+        )
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
+    fields = (_OVERRIDES.get() or {}).get(kernel)
+    return replace(config, **fields) if fields else config
+
+
+def _attention(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    if float32:  # products run on CUDA cores: small tiles, or registers spill
+        block_m, block_n = (64, 32) if block_d <= 64 else (32, 32) if block_d <= 128 else (16, 32)
+        return LaunchConfig(block_m, block_n, block_d, 4, 1 if arch == "gfx942" else 2)
+    if arch == "gfx942":
+        return LaunchConfig(128, 64 if block_d <= 128 else 32, block_d, 4 if block_d <= 128 else 8, 1)
+    if block_d == 256:
+        big = arch in ("sm_90", "sm_100")
+        return LaunchConfig(128 if big else 64, 64 if big else 32, block_d, 8, 2)
+    if arch in ("sm_90", "sm_100"):
+        return LaunchConfig(128, 128, block_d, 8, 2)
+    return LaunchConfig(128, 64 if arch == "sm_80" or block_d <= 64 else 32, block_d, 8, 2)
+
+
+def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    return LaunchConfig(16, 256, block_d, 4 if block_d <= 64 else 8, 1)
+
+
+def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    return LaunchConfig(1, max(8, 4096 // block_d), block_d, 4, 1)
+
+
+def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    return LaunchConfig(1, 128, min(block_d, 32), 4, 2)
+
+
+_SELECTORS = {"attention": _attention, "patches": _patches, "pack": _pack, "means": _means}

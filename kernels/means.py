@@ -1,0 +1,80 @@
+"""Group means of rotated keys, for BiasDelta: one per key head, group and level."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import GROUP, LEVEL_BASE, SCALED, SEGMENT_FIELDS, START, STOP
+from .config import LaunchConfig
+
+
+@triton.jit
+def means_kernel(
+    K, OUT, SEGMENTS, GROUPS, KEY_MASK,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    num_segments, heads, num_groups, num_levels, scaled_keys, groups_batch_stride, mask_batch_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """OUT[b, h, g, l] = sum of the group's unmasked keys at level l / their number, for BLOCK_D channels."""
+    d_block = tl.program_id(0)
+    g = tl.program_id(1) // num_levels
+    level = tl.program_id(1) % num_levels
+    bh = tl.program_id(2)
+    b = (bh // heads).to(tl.int64)
+    base = K + b * stride_kb + (bh % heads).to(tl.int64) * stride_kh
+    offs_d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for s in range(num_segments):
+        row = SEGMENTS + s * SEGMENT_FIELDS
+        start = tl.load(row + START)
+        stop = tl.load(row + STOP)
+        stop = tl.where(tl.load(row + GROUP) == g, stop, start)
+        shift = tl.where(tl.load(row + SCALED) != 0, tl.load(row + LEVEL_BASE) + level * scaled_keys - start, 0)
+        for start_n in range(start, stop, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            valid = offs_n < stop
+            if HAS_MASK:
+                valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + offs_n, mask=valid, other=0) != 0)
+            ptrs = base + (offs_n + shift).to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
+            k = tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+            total += tl.sum(k.to(tl.float32), 0)
+    count = tl.load(GROUPS + b * groups_batch_stride + g * 3 + 2)
+    mean = total / tl.maximum(count, 1.0)
+    out = OUT + ((bh.to(tl.int64) * num_groups + g) * num_levels + level) * HEAD_DIM + offs_d
+    tl.store(out, mean, mask=offs_d < HEAD_DIM)
+
+
+def group_means(
+    keys: torch.Tensor,
+    segments: torch.Tensor,
+    groups: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    num_levels: int,
+    scaled_keys: int,
+    config: LaunchConfig,
+) -> torch.Tensor:
+    """Means of every BiasDelta group.
+
+    Args:
+        keys: ``(B, Hkv, R, D)`` rotated keys in key order, then the scaled keys once per level; any strides.
+        segments: the plan's table, int32.
+        groups: ``(1 or B, G, 3)`` float32: lambda, delta, number of unmasked keys.
+        key_mask: ``(1 or B, Sk)`` bool in key order, True = attend.
+        num_levels: levels beside r = 1.
+
+    Returns:
+        ``(B, Hkv, G, 1 + num_levels, D)`` float32.
+    """
+    batch, heads, _, dim = keys.shape
+    count = groups.shape[1]
+    out = torch.empty((batch, heads, count, 1 + num_levels, dim), dtype=torch.float32, device=keys.device)
+    grid = (triton.cdiv(dim, config.block_d), count * (1 + num_levels), batch * heads)
+    means_kernel[grid](
+        keys, out, segments, groups, key_mask, *keys.stride(),
+        segments.shape[0], heads, count, 1 + num_levels, scaled_keys,
+        groups.stride(0) if groups.shape[0] > 1 else 0,
+        key_mask.stride(0) if key_mask is not None and key_mask.shape[0] > 1 else 0,
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, HAS_MASK=key_mask is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
