@@ -1,0 +1,62 @@
+"""The command line: ``fastrope doctor | demo | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 fine, 1 the self-check of ``doctor`` failed, 2 the command cannot run here.
+    """
+    parser = argparse.ArgumentParser(prog="fastrope", description="Attention with first-class modulations.")
+    parser.add_argument("--version", action="version", version=f"fastrope {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what is installed, which backend would run and why, and a self-check")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    # Both parse their own arguments, --help included, and are imported only when asked for.
+    commands.add_parser("demo", help="pictures of what the modulations do", add_help=False)
+    commands.add_parser("bench", help="time the backends against other implementations", add_help=False)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "doctor":
+        if rest:
+            doctor.error(f"unrecognized arguments: {' '.join(rest)}")
+        from .doctor import main as run_doctor
+
+        return run_doctor(as_json=args.json)
+    return _delegate(f"fastrope.{args.command}", args.command, rest)
+
+
+def _delegate(module: str, command: str, argv: list[str]) -> int:
+    """Import ``module`` and run its ``main(argv)``; say what is missing if that cannot be done."""
+    try:
+        run = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            print(f"fastrope {command}: this installation has no module {module}", file=sys.stderr)
+        elif error.name is None or error.name.startswith("fastrope"):
+            raise
+        else:
+            hint = f'pip install "fastrope[{EXTRAS[module]}]"'
+            print(f"fastrope {command}: needs the module {error.name}; {hint}", file=sys.stderr)
+        return 2
+    except AttributeError:  # an empty folder imports as a namespace package
+        print(f"fastrope {command}: this installation has no {module}.main", file=sys.stderr)
+        return 2
+    return run(argv) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

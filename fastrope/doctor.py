@@ -1,0 +1,183 @@
+"""``fastrope doctor``: what is installed, what would run and why, and whether it computes the right thing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+
+import torch
+
+from . import __version__, api, debug
+from .backends import triton
+from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
+from .planning import Plan, plan
+from .rope import RoPE
+
+PACKAGES = ("torch", "numpy", "triton", "diffusers", "transformers")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+BINDINGS = ("diffusers",)
+GRID = 6  # the sample call attends over a target and a reference of 6 x 6 tokens
+HEAD_DIM = 64
+
+
+def main(as_json: bool = False) -> int:
+    """Print the report.
+
+    Returns:
+        0, or 1 when the self-check failed.
+    """
+    found = report()
+    print(json.dumps(found, indent=2) if as_json else render(found))
+    return 0 if all(check["passed"] for check in found["self_check"]) else 1
+
+
+def report() -> dict:
+    """Everything ``doctor`` knows, as plain JSON types."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "fastrope": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver": _driver(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k in ("FASTROPE_DEBUG", "TRITON_INTERPRET")},
+        "devices": _devices(),
+        "backends": [_backends(device, dtype) for dtype in DTYPES],
+        "bindings": {name: _importable(f"fastrope.bindings.{name}") for name in BINDINGS},
+        "self_check": _self_check(device),
+    }
+
+
+def render(found: dict) -> str:
+    """The report as text."""
+    lines = [f"fastrope {found['fastrope']}, Python {found['python']}, {found['platform']}", "", "packages"]
+    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in found["packages"].items()]
+    toolkit = f"CUDA {found['cuda']}" if found["cuda"] else f"HIP {found['hip']}" if found["hip"] else "CPU only"
+    lines += [f"  {'torch build':<14}{toolkit}", f"  {'driver':<14}{found['driver'] or 'none found'}"]
+    lines += [f"  {name}={value}" for name, value in found["environment"].items()]
+    lines += ["", "devices"]
+    for d in found["devices"]:
+        memory = f", {d['memory_gib']} GiB" if d["memory_gib"] is not None else ""
+        lines.append(f"  {d['device']:<14}{d['name']}, {d['arch']}{memory}")
+    for row in found["backends"]:
+        lines += ["", f"{row['dtype']} on {row['device']}: auto takes {row['auto']} ({row['reason']})"]
+        for name, obstacle in row["obstacles"].items():
+            lines.append(f"  {name:<14}{'can run' if obstacle is None else f'cannot run: {obstacle}'}")
+    lines += ["", "bindings"]
+    lines += [f"  {name:<14}{problem or 'ready'}" for name, problem in found["bindings"].items()]
+    lines += ["", "self-check, a small modulated call against the reference in float64"]
+    for check in found["self_check"]:
+        what = check["problem"] or f"error {check['error']:.2e}, allowed {check['allowed']:.2e}"
+        name = f"{check['backend']} {check['dtype']}"
+        lines.append(f"  {name:<14}  {'passed' if check['passed'] else 'FAILED'}: {what}")
+    return "\n".join(lines)
+
+
+def sample_call(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan]:
+    """Small random q, k, v ``(1, 72, 2, 64)`` and a plan with one modulation of each kind."""
+    generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device sees the same numbers
+    tokens = 2 * GRID**2
+    q, k, v = (torch.randn((1, tokens, 2, HEAD_DIM), generator=generator).to(device, dtype) for _ in range(3))
+    index = torch.arange(tokens)
+    place = index % GRID**2
+    positions = torch.stack((index // GRID**2, place // GRID, place % GRID), dim=1)
+    reference = slice(GRID**2, None)
+    ramp = torch.linspace(0.5, 1.0, HEAD_DIM // 2)
+    r = torch.ones(tokens)
+    r[: GRID**2 // 2] = 0.7
+    modulations = [
+        QueryScale(r.to(device), keys=reference, axes=(1, 2)),
+        BandWeight(ramp.to(device), keys=reference),
+        BiasDelta(bias=1.05, delta=1.1, keys=reference),
+        LogitGain((2 - r).to(device), keys=reference),
+    ]
+    rope = RoPE.axial(positions.to(device), axes_dim=(16, 24, 24))
+    return q, k, v, plan(rope=rope, modulations=modulations)
+
+
+def _backends(device: torch.device, dtype: torch.dtype) -> dict:
+    q, k, v, prepared = sample_call(device, dtype)
+    choice = api.choose(q, k, v, prepared, "auto")
+    return {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "auto": choice.backend,
+        "reason": choice.reason,
+        "rejected": dict(choice.rejected),
+        "obstacles": {"triton": triton.unsupported(q), "sdpa": None, "eager": None},
+    }
+
+
+def _self_check(device: torch.device) -> list[dict]:
+    """Every backend that ``auto`` would choose here, and ``sdpa``, on every dtype."""
+    checks = []
+    for dtype in DTYPES:
+        q, k, v, prepared = sample_call(device, dtype)
+        chosen = api.choose(q, k, v, prepared, "auto").backend
+        checks += [_check(q, k, v, prepared, backend) for backend in sorted({"sdpa", chosen})]
+    return checks
+
+
+def _check(q, k, v, prepared: Plan, backend: str) -> dict:
+    found = {"backend": backend, "dtype": str(q.dtype).removeprefix("torch."), "error": None, "allowed": None}
+    try:
+        scale = HEAD_DIM**-0.5
+        out = api.run_plan(q, k, v, prepared, scale, False, backend, False)
+        found["error"], found["allowed"] = debug.deviation(q, k, v, prepared, scale, out)
+    except Exception as error:
+        return {**found, "passed": False, "problem": f"{type(error).__name__}: {error}"}
+    return {**found, "passed": found["error"] <= found["allowed"], "problem": None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer[0] if answer else None
+
+
+def _devices() -> list[dict]:
+    arch = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    devices = [{"device": "cpu", "name": f"{os.cpu_count()} cores", "arch": arch, "memory_gib": _host_memory()}]
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        arch = p.gcnArchName if torch.version.hip else f"sm_{p.major}{p.minor}"
+        memory = round(p.total_memory / 2**30, 1)
+        devices.append({"device": f"cuda:{index}", "name": p.name, "arch": arch, "memory_gib": memory})
+    return devices
+
+
+def _host_memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # not every platform has sysconf or these names
+        return None
+
+
+def _importable(module: str) -> str | None:
+    """Why ``module`` cannot be imported, None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
