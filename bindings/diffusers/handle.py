@@ -1,0 +1,152 @@
+"""Installing and removing processors."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from fastrope.api import BACKENDS
+from fastrope.checks import require
+from fastrope.modulations import MODULATIONS
+
+from .calls import CallState
+from .hosts import Host, find_host
+from .processors import BoundProcessor, Slot
+
+
+class Handle:
+    """Methods bound to a transformer. A context manager: leaving the block removes them."""
+
+    def __init__(self, state: CallState, installed: Sequence[tuple[torch.nn.Module, BoundProcessor]], hook):
+        self._state = state
+        self._installed = list(installed)
+        self._hook = hook
+
+    @property
+    def bound(self) -> bool:
+        """True until :meth:`remove`."""
+        return self._hook is not None
+
+    def set_step(self, step: int | None, num_steps: int = 28) -> None:
+        """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out.
+
+        Without a pipeline, and untold, methods see step 0.
+
+        Raises:
+            ValueError: a step outside ``[0, num_steps)``.
+        """
+        if step is not None:
+            ok = isinstance(step, int) and isinstance(num_steps, int) and 0 <= step < num_steps
+            require(ok, "step", f"an integer in [0, {num_steps})", repr(step))
+        self._state.told = None if step is None else (step, num_steps)
+
+    def remove(self) -> None:
+        """Put the previous processors back, the very same objects, and take the hook away.
+
+        Raises:
+            ValueError: the handle was removed before.
+        """
+        require(self.bound, "handle", "a bound handle", "one that was removed already")
+        self._hook.remove()
+        self._hook = None
+        replaced = 0
+        for attn, processor in self._installed:
+            if attn.processor is processor:
+                attn.set_processor(processor.original)
+            else:
+                replaced += 1
+        if replaced:
+            warnings.warn(
+                f"{replaced} attention processors were replaced after fastrope.apply; they stay as they are",
+                stacklevel=2,
+            )
+        self._installed = []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.bound:
+            self.remove()
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(m).__name__ for m in self._state.methods)
+        what = f"{len(self._installed)} layers" if self.bound else "removed"
+        return f"<fastrope.Handle on {self._state.host.transformer}: {what}, [{names}]>"
+
+
+def bind(target, methods: Sequence, backend: str = "auto") -> Handle:
+    """See :func:`fastrope.bindings.apply`. Everything is checked before anything is touched."""
+    require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
+    methods = _flatten(methods)
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    called = target if pipe is None else getattr(pipe, "transformer", None)
+    require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer, or a transformer",
+            type(target).__name__)  # fmt: skip
+    model = getattr(called, "_orig_mod", called)  # what torch.compile wraps
+    host = find_host(model)
+    if pipe is not None and any(cls.__name__ == "PAGMixin" for cls in type(pipe).__mro__):
+        raise NotImplementedError(f"PAG: expected a pipeline without it, received {type(pipe).__name__}")
+    _refuse_parallel(model)
+    layers = _find_layers(model, host)
+    for name, attn in layers:
+        _check_processor(name, attn.processor, host)
+    slots = [Slot(backend) for _ in layers]
+    state = CallState(host, model, methods, slots, pipe)
+    # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
+    hook = called.register_forward_pre_hook(torch.compiler.disable(state.before_forward), with_kwargs=True)
+    installed = []
+    for (_, attn), slot in zip(layers, slots, strict=True):
+        processor = host.processors[type(attn.processor).__name__](attn.processor, slot)
+        attn.set_processor(processor)
+        installed.append((attn, processor))
+    return Handle(state, installed, hook)
+
+
+def _flatten(methods: Sequence) -> list:
+    found = []
+    for m in methods:
+        if isinstance(m, (list, tuple)):
+            found.extend(_flatten(m))
+        else:
+            known = isinstance(m, MODULATIONS) or callable(getattr(m, "modulations", None))
+            require(known, "methods", "modulations, or objects with modulations(site)", repr(m))
+            found.append(m)
+    return found
+
+
+def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn.Module]]:
+    """Attention modules by name, in order of execution."""
+    found = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "set_processor"):
+            continue
+        match = re.match(rf"({'|'.join(host.blocks)})\.(\d+)\.", name)
+        if match is None:
+            raise NotImplementedError(f"transformer: expected attention in {host.blocks} alone, received one at {name}")
+        found.append(((host.blocks.index(match[1]), int(match[2])), name, module))
+    require(bool(found), "transformer", "at least one attention layer", type(model).__name__)
+    return [(name, module) for _, name, module in sorted(found, key=lambda entry: entry[0])]
+
+
+def _check_processor(name: str, processor, host: Host) -> None:
+    kind = type(processor).__name__
+    if isinstance(processor, BoundProcessor):
+        raise ValueError("pipe: expected a transformer that no handle is bound to, received one that is; "
+                         "call remove() on its handle first, or pass all methods to one apply")  # fmt: skip
+    what = "IP-Adapter" if "IPAdapter" in kind else "PAG" if kind.startswith("PAG") else "custom attention processors"
+    own = kind in host.processors and type(processor).__module__.split(".")[0] == "diffusers"
+    if not own:
+        raise NotImplementedError(f"{what}: expected {' or '.join(host.processors)} at {name}, received {kind}")
+    if processor._parallel_config is not None:
+        raise NotImplementedError(f"context parallelism: expected _parallel_config None at {name}, received one")
+
+
+def _refuse_parallel(model: torch.nn.Module) -> None:
+    """Tensor parallelism shards heads, which modulations do not mind; context parallelism shards the sequence."""
+    config = getattr(model, "_parallel_config", None)
+    if getattr(config, "context_parallel_config", config) is not None:
+        raise NotImplementedError("context parallelism: expected a model without it, received _parallel_config with it")
