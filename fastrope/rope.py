@@ -122,6 +122,7 @@ def rotate(x: torch.Tensor, angles: torch.Tensor, pairing: str) -> torch.Tensor:
         ``(B, S, H, D)`` in the dtype of ``x``; the rotation itself runs in float32, or float64 for float64 ``x``.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    angles = angles.to(torch.promote_types(angles.dtype, compute))
     # Cosines of the unrounded angle: a float32 angle of 1e4 rad is already 1e-3 rad off.
     cos, sin = angles.cos().to(compute).unsqueeze(-2), angles.sin().to(compute).unsqueeze(-2)
     first, second = split_pairs(x.to(compute), pairing)

@@ -45,7 +45,9 @@ def run(
     s = logits(q[:, queries], k, plan, scale, queries, wide)
     if mask is not None:
         s = s.masked_fill(~mask[:, None, None, :], -torch.inf)
-    p = s.softmax(dim=-1).nan_to_num(0.0) if mask is not None else s.softmax(dim=-1)  # no key left: zeros
+    p = s.softmax(dim=-1)
+    if mask is not None:  # no key left: zeros
+        p = p.masked_fill(~mask.any(dim=1)[:, None, None, None], 0)
     out = torch.einsum("bhij,bjhd->bihd", p.to(q.dtype).to(wide), _per_head(v, q).to(wide)).to(q.dtype)
     return out, s.logsumexp(dim=-1) if return_lse else None
 
@@ -109,7 +111,7 @@ def _rotated(x, rope: RoPE | None, tokens, r, mods: Resolved) -> torch.Tensor:
     if rope is None:
         return x
     phi = rope.angles if tokens is None else rope.angles[..., tokens, :]
-    turn = phi if r is None else torch.where(mods.scale.pairs, r * phi, phi)
+    turn = phi if r is None else torch.where(mods.scale.pairs, r * phi.to(r.dtype), phi)
     if rope.applied:
         turn = turn - phi
         if r is None:

@@ -5,6 +5,9 @@ query side (its rotation, its gain) is a *view*: views are laid side by side alo
 in all but its own, so that one call computes ``<q_view, k>`` for every segment::
 
     q = [ R(phi_i) q | R(r_i phi_i) q | g_i R(r_i phi_i) q ]       k_j = [ 0 | k_j | 0 ]
+
+A gain belongs to the logits, and a query rounded once more for it would cost precision the specification does not. In
+half precision such a view is two: the product rounded, and what the rounding left.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ class _Rows:
     def of_batch(self, table: torch.Tensor) -> torch.Tensor:
         """Batch rows of a ``(B or 1, ...)`` table."""
         return table if self.batch is None or table.shape[0] == 1 else table[self.batch]
+
+    def of_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Batch rows of ``(B, ...)``, one for each of ``batch`` even where B is 1."""
+        if self.batch is None:
+            return x
+        return x.expand(len(self.batch), *x.shape[1:]) if x.shape[0] == 1 else x[self.batch]
 
     def of_queries(self, table: torch.Tensor) -> torch.Tensor:
         """Batch rows and queries of a ``(B or 1, Sq, ...)`` table."""
@@ -97,10 +106,10 @@ def _by_level(q, k, v, plan: Plan, scale, return_lse, batch: torch.Tensor, b: in
 
 def _attend(q, k, v, plan: Plan, scale: float, return_lse: bool, rows: _Rows):
     """Attention of some queries against all keys: ``(B', n, H, D)``, ``(B', H, n)``."""
-    q, k, v = rows.of_queries(q), rows.of_batch(k), rows.of_batch(v)
+    q, k, v = rows.of_queries(q), rows.of_input(k), rows.of_input(v)
     mask = rows.of_batch(plan.tensors["key_mask"]) if "key_mask" in plan.tensors else None
     views = sorted({_view(s, rows) for s in plan.spec.segments}) or [(False, -1)]
-    queries = torch.cat([_query_view(q, plan, rows, view) for view in views], dim=-1)
+    queries = torch.cat([x for view in views for x in _query_view(q, plan, rows, view)], dim=-1)
     keys = _keys(k, plan, mask, rows, views)
     heads, key_heads, dim = q.shape[2], k.shape[2], v.shape[3]
     # Grouped heads become more rows of the same key head: no copy of the keys.
@@ -110,7 +119,7 @@ def _attend(q, k, v, plan: Plan, scale: float, return_lse: bool, rows: _Rows):
     bias = None if mask is None else (mask | ~alive[:, None])[:, None, None, :]
     out = _fused(queries, keys, values, bias, scale)[..., :dim]
     if alive is not None:
-        out = out * alive[:, None, None, None]
+        out = out.masked_fill(~alive[:, None, None, None], 0)
     lse = _log_sum_exp(queries, keys, bias, scale, alive) if return_lse else None
     out = out.unflatten(2, (heads // key_heads, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out, lse.unflatten(2, (heads // key_heads, -1)).flatten(1, 2) if return_lse else None
@@ -120,18 +129,25 @@ def _view(segment: Segment, rows: _Rows) -> tuple[bool, int]:
     return segment.scaled and rows.r is not None, segment.gain
 
 
-def _query_view(q, plan: Plan, rows: _Rows, view: tuple[bool, int]) -> torch.Tensor:
+def _query_view(q, plan: Plan, rows: _Rows, view: tuple[bool, int]) -> list[torch.Tensor]:
+    """The query's columns of a view: one block of ``D``, or two (see the top of this file)."""
     scaled, gain = view
     if "query_angles" in plan.tensors:
         q = _rotate(q, rows.of_queries(plan.tensors["query_angles"]), scaled, plan, rows, plan.spec.queries_applied)
-    if gain >= 0:
-        g = rows.of_queries(plan.tensors["gains"][:, gain])
-        q = (q * g[:, :, None, None]).to(q.dtype)
-    return q
+    if gain < 0:
+        return [q]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    product = q.to(wide) * rows.of_queries(plan.tensors["gains"][:, gain]).to(wide)[:, :, None, None]
+    rounded = product.to(q.dtype)
+    return [rounded] if _blocks(view, q.dtype) == 1 else [rounded, (product - rounded.to(wide)).to(q.dtype)]
+
+
+def _blocks(view: tuple[bool, int], dtype: torch.dtype) -> int:
+    return 2 if view[1] >= 0 and dtype.itemsize < 4 else 1
 
 
 def _keys(k, plan: Plan, mask, rows: _Rows, views) -> torch.Tensor:
-    """``ktt`` at this level, each key in the columns of its segment's view: ``(B', Sk, Hkv, views * D)``."""
+    """``ktt`` at this level, each key in the columns of its segment's view: ``(B', Sk, Hkv, blocks * D)``."""
     t, spec, dim = plan.tensors, plan.spec, k.shape[3]
     wide = torch.promote_types(k.dtype, torch.float32)
     segments = spec.segments or (Segment(0, k.shape[1]),)
@@ -163,7 +179,8 @@ def _keys(k, plan: Plan, mask, rows: _Rows, views) -> torch.Tensor:
             w = w.repeat_interleave(2) if spec.pairing == "interleaved" else torch.cat((w, w))
             part = (w * part.to(wide)).to(k.dtype)
         n = views.index(_view(s, rows))
-        laid.append(F.pad(part, (n * dim, (len(views) - 1 - n) * dim)))
+        before, own, after = (sum(_blocks(x, k.dtype) for x in some) for some in (views[:n], [views[n]], views[n + 1 :]))
+        laid.append(F.pad(torch.cat([part] * own, dim=-1), (before * dim, after * dim)))
     return torch.cat(laid, dim=1)
 
 
