@@ -1,0 +1,457 @@
+"""The one tolerance rule of the repository, and the random calls it judges.
+
+The rule is that of FlashAttention's and FlexAttention's tests: a result may be at most twice as wrong as the reference
+run in the same dtype, both measured against the reference in float64 on the same inputs (drawn in the low dtype, then
+promoted). No test states a tolerance of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import strategies as st
+
+import fastrope as fr
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+MAX_FACTOR, MEAN_FACTOR = 2.0, 1.1
+# Float64 has no wider oracle. 2**-40 leaves 12 bits for angles of hundreds of radians and for the sums; a wrong term
+# shows at 1e-3 or more.
+WIDE_BOUND = 2.0**-40
+# Fewer rows than this say nothing of a mean: one lucky rounding of the reference and the ratio is anything.
+MEAN_ROWS = 16
+# The mean is a statistic of a finite sample, so a row's excess counts from four standard errors on. With 1000 rows
+# that is about 8 % of the mean error, and pooled over many calls (see Tally) it vanishes.
+STANDARD_ERRORS = 4.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What :func:`assert_close` measured, and what it allowed."""
+
+    max_out: float
+    max_low: float
+    mean_out: float
+    mean_low: float
+    max_allowed: float
+    mean_allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"max {self.max_out:.3g} (reference in the low dtype {self.max_low:.3g}, allowed {self.max_allowed:.3g}), "
+            f"mean {self.mean_out:.3g} (reference {self.mean_low:.3g}, allowed {self.mean_allowed:.3g})"
+        )
+
+
+def assert_close(
+    out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: torch.dtype | None = None, name: str = "out"
+) -> Errors:
+    """Require that ``out`` is about as good as the reference in its dtype.
+
+    ``max|out - exact| <= 2 max|low - exact| + 2 max|exact + 0.3 - 0.3 - exact|``, the last term computed in ``dtype``,
+    and ``mean|out - exact| <= 1.1 mean|low - exact|``.
+
+    Args:
+        out: what a backend gave, ``(..., n)``.
+        exact: the reference in float64 on the same inputs.
+        low: the reference in ``dtype``.
+        dtype: of the inputs; that of ``out`` unless given (a log-sum-exp is wider than the call it belongs to).
+
+    Allowances for the mean. Float32: the same floor, since an order of summation decides errors of one rounding. All
+    dtypes: four standard errors, the rows along the last axis being the samples. With ``dtype`` given, the formula of
+    the floor gives zero beyond 0.6 and the reference may round nothing to ``dtype``, so the maximum may be off by
+    one rounding of the largest value in ``dtype``, the mean by the square of one (a product kept as two such numbers).
+    """
+    assert out.shape == exact.shape == low.shape, (out.shape, exact.shape, low.shape)
+    assert exact.dtype == torch.float64
+    same, dtype = dtype is None, dtype or out.dtype
+    # Infinite log-sum-exps must agree exactly, and say nothing of rounding.
+    infinite = exact.isinf()
+    assert torch.equal(out[infinite].double(), exact[infinite]), f"{name}: infinities differ"
+    out, exact, low = (x.detach().double().masked_fill(infinite, 0) for x in (out, exact, low))
+    assert bool(out.isfinite().all()), f"{name}: not finite"
+    error, error_low = (out - exact).abs(), (low - exact).abs()
+    if dtype == torch.float64:
+        bound = WIDE_BOUND * max(1.0, float(exact.abs().amax()))
+        found = Errors(float(error.amax()), 0.0, float(error.mean()), 0.0, bound, bound)
+    else:
+        rounded = exact.to(dtype)
+        floor = (rounded + 0.3 - 0.3 - rounded).double().abs()
+        excess = _rows(error - MEAN_FACTOR * error_low)
+        mean_allowed = MEAN_FACTOR * float(error_low.mean())
+        if dtype == torch.float32:
+            mean_allowed += 2 * float(floor.mean())
+        if len(excess) < MEAN_ROWS:
+            mean_allowed = math.inf
+        else:
+            mean_allowed += STANDARD_ERRORS * float(excess.std()) / math.sqrt(len(excess))
+        max_allowed = MAX_FACTOR * float(error_low.amax()) + 2 * float(floor.amax())
+        if not same:
+            eps, size = torch.finfo(dtype).eps, max(1.0, float(exact.abs().amax()))
+            max_allowed, mean_allowed = max_allowed + eps * size, mean_allowed + eps**2 * size
+        found = Errors(
+            float(error.amax()), float(error_low.amax()), float(error.mean()), float(error_low.mean()),
+            max_allowed, mean_allowed,
+        )  # fmt: skip
+    print(f"{name}: {found}")
+    assert found.max_out <= found.max_allowed, f"{name}: {found}"
+    assert found.mean_out <= found.mean_allowed, f"{name}: {found}"
+    return found
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Independent samples of an error: a query's channels share the errors of its logits."""
+    return x.mean(dim=-1).flatten() if x.ndim == 4 else x.flatten()
+
+
+@dataclass
+class Tally:
+    """Mean errors pooled over calls, where chance averages out and the plain 1.1 holds."""
+
+    out: float = 0.0
+    low: float = 0.0
+    calls: int = 0
+    worst: float = field(default=0.0)
+
+    def add(self, errors: Errors) -> None:
+        self.out, self.low, self.calls = self.out + errors.mean_out, self.low + errors.mean_low, self.calls + 1
+        self.worst = max(self.worst, errors.max_out / errors.max_allowed if errors.max_allowed else 0.0)
+
+    def check(self, name: str) -> None:
+        if not self.low:
+            return
+        print(
+            f"{name}: {self.calls} calls, pooled mean error {self.out / self.low:.3f} times the reference's, "
+            f"worst max error {self.worst:.2f} of what is allowed"
+        )
+        assert self.out <= MEAN_FACTOR * self.low, f"{name}: {self}"
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of :func:`fastrope.attention`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rope: fr.RoPE | None = None
+    key_rope: fr.RoPE | None = None
+    modulations: Sequence[object] = ()
+    key_mask: torch.Tensor | None = None
+    scale: float | None = None
+    label: str = ""
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(m).__name__ for m in self.modulations)
+        return f"Call({self.label or 'plain'}: q {tuple(self.q.shape)}, k {tuple(self.k.shape)}, [{names}])"
+
+    def _repr_pretty_(self, printer, cycle) -> None:  # hypothesis would print every element
+        printer.text(repr(self))
+
+    def tokens(self) -> dict:
+        """What a plan is made of."""
+        return dict(
+            rope=self.rope, key_rope=self.key_rope, modulations=list(self.modulations), key_mask=self.key_mask
+        )
+
+    def run(self, backend: str, return_lse: bool = True, **changes):
+        """``(out, lse)``, or ``out`` alone."""
+        arguments = dict(**self.tokens(), scale=self.scale, return_lse=return_lse, backend=backend)
+        return fr.attention(self.q, self.k, self.v, **{**arguments, **changes})
+
+    def planned(self) -> fr.Plan:
+        return fr.plan(
+            **self.tokens(), num_queries=self.q.shape[1], num_keys=self.k.shape[1], device=self.q.device
+        )
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same values in another dtype. Strides and what lies around the tensors are not kept."""
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference in float64."""
+        return self.to(torch.float64).run("eager")
+
+    def low(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference in the dtype of the call."""
+        return self.run("eager")
+
+
+def check(call: Call, backend: str, tally: Tally | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a call on a backend and hold output and log-sum-exp against the rule."""
+    out, lse = call.run(backend)
+    compare(call, out, lse, f"{backend} {call.label}", tally)
+    return out, lse
+
+
+def compare(call: Call, out: torch.Tensor, lse: torch.Tensor, name: str = "", tally: Tally | None = None) -> None:
+    """Hold a result against the reference of ``call``."""
+    batch, queries, heads, _ = call.q.shape
+    dtype = call.q.dtype
+    assert out.shape == call.q.shape
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert lse.shape == (batch, heads, queries)
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+    exact, low = call.exact(), call.low() if dtype != torch.float64 else (out, lse)
+    errors = assert_close(out, exact[0], low[0], name=f"{name} {dtype} out")
+    assert_close(lse, exact[1], low[1], dtype, name=f"{name} {dtype} lse")
+    if tally is not None:
+        tally.add(errors)
+
+
+# ---- builders --------------------------------------------------------------------------------------------------------
+
+LAYOUTS = ("contiguous", "heads_first", "fused", "padded", "transposed", "expanded")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normal numbers, rounded to ``dtype``."""
+    return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """``x (B, S, H, D)`` with other strides; whatever lies between and behind its elements is NaN.
+
+    ``heads_first`` (B, H, S, D) memory; ``fused`` a third of a fused QKV projection; ``padded`` the middle of longer
+    buffers in every dimension; ``transposed`` channels not contiguous; ``expanded`` one batch row, stride 0.
+    """
+    if layout == "contiguous":
+        return x
+    if layout == "heads_first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    batch, length, heads, dim = x.shape
+    if layout == "fused":
+        buffer = x.new_full((batch, length, 3, heads, dim), torch.nan)
+        view = buffer[:, :, 1]
+    else:
+        buffer = x.new_full((batch, length + 5, heads + 1, dim + 8), torch.nan)
+        view = buffer[:, 2 : length + 2, :heads, 8:]
+    view.copy_(x)
+    return view
+
+
+def tensors(
+    g: torch.Generator,
+    *,
+    batch: int = 1,
+    queries: int = 64,
+    keys: int | None = None,
+    heads: int = 2,
+    key_heads: int | None = None,
+    dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``q, k, v``."""
+    keys, key_heads = keys or queries, key_heads or heads
+    q = draw(g, batch, queries, heads, dim, dtype=dtype)
+    k, v = (draw(g, batch, keys, key_heads, dim, dtype=dtype) for _ in range(2))
+    return lay_out(q, layout), lay_out(k, layout), lay_out(v, layout)
+
+
+def grid(tokens: int, text: int = 0, frame: int = 0, width: int | None = None) -> torch.Tensor:
+    """Positions ``(tokens, 3)``: text at the origin, then rows of a picture (the last one may be short)."""
+    width = width or max(1, math.isqrt(max(tokens - text, 1)))
+    index = torch.arange(tokens - text)
+    picture = torch.stack([torch.full_like(index, frame), index // width, index % width], dim=1)
+    return torch.cat([torch.zeros(text, 3, dtype=torch.int64), picture]).to(DEVICE)
+
+
+def scatter(g: torch.Generator, tokens: int, extent: float = 60.0, batch: int | None = None) -> torch.Tensor:
+    """Positions without structure, ``(tokens, 3)`` or ``(batch, tokens, 3)`` float64."""
+    shape = (tokens, 3) if batch is None else (batch, tokens, 3)
+    return (torch.rand(*shape, generator=g, dtype=torch.float64) * extent).to(DEVICE)
+
+
+def axes_of(dim: int) -> tuple[int, int, int]:
+    """Channels of a frame axis and two spatial axes, in the proportions of FLUX."""
+    spatial = dim * 7 // 16 // 2 * 2
+    return dim - 2 * spatial, spatial, spatial
+
+
+def axial(positions: torch.Tensor, dim: int, pairing: str = "interleaved", applied: bool = False) -> fr.RoPE:
+    return fr.RoPE.axial(positions, axes_of(dim), pairing=pairing, applied=applied)
+
+
+def uniform(g: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    return (low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64)).to(DEVICE)
+
+
+LEVELS = (0.6503, 0.6603, 0.8250, 0.9897, 0.9997)  # of the authors' code of LooseRoPE
+SCALES = ("levels", "few", "distinct", "mixed", "zero")
+
+
+def scales(g: torch.Generator, kind: str, queries: int, batch: int | None = None) -> torch.Tensor:
+    """``r (queries,)`` or ``(batch, queries)``.
+
+    ``levels`` five values and 1; ``few`` at most eight queries, each its own value, the others 1; ``distinct`` every
+    query its own; ``mixed`` two thirds share a value (a level from 128 queries on), others their own; ``zero``.
+    """
+    shape = (batch or 1, queries)
+    own = uniform(g, *shape, high=1.2)
+    if kind == "levels":
+        table = torch.tensor((*LEVELS, 1.0), dtype=torch.float64, device=DEVICE)
+        r = table[torch.randint(len(table), shape, generator=g).to(DEVICE)]
+    elif kind == "few":
+        r = torch.ones_like(own)
+        each = max(1, 8 // shape[0])
+        r[:, :each] = own[:, :each]
+    elif kind == "mixed":
+        shared = torch.rand(*shape, generator=g).to(DEVICE) < 0.67
+        r = torch.where(shared, 0.75, own)
+    elif kind == "zero":
+        r = torch.zeros_like(own)
+    else:
+        r = own
+    return r if batch else r[0]
+
+
+KEY_SETS = ("all", "slice", "negative", "step", "mask", "indices", "one")
+
+
+def key_set(g: torch.Generator, kind: str, keys: int) -> slice | torch.Tensor:
+    """A non-empty key set in one of the forms a user may write."""
+    a, b = sorted(torch.randint(keys, (2,), generator=g).tolist())
+    if kind == "slice":
+        return slice(a, b + 1)
+    if kind == "negative":
+        return slice(a - keys, None)
+    if kind == "step":
+        return slice(a % 3 % keys, None, 2)
+    if kind == "one":
+        return slice(a, a + 1)
+    if kind in ("mask", "indices"):
+        mask = torch.rand(keys, generator=g) < 0.5
+        mask[a] = True
+        if kind == "mask":
+            return mask.to(DEVICE)
+        index = mask.nonzero().flatten()
+        index = torch.cat([index[torch.randperm(len(index), generator=g)], index[:1]])  # unsorted, one twice
+        return index.to(DEVICE)
+    return slice(None)
+
+
+def members(keys: slice | torch.Tensor, num_keys: int) -> torch.Tensor:
+    """A key set as a ``(num_keys,)`` bool mask on the CPU."""
+    covered = torch.zeros(num_keys, dtype=torch.bool)
+    covered[keys if isinstance(keys, slice) else keys.cpu()] = True
+    return covered
+
+
+def disjoint_sets(g: torch.Generator, count: int, keys: int) -> list[torch.Tensor]:
+    """``count`` masks that share no key and leave some out; fewer where there are too few keys."""
+    owner = torch.randint(count + 1, (keys,), generator=g)
+    owner[torch.randint(keys, (1,), generator=g)] = 0
+    return [(owner == n).to(DEVICE) for n in range(count) if bool((owner == n).any())]
+
+
+def every_modulation(
+    g: torch.Generator, queries: int, keys: int, dim: int, kind: str = "levels", batch: int | None = None
+) -> list:
+    """All four at once on different key sets, the group only partly under the QueryScale."""
+    third = max(1, keys // 3)
+    return [
+        fr.QueryScale(scales(g, kind, queries, batch), keys=slice(third, None), axes=(1, 2)),
+        fr.BandWeight(uniform(g, dim // 2, low=0.25, high=1.4), keys=slice(0, 2 * third)),
+        fr.BandWeight(uniform(g, dim // 2, low=0.5, high=1.2), keys=key_set(g, "mask", keys)),
+        fr.BiasDelta(1.1, 0.8, keys=slice(third // 2, 2 * third)),
+        fr.LogitGain(uniform(g, *(batch or 1,) * (batch is not None), queries, low=-0.5, high=1.4), keys=slice(third, None)),
+    ]  # fmt: skip
+
+
+def key_masks(g: torch.Generator, kind: str | None, batch: int, keys: int) -> torch.Tensor | None:
+    """``random`` about three quarters of the keys; ``row`` also one batch row without any key; ``shared`` one row."""
+    if kind is None:
+        return None
+    mask = torch.rand(1 if kind == "shared" else batch, keys, generator=g) < 0.75
+    mask[:, 0] |= ~mask.any(dim=1)
+    if kind == "row":
+        mask[-1] = False
+    return mask.to(DEVICE)
+
+
+# ---- hypothesis ------------------------------------------------------------------------------------------------------
+
+TOKENS = (1, 2, 5, 16, 17, 33, 64, 100, 113, 130, 200)
+
+
+@st.composite
+def calls(draw, dtype: torch.dtype = torch.float32, tokens: Sequence[int] = TOKENS, dims=(16, 64, 80, 96, 128)) -> Call:
+    """Calls with any composition of modulations; values come from a seed, structure from hypothesis."""
+
+    def pick(*options):
+        return draw(st.sampled_from(options))
+
+    g = generator(draw(st.integers(0, 2**16)))
+    batch = pick(1, 1, 2, 3)
+    dim = pick(*dims)
+    key_heads, share = pick(1, 2), pick(1, 1, 3)
+    queries = pick(*tokens)
+    positions = pick("grid", "grid", "scatter", "line", "per row", "angles", None)
+    crossed = draw(st.booleans())
+    keys = pick(*tokens) if crossed else queries
+    layout = pick(*LAYOUTS)
+    q, k, v = tensors(
+        g, batch=batch, queries=queries, keys=keys, heads=key_heads * share, key_heads=key_heads, dim=dim,
+        dtype=dtype, layout=layout,
+    )  # fmt: skip
+    rope = key_rope = None
+    if positions is not None:
+        pairing = pick("interleaved", "half")
+        rope = _rope(g, positions, queries, dim, batch, pairing, draw(st.booleans()))
+        if crossed:
+            key_rope = _rope(g, positions, keys, dim, batch, pairing, draw(st.booleans()))
+    modulations = []
+    if rope is not None and draw(st.booleans()):
+        axes = pick(None, (1, 2), (2,), (0,)) if positions != "angles" else None
+        per_row = batch if draw(st.booleans()) else None
+        r = scales(g, pick(*SCALES), queries, per_row)
+        modulations.append(fr.QueryScale(r, keys=key_set(g, pick(*KEY_SETS), keys), axes=axes))
+    for _ in range(pick(0, 0, 1, 2) if rope is not None else 0):
+        weight = uniform(g, dim // 2, low=0.25, high=1.5)
+        modulations.append(fr.BandWeight(weight, keys=key_set(g, pick(*KEY_SETS), keys)))
+    for group in disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ():
+        bias, delta = 0.5 + uniform(g, batch), 0.5 + uniform(g, batch)
+        form = pick("numbers", "scalars", "per row")
+        if form != "per row":
+            bias, delta = bias[0], delta[0]
+        if form == "numbers":
+            bias, delta = float(bias), float(delta)
+        modulations.append(fr.BiasDelta(bias, delta, keys=group))
+    for _ in range(pick(0, 0, 1, 2)):
+        shape = pick((queries,), (batch, queries))
+        gain = uniform(g, *shape, low=-1.0, high=1.5)
+        modulations.append(fr.LogitGain(gain, keys=key_set(g, pick(*KEY_SETS), keys)))
+    return Call(
+        q, k, v, rope, key_rope, draw(st.permutations(modulations)), key_masks(g, pick(None, None, "random", "row",
+        "shared"), batch, keys), pick(None, 0.05), label=f"{positions} {layout}",
+    )  # fmt: skip
+
+
+def _rope(g, positions: str, tokens: int, dim: int, batch: int, pairing: str, applied: bool) -> fr.RoPE:
+    if positions == "angles":
+        return fr.RoPE(draw(g, tokens, dim // 2) * 20, pairing=pairing, applied=applied)
+    if positions == "grid":
+        text = min(tokens // 4, 7)
+        where = grid(tokens, text, frame=int(torch.randint(3, (1,), generator=g)))
+    elif positions == "line":
+        where = torch.arange(tokens, device=DEVICE)[:, None].expand(-1, 3)
+    else:
+        where = scatter(g, tokens, batch=batch if positions == "per row" else None)
+    return axial(where, dim, pairing, applied)
