@@ -36,6 +36,7 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, 
     Raises:
         ValueError: naming the argument, what was expected, what came and where.
     """
+    q, k, v = q.detach(), k.detach(), v.detach()
     mask = plan.key_mask
     if mask is not None:
         k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
