@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .common import (
     GAIN, GROUP, LEVEL_BASE, LN2, LOG2E, SCALED, SEGMENT_FIELDS, START, STOP, WEIGHT, load_rotated, load_rows, pair_of,
-    softmax_step,
+    softmax_step, when,
 )  # fmt: skip
 from .config import LaunchConfig, precision
 
@@ -84,11 +84,11 @@ def segment_logits(
     gain = tl.load(row + GAIN)
     offs_d = tl.arange(0, BLOCK_D)
     pair = pair_of(offs_d, half, HEAD_DIM // 2)
-    w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=(offs_d < HEAD_DIM) & (weight >= 0), other=1.0)
+    w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, offs_d < HEAD_DIM), other=1.0)
     q = q * w[None, :]
     bias = tl.load(GROUPS + group * 3, mask=group >= 0, other=1.0)
     delta = tl.load(GROUPS + group * 3 + 1, mask=group >= 0, other=1.0)
-    g = tl.load(GAINS + gain * num_queries + rows, mask=row_mask & (gain >= 0), other=1.0)  # [BLOCK_M]
+    g = tl.load(GAINS + gain * num_queries + rows, mask=when(gain >= 0, row_mask), other=1.0)  # [BLOCK_M]
     row_scale = scale * delta * g
     row_bias = scale * (bias - delta) * g * tl.sum(q * mu, 1)
     return q, row_scale, row_bias
@@ -118,8 +118,8 @@ def attention_kernel(
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, level = offs_m, 0
     if MODULATED:
-        slotted = num_slots > 0
-        slot = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=slotted & (offs_m < num_slots), other=-1)
+        slotted = tile * BLOCK_M < num_slots
+        slot = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=offs_m < num_slots, other=-1)
         rows = tl.where(slotted, slot, offs_m)
         level = tl.load(SLOT_LEVEL + b * level_batch_stride + tile * BLOCK_M // SLOT_TILE, mask=slotted, other=0)
     row_mask = (rows >= 0) & (rows < num_queries)
@@ -137,7 +137,7 @@ def attention_kernel(
 
     if MODULATED:
         # Queries with a scale of their own arrive with the scaled segments done; others start from nothing.
-        resumed = row_mask & (level < 0)
+        resumed = when(level < 0, row_mask)
         state = bh.to(tl.int64) * continuous + offs_m
         m_i = tl.load(STATE_M + state, mask=resumed, other=-float("inf"))
         l_i = tl.load(STATE_L + state, mask=resumed, other=0.0)
@@ -163,12 +163,12 @@ def attention_kernel(
             group = tl.load(row + GROUP)
             means = ((b * key_heads + kv_head) * num_groups + group) * num_levels + tl.maximum(level, 0)
             mu = tl.load(
-                MEANS + means * HEAD_DIM + offs_d, mask=(offs_d < HEAD_DIM) & (group >= 0) & (level >= 0), other=0.0
+                MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (level >= 0), offs_d < HEAD_DIM), other=0.0
             )[None, :]
             own = ((b * key_heads + kv_head) * num_groups + group) * continuous + offs_m
             mu += tl.load(
                 ROW_MEANS + own.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :],
-                mask=(row_mask & (level < 0) & (group >= 0))[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
+                mask=when((group >= 0) & (level < 0), row_mask)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
             )  # fmt: skip
             x, row_scale, row_bias = segment_logits(
                 x, row, rows, row_mask, mu, WEIGHTS, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
@@ -274,19 +274,20 @@ def fused_attention(
     out = torch.empty((batch, num_queries, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
     t = tables or SegmentTables(lse)
-    unused = lse  # a valid pointer for tables that are masked off
+    unused = lse  # a pointer of the right type for tables whose loads are all masked off
     state = t.state or (unused, unused, unused)
     cos, sin = query_rotation or (unused, unused)
     num_slots = t.slots.shape[1] if t.slots is not None else 0
     num_tiles = triton.cdiv(num_slots or num_queries, config.block_m)
 
-    def or_unused(x):
+    def or_unused(x, unused=unused):
         return unused if x is None else x
 
     attention_kernel[(num_tiles * batch * heads,)](
         q, k, v, out, lse,
         t.segments, cos, sin, or_unused(t.weights), or_unused(t.groups), or_unused(t.gains), or_unused(t.means),
-        or_unused(t.row_means), or_unused(key_mask), or_unused(t.slots), or_unused(t.slot_level), *state,
+        or_unused(t.row_means), or_unused(key_mask), or_unused(t.slots, t.segments),
+        or_unused(t.slot_level, t.segments), *state,
         *q.stride(), *k.stride(), *v.stride(),
         t.segments.shape[0], num_queries, num_keys, num_tiles, heads, k.shape[1],
         t.groups.shape[1] if t.groups is not None else 0, 1 + t.num_levels, t.scaled_keys,

@@ -20,6 +20,12 @@ PATCH_STOP = tl.constexpr(8)
 
 
 @triton.jit
+def when(condition, mask):
+    """A block mask under a scalar condition (``&`` of the two breaks triton's interpreter)."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def load_rows(X, rows, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """``X[rows, :]`` -> [rows, BLOCK_D]; rows that are not valid and padded channels are zero."""
     offs_d = tl.arange(0, BLOCK_D)

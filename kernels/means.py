@@ -29,7 +29,8 @@ def means_kernel(
         start = tl.load(row + START)
         stop = tl.load(row + STOP)
         stop = tl.where(tl.load(row + GROUP) == g, stop, start)
-        shift = tl.where(tl.load(row + SCALED) != 0, tl.load(row + LEVEL_BASE) + level * scaled_keys - start, 0)
+        copy = tl.load(row + LEVEL_BASE) + level * scaled_keys
+        shift = tl.where((tl.load(row + SCALED) != 0) & (level > 0), copy - start, 0)
         for start_n in range(start, stop, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             valid = offs_n < stop

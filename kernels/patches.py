@@ -16,6 +16,7 @@ import triton.language as tl
 from .attention import SLOT_TILE, SegmentTables, batch_stride
 from .common import (
     GAIN, GROUP, LOG2E, PATCH_START, PATCH_STOP, SEGMENT_FIELDS, WEIGHT, load_rotated, pair_of, softmax_step,
+    when,
 )  # fmt: skip
 from .config import LaunchConfig, precision
 
@@ -42,7 +43,7 @@ def query_pairs(
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
     phase = tl.load(PHASE + table, mask=mask, other=0.0)
-    w = tl.load(WEIGHTS + weight * PAIRS + pair, mask=(pair >= 0) & (weight >= 0), other=1.0)[None, :]
+    w = tl.load(WEIGHTS + weight * PAIRS + pair, mask=when(weight >= 0, pair >= 0), other=1.0)[None, :]
     return (x * cos - y * sin) * w, (y * cos + x * sin) * w, phase, pair, first, second
 
 
@@ -97,7 +98,7 @@ def patch_kernel(
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.load(SLOTS + b * slots_batch_stride + offs_m)
     level = tl.load(SLOT_LEVEL + b * level_batch_stride + tile * BLOCK_M // SLOT_TILE)
-    row_mask = (rows >= 0) & (level < 0)
+    row_mask = when(level < 0, rows >= 0)
     q_base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
     k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -123,18 +124,18 @@ def patch_kernel(
         # Affine map of the logits, as in the fused loop.
         bias = tl.load(groups + group * 3, mask=group >= 0, other=1.0)
         delta = tl.load(groups + group * 3 + 1, mask=group >= 0, other=1.0)
-        g = tl.load(gains + gain * num_queries + rows, mask=row_mask & (gain >= 0), other=1.0)
+        g = tl.load(gains + gain * num_queries + rows, mask=when(gain >= 0, row_mask), other=1.0)
         x = load_rotated(
             q_base, cos + cos_variant_stride, sin + cos_variant_stride, rows, rows, row_mask, stride_qs, stride_qd,
             half, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         w = tl.load(
-            WEIGHTS + weight * PAIRS + pair_of(offs_d, half, PAIRS), mask=(offs_d < HEAD_DIM) & (weight >= 0), other=1.0
+            WEIGHTS + weight * PAIRS + pair_of(offs_d, half, PAIRS), mask=when(weight >= 0, offs_d < HEAD_DIM), other=1.0
         )
         own = ((b * key_heads + kv_head) * num_groups + group) * continuous + offs_m
         mu = tl.load(
             ROW_MEANS + own.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :],
-            mask=(row_mask & (group >= 0))[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
+            mask=when(group >= 0, row_mask)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
         row_scale = log2_scale * delta * g
         row_bias = log2_scale * (bias - delta) * g * tl.sum(x * w[None, :] * mu, 1)
