@@ -179,7 +179,8 @@ def _keys(k, plan: Plan, mask, rows: _Rows, views) -> torch.Tensor:
             w = w.repeat_interleave(2) if spec.pairing == "interleaved" else torch.cat((w, w))
             part = (w * part.to(wide)).to(k.dtype)
         n = views.index(_view(s, rows))
-        before, own, after = (sum(_blocks(x, k.dtype) for x in some) for some in (views[:n], [views[n]], views[n + 1 :]))
+        own = _blocks(views[n], k.dtype)
+        before, after = (sum(_blocks(x, k.dtype) for x in some) for some in (views[:n], views[n + 1 :]))
         laid.append(F.pad(torch.cat([part] * own, dim=-1), (before * dim, after * dim)))
     return torch.cat(laid, dim=1)
 
