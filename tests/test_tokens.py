@@ -75,7 +75,7 @@ def test_layouts_are_values():
     ],
 )
 def test_bad_layouts_are_refused(arguments, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected .* received"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* received"):
         fr.TokenLayout(**arguments)
 
 
@@ -199,5 +199,5 @@ def test_sites_are_values():
 )
 def test_bad_sites_are_refused(arguments, name):
     arguments = {"tokens": fr.TokenLayout(4, (2, 2))} | arguments
-    with pytest.raises(ValueError, match=f"^{name}: expected .* received"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* received"):
         fr.Site(**arguments)
