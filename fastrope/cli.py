@@ -42,20 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _delegate(module: str, command: str, argv: list[str]) -> int:
     """Import ``module`` and run its ``main(argv)``; say what is missing if that cannot be done."""
     try:
-        run = importlib.import_module(module).main
+        run = getattr(importlib.import_module(module), "main", None)
+        if run is not None:  # an empty folder imports as a namespace package
+            return run(argv) or 0
+        problem = f"this installation has no {module}.main"
     except ModuleNotFoundError as error:
         if error.name == module:
-            print(f"fastrope {command}: this installation has no module {module}", file=sys.stderr)
-        elif error.name is None or error.name.startswith("fastrope"):
+            problem = f"this installation has no module {module}"
+        elif error.name is None or error.name.partition(".")[0] == "fastrope":
             raise
         else:
-            hint = f'pip install "fastrope[{EXTRAS[module]}]"'
-            print(f"fastrope {command}: needs the module {error.name}; {hint}", file=sys.stderr)
-        return 2
-    except AttributeError:  # an empty folder imports as a namespace package
-        print(f"fastrope {command}: this installation has no {module}.main", file=sys.stderr)
-        return 2
-    return run(argv) or 0
+            problem = f'needs the module {error.name}; pip install "fastrope[{EXTRAS[module]}]"'
+    print(f"fastrope {command}: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -110,6 +110,21 @@ def test_a_missing_module_is_named(missing, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_a_module_missed_while_running_is_named_too(capsys, monkeypatch):
+    def main(argv):
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setitem(sys.modules, "fastrope.demo", SimpleNamespace(main=main))
+    assert cli.main(["demo"]) == 2
+    assert 'pip install "fastrope[demo]"' in capsys.readouterr().err
+
+
+def test_a_command_without_main_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastrope.bench", SimpleNamespace())
+    assert cli.main(["bench"]) == 2
+    assert "this installation has no fastrope.bench.main" in capsys.readouterr().err
+
+
 def test_a_bug_in_a_command_is_not_mistaken_for_a_missing_module(monkeypatch):
     def broken(name):
         raise ModuleNotFoundError("No module named 'fastrope.gone'", name="fastrope.gone")
