@@ -137,6 +137,8 @@ def _check(q, k, v, prepared: Plan, backend: str) -> dict:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with the build, which its metadata may lack
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
