@@ -1,0 +1,123 @@
+"""The picture of the idea: what one query looks at in a reference picture, plain and under each modulation.
+
+``python -m fastrope.demo.idea docs`` writes ``idea-light.png`` and ``idea-dark.png``, for a README that follows the
+reader's theme.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import fastrope as fr
+
+from . import scene as scenes
+from . import style
+from .probe import attention_weights, grid_positions
+from .untwisting import head_weights
+
+AXES, GRID, SEED = (16, 56, 56), 64, 3
+QUERY = (18, 23)  # row, column
+NEAR, ALIKE, WIDTH = 3.2, 1.5, 8.0  # preference for near keys, for keys of like colour, and how like
+SCALE, S_HF, S_LF, BIAS, DELTA, GAIN = 0.35, 0.0, 1.25, 1.0, 1.5, 0.5
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One modulation: its name, its formula as math text, what it does, and the weights ``(GRID, GRID)``."""
+
+    name: str
+    formula: str
+    effect: str
+    weights: torch.Tensor
+
+
+def compute(device: torch.device) -> tuple[list[Panel], torch.Tensor]:
+    """The five panels, and the crop ``(GRID, GRID)`` that LogitGain covers.
+
+    Keys prefer near queries through the fast pairs of each axis and queries of their own colour through the slow ones:
+    pair ``c`` of a token with colour ``x`` is ``(cos w_c x, sin w_c x)``, whose dot product is a kernel in the colour.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    scene = scenes.draw_scene()
+    colour = scenes.at_size(scene, GRID).flatten(1).T  # (GRID * GRID, 3)
+    band = torch.cat([torch.linspace(0, 1, dim // 2) for dim in AXES])
+    spatial = torch.cat([torch.zeros(AXES[0] // 2), torch.ones((AXES[1] + AXES[2]) // 2)])
+    near = NEAR * spatial * torch.exp(-0.5 * ((band - 0.27) / 0.1) ** 2)
+    alike = ALIKE * spatial * (band > 0.6)
+    frequencies = torch.randn(3, len(band), generator=generator) / (0.1 * WIDTH)
+    phase = 2 * torch.pi * torch.rand(len(band), generator=generator)
+    turn = torch.where(alike > 0, colour @ frequencies, phase)  # (tokens, pairs)
+    length = near + alike
+    keys = torch.stack([length * turn.cos(), length * turn.sin()], dim=-1).flatten(1)
+    positions, index = grid_positions(GRID, GRID), QUERY[0] * GRID + QUERY[1]
+    rope = fr.RoPE.axial(positions[index : index + 1].to(device), AXES)
+    key_rope = fr.RoPE.axial(positions.to(device), AXES)
+    crop = scenes.mask_tokens(scene, GRID, dilate=3)
+    one = torch.ones(1, device=device)
+    modulations = {
+        "plain": (),
+        "QueryScale": (fr.QueryScale(SCALE * one, axes=(1, 2)),),
+        "BandWeight": (fr.BandWeight(head_weights(AXES, S_HF, S_LF).to(device)),),
+        "BiasDelta": (fr.BiasDelta(BIAS, DELTA),),
+        "LogitGain": (fr.LogitGain(GAIN * one, keys=crop.to(device)),),
+    }
+    texts = {
+        "plain": (r"$\langle R(\varphi_i)\,q_i,\ R(\varphi_j)\,k_j\rangle$", "looks near, and at\nwhat is like itself"),
+        "QueryScale": (r"$\varphi \rightarrow r_i\,\varphi$", "positions shrink:\nthe view widens"),
+        "BandWeight": (r"$k_c \rightarrow w_c\,k_c$", "fast bands fade: likeness\ncounts, place does not"),
+        "BiasDelta": (r"$k \rightarrow \lambda\mu + \delta\,(k-\mu)$", "δ is a temperature,\nλ the group's share"),
+        "LogitGain": (r"$s_{ij} \rightarrow g_i\,s_{ij}$", "a crop of the keys\nquieter (or louder)"),
+    }
+    q, k = keys[None, index : index + 1].to(device), keys[None].to(device)
+    panels = []
+    for name, mods in modulations.items():
+        weights = attention_weights(q, k, rope=rope, key_rope=key_rope, modulations=mods)
+        panels.append(Panel(name, *texts[name], weights[0, 0].view(GRID, GRID).double().cpu()))
+    return panels, crop.view(GRID, GRID)
+
+
+def draw(panels: list[Panel], crop: torch.Tensor, path: Path, paper: style.Paper) -> Path:
+    """A spotlight per panel: the reference picture, lit where the query looks."""
+    from matplotlib import rc_context
+
+    composite = scenes.draw_scene().composite
+    cell = scenes.SIZE / GRID
+    with rc_context(style.settings(paper)):
+        figure = style.new_figure(12.4, 3.95, paper)
+        axes = figure.subplots(1, len(panels))
+        for n, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
+            light = (panel.weights / panel.weights.quantile(0.993)).clamp(0, 1).sqrt()
+            light = F.interpolate(light[None, None].float(), size=(scenes.SIZE,) * 2, mode="bilinear")[0]
+            grey = composite.mean(0, keepdim=True)
+            picture = 0.34 * grey + light * (composite - 0.34 * grey)
+            ax.imshow(picture.clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+            x, y = (QUERY[1] + 0.5) * cell, (QUERY[0] + 0.5) * cell
+            for colour, width in (("white", 2.2), ("black", 0.8)):
+                ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
+            if panel.name == "LogitGain":
+                grid = (torch.arange(GRID) + 0.5) * cell
+                ax.contour(grid, grid, crop.float(), levels=[0.5], colors="white", linewidths=1.2, linestyles="--")
+            style.picture_axes(ax, paper)
+            ax.set_title(panel.name if n else "attention with RoPE", fontsize=13, fontweight="bold", loc="center")
+            ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8)
+        return style.save(figure, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write both pictures into the folder named (``docs`` by default)."""
+    style.require_extras()
+    arguments = sys.argv[1:] if argv is None else argv
+    folder = Path(arguments[0] if arguments else "docs")
+    panels, crop = compute(torch.device("cpu"))
+    for name, paper in (("light", style.LIGHT), ("dark", style.DARK)):
+        print(draw(panels, crop, folder / f"idea-{name}.png", paper))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
