@@ -71,17 +71,18 @@ def draw(data: Bands, path: Path) -> Path:
         left, right = figure.subplots(1, 2, sharey=True)
         colours = (style.RED, style.ORANGE, style.SKY, style.BLUE)
         styles = ("-", "--", "-.", (0, (1, 1)))
+        shifts = data.shifts.numpy()
         wavelength = 2 * torch.pi / data.frequencies
         for n, (band, waves) in enumerate(zip(data.bands, wavelength.chunk(BANDS), strict=True)):
             pairs = f"pairs {n * len(waves)} to {(n + 1) * len(waves) - 1}"
             label = f"{pairs}: {waves[0]:,.0f} to {waves[-1]:,.0f} tokens a turn"
-            left.plot(data.shifts, band, color=colours[n], linestyle=styles[n], label=label)
+            left.plot(shifts, band.numpy(), color=colours[n], linestyle=styles[n], label=label)
         left.set_title("Four bands of one axis")
         left.set_ylabel("mean similarity of equal vectors")
         for r, colour, line in zip(SCALES, (style.BLUE, style.GREEN, style.PINK), styles, strict=False):
             note = "no modulation" if r == 1 else "QueryScale"
-            right.plot(data.shifts, data.scaled[r], color=colour, linestyle=line, label=f"r = {r:g} ({note})")
-        right.plot(data.shifts, data.weighted, color=style.RED, linestyle=styles[3],
+            right.plot(shifts, data.scaled[r].numpy(), color=colour, linestyle=line, label=f"r = {r:g} ({note})")
+        right.plot(shifts, data.weighted.numpy(), color=style.RED, linestyle=styles[3],
                    label=f"BandWeight: high {S_HF:g}, low {S_LF:g}, β = {BETA:g}")  # fmt: skip
         right.set_title("The whole axis, and what two modulations do to it")
         for axes in (left, right):

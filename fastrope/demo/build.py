@@ -58,9 +58,18 @@ def choose_device(name: str | None) -> torch.device:
 
 def build(out: Path, device: torch.device, quick: bool) -> int:
     """Compute, draw and write everything into ``out``; the exit code of :func:`fastrope.demo.main`."""
+    out.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain; the worker has its own
+    try:
+        return _build(out, device, quick)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _build(out: Path, device: torch.device, quick: bool) -> int:
     from tqdm import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
     small = Settings(pixels=16, steps=2) if quick else Settings(pixels=32)
     large = Settings(pixels=32, steps=2) if quick else Settings(pixels=64)
     where = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

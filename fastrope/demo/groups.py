@@ -80,6 +80,7 @@ def draw(data: Groups, path: Path) -> Path:
     """The picture of :func:`compute`."""
     from matplotlib import rc_context
 
+    lambdas, deltas, share = data.lambdas.numpy(), data.deltas.numpy(), 100 * data.mass.numpy()
     with rc_context(style.settings()):
         figure = style.new_figure(12, 4.1)
         entropy, mass, heat = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
@@ -87,9 +88,9 @@ def draw(data: Groups, path: Path) -> Path:
         colours = (style.SKY, style.BLUE, style.ORANGE, style.RED)
         lines = ("-", "--", "-.", (0, (1, 1)))
         for n, (pick, colour, line) in enumerate(zip(picks, colours, lines, strict=True)):
-            entropy.plot(data.deltas, data.entropy[pick], color=colour, linestyle=line, linewidth=4.5 - n,
+            entropy.plot(deltas, data.entropy[pick].numpy(), color=colour, linestyle=line, linewidth=4.5 - n,
                          label=f"λ = {data.lambdas[pick]:.2g}")  # fmt: skip
-            mass.plot(data.lambdas, 100 * data.mass[:, pick], color=colour, linestyle=line,
+            mass.plot(lambdas, share[:, pick], color=colour, linestyle=line,
                       label=f"δ = {data.deltas[pick]:.2g}")  # fmt: skip
         entropy.set_title("Inside the group: a temperature")
         entropy.set_xlabel("δ")
@@ -102,14 +103,15 @@ def draw(data: Groups, path: Path) -> Path:
         mass.legend()
         heat.grid(False)
         edges = [float(data.deltas[0]), float(data.deltas[-1]), float(data.lambdas[0]), float(data.lambdas[-1])]
-        image = heat.imshow(100 * data.mass, origin="lower", extent=edges, aspect="auto", cmap=style.SEQUENTIAL,
-                            vmin=0, vmax=100, interpolation="bilinear")  # fmt: skip
-        contour = heat.contour(data.deltas, data.lambdas, 100 * data.mass, levels=[10, 25, 50, 75, 90], colors="white",
-                               linewidths=1)  # fmt: skip
-        heat.clabel(contour, fmt="%d %%", fontsize=9)
+        image = heat.imshow(share, origin="lower", extent=edges, aspect="auto", cmap=style.SEQUENTIAL,
+                            vmin=0, vmax=80, interpolation="bilinear")  # fmt: skip
+        levels = [10, 20, 30, 40, 50, 60, 70, 80]
+        contour = heat.contour(deltas, lambdas, share, levels=levels, colors="white", linewidths=1)
+        heat.clabel(contour, fmt="%d %%", fontsize=9, manual=_label_points(data, levels))
         heat.plot(*reversed(EXAMPLE), marker="o", color=style.RED, markeredgecolor="white", markersize=8)
-        heat.annotate("published demo\nλ 1.0, δ 1.10", reversed_point(EXAMPLE), xytext=(10, -4), va="top",
-                      textcoords="offset points", color="white", fontsize=9)  # fmt: skip
+        box = {"boxstyle": "round,pad=0.25", "facecolor": style.DARK.sheet, "edgecolor": "none", "alpha": 0.8}
+        heat.annotate("GRAG's demo", tuple(reversed(EXAMPLE)), xytext=(9, -3), va="top", textcoords="offset points",
+                      color="white", fontsize=9, bbox=box)  # fmt: skip
         heat.set_title("Attention on the group (%)")
         heat.set_xlabel("δ")
         heat.set_ylabel("λ")
@@ -117,6 +119,15 @@ def draw(data: Groups, path: Path) -> Path:
         return style.save(figure, path)
 
 
-def reversed_point(pair: tuple[float, float]) -> tuple[float, float]:
-    """(lambda, delta) as the (x, y) of the heat map."""
-    return pair[1], pair[0]
+def _label_points(data: Groups, levels: list[int]) -> list[tuple[float, float]]:
+    """Where the contour of each level crosses delta = 1.5: (delta, lambda), clear of the marked point."""
+    column = int((data.deltas - 1.5).abs().argmin())
+    mass = 100 * data.mass[:, column]
+    points = []
+    for level in levels:
+        above = (mass >= level).nonzero().flatten()
+        if len(above) and above[0] > 0:
+            n = int(above[0])
+            t = float((level - mass[n - 1]) / (mass[n] - mass[n - 1]))
+            points.append((float(data.deltas[column]), float(data.lambdas[n - 1].lerp(data.lambdas[n], t))))
+    return points

@@ -88,20 +88,20 @@ def draw(panels: list[Panel], crop: torch.Tensor, path: Path, paper: style.Paper
     composite = scenes.draw_scene().composite
     cell = scenes.SIZE / GRID
     with rc_context(style.settings(paper)):
-        figure = style.new_figure(12.4, 3.95, paper)
+        figure = style.new_figure(12.4, 3.6, paper)
         axes = figure.subplots(1, len(panels))
         for n, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
             light = (panel.weights / panel.weights.quantile(0.993)).clamp(0, 1).sqrt()
             light = F.interpolate(light[None, None].float(), size=(scenes.SIZE,) * 2, mode="bilinear")[0]
             grey = composite.mean(0, keepdim=True)
             picture = 0.34 * grey + light * (composite - 0.34 * grey)
-            ax.imshow(picture.clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+            ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             x, y = (QUERY[1] + 0.5) * cell, (QUERY[0] + 0.5) * cell
             for colour, width in (("white", 2.2), ("black", 0.8)):
                 ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
             if panel.name == "LogitGain":
-                grid = (torch.arange(GRID) + 0.5) * cell
-                ax.contour(grid, grid, crop.float(), levels=[0.5], colors="white", linewidths=1.2, linestyles="--")
+                grid = ((torch.arange(GRID) + 0.5) * cell).numpy()
+                ax.contour(grid, grid, crop.float().numpy(), [0.5], colors="white", linewidths=1.2, linestyles="--")
             style.picture_axes(ax, paper)
             ax.set_title(panel.name if n else "attention with RoPE", fontsize=13, fontweight="bold", loc="center")
             ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8)

@@ -74,7 +74,7 @@ def draw(data: Maps, path: Path) -> Path:
         norm = LogNorm(vmin=top / 1e3, vmax=top, clip=True)
         row, column = data.query
         for axes, r, weights, distance in zip(panels, SCALES, data.weights, data.distance, strict=True):
-            image = axes.imshow(weights, cmap=style.ATTENTION, norm=norm, interpolation="nearest")
+            image = axes.imshow(weights.numpy(), cmap=style.ATTENTION, norm=norm, interpolation="nearest")
             circle = Circle((column, row), float(distance), fill=False, color="white", linestyle="--", linewidth=1.2)
             axes.add_patch(circle)
             axes.plot(column, row, marker="+", color="white", markersize=9, markeredgewidth=1.6)

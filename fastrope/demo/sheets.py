@@ -12,8 +12,8 @@ from .kontext import CROP_FACTORS, NAMES, RANGE_FACTORS, Settings, crop_levels
 
 
 def as_picture(latents: torch.Tensor):
-    """Pixels in -1..1, ``(3, h, w)``, as ``(h, w, 3)`` in 0..1."""
-    return (latents / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    """Pixels in -1..1, ``(3, h, w)``, as an array ``(h, w, 3)`` in 0..1."""
+    return (latents / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -33,17 +33,17 @@ def draw_scene(settings: Settings, path: Path) -> Path:
         axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1))
         for ax in axes:
             style.picture_axes(ax)
-        axes[0].imshow(scene.composite.permute(1, 2, 0))
+        axes[0].imshow(scene.composite.permute(1, 2, 0).numpy())
         axes[0].set_title("composite: a balloon pasted in")
-        axes[1].imshow(scenes.at_size(scene, settings.pixels).permute(1, 2, 0), interpolation="nearest")
+        axes[1].imshow(scenes.at_size(scene, settings.pixels).permute(1, 2, 0).numpy(), interpolation="nearest")
         axes[1].set_title(f"what the model gets, {settings.pixels} px")
         shade = 0.35 + 0.65 * mask.view(grid, grid).float()
         small = scenes.at_size(scene, grid).permute(1, 2, 0) * shade[..., None]
-        axes[2].imshow(small, interpolation="nearest")
+        axes[2].imshow(small.numpy(), interpolation="nearest")
         axes[2].set_title(f"crop, {int(mask.sum())} of {grid * grid} tokens")
         colours = ["#e8eaed", *_levels_palette()]
         shown = torch.where(mask, level + 1, 0).view(grid, grid)
-        image = axes[3].imshow(shown, cmap=ListedColormap(colours), norm=BoundaryNorm(range(7), 6))
+        image = axes[3].imshow(shown.numpy(), cmap=ListedColormap(colours), norm=BoundaryNorm(range(7), 6))
         axes[3].set_title("saliency level: r, g")
         bar = figure.colorbar(image, ax=axes[3], ticks=[n + 0.5 for n in range(6)], pad=0.03, shrink=0.8)
         bar.ax.set_yticklabels(
@@ -69,8 +69,9 @@ def draw_runs(runs: dict[str, torch.Tensor], path: Path) -> Path:
                 style.picture_axes(ax)
             axes[0, column].imshow(as_picture(runs[name]), interpolation="nearest")
             axes[0, column].set_title("no modulation" if name == "none" else name, loc="center")
-            image = axes[1, column].imshow(changes[name], cmap=style.ATTENTION, norm=norm, interpolation="nearest")
-            axes[1, column].set_xlabel(f"mean {float(changes[name].mean()):.2g} %")
+            change = changes[name].numpy()
+            image = axes[1, column].imshow(change, cmap=style.ATTENTION, norm=norm, interpolation="nearest")
+            axes[1, column].set_xlabel(f"mean {change.mean():.2g} %")
         axes[0, 0].set_ylabel("picture")
         axes[1, 0].set_ylabel("change")
         bar = figure.colorbar(image, ax=axes[1, :], pad=0.01, aspect=12)

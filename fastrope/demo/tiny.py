@@ -30,13 +30,15 @@ def pipeline(seed: int, device: torch.device, dtype: torch.dtype):
     """A ``FluxKontextPipeline`` without text encoders whose VAE is the identity: latents are pixels in -1..1.
 
     Raises:
-        ImportError: diffusers is not installed.
+        ImportError: diffusers or transformers is not installed.
     """
     try:
+        import transformers  # noqa: F401  (sets its log level on import, which the next line must come after)
+
         with quiet():
             from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
     except ImportError as error:
-        raise ImportError('diffusers is not installed: pip install "fastrope[diffusers]"') from error
+        raise ImportError(f'{error.name} is not installed: pip install "fastrope[demo]"') from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = FluxTransformer2DModel(

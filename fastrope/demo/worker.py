@@ -56,7 +56,7 @@ class Worker:
             break
         if code != 0:
             lines = self._log.read_text().strip().splitlines() or [f"exit code {code}"]
-            raise RuntimeError(lines[-1])
+            raise RuntimeError(lines[-1][:200])
         loaded = torch.load(self._out, weights_only=True)
         if "unavailable" in loaded:
             raise NotImplementedError(loaded["unavailable"])
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
     out, backend = arguments.pop("out"), arguments.pop("backend")
+    torch.set_num_threads(1)
     print("started")
     try:
         result = run(Settings(**arguments), backend, torch.device("cpu"), torch.float32, wrap=_report)
