@@ -34,6 +34,11 @@ class Segment:
         return self.stop - self.start
 
     @property
+    def view(self) -> tuple[bool, int]:
+        """What the queries look like to these keys: at their own scale or not, under which band weights."""
+        return self.scaled, self.weight
+
+    @property
     def treated(self) -> bool:
         """True when any modulation covers these keys."""
         return self.scaled or max(self.weight, self.group, self.gain) >= 0

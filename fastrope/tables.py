@@ -18,7 +18,8 @@ from .rope import RoPE
 
 # Columns of tensors["segments"], read by the kernels.
 SEGMENT_FIELDS = (
-    "start", "stop", "level_base", "scaled", "weight", "group", "gain", "patch_start", "patch_stop",
+    "start", "stop", "level_base", "scaled", "weight", "group", "gain", "patch_start", "patch_stop", "view",
+    "first_of_view",
 )  # fmt: skip
 
 
@@ -199,7 +200,8 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
         tensors[f"patch_{name}"] = torch.from_numpy(stacked).int()
     still = tuple((~scale.pairs).nonzero().flatten().tolist())
     for name, pairs in (("a", classes.a), ("b", classes.b), ("c", classes.c + still)):
-        tensors[f"patch_columns_{name}"] = _padded(pairs)
+        padding = [-1] * (-len(pairs) % lowering.PATCH)
+        tensors[f"patch_columns_{name}"] = torch.tensor([*pairs, *padding], dtype=torch.int32)
     origin = ordered[:1, rows[:1]]
     tensors["patch_query_phase"] = (tensors["query_angles"] - origin).float()
     tensors["patch_key_phase"] = (ordered - origin).float()
@@ -208,12 +210,6 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
     if resolved.groups:
         _class_tables(tensors, ordered[:, rows], rows, classes, segments)
     return bounds
-
-
-def _padded(pairs: tuple[int, ...]) -> torch.Tensor:
-    """Pairs as int32, padded with -1 to a power of two that a dot product takes."""
-    size = max(16, 1 << max(len(pairs) - 1, 0).bit_length())
-    return torch.tensor([*pairs, *[-1] * (size - len(pairs))], dtype=torch.int32)
 
 
 def _class_tables(tensors, angles, rows, classes, segments) -> None:
@@ -231,15 +227,19 @@ def _class_tables(tensors, angles, rows, classes, segments) -> None:
 
 
 def _segment_table(segments: tuple[Segment, ...], patch_bounds) -> torch.Tensor:
-    """``(segments, len(SEGMENT_FIELDS))``. A scaled key's row at level l is ``level_base + l * scaled_keys``."""
+    """``(segments, len(SEGMENT_FIELDS))``. A scaled key's row at level l is ``level_base + l * scaled_keys``; segments
+    with one view read the same prepared queries."""
     total = segments[-1].stop
     scaled_keys = sum(len(s) for s in segments if s.scaled)
-    rows, seen = [], 0
+    rows, seen, views = [], 0, []
     for s, (patch_start, patch_stop) in zip(segments, patch_bounds, strict=True):
         level_base = total - scaled_keys + seen if s.scaled else s.start
+        first = s.view not in views
+        if first:
+            views.append(s.view)
         rows.append(
-            [s.start, s.stop, level_base, int(s.scaled), s.weight, s.group, s.gain, patch_start, patch_stop]
-        )
+            [s.start, s.stop, level_base, int(s.scaled), s.weight, s.group, s.gain, patch_start, patch_stop,
+             views.index(s.view), int(first)]
+        )  # fmt: skip
         seen += len(s) if s.scaled else 0
     return torch.tensor(rows, dtype=torch.int32)
-

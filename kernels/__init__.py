@@ -1,12 +1,13 @@
 """Triton kernels and their launchers. They know tensors and tables, not modulations; ``fastrope`` drives them."""
 
-from .attention import SLOT_TILE, SegmentTables, fused_attention
+from .attention import fused_attention
 from .config import LaunchConfig, current_arch, override, select
 from .means import group_means
-from .pack import pack_rows
+from .pack import pack_rows, prepare_queries
 from .patches import patch_attention
+from .tables import SLOT_TILE, SegmentTables
 
 __all__ = [
     "SLOT_TILE", "LaunchConfig", "SegmentTables", "current_arch", "fused_attention", "group_means", "override",
-    "pack_rows", "patch_attention", "select",
+    "pack_rows", "patch_attention", "prepare_queries", "select",
 ]  # fmt: skip

@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Columns of the segment table a plan hands over.
-SEGMENT_FIELDS = tl.constexpr(9)
+SEGMENT_FIELDS = tl.constexpr(11)
 START = tl.constexpr(0)
 STOP = tl.constexpr(1)
 LEVEL_BASE = tl.constexpr(2)
@@ -17,6 +16,8 @@ GROUP = tl.constexpr(5)
 GAIN = tl.constexpr(6)
 PATCH_START = tl.constexpr(7)
 PATCH_STOP = tl.constexpr(8)
+VIEW = tl.constexpr(9)
+FIRST_OF_VIEW = tl.constexpr(10)
 
 
 @triton.jit
@@ -26,17 +27,24 @@ def when(condition, mask):
 
 
 @triton.jit
-def load_rows(X, rows, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(X, rows, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """``X[rows, :]`` -> [rows, BLOCK_D]; rows that are not valid and padded channels are zero."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = X + rows.to(tl.int64)[:, None] * stride_s + offs_d.to(tl.int64)[None, :] * stride_d
-    if MASKED:
-        if HEAD_DIM == BLOCK_D:
-            return tl.load(ptrs, mask=valid[:, None], other=0.0)
-        return tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
     if HEAD_DIM == BLOCK_D:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(ptrs, mask=valid[:, None], other=0.0)
+    return tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``X[start + offs, :]`` -> [offs, BLOCK_D]; the start of the tile is int64, offsets inside it are int32 (half the
+    registers), which launchers make sure suffices."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = X + tl.cast(start, tl.int64) * stride_s + (offs[:, None] * stride_s + offs_d[None, :] * stride_d)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs, mask=valid[:, None], other=0.0)
+    return tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -63,6 +71,18 @@ def load_rotated(
 def pair_of(channels, half, PAIRS: tl.constexpr):
     """The RoPE pair a channel belongs to."""
     return tl.where(half != 0, channels % PAIRS, channels // 2)
+
+
+@triton.jit
+def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, num_queries, scale):
+    """The affine map a segment makes of its logits: row factor ``scale delta g`` and row bias
+    ``scale g (lambda - delta) <w q, mu>``, whose last factors the query kernel left in BIAS."""
+    group = tl.load(row + GROUP)
+    gain = tl.load(row + GAIN)
+    delta = tl.load(GROUPS + group * 3 + 1, mask=group >= 0, other=1.0)
+    bias = tl.load(BIAS + bias_rows, mask=when(group >= 0, row_mask), other=0.0)
+    g = tl.load(GAINS + gain * num_queries + rows, mask=when(gain >= 0, row_mask), other=1.0)
+    return scale * delta * g, scale * g * bias
 
 
 @triton.jit

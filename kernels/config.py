@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-KERNELS = ("attention", "patches", "pack", "means")
+KERNELS = ("attention", "attention_masked", "patches", "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 # Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
@@ -123,16 +123,29 @@ def _attention(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(128, 64 if arch == "sm_80" or block_d <= 64 else 32, block_d, 8, 2)
 
 
+def _attention_masked(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    config = _attention(arch, float32, block_d)
+    # The mask of a tile costs registers that a 128 x 128 tile does not have.
+    return replace(config, block_n=min(config.block_n, 64))
+
+
 def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(16, 256, block_d, 4 if block_d <= 64 else 8, 1)
+    return LaunchConfig(16, 256, block_d, 8, 1)
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(1, max(8, 4096 // block_d), block_d, 4, 1)
 
 
+def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    return LaunchConfig(min(128, max(16, 4096 // block_d)), 1, block_d, 4, 1)
+
+
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(1, 128, min(block_d, 32), 4, 2)
 
 
-_SELECTORS = {"attention": _attention, "patches": _patches, "pack": _pack, "means": _means}
+_SELECTORS = {
+    "attention": _attention, "attention_masked": _attention_masked, "patches": _patches, "pack": _pack,
+    "queries": _queries, "means": _means,
+}  # fmt: skip

@@ -1,11 +1,18 @@
-"""Packed rows: tokens gathered in another order and rotated, one pass over the keys for all levels."""
+"""Prepared rows: keys gathered and rotated once per level, queries rotated and weighted once per view.
+
+One pass over k and one over q take all rotation and weighting out of the attention loop, whose tiles are then plain
+loads.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rotated, load_rows
+from .common import (
+    FIRST_OF_VIEW, GROUP, SCALED, SEGMENT_FIELDS, VIEW, WEIGHT, load_rotated, load_rows, pair_of, when,
+)  # fmt: skip
 from .config import LaunchConfig
+from .tables import SLOT_TILE, SegmentTables, batch_stride
 
 
 @triton.jit
@@ -13,7 +20,7 @@ def pack_kernel(
     X, OUT, SOURCE, COS, SIN,
     stride_xb, stride_xs, stride_xh, stride_xd,
     heads, num_rows, table_batch_stride, half,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head."""
     blocks = tl.cdiv(num_rows, BLOCK_N)
@@ -23,13 +30,15 @@ def pack_kernel(
     h = (bh % heads).to(tl.int64)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = offs_n < num_rows
-    source = tl.load(SOURCE + offs_n, mask=valid, other=0)
+    source = offs_n
+    if GATHER:
+        source = tl.load(SOURCE + offs_n, mask=valid, other=0)
     base = X + b * stride_xb + h * stride_xh
     if ROTATE:
         cos, sin = COS + b * table_batch_stride, SIN + b * table_batch_stride
         x = load_rotated(base, cos, sin, source, offs_n, valid, stride_xs, stride_xd, half, HEAD_DIM, BLOCK_D)
     else:
-        x = load_rows(base, source, valid, stride_xs, stride_xd, HEAD_DIM, BLOCK_D, True)
+        x = load_rows(base, source, valid, stride_xs, stride_xd, HEAD_DIM, BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)  # x: [BLOCK_N, BLOCK_D]
     out = OUT + (bh.to(tl.int64) * num_rows + offs_n.to(tl.int64))[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out, x.to(OUT.dtype.element_ty), mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :])
@@ -37,7 +46,7 @@ def pack_kernel(
 
 def pack_rows(
     x: torch.Tensor,
-    source: torch.Tensor,
+    source: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     half: bool,
@@ -47,20 +56,120 @@ def pack_rows(
 
     Args:
         x: ``(B, S, H, D)``, any strides.
-        source: ``(R,)`` int32, the token each packed row is made from.
-        cos, sin: ``(1 or B, R, D/2)`` float32, or None to gather only.
+        source: ``(R,)`` int32, the token each packed row is made from; None keeps all ``R = S`` where they are.
+        cos, sin: ``(1 or B, R, D/2)`` float32, rows contiguous, or None to gather only.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
 
     Returns:
         ``(B, H, R, D)``, contiguous, dtype of ``x``; rotated in float32 and rounded once.
     """
-    batch, _, heads, dim = x.shape
-    rows = source.shape[0]
-    out = x.new_empty((batch, heads, rows, dim))
-    table_stride = cos.stride(0) if cos is not None and cos.shape[0] > 1 else 0
+    batch, tokens, heads, dim = x.shape
+    rows = tokens if source is None else source.shape[0]
+    out = torch.empty((batch, heads, rows, dim), dtype=x.dtype, device=x.device)
     pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
-        x, out, source, cos, sin, *x.stride(), heads, rows, table_stride, int(half),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, ROTATE=cos is not None,
+        x, out, out if source is None else source, out if cos is None else cos, out if sin is None else sin,
+        *x.stride(), heads, rows, batch_stride(cos), int(half),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, GATHER=source is not None, ROTATE=cos is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def queries_kernel(
+    Q, OUT, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
+    stride_qb, stride_qs, stride_qh, stride_qd,
+    num_segments, num_views, num_rows, num_slots, heads, key_heads, num_groups, num_levels, continuous,
+    cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride, level_batch_stride, half,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLOT_TILE: tl.constexpr,
+    ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Queries of one block of rows (slots, where there are any) as every segment sees them.
+
+    OUT[b, h, view, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>.
+    """
+    blocks = tl.cdiv(num_rows, BLOCK_M)
+    block = tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
+    b = (bh // heads).to(tl.int64)
+    h = bh % heads
+    kv = b * key_heads + h // (heads // key_heads)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_range = offs_m < num_rows
+    slot = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=offs_m < num_slots, other=-1)
+    slotted = block * BLOCK_M < num_slots
+    rows = tl.where(slotted, slot, offs_m)
+    level = tl.load(SLOT_LEVEL + b * level_batch_stride + block * BLOCK_M // SLOT_TILE, mask=slotted, other=0)
+    row_mask = (rows >= 0) & in_range
+    base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
+    offs_d = tl.arange(0, BLOCK_D)
+    channel = offs_d < HEAD_DIM
+    pair = pair_of(offs_d, half, HEAD_DIM // 2)
+    groups = GROUPS + b * groups_batch_stride
+    for s in range(num_segments):
+        row = SEGMENTS + s * SEGMENT_FIELDS
+        weight = tl.load(row + WEIGHT)
+        group = tl.load(row + GROUP)
+        view = tl.load(row + VIEW)
+        if ROTATE:
+            table = b * cos_batch_stride + tl.load(row + SCALED) * cos_variant_stride
+            x = load_rotated(
+                base, COS + table, SIN + table, rows, rows, row_mask, stride_qs, stride_qd, half, HEAD_DIM, BLOCK_D
+            )
+        else:
+            x = load_rows(base, rows, row_mask, stride_qs, stride_qd, HEAD_DIM, BLOCK_D).to(tl.float32)
+        w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, channel), other=1.0)
+        x = x * w[None, :]  # [BLOCK_M, BLOCK_D]
+        out = ((bh.to(tl.int64) * num_views + view) * num_rows + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
+        first = tl.load(row + FIRST_OF_VIEW) != 0
+        tl.store(OUT + out, x.to(OUT.dtype.element_ty), mask=when(first, in_range)[:, None] & channel[None, :])
+        means = (kv * num_groups + group) * num_levels + tl.maximum(level, 0)
+        mu = tl.load(MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (level >= 0), channel), other=0.0)
+        own = ((kv * num_groups + group) * continuous + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
+        own_mask = when((group >= 0) & (level < 0), row_mask)[:, None] & channel[None, :]
+        own_mu = tl.load(ROW_MEANS + own, mask=own_mask, other=0.0)
+        shift = tl.load(groups + group * 3, mask=group >= 0, other=1.0)
+        shift -= tl.load(groups + group * 3 + 1, mask=group >= 0, other=1.0)
+        bias = shift * tl.sum(x * (mu[None, :] + own_mu), 1)
+        tl.store(BIAS + (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m, bias, mask=when(group >= 0, in_range))
+
+
+def prepare_queries(
+    q: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    half: bool,
+    tables: SegmentTables,
+    config: LaunchConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries as every segment sees them, in slot order.
+
+    Args:
+        q: ``(B, Sq, H, D)``, any strides.
+        rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32, or None.
+        half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
+        tables: the plan's tables, with the means of the groups.
+
+    Returns:
+        ``(B, H, views, N, D)`` in the dtype of q, ``N`` slots (``Sq`` where queries keep their order), and the row
+        bias ``(B, H, segments, N)`` float32, of segments in a group.
+    """
+    batch, num_queries, heads, dim = q.shape
+    t = tables
+    num_slots = t.slots.shape[1] if t.slots is not None else 0
+    rows = num_slots or num_queries
+    segments = t.segments.shape[0]
+    out = torch.empty((batch, heads, t.num_views, rows, dim), dtype=q.dtype, device=q.device)
+    bias = torch.empty((batch, heads, segments, rows), dtype=torch.float32, device=q.device)
+    cos, sin = rotation or (bias, bias)
+    groups, means, row_means = (bias if x is None else x for x in (t.groups, t.means, t.row_means))
+    queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
+        q, out, bias, t.segments, cos, sin, bias if t.weights is None else t.weights, groups, means, row_means,
+        t.segments if t.slots is None else t.slots, t.segments if t.slots is None else t.slot_level,
+        *q.stride(), segments, t.num_views, rows, num_slots, heads, t.key_heads,
+        0 if t.groups is None else t.groups.shape[1], 1 + t.num_levels, t.continuous,
+        batch_stride(rotation and cos), cos.stride(1) if rotation and cos.shape[1] > 1 else 0, batch_stride(t.groups),
+        batch_stride(t.slots), batch_stride(t.slot_level), int(half),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, SLOT_TILE=SLOT_TILE, ROTATE=rotation is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, bias

@@ -70,35 +70,40 @@ def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
     from .. import kernels
 
     t, spec = plan.tensors, plan.spec
-    arch, half = _arch(q.device), spec.pairing == "half"
+    arch, half, mask = _arch(q.device), spec.pairing == "half", t.get("key_mask")
+    rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
 
     def config(kernel: str) -> kernels.LaunchConfig:
         return kernels.select(kernel, arch, q.dtype, q.shape[3])
 
-    source = t.get("key_source")
-    if source is not None:
-        keys = kernels.pack_rows(k, source, t.get("key_cos"), t.get("key_sin"), half, config("pack"))
-    else:
-        keys = k.transpose(1, 2)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if "key_source" in t:
+        keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
     if "key_order" in t:
-        values = kernels.pack_rows(v, t["key_source"][: spec.num_keys], None, None, half, config("pack"))
+        values = kernels.pack_rows(v, t["key_source"][: k.shape[1]], None, None, half, config("pack"))
+    tables = bias = state = None
+    if not spec.modulated:
+        queries = q.transpose(1, 2)
+        if rotation is not None:
+            queries = kernels.pack_rows(q, None, rotation[0][:, 0], rotation[1][:, 0], half, config("pack"))
+        queries = queries.unsqueeze(2)
     else:
-        values = v.transpose(1, 2)
-    rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
-    mask = t.get("key_mask")
-    tables = None
-    if spec.modulated:
-        tables = _tables(q, keys, values, plan, rotation, half, mask, scale, config)
+        tables = _tables(keys, plan, mask, config)
+        queries, bias = kernels.prepare_queries(q, rotation, half, tables, config("queries"))
+    if spec.continuous:
+        patches = {name: t[f"patch_{name}"] for name in _PATCH_TABLES}
+        state = kernels.patch_attention(
+            q, keys, values, rotation, half, mask, tables, bias, patches, scale, config("patches")
+        )
     out, lse = kernels.fused_attention(
-        q, keys, values, k.shape[1], rotation, half, mask, tables, scale, config("attention")
-    )
+        queries, keys, values, q.shape[1], k.shape[1], mask, tables, bias, state, scale,
+        config("attention" if mask is None else "attention_masked"),
+    )  # fmt: skip
     return out, lse if return_lse else None
 
 
-def _tables(q, keys, values, plan: Plan, rotation, half: bool, mask, scale: float, config):
-    """Group means and the state of continuous queries, beside the plan's own tables."""
-    from dataclasses import replace
-
+def _tables(keys, plan: Plan, mask, config):
+    """The plan's own tables and the means of its groups."""
     from .. import kernels
 
     t, spec = plan.tensors, plan.spec
@@ -109,17 +114,11 @@ def _tables(q, keys, values, plan: Plan, rotation, half: bool, mask, scale: floa
         means = kernels.group_means(keys, *arguments, config("means"))
         if spec.continuous:
             row_means = _row_means(keys, plan, mask, means)
-    tables = kernels.SegmentTables(
+    return kernels.SegmentTables(
         t["segments"], t.get("kernel_weights"), groups, t.get("kernel_gains"), means, row_means,
-        t.get("slots"), t.get("slot_level"), None, spec.num_levels, spec.scaled_keys, spec.continuous,
+        t.get("slots"), t.get("slot_level"), keys.shape[1], len({s.view for s in spec.segments}), spec.num_levels,
+        spec.scaled_keys, spec.continuous,
     )  # fmt: skip
-    if spec.continuous:
-        patches = {name: t[f"patch_{name}"] for name in _PATCH_TABLES}
-        state = kernels.patch_attention(
-            q, keys, values, rotation, half, mask, tables, patches, scale, config("patches")
-        )
-        tables = replace(tables, state=state)
-    return tables
 
 
 _PATCH_TABLES = (

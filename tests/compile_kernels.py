@@ -1,0 +1,162 @@
+"""Compile every shipped kernel variant for every architecture, without a GPU, and say what it costs.
+
+``python tests/compile_kernels.py --out table.json [--kernel K] [--arch A]`` runs in a process of its own, since
+``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, registers,
+spilled bytes, stack bytes, shared memory, whether wgmma was serialized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastrope-aot-"))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastrope.kernels import attention, config, means, pack, patches, tables  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+FUNCTIONS = {
+    "attention": attention.attention_kernel, "attention_masked": attention.attention_kernel,
+    "patches": patches.patch_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
+    "means": means.means_kernel,
+}  # fmt: skip
+ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+HEAD_DIMS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 96), 256: (256,)}  # per head block; 96 is padded
+INT_POINTERS = {
+    "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
+    "COLUMNS_B", "COLUMNS_C",
+}  # fmt: skip
+DATA_POINTERS = {"Q", "K", "V", "X", "OUT"}
+BOOL_POINTERS = {"KEY_MASK", "SCALED_PAIRS"}
+UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd"}
+
+
+FLAGS = {
+    "attention": {"MODULATED": (False, True), "HAS_MASK": (False,)},
+    "attention_masked": {"MODULATED": (False, True), "HAS_MASK": (True,)},
+    "patches": {"HAS_MASK": (False, True)},
+    "pack": {"GATHER": (False, True), "ROTATE": (False, True)},
+    "queries": {"ROTATE": (False, True)},
+    "means": {"HAS_MASK": (False, True)},
+}  # fmt: skip
+
+
+def variants(kernel: str) -> list[dict]:
+    """Every combination of flags a launcher can ask for."""
+    flags = FLAGS[kernel]
+    return [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
+
+
+def jobs(kernels, archs) -> list[tuple]:
+    """(kernel, arch, dtype name, head dim, variant) of everything that ships."""
+    found = []
+    for kernel, arch, block in itertools.product(kernels, archs, config.HEAD_BLOCKS):
+        for head_dim, dtype in itertools.product(HEAD_DIMS[block], ELEMENT):
+            if kernel == "means" and block > 32:  # works on blocks of 32 channels whatever the head dim
+                continue
+            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
+    return found
+
+
+def compile_one(job: tuple) -> dict:
+    """Compile one variant and read its cost from the binary."""
+    kernel, arch, element, head_dim, variant = job
+    dtype = next(d for d, name in ELEMENT.items() if name == element)
+    launch = config.select(kernel, arch, dtype, head_dim)
+    fn = FUNCTIONS[kernel]
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
+        "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), **variant,
+    }  # fmt: skip
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in constants or name in UNIT_STRIDES:
+            signature[name] = "constexpr"
+            constexprs[(i,)] = constants.get(name, 1)
+        elif name.isupper():
+            kind = "i32" if name in INT_POINTERS else "i1" if name in BOOL_POINTERS else "fp32"
+            signature[name] = "*" + ("fp32" if (kernel, name) == ("means", "OUT") else element if name in DATA_POINTERS else kind)
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+            if "stride" in name:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    row = dict(kernel=kernel, arch=arch, dtype=element, head_dim=head_dim, variant=variant, block_m=launch.block_m,
+               block_n=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages)  # fmt: skip
+    try:
+        binary = triton.compile(source, target=TARGETS[arch], options=options)
+    except Exception as error:  # one bad variant must not hide the others
+        return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
+    row["shared"] = binary.metadata.shared
+    return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, arch))}
+
+
+def _nvidia_cost(binary, arch: str) -> dict:
+    """Registers, spills and warnings, from ptxas itself."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    architecture = re.search(r"\.target (sm_\w+)", binary.asm["ptx"]).group(1)
+    ptxas = get_ptxas(int(arch[3:]))
+    path = getattr(ptxas, "path", None) or ptxas[0]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(binary.asm["ptx"])
+        command = [path, "-v", f"--gpu-name={architecture}", str(ptx), "-o", str(Path(folder) / "kernel.cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return dict(
+        registers=int(re.search(r"Used (\d+) registers", report).group(1)), stack=int(spills.group(1)),
+        spills=int(spills.group(2)) + int(spills.group(3)),
+        serialized="wgmma" in report and "serialized" in report, wgmma="wgmma" in binary.asm["ptx"],
+    )  # fmt: skip
+
+
+def _amd_cost(binary) -> dict:
+    text = binary.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return max(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+    return dict(registers=number("vgpr_count"), stack=number("private_segment_fixed_size"),
+                spills=number("vgpr_spill_count") + number("sgpr_spill_count"), serialized=False, wgmma=False)  # fmt: skip
+
+
+def main() -> None:
+    """Compile what the arguments select and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--kernel", action="append", choices=config.KERNELS)
+    parser.add_argument("--arch", action="append", choices=config.ARCHS)
+    parser.add_argument("--head-dim", action="append", type=int)
+    parser.add_argument("--dtype", action="append")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    todo = [j for j in jobs(args.kernel or config.KERNELS, args.arch or config.ARCHS)
+            if (not args.head_dim or j[3] in args.head_dim) and (not args.dtype or j[2] in args.dtype)]  # fmt: skip
+    with ProcessPoolExecutor(args.workers) as pool:
+        rows = list(pool.map(compile_one, todo, chunksize=4))
+    Path(args.out).write_text(json.dumps(rows, indent=0))
+    print(f"{len(rows)} kernels compiled", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
