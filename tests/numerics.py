@@ -363,13 +363,13 @@ def every_modulation(
     g: torch.Generator, queries: int, keys: int, dim: int, kind: str = "levels", batch: int | None = None
 ) -> list:
     """All four at once on different key sets, the group only partly under the QueryScale."""
-    third = max(1, keys // 3)
+    third, most = keys // 3, max(1, 2 * (keys // 3))
     rows = () if batch is None else (batch,)
     return [
         fr.QueryScale(scales(g, kind, queries, batch), keys=slice(third, None), axes=(1, 2)),
-        fr.BandWeight(uniform(g, dim // 2, low=0.25, high=1.4), keys=slice(0, 2 * third)),
+        fr.BandWeight(uniform(g, dim // 2, low=0.25, high=1.4), keys=slice(0, most)),
         fr.BandWeight(uniform(g, dim // 2, low=0.5, high=1.2), keys=key_set(g, "mask", keys)),
-        fr.BiasDelta(1.1, 0.8, keys=slice(third // 2, 2 * third)),
+        fr.BiasDelta(1.1, 0.8, keys=slice(third // 2, most)),
         fr.LogitGain(uniform(g, *rows, queries, low=-0.5, high=1.4), keys=slice(third, None)),
     ]  # fmt: skip
 

@@ -1,0 +1,274 @@
+"""Every backend against the reference in float64, under the one tolerance rule, over any composition of modulations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from numerics import (
+    DEVICE,
+    LAYOUTS,
+    SCALES,
+    Call,
+    Tally,
+    axes_of,
+    axial,
+    calls,
+    check,
+    disjoint_sets,
+    draw,
+    every_modulation,
+    generator,
+    grid,
+    key_masks,
+    key_set,
+    lay_out,
+    scales,
+    scatter,
+    tensors,
+    uniform,
+)  # fmt: skip
+
+import fastrope as fr
+from fastrope.backends import triton
+
+INTERPRETED = triton.interpreted()
+WIDE, HALF = (torch.float64, torch.float32), (torch.float16, torch.bfloat16)
+# bfloat16 comes out wrong of triton's interpreter, and float64 has no kernel.
+TRITON = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, *HALF)
+TARGETS = [("eager", torch.float64)]
+TARGETS += [("sdpa", dtype) for dtype in WIDE + HALF] + [("triton", dtype) for dtype in TRITON]
+targets = pytest.mark.parametrize(
+    ("backend", "dtype"), TARGETS, ids=[f"{b}-{str(d).removeprefix('torch.')}" for b, d in TARGETS]
+)
+
+
+@pytest.fixture(autouse=True)
+def _triton_runs(request):
+    """A triton test may only be skipped where triton cannot run at all: under the interpreter it always can."""
+    if request.node.callspec.params.get("backend") == "triton" if hasattr(request.node, "callspec") else False:
+        reason = triton.unsupported(torch.empty(1, device=DEVICE))
+        if reason:
+            assert not INTERPRETED, reason
+            pytest.skip(reason)
+
+
+# ---- any composition -------------------------------------------------------------------------------------------------
+
+SMALL, SMALL_DIMS = (1, 2, 17, 33, 64, 130), (16, 64, 80)  # the interpreter takes a millisecond per tile and operation
+
+
+@pytest.mark.parametrize("dtype", WIDE + HALF)
+def test_any_composition_on_sdpa(dtype):
+    tally = Tally()
+
+    @settings(max_examples=60)
+    @given(calls(dtype))
+    def run(call):
+        check(call, "sdpa", tally)
+
+    run()
+    tally.check(f"sdpa {dtype}")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("triton", dtype) for dtype in TRITON])
+def test_any_composition_on_triton(backend, dtype):
+    tally = Tally()
+
+    @settings(max_examples=25 if INTERPRETED else 100)
+    @given(calls(dtype, SMALL, SMALL_DIMS) if INTERPRETED else calls(dtype))
+    def run(call):
+        check(call, backend, tally)
+
+    run()
+    tally.check(f"{backend} {dtype}")
+
+
+# ---- named cases -----------------------------------------------------------------------------------------------------
+
+
+def picture(dtype, dim=64, tokens=150, reference=64, text=6, batch=1, heads=1, seed=0, **tensor_options):
+    """``[text | target | reference]`` as in an image editor, and the generator its values come from."""
+    g = generator(seed)
+    target = tokens - reference
+    positions = torch.cat([grid(target, text), grid(reference, frame=1)])
+    q, k, v = tensors(g, batch=batch, queries=tokens, heads=heads, dim=dim, dtype=dtype, **tensor_options)
+    return g, q, k, v, axial(positions, dim), slice(target, None)
+
+
+@targets
+@pytest.mark.parametrize("kind", SCALES)
+def test_query_scale(backend, dtype, kind):
+    g, q, k, v, rope, reference = picture(dtype)
+    scale = fr.QueryScale(scales(g, kind, q.shape[1]), keys=reference, axes=(1, 2))
+    call = Call(q, k, v, rope, modulations=[scale], label=kind)
+    counts = call.planned().spec.level_counts[0]
+    expected = {"levels": counts[0] == 0 and len(counts) == 7, "few": counts[0] == 0, "zero": counts[0] == 0}
+    assert expected.get(kind, counts[0] > 8), counts
+    check(call, backend)
+
+
+@targets
+def test_query_scale_levels_beside_continuous(backend, dtype):
+    g, q, k, v, rope, reference = picture(dtype, tokens=210)
+    r = uniform(g, 210)
+    r[torch.randperm(210, generator=g)[:140]] = 0.75
+    call = Call(q, k, v, rope, modulations=[fr.QueryScale(r, keys=reference, axes=(1, 2))], label="mixed")
+    spec = call.planned().spec
+    assert spec.num_levels == 1
+    assert spec.level_counts[0][0] == 70
+    check(call, backend)
+
+
+@targets
+@pytest.mark.parametrize("kind", ["levels", "distinct"])
+def test_query_scale_per_batch_row(backend, dtype, kind):
+    g, q, k, v, rope, reference = picture(dtype, tokens=96, reference=36, batch=2)
+    check(Call(q, k, v, rope, modulations=[fr.QueryScale(scales(g, kind, 96, batch=2), reference)]), backend)
+
+
+@targets
+@pytest.mark.parametrize("axes", [(0,), (2,), (0, 1), (2, 0, 1)])
+def test_query_scale_of_some_axes(backend, dtype, axes):
+    g, q, k, v, rope, reference = picture(dtype, tokens=80, reference=36)
+    check(Call(q, k, v, rope, modulations=[fr.QueryScale(scales(g, "distinct", 80), reference, axes)]), backend)
+
+
+@targets
+@pytest.mark.parametrize("kind", ["levels", "distinct"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_positions_without_structure(backend, dtype, kind, batched):
+    g = generator(3)
+    q, k, v = tensors(g, batch=2 if batched else 1, queries=70, heads=1, dim=64, dtype=dtype)
+    rope = axial(scatter(g, 70, batch=2 if batched else None), 64)
+    check(Call(q, k, v, rope, modulations=[fr.QueryScale(scales(g, kind, 70), slice(20, None))]), backend)
+
+
+@targets
+@pytest.mark.parametrize("kind", ["levels", "distinct"])
+def test_group_partly_under_a_scale(backend, dtype, kind):
+    """The mean then depends on the query: it runs over keys turned by r_i and keys that are not."""
+    g, q, k, v, rope, _ = picture(dtype, tokens=110)
+    modulations = [
+        fr.QueryScale(scales(g, kind, 110), keys=slice(60, 100), axes=(1, 2)),
+        fr.BiasDelta(1.3, 0.7, keys=slice(40, 80)),
+        fr.BiasDelta(0.6, 1.2, keys=slice(85, 95)),
+    ]
+    check(Call(q, k, v, rope, modulations=modulations, label="partial group"), backend)
+
+
+@targets
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_head_dims(backend, dtype, dim, pairing):
+    g = generator(dim)
+    q, k, v = tensors(g, queries=40, heads=2, key_heads=1, dim=dim, dtype=dtype)
+    call = Call(q, k, v, axial(grid(40, 4), dim, pairing), modulations=every_modulation(g, 40, 40, dim), label=pairing)
+    check(call, backend)
+
+
+@targets
+@pytest.mark.parametrize("length", [1, 113, 239, 1023])
+def test_lengths(backend, dtype, length):
+    if backend == "triton" and INTERPRETED and length > 239:
+        pytest.skip("the interpreter takes minutes")
+    g = generator(length)
+    q, k, v = tensors(g, queries=length, heads=1, dim=64, dtype=dtype)
+    check(Call(q, k, v, axial(grid(length), 64), label="plain"), backend)
+    check(Call(q, k, v, axial(grid(length), 64), modulations=every_modulation(g, length, length, 64)), backend)
+
+
+@targets
+@pytest.mark.parametrize(("queries", "keys"), [(1, 130), (130, 1), (33, 100)])
+@pytest.mark.parametrize("kind", ["levels", "distinct"])
+def test_keys_of_other_tokens(backend, dtype, queries, keys, kind):
+    g = generator(5)
+    q, k, v = tensors(g, queries=queries, keys=keys, heads=1, dim=64, dtype=dtype)
+    modulations = every_modulation(g, queries, keys, 64, kind)
+    call = Call(q, k, v, axial(grid(queries), 64), axial(grid(keys, frame=1), 64, applied=True), modulations)
+    check(call, backend)
+
+
+@targets
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, dtype, layout):
+    """What lies around a strided tensor is NaN, and none of it reaches the result."""
+    g = generator(7)
+    q, k, v = tensors(g, batch=2, queries=37, heads=2, key_heads=1, dim=80, dtype=dtype, layout=layout)
+    check(Call(q, k, v, axial(grid(37), 80), label=layout), backend)
+    check(Call(q, k, v, axial(grid(37), 80), modulations=every_modulation(g, 37, 37, 80, "few")), backend)
+
+
+@targets
+@pytest.mark.parametrize("kind", [None, "levels", "distinct"])
+@pytest.mark.parametrize("mask", ["random", "row", "shared"])
+def test_key_mask(backend, dtype, kind, mask):
+    g = generator(11)
+    q, k, v = tensors(g, batch=2, queries=50, heads=1, dim=64, dtype=dtype)
+    key_mask = key_masks(g, mask, 2, 50)
+    hidden = ~key_mask.expand(2, -1)
+    k, v = k.masked_fill(hidden[..., None, None], torch.nan), v.masked_fill(hidden[..., None, None], torch.inf)
+    modulations = every_modulation(g, 50, 50, 64, kind) if kind else []
+    call = Call(q, k, v, axial(grid(50), 64), modulations=modulations, key_mask=key_mask, label=mask)
+    out, lse = check(call, backend)
+    if mask == "row":
+        assert not out[-1].any()
+        assert bool((lse[-1] == -torch.inf).all())
+
+
+@targets
+def test_group_without_any_unmasked_key(backend, dtype):
+    _, q, k, v, rope, _ = picture(dtype, tokens=40, reference=16, batch=2)
+    key_mask = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
+    key_mask[1, 10:20] = False
+    check(Call(q, k, v, rope, modulations=[fr.BiasDelta(2.0, 0.5, slice(10, 20))], key_mask=key_mask), backend)
+
+
+@targets
+@pytest.mark.parametrize("applied", [None, False, True])
+def test_scattered_key_sets(backend, dtype, applied):
+    """More runs of keys than a plan keeps in place, with and without a rotation that has to reach the sorted keys."""
+    g = generator(13)
+    q, k, v = tensors(g, batch=2, queries=90, heads=1, dim=64, dtype=dtype)
+    rope = None if applied is None else axial(grid(90), 64, applied=applied)
+    modulations = [fr.LogitGain(uniform(g, 2, 90, low=-1, high=1.5), key_set(g, "mask", 90))]
+    modulations += [fr.BiasDelta(1.2, 0.9, keys) for keys in disjoint_sets(g, 2, 90)]
+    call = Call(q, k, v, rope, modulations=modulations, key_mask=key_masks(g, "random", 2, 90), label=f"{applied}")
+    assert "key_order" in call.planned().tensors
+    check(call, backend)
+
+
+@targets
+def test_gain_alone_costs_no_precision(backend, dtype):
+    """Nothing is rounded before the softmax here, so a gain rounded into the queries would show at once."""
+    g = generator(17)
+    q, k, v = tensors(g, queries=130, heads=2, dim=64, dtype=dtype)
+    check(Call(q, k, v, modulations=[fr.LogitGain(uniform(g, 130, low=-1.0, high=3.0))], label="gain"), backend)
+
+
+@targets
+def test_values_may_be_large(backend, dtype):
+    """Logits of some hundreds: the softmax must subtract its maximum."""
+    g = generator(19)
+    q, k, v = tensors(g, queries=33, heads=1, dim=64, dtype=dtype)
+    check(Call(q * 16, lay_out(k * 16, "fused"), v, axial(grid(33), 64), label="large"), backend)
+
+
+@targets
+def test_angles_of_float32_and_no_axes(backend, dtype):
+    g = generator(23)
+    q, k, v = tensors(g, queries=33, heads=1, dim=64, dtype=dtype)
+    rope = fr.RoPE(draw(g, 33, 32) * 40, pairing="half")
+    check(Call(q, k, v, rope, modulations=[fr.QueryScale(scales(g, "distinct", 33))]), backend)
+
+
+@targets
+def test_one_axis_and_axes_without_channels(backend, dtype):
+    g = generator(29)
+    q, k, v = tensors(g, queries=60, heads=1, dim=32, dtype=dtype)
+    modulations = [fr.QueryScale(scales(g, "distinct", 60), keys=slice(5, 50))]
+    line = torch.arange(60, device=DEVICE)[:, None]
+    check(Call(q, k, v, fr.RoPE.axial(line, (32,)), modulations=modulations, label="line"), backend)
+    flat = fr.RoPE.axial(grid(60), (32, 0, 0))  # every position of axis 0 is the same: nothing to patch
+    check(Call(q, k, v, flat, modulations=modulations, label="flat"), backend)
+    assert axes_of(32)[0] > 0
