@@ -45,12 +45,14 @@ def choose_device(name: str | None) -> torch.device:
     """The device asked for, else CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: CUDA was asked for and there is none.
+        ValueError: neither cpu nor cuda, or CUDA was asked for and there is none.
         RuntimeError: torch does not know the name.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected cpu or cuda, received {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"expected a CUDA device that torch sees, received {name!r} and none is visible")
     return device
@@ -70,7 +72,7 @@ def build(out: Path, device: torch.device, quick: bool) -> int:
 def _build(out: Path, device: torch.device, quick: bool) -> int:
     from tqdm import tqdm
 
-    small = Settings(pixels=16, steps=2) if quick else Settings(pixels=32)
+    small = Settings(pixels=16, steps=1) if quick else Settings(pixels=32)
     large = Settings(pixels=32, steps=2) if quick else Settings(pixels=64)
     where = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
     conditions = f"device {where}, torch {torch.__version__}, fastrope {fr.__version__}"
@@ -95,7 +97,7 @@ def _build(out: Path, device: torch.device, quick: bool) -> int:
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     lead = (
         "What the four modulations of FastRoPE do to attention, and whether its backends agree. Everything below was "
-        "computed through the public op by `fastrope demo`; nothing was downloaded and nothing is timed."
+        "computed by `fastrope demo` with FastRoPE itself; nothing was downloaded and nothing is timed."
     )
     for path in write("FastRoPE demo", lead, sections, out):
         print(path)
