@@ -1,9 +1,4 @@
-"""The one tolerance rule of the repository, and the random calls it judges.
-
-The rule is that of FlashAttention's and FlexAttention's tests: a result may be at most twice as wrong as the reference
-run in the same dtype, both measured against the reference in float64 on the same inputs (drawn in the low dtype, then
-promoted). No test states a tolerance of its own.
-"""
+"""The random calls that tests make, held against the one tolerance rule (``fastrope.tolerance``)."""
 
 from __future__ import annotations
 
@@ -11,101 +6,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
 import fastrope as fr
+from fastrope.backends import triton
+from fastrope.tolerance import MEAN_FACTOR, Errors, measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-MAX_FACTOR, MEAN_FACTOR = 2.0, 1.1
-# Float64 has no wider oracle. 2**-40 leaves 12 bits for angles of hundreds of radians and for the sums; a wrong term
-# shows at 1e-3 or more.
-WIDE_BOUND = 2.0**-40
-# Fewer rows than this say nothing of a mean: one lucky rounding of the reference and the ratio is anything.
-MEAN_ROWS = 16
-# The mean is a statistic of a finite sample, so a row's excess counts from four standard errors on. With 1000 rows
-# that is about 8 % of the mean error, and pooled over many calls (see Tally) it vanishes.
-STANDARD_ERRORS = 4.0
-
-
-@dataclass(frozen=True)
-class Errors:
-    """What :func:`assert_close` measured, and what it allowed."""
-
-    max_out: float
-    max_low: float
-    mean_out: float
-    mean_low: float
-    max_allowed: float
-    mean_allowed: float
-
-    def __str__(self) -> str:
-        return (
-            f"max {self.max_out:.3g} (reference in the low dtype {self.max_low:.3g}, allowed {self.max_allowed:.3g}), "
-            f"mean {self.mean_out:.3g} (reference {self.mean_low:.3g}, allowed {self.mean_allowed:.3g})"
-        )
 
 
 def assert_close(
     out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: torch.dtype | None = None, name: str = "out"
 ) -> Errors:
-    """Require that ``out`` is about as good as the reference in its dtype.
-
-    ``max|out - exact| <= 2 max|low - exact| + 2 max|exact + 0.3 - 0.3 - exact|``, the last term computed in ``dtype``,
-    and ``mean|out - exact| <= 1.1 mean|low - exact|``.
-
-    Args:
-        out: what a backend gave, ``(..., n)``.
-        exact: the reference in float64 on the same inputs.
-        low: the reference in ``dtype``.
-        dtype: of the inputs; that of ``out`` unless given (a log-sum-exp is wider than the call it belongs to).
-
-    Allowances for the mean. Float32: the same floor, since an order of summation decides errors of one rounding. All
-    dtypes: four standard errors, the rows along the last axis being the samples. With ``dtype`` given, the formula of
-    the floor gives zero beyond 0.6 and the reference may round nothing to ``dtype``, so the maximum may be off by
-    two roundings of the largest value in ``dtype``, the mean by the square of one (a product kept as two such numbers).
-    """
-    assert out.shape == exact.shape == low.shape, (out.shape, exact.shape, low.shape)
-    assert exact.dtype == torch.float64
-    same, dtype = dtype is None, dtype or out.dtype
-    # Infinite log-sum-exps must agree exactly, and say nothing of rounding.
+    """Require that ``out`` is about as good as the reference in its dtype: :func:`fastrope.tolerance.measure`."""
     infinite = exact.isinf()
     assert torch.equal(out[infinite].double(), exact[infinite]), f"{name}: infinities differ"
-    out, exact, low = (x.detach().double().masked_fill(infinite, 0) for x in (out, exact, low))
-    assert bool(out.isfinite().all()), f"{name}: not finite"
-    error, error_low = (out - exact).abs(), (low - exact).abs()
-    if dtype == torch.float64:
-        bound = WIDE_BOUND * max(1.0, float(exact.abs().amax()))
-        found = Errors(float(error.amax()), 0.0, float(error.mean()), 0.0, bound, bound)
-    else:
-        rounded = exact.to(dtype)
-        floor = (rounded + 0.3 - 0.3 - rounded).double().abs()
-        excess = _rows(error - MEAN_FACTOR * error_low)
-        mean_allowed = MEAN_FACTOR * float(error_low.mean())
-        if dtype == torch.float32:
-            mean_allowed += 2 * float(floor.mean())
-        if len(excess) < MEAN_ROWS:
-            mean_allowed = math.inf
-        else:
-            mean_allowed += STANDARD_ERRORS * float(excess.std()) / math.sqrt(len(excess))
-        max_allowed = MAX_FACTOR * float(error_low.amax()) + 2 * float(floor.amax())
-        if not same:
-            eps, size = torch.finfo(dtype).eps, max(1.0, float(exact.abs().amax()))
-            max_allowed, mean_allowed = max_allowed + 2 * eps * size, mean_allowed + eps**2 * size
-        found = Errors(
-            float(error.amax()), float(error_low.amax()), float(error.mean()), float(error_low.mean()),
-            max_allowed, mean_allowed,
-        )  # fmt: skip
+    assert bool(out[~infinite].isfinite().all()), f"{name}: not finite"
+    found = measure(out, exact, low, dtype)
     print(f"{name}: {found}")
-    assert found.max_out <= found.max_allowed, f"{name}: {found}"
-    assert found.mean_out <= found.mean_allowed, f"{name}: {found}"
+    assert found.passed, f"{name}: {found}"
     return found
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Independent samples of an error: a query's channels share the errors of its logits."""
-    return x.mean(dim=-1).flatten() if x.ndim == 4 else x.flatten()
 
 
 @dataclass
@@ -129,6 +51,14 @@ class Tally:
             f"worst max error {self.worst:.2f} of what is allowed"
         )
         assert self.out <= MEAN_FACTOR * self.low, f"{name}: {self}"
+
+
+def skip_unless_runnable(backend: str | None) -> None:
+    """A triton test is skipped only where triton cannot run at all; under the interpreter it always can."""
+    reason = triton.unsupported(torch.empty(1, device=DEVICE)) if backend == "triton" else None
+    if reason:
+        assert not triton.interpreted(), reason
+        pytest.skip(reason)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -165,9 +95,7 @@ class Call:
         return fr.attention(self.q, self.k, self.v, **arguments)
 
     def planned(self) -> fr.Plan:
-        return fr.plan(
-            **self.tokens(), num_queries=self.q.shape[1], num_keys=self.k.shape[1], device=self.q.device
-        )
+        return fr.plan(**self.tokens(), num_queries=self.q.shape[1], num_keys=self.k.shape[1], device=self.q.device)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same values in another dtype. Strides and what lies around the tensors are not kept."""
