@@ -25,6 +25,7 @@ from numerics import (
     lay_out,
     scales,
     scatter,
+    skip_unless_runnable,
     tensors,
     uniform,
 )  # fmt: skip
@@ -44,13 +45,9 @@ targets = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _triton_runs(request):
-    """A triton test may only be skipped where triton cannot run at all: under the interpreter it always can."""
-    if request.node.callspec.params.get("backend") == "triton" if hasattr(request.node, "callspec") else False:
-        reason = triton.unsupported(torch.empty(1, device=DEVICE))
-        if reason:
-            assert not INTERPRETED, reason
-            pytest.skip(reason)
+def _runnable(request):
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    skip_unless_runnable(parameters.get("backend"))
 
 
 # ---- any composition -------------------------------------------------------------------------------------------------
