@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from .lowering import Segment
-from .modulations import Modulation
+from .modulations import MODULATIONS, Modulation
 from .resolve import Resolved, check_arguments, common_device, lengths, resolve
 from .rope import RoPE
 
@@ -145,7 +145,8 @@ def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, de
         num_queries=num_queries, num_keys=num_keys, device=device,
     )  # fmt: skip
     parts = [rope, key_rope, *modulations]
-    if not all(hasattr(p, "__dataclass_fields__") for p in parts if p is not None):
+    known = all(isinstance(p, (RoPE, *MODULATIONS)) for p in parts if p is not None)
+    if not known or not (key_mask is None or isinstance(key_mask, torch.Tensor)):
         return plan(**arguments)  # which says what is wrong
     held: list[torch.Tensor] = []
     try:

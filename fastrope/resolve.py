@@ -100,7 +100,7 @@ def common_device(rope, key_rope, modulations, key_mask, device) -> torch.device
     named = [("rope.angles", rope and rope.angles), ("key_rope.angles", key_rope and key_rope.angles)]
     named += [("key_mask", key_mask)]
     for m in modulations:
-        for name in ("scale", "weight", "gain"):
+        for name in ("scale", "weight", "bias", "delta", "gain"):
             named.append((f"{type(m).__name__}.{name}", getattr(m, name, None)))
     named = [(name, t) for name, t in named if isinstance(t, torch.Tensor)]
     wanted = torch.device(device) if device is not None else (named[0][1].device if named else None)
@@ -157,6 +157,14 @@ def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
     return covered
 
 
+def _finite(name: str, values: float | torch.Tensor) -> torch.Tensor:
+    """Values as float64 on the CPU. A NaN equals nothing, so it would slip between the levels."""
+    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    bad = values[~values.isfinite()]
+    require(not len(bad), name, "finite values", bad[:1].tolist())
+    return values
+
+
 def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
     """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped."""
     scale, weights, groups, gains = None, [], [], []
@@ -164,23 +172,23 @@ def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
     for m in modulations:
         keys = _key_set(type(m).__name__, m.keys, num_keys)
         if isinstance(m, QueryScale):
-            r = torch.atleast_2d(m.scale.double().cpu())
+            r = torch.atleast_2d(_finite("QueryScale.scale", m.scale))
             pairs = _scaled_pairs(rope, key_rope, m.axes)
             if bool((r != 1).any()) and bool(pairs.any()):
                 scale = Scale(r, keys, pairs)
         elif isinstance(m, BandWeight):
             require(m.weight.shape[0] == rope.pairs, "BandWeight.weight", f"({rope.pairs},)", tuple(m.weight.shape))
-            w = m.weight.double().cpu()
+            w = _finite("BandWeight.weight", m.weight)
             if bool((w != 1).any()):
                 weights.append(Weight(w, keys))
         elif isinstance(m, BiasDelta):
             require(not bool((grouped & keys).any()), "BiasDelta.keys", "groups that share no key", "overlapping groups")
             grouped |= keys
-            bias, delta = (torch.atleast_1d(torch.as_tensor(x, dtype=torch.float64).cpu()) for x in (m.bias, m.delta))
+            bias, delta = (torch.atleast_1d(_finite(f"BiasDelta.{n}", getattr(m, n))) for n in ("bias", "delta"))
             if bool((bias != 1).any()) or bool((delta != 1).any()):
                 groups.append(Group(bias, delta, keys))
         else:
-            g = torch.atleast_2d(m.gain.double().cpu())
+            g = torch.atleast_2d(_finite("LogitGain.gain", m.gain))
             if bool((g != 1).any()):
                 gains.append(Gain(g, keys))
     return Resolved(scale, tuple(weights), tuple(groups), tuple(gains))

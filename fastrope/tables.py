@@ -67,20 +67,19 @@ def lower(
 
 def _batch(rope, key_rope, resolved: Resolved, key_mask) -> int | None:
     """The batch every batched argument agrees on; None when nothing is batched."""
-    sizes = {}
+    sizes = []
     for name, r in (("rope.angles", rope), ("key_rope.angles", key_rope)):
         if r is not None and r.angles.ndim == 3:
-            sizes[name] = r.angles.shape[0]
+            sizes.append((name, r.angles.shape[0]))
     if key_mask is not None:
-        sizes["key_mask"] = key_mask.shape[0]
+        sizes.append(("key_mask", key_mask.shape[0]))
     if resolved.scale is not None:
-        sizes["QueryScale.scale"] = resolved.scale.r.shape[0]
+        sizes.append(("QueryScale.scale", resolved.scale.r.shape[0]))
     for group in resolved.groups:
-        sizes["BiasDelta"] = max(len(group.bias), len(group.delta))
-    for gain in resolved.gains:
-        sizes["LogitGain.gain"] = gain.g.shape[0]
+        sizes += [("BiasDelta.bias", len(group.bias)), ("BiasDelta.delta", len(group.delta))]
+    sizes += [("LogitGain.gain", gain.g.shape[0]) for gain in resolved.gains]
     batch = None
-    for name, size in sizes.items():
+    for name, size in sizes:
         if size > 1:
             require(batch in (None, size), name, f"batch {batch}", size)
             batch = size
@@ -200,7 +199,7 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
         tensors[f"patch_{name}"] = torch.from_numpy(stacked).int()
     still = tuple((~scale.pairs).nonzero().flatten().tolist())
     for name, pairs in (("a", classes.a), ("b", classes.b), ("c", classes.c + still)):
-        padding = [-1] * (-len(pairs) % lowering.PATCH)
+        padding = [-1] * (-len(pairs) % lowering.PAIR_CHUNK)
         tensors[f"patch_columns_{name}"] = torch.tensor([*pairs, *padding], dtype=torch.int32)
     origin = ordered[:1, rows[:1]]
     tensors["patch_query_phase"] = (tensors["query_angles"] - origin).float()
