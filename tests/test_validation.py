@@ -1,0 +1,390 @@
+"""Bad input: every wrong argument raises, and the message names it. And the cache of plans, which must not go stale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import (
+    DEVICE,
+    Call,
+    axial,
+    draw,
+    every_modulation,
+    generator,
+    grid,
+    scales,
+    tensors,
+    uniform,
+)
+
+import fastrope as fr
+from fastrope import planning
+from fastrope.backends import triton
+
+TOKENS, PAIRS, BATCH = 12, 8, 2
+BACKENDS = ("auto", "eager", "sdpa", "triton")
+META = torch.device("meta")
+
+
+def good() -> dict:
+    g = generator(0)
+    q, k, v = tensors(g, batch=BATCH, queries=TOKENS, heads=4, key_heads=2, dim=2 * PAIRS)
+    return dict(q=q, k=k, v=v, rope=axial(grid(TOKENS), 2 * PAIRS))
+
+
+def ones(*shape: int, **options) -> torch.Tensor:
+    return torch.ones(*shape, device=options.pop("device", DEVICE), **options)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return draw(generator(1), *shape)
+
+
+def half_rope(**changes) -> fr.RoPE:
+    return fr.RoPE(**{"angles": ones(TOKENS, PAIRS), "axis": torch.zeros(PAIRS, dtype=torch.int64), **changes})
+
+
+# name: (changes to a good call, the argument its message names); values are made late, since constructors raise too
+BAD = {
+    "q is no tensor": (lambda: {"q": [1.0]}, "q"),
+    "q has three dimensions": (lambda: {"q": random(2, 12, 16)}, "q"),
+    "q is empty": (lambda: {"q": random(2, 0, 4, 16)}, "q"),
+    "q is integer": (lambda: {"q": torch.ones(2, 12, 4, 16, dtype=torch.int64, device=DEVICE)}, "q"),
+    "k is no tensor": (lambda: {"k": None}, "k"),
+    "v has two dimensions": (lambda: {"v": random(12, 16)}, "v"),
+    "k has no keys": (lambda: {"k": random(2, 0, 2, 16), "v": random(2, 0, 2, 16)}, "k"),
+    "k of another dtype": (lambda: {"k": random(2, 12, 2, 16).half()}, "k"),
+    "v of another dtype": (lambda: {"v": random(2, 12, 2, 16).double()}, "v"),
+    "k of another batch": (lambda: {"k": random(3, 12, 2, 16), "v": random(3, 12, 2, 16)}, "k"),
+    "k of another head dim": (lambda: {"k": random(2, 12, 2, 32), "v": random(2, 12, 2, 32)}, "k"),
+    "v of another length": (lambda: {"v": random(2, 11, 2, 16)}, "v"),
+    "heads that do not divide": (lambda: {"k": random(2, 12, 3, 16), "v": random(2, 12, 3, 16)}, "k"),
+    "odd head dim": (lambda: {n: random(2, 12, 4, 17) for n in "qkv"}, "q"),
+    "head dim too large": (lambda: {n: random(2, 12, 4, 512) for n in "qkv"}, "q"),
+    "head dim unlike the rope": (lambda: {n: random(2, 12, 4, 32) for n in "qkv"}, "q"),
+    "k on another device": (lambda: {"k": random(2, 12, 2, 16).to(META)}, "k"),
+    "v on another device": (lambda: {"v": random(2, 12, 2, 16).to(META)}, "v"),
+    "rope on another device": (lambda: {"rope": half_rope(angles=ones(TOKENS, PAIRS, device=META))}, r"rope\.angles"),
+    "rope of another length": (lambda: {"rope": axial(grid(11), 16)}, r"rope\.angles"),
+    "rope is a tensor": (lambda: {"rope": ones(TOKENS, PAIRS)}, "rope"),
+    "rope of another batch": (lambda: {"rope": half_rope(angles=ones(3, TOKENS, PAIRS))}, "batch"),
+    "key_rope without rope": (lambda: {"rope": None, "key_rope": axial(grid(12), 16)}, "rope"),
+    "key_rope of another length": (lambda: {"key_rope": axial(grid(13), 16)}, r"key_rope\.angles"),
+    "key_rope of another pairing": (lambda: {"key_rope": axial(grid(12), 16, "half")}, r"key_rope\.pairing"),
+    "key_rope of other pairs": (lambda: {"key_rope": axial(grid(12), 32)}, r"key_rope\.angles"),
+    "key_rope of other axes": (lambda: {"key_rope": fr.RoPE.axial(grid(12), (8, 4, 4))}, r"key_rope\.axis"),
+    "key_rope on another device": (
+        lambda: {"key_rope": half_rope(angles=ones(TOKENS, PAIRS, device=META), axis=None)}, r"key_rope\.angles"),
+    "mask of floats": (lambda: {"key_mask": ones(2, 12)}, "key_mask"),
+    "mask of one dimension": (lambda: {"key_mask": ones(12, dtype=torch.bool)}, "key_mask"),
+    "mask of another length": (lambda: {"key_mask": ones(2, 13, dtype=torch.bool)}, "key_mask"),
+    "mask of another batch": (lambda: {"key_mask": ones(3, 12) > ones(12).cumsum(0) - 8}, "batch"),
+    "mask is a list": (lambda: {"key_mask": [True] * 12}, "key_mask"),
+    "scale is not a number": (lambda: {"scale": float("nan")}, "scale"),
+    "scale is infinite": (lambda: {"scale": float("inf")}, "scale"),
+    "no such backend": (lambda: {"backend": "cuda"}, "backend"),
+    "modulations of another kind": (lambda: {"modulations": ["QueryScale"]}, "modulations"),
+    "modulation is a class": (lambda: {"modulations": [fr.LogitGain]}, "modulations"),
+    # RoPE
+    "angles of integers": (lambda: {"rope": half_rope(angles=ones(TOKENS, PAIRS).long())}, r"RoPE\.angles"),
+    "angles of half precision": (lambda: {"rope": half_rope(angles=ones(TOKENS, PAIRS).half())}, r"RoPE\.angles"),
+    "angles of one dimension": (lambda: {"rope": half_rope(angles=ones(PAIRS))}, r"RoPE\.angles"),
+    "axis of floats": (lambda: {"rope": half_rope(axis=ones(PAIRS))}, r"RoPE\.axis"),
+    "axis of another length": (lambda: {"rope": half_rope(axis=ones(PAIRS + 1).long())}, r"RoPE\.axis"),
+    "pairing unknown": (lambda: {"rope": half_rope(pairing="llama")}, r"RoPE\.pairing"),
+    "applied is a number": (lambda: {"rope": half_rope(applied=1)}, r"RoPE\.applied"),
+    "positions of bfloat16": (lambda: {"rope": axial(grid(12).bfloat16(), 16)}, "positions"),
+    "positions of one dimension": (lambda: {"rope": axial(torch.arange(12), 16)}, "positions"),
+    "axes_dim for other axes": (lambda: {"rope": fr.RoPE.axial(grid(12), (8, 8))}, "axes_dim"),
+    "axes_dim odd": (lambda: {"rope": fr.RoPE.axial(grid(12), (5, 5, 6))}, "axes_dim"),
+    "theta negative": (lambda: {"rope": fr.RoPE.axial(grid(12), (4, 6, 6), theta=-1.0)}, "theta"),
+    # QueryScale
+    "scale of another length": (lambda: {"modulations": [fr.QueryScale(ones(11))]}, r"QueryScale\.scale"),
+    "scale of three dimensions": (lambda: {"modulations": [fr.QueryScale(ones(1, 2, 12))]}, r"QueryScale\.scale"),
+    "scale of integers": (lambda: {"modulations": [fr.QueryScale(ones(12).long())]}, r"QueryScale\.scale"),
+    "scale is a list": (lambda: {"modulations": [fr.QueryScale([1.0] * 12)]}, r"QueryScale\.scale"),
+    "scale of another batch": (lambda: {"modulations": [fr.QueryScale(uniform(generator(1), 3, 12))]}, "batch"),
+    "scale holds NaN": (lambda: {"modulations": [fr.QueryScale(ones(12) * torch.nan)]}, r"QueryScale\.scale"),
+    "scale on another device": (lambda: {"modulations": [fr.QueryScale(ones(12, device=META))]}, r"QueryScale\.scale"),
+    "scale without rope": (lambda: {"rope": None, "modulations": [fr.QueryScale(ones(12))]}, "rope"),
+    "two scales": (lambda: {"modulations": [fr.QueryScale(ones(12))] * 2}, "QueryScale"),
+    "axes unknown": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=(3,))]}, r"QueryScale\.axes"),
+    "axes twice": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=(1, 1))]}, r"QueryScale\.axes"),
+    "axes negative": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=(-1,))]}, r"QueryScale\.axes"),
+    "axes empty": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=())]}, r"QueryScale\.axes"),
+    "axes is a number": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=1)]}, r"QueryScale\.axes"),
+    "axes of a rope without": (
+        lambda: {"rope": half_rope(axis=None), "modulations": [fr.QueryScale(ones(12), axes=(1,))]}, r"rope\.axis"),
+    "scale requires grad": (
+        lambda: {"modulations": [fr.QueryScale(ones(12).requires_grad_())]}, r"QueryScale\.scale.*require grad"),
+    # BandWeight
+    "weight of another length": (lambda: {"modulations": [fr.BandWeight(ones(16))]}, r"BandWeight\.weight"),
+    "weight of two dimensions": (lambda: {"modulations": [fr.BandWeight(ones(1, 8))]}, r"BandWeight\.weight"),
+    "weight without rope": (lambda: {"rope": None, "modulations": [fr.BandWeight(ones(8))]}, "rope"),
+    "weight holds infinity": (lambda: {"modulations": [fr.BandWeight(ones(8) / 0)]}, r"BandWeight\.weight"),
+    "weight on another device": (lambda: {"modulations": [fr.BandWeight(ones(8, device=META))]}, r"BandWeight\.weight"),
+    # BiasDelta
+    "bias is a string": (lambda: {"modulations": [fr.BiasDelta("1")]}, r"BiasDelta\.bias"),
+    "bias is a truth": (lambda: {"modulations": [fr.BiasDelta(True)]}, r"BiasDelta\.bias"),
+    "bias holds NaN": (lambda: {"modulations": [fr.BiasDelta(float("nan"))]}, r"BiasDelta\.bias"),
+    "delta of two dimensions": (lambda: {"modulations": [fr.BiasDelta(1.0, ones(2, 1))]}, r"BiasDelta\.delta"),
+    "delta of another batch": (lambda: {"modulations": [fr.BiasDelta(1.0, 2 * ones(3))]}, "batch|BiasDelta"),
+    "delta of another batch, then one of one": (
+        lambda: {"modulations": [fr.BiasDelta(1.0, 2 * ones(3), slice(0, 3)), fr.BiasDelta(2.0, 1.0, slice(3, 5))]},
+        "batch|BiasDelta"),
+    "bias and delta of two batches": (
+        lambda: {"modulations": [fr.BiasDelta(2 * ones(3), 2 * ones(2))]}, "BiasDelta"),
+    "delta on another device": (
+        lambda: {"modulations": [fr.BiasDelta(1.0, ones(2, device=META))]}, r"BiasDelta\.delta"),
+    "groups overlap": (
+        lambda: {"modulations": [fr.BiasDelta(2.0, keys=slice(0, 3)), fr.BiasDelta(2.0, keys=slice(2, 4))]},
+        r"BiasDelta\.keys"),
+    # LogitGain
+    "gain of another length": (lambda: {"modulations": [fr.LogitGain(ones(13))]}, r"LogitGain\.gain"),
+    "gain of another batch": (lambda: {"modulations": [fr.LogitGain(2 * ones(3, 12))]}, "batch"),
+    "gains of two batches": (
+        lambda: {"modulations": [fr.LogitGain(2 * ones(3, 12)), fr.LogitGain(2 * ones(1, 12))]}, "batch"),
+    "gain holds NaN": (lambda: {"modulations": [fr.LogitGain(ones(12) * torch.nan)]}, r"LogitGain\.gain"),
+    # key sets
+    "keys is a list": (lambda: {"modulations": [fr.BiasDelta(keys=[1, 2])]}, r"BiasDelta\.keys"),
+    "keys of floats": (lambda: {"modulations": [fr.BiasDelta(keys=ones(12))]}, r"BiasDelta\.keys"),
+    "keys of two dimensions": (lambda: {"modulations": [fr.BiasDelta(keys=ones(2, 12) > 0)]}, r"BiasDelta\.keys"),
+    "keys mask of another length": (lambda: {"modulations": [fr.BiasDelta(keys=ones(11) > 0)]}, r"BiasDelta\.keys"),
+    "keys out of range": (lambda: {"modulations": [fr.BiasDelta(keys=torch.tensor([3, 12]))]}, r"BiasDelta\.keys"),
+    "keys negative": (lambda: {"modulations": [fr.BiasDelta(keys=torch.tensor([-1]))]}, r"BiasDelta\.keys"),
+    "keys beyond": (lambda: {"modulations": [fr.BiasDelta(keys=slice(0, 13))]}, r"BiasDelta\.keys"),
+    "keys before": (lambda: {"modulations": [fr.BiasDelta(keys=slice(-13, None))]}, r"BiasDelta\.keys"),
+    "keys backwards": (lambda: {"modulations": [fr.BiasDelta(keys=slice(None, None, -1))]}, r"BiasDelta\.keys"),
+    "no key in a slice": (lambda: {"modulations": [fr.BiasDelta(keys=slice(4, 4))]}, r"BiasDelta\.keys"),
+    "no key in a mask": (lambda: {"modulations": [fr.BiasDelta(keys=ones(12) < 0)]}, r"BiasDelta\.keys"),
+    "no index": (lambda: {"modulations": [fr.BiasDelta(keys=torch.tensor([], dtype=torch.int64))]}, r"BiasDelta\.keys"),
+    # plans
+    "plan of another kind": (lambda: {"rope": None, "plan": {}}, "plan"),
+    "plan and rope": (lambda: {"plan": fr.plan(rope=good()["rope"])}, "plan"),
+    "plan and modulations": (lambda: {"rope": None, "plan": fr.plan(), "modulations": [fr.BiasDelta(2.0)]}, "plan"),
+    "plan and mask": (lambda: {"rope": None, "plan": fr.plan(), "key_mask": ones(2, 12) > 0}, "plan"),
+    "plan of another length": (lambda: {"rope": None, "plan": fr.plan(rope=axial(grid(13), 16))}, "plan"),
+    "plan of another head dim": (lambda: {"rope": None, "plan": fr.plan(rope=axial(grid(12), 32))}, "q"),
+    "plan of another batch": (
+        lambda: {"rope": None, "plan": fr.plan(modulations=[fr.BiasDelta(1.0, 2 * ones(3))], num_keys=12)}, "plan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_argument(name):
+    changes, argument = BAD[name]
+    with pytest.raises(ValueError, match=argument) as caught:
+        fr.attention(**{**good(), **changes()})
+    message = str(caught.value)
+    assert "expected" in message, message
+    assert "received" in message, message
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_explain_refuses_what_attention_refuses(name):
+    changes, argument = BAD[name]
+    with pytest.raises(ValueError, match=argument):
+        fr.explain(**{**good(), **changes()})
+
+
+def test_the_good_call_is_good():
+    for backend in ("auto", "eager", "sdpa"):
+        assert fr.attention(**good(), backend=backend).shape == (BATCH, TOKENS, 4, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_explicit_backend_still_validates(backend):
+    with pytest.raises(ValueError, match=r"LogitGain\.gain"):
+        fr.attention(**good(), modulations=[fr.LogitGain(ones(13))], backend=backend)
+
+
+def test_errors_survive_optimised_python():
+    """``python -O`` strips asserts, so no check may be one."""
+    code = "import torch, fastrope as f; q = torch.ones(1, 4, 3, 16); f.attention(q, q[:, :, :2], q[:, :, :2])"
+    found = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: k: expected a number of heads that divides H = 3, received 2" in found.stderr
+
+
+def test_triton_is_forward_only():
+    call = good()
+    call["q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r'backend="triton" is forward only.*requires_grad=True'):
+        fr.attention(**call, backend="triton")
+    assert fr.explain(**call).backend == "sdpa"
+    with torch.no_grad():
+        assert fr.explain(**call, backend="triton" if DEVICE == "cuda" else "auto").backend
+
+
+@pytest.mark.skipif(not triton.interpreted(), reason="speaks of the interpreter")
+def test_the_interpreter_refuses_bfloat16():
+    call = {n: x.bfloat16() if n in "qkv" else x for n, x in good().items()}
+    with pytest.raises(NotImplementedError, match="interpreter computes bfloat16 wrongly"):
+        fr.attention(**call, backend="triton")
+
+
+def test_triton_refuses_float64():
+    call = {n: x.double() if n in "qkv" else x for n, x in good().items()}
+    with pytest.raises(NotImplementedError, match="float64"):
+        fr.attention(**call, backend="triton")
+
+
+def test_without_the_interpreter_a_cpu_call_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    call = {n: x.cpu() if n in "qkv" else x for n, x in good().items() if n != "rope"}
+    with pytest.raises(NotImplementedError, match=r"no kernel for device cpu|triton is not installed"):
+        fr.attention(**call, backend="triton")
+
+
+def test_lengths_nothing_tells():
+    with pytest.raises(ValueError, match="num_keys"):
+        fr.plan(modulations=[fr.BiasDelta(2.0)])
+    assert fr.plan(modulations=[fr.BiasDelta(2.0)], num_keys=4).spec.num_keys == 4
+
+
+# ---- plans and their cache -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """Counts the plans that were really built."""
+    planning._CACHE.clear()
+    built = []
+    monkeypatch.setattr(planning, "plan", lambda _plan=planning.plan, **a: built.append(1) or _plan(**a))
+    return built
+
+
+def modulated(g=None) -> dict:
+    g = g or generator(2)
+    return {"modulations": [fr.QueryScale(scales(g, "levels", TOKENS), slice(4, None), (1, 2)), fr.BiasDelta(1.2, 0.9)]}
+
+
+def test_the_same_tensors_are_lowered_once(lowered):
+    call, mods = good(), modulated()["modulations"]
+    for _ in range(3):
+        # As a processor does: new objects around the same tensors on every call.
+        again = [fr.QueryScale(mods[0].scale, slice(4, None), (1, 2)), fr.BiasDelta(1.2, 0.9)]
+        rope = fr.RoPE(call["rope"].angles, call["rope"].axis)
+        fr.attention(**{**call, "rope": rope}, modulations=again)
+    assert len(lowered) == 1
+
+
+@pytest.mark.parametrize("what", ["scale", "angles", "mask", "bias", "keys"])
+def test_a_tensor_changed_in_place_is_seen(lowered, what):
+    call = good()
+    scale, bias = scales(generator(2), "levels", TOKENS), torch.tensor([1.5], device=DEVICE)
+    mask, keys = ones(BATCH, TOKENS) > 0, ones(TOKENS) > 0
+    mask[:, 3], keys[5] = False, False
+    arguments = dict(modulations=[fr.QueryScale(scale), fr.BiasDelta(bias, 0.7, keys)], key_mask=mask)
+    before = fr.attention(**call, **arguments)
+    changed = {"scale": scale, "angles": call["rope"].angles, "mask": mask, "bias": bias, "keys": keys}[what]
+    if changed.dtype == torch.bool:
+        changed[:] = changed.roll(1, -1)
+    else:
+        changed.mul_(0.5)
+    after = fr.attention(**call, **arguments)
+    assert not torch.equal(before, after)
+    assert len(lowered) == 2
+    planning._CACHE.clear()
+    assert torch.equal(after, fr.attention(**call, **arguments))
+
+
+def test_the_cache_is_small_and_keeps_what_is_used(lowered):
+    call = good()
+    masks = [ones(BATCH, TOKENS) > 0 for _ in range(30)]
+    for mask in masks:
+        fr.attention(**call, key_mask=mask)
+        fr.attention(**call, key_mask=masks[0])
+    assert len(planning._CACHE) == planning._CACHE_SIZE
+    assert len(lowered) == 30
+
+
+def test_other_numbers_are_other_plans(lowered):
+    call = good()
+    for delta in (0.8, 0.9):
+        for keys in (slice(0, 3), slice(0, 4)):
+            fr.attention(**call, modulations=[fr.BiasDelta(1.0, delta, keys)])
+    assert len(lowered) == 4
+
+
+def test_inference_tensors_are_not_cached(lowered):
+    with torch.inference_mode():
+        call, mods = good(), modulated()
+        for _ in range(2):
+            fr.attention(**call, **mods)
+    assert len(lowered) == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
+def test_a_plan_serves_many_layers(backend):
+    """Other q, k and v, another number of heads, another dtype: the plan stays."""
+    if backend == "triton" and triton.unsupported(torch.empty(1, device=DEVICE)):
+        pytest.skip("triton cannot run here")
+    g = generator(5)
+    tokens = Call(*tensors(g, queries=20, dim=16), axial(grid(20, 4), 16), modulations=every_modulation(g, 20, 20, 16, "few"))
+    plan = tokens.planned()
+    for heads, dtype in ((1, torch.float32), (2, torch.float16)):
+        q, k, v = tensors(g, queries=20, heads=heads, dim=16, dtype=dtype)
+        call = replace(tokens, q=q, k=k, v=v)
+        out, lse = fr.attention(call.q, call.k, call.v, plan=plan, return_lse=True, backend=backend)
+        expected, expected_lse = call.run(backend)
+        assert torch.equal(out, expected)
+        assert torch.equal(lse, expected_lse)
+
+
+def test_a_plan_ignores_later_changes():
+    """It holds values, not the caller's tensors."""
+    call, scale = good(), scales(generator(2), "levels", TOKENS)
+    rope = call.pop("rope")
+    plan = fr.plan(rope=rope, modulations=[fr.QueryScale(scale)])
+    before = fr.attention(**call, plan=plan, backend="sdpa")
+    scale.zero_()
+    assert torch.equal(before, fr.attention(**call, plan=plan, backend="sdpa"))
+
+
+def test_specs_survive_their_string():
+    g = generator(6)
+    for kind in ("levels", "distinct"):
+        modulations = every_modulation(g, 60, 60, 32, kind)
+        call = Call(*tensors(g, queries=60, dim=32), axial(grid(60), 32), modulations=modulations)
+        plan = call.planned()
+        assert planning.PlanSpec.from_string(plan.spec_string) == plan.spec
+        assert plan.spec.tensor_names == tuple(plan.tensors)
+        assert plan.nbytes == sum(t.numel() * t.element_size() for t in plan.tensors.values())
+
+
+# ---- debug mode and explanations -------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_runs():
+    call, mods = good(), modulated()
+    found = fr.explain(**call, modulations=[*mods["modulations"], fr.LogitGain(ones(TOKENS))])
+    assert found.backend == ("sdpa" if DEVICE == "cpu" else "triton")
+    assert found.dropped == 1
+    assert [(s.start, s.stop) for s in found.segments] == [(0, 4), (4, 12)]
+    assert len(found.levels) == len(mods["modulations"][0].scale.unique()) - 1
+    for part in ("backend: ", "not eager", "segments of keys", "QueryScale", "levels: 1", "dropped: 1"):
+        assert part in str(found)
+
+
+def test_auto_equals_the_backend_it_names():
+    call, mods = good(), modulated()
+    name = fr.explain(**call, **mods).backend
+    assert torch.equal(fr.attention(**call, **mods), fr.attention(**call, **mods, backend=name))
+
+
+def test_contiguous_output_in_the_dtype_of_q():
+    call = good()
+    transposed = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in call.items() if n in "qkv"}
+    assert fr.attention(**{**call, **transposed}).is_contiguous()
+
+
+def test_importing_costs_nothing_heavy():
+    code = "import sys, fastrope; print([m for m in ('triton', 'diffusers', 'transformers') if m in sys.modules])"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip() == "[]"
