@@ -1,0 +1,109 @@
+"""Which modulations: what the published methods ask of one attention call, with the values they publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fastrope as fr
+from fastrope.modulations import Modulation
+
+from .workloads import Workload
+
+# LooseRoPE (arXiv 2601.05127): range and crop factors of its five saliency levels.
+RANGE = (0.6503, 0.6603, 0.8250, 0.9897, 0.9997)
+CROP = (0.6500, 0.6510, 0.9975, 1.3440, 1.3450)
+SPATIAL = (1, 2)  # position axes of rows and columns
+# Untwisting RoPE (arXiv 2602.05013): weights of the highest and lowest frequency half-way through the steps.
+HIGH, LOW, BETA = 0.5, 1.2, 2.0
+# GRAG (arXiv 2510.24657): lambda and delta of its demo.
+BIAS, DELTA = 1.0, 1.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A list of modulations for any workload."""
+
+    name: str
+    summary: str
+    modulations: Callable[[Workload, torch.device], list[Modulation]]
+
+
+def crop(workload: Workload) -> torch.Tensor:
+    """Where the crop is: ``(rows * columns,)`` bool over the target's grid, a centred quarter of it."""
+    rows, columns = workload.tokens.target_grid
+    inside = torch.zeros(rows, columns, dtype=torch.bool)
+    inside[rows // 4 : rows // 4 + rows // 2, columns // 4 : columns // 4 + columns // 2] = True
+    return inside.flatten()
+
+
+def per_query(workload: Workload, values: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """``(S,)`` float32: ``values(saliency)`` for the target's tokens inside the crop, 1 for all other tokens.
+
+    Saliency is evenly spread over (0, 1) and scattered over the crop, which is the worst order for tiles of queries.
+    """
+    where = workload.tokens.target.start + crop(workload).nonzero().flatten()
+    order = torch.randperm(len(where), generator=torch.Generator().manual_seed(0))
+    out = torch.ones(len(workload.tokens))
+    out[where] = values((order + 0.5) / len(where))
+    return out.to(device)
+
+
+def by_level(table: tuple[float, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Level ``i`` of ``n`` for a saliency in ``[i / n, (i + 1) / n)``."""
+    return lambda saliency: torch.tensor(table)[(saliency * len(table)).long()]
+
+
+def grag(workload: Workload, device: torch.device) -> list[Modulation]:
+    """The reference's keys around their mean."""
+    return [fr.BiasDelta(BIAS, DELTA, keys=workload.source)]
+
+
+def bands(workload: Workload, device: torch.device) -> list[Modulation]:
+    """``s_hf + (s_lf - s_hf) (d / (n - 1)) ** beta`` over the ``n`` pairs of a spatial axis, ``s_lf`` elsewhere."""
+    weights = []
+    for axis, channels in enumerate(workload.axes_dim):
+        pairs = channels // 2
+        curve = HIGH + (LOW - HIGH) * torch.linspace(0, 1, pairs) ** BETA
+        weights.append(curve if axis in SPATIAL else torch.full((pairs,), LOW))
+    return [fr.BandWeight(torch.cat(weights).to(device), keys=workload.source)]
+
+
+def loose_levels(workload: Workload, device: torch.device) -> list[Modulation]:
+    """Five scales on the crop's queries, against all keys of the reference."""
+    return [fr.QueryScale(per_query(workload, by_level(RANGE), device), keys=workload.source, axes=SPATIAL)]
+
+
+def loose_continuous(workload: Workload, device: torch.device) -> list[Modulation]:
+    """The paper's formula: every query of the crop has a scale of its own, over the same range."""
+    scale = per_query(workload, lambda saliency: RANGE[0] + (1 - RANGE[0]) * saliency, device)
+    return [fr.QueryScale(scale, keys=workload.source, axes=SPATIAL)]
+
+
+def crop_gain(workload: Workload, device: torch.device) -> list[Modulation]:
+    """Logits of the crop's queries against the crop's place in the reference."""
+    keys = torch.zeros(len(workload.tokens), dtype=torch.bool)
+    keys[workload.source] = crop(workload)
+    return [fr.LogitGain(per_query(workload, by_level(CROP), device), keys=keys.to(device))]
+
+
+def _together(*parts: Callable) -> Callable[[Workload, torch.device], list[Modulation]]:
+    return lambda workload, device: [m for part in parts for m in part(workload, device)]
+
+
+def _cases(*cases: Case) -> dict[str, Case]:
+    return {c.name: c for c in cases}
+
+
+CASES = _cases(
+    Case("plain", "rotation and attention", _together()),
+    Case("grag", "BiasDelta on the reference", grag),
+    Case("bands", "BandWeight on the reference", bands),
+    Case("loose-levels", "QueryScale, five levels on a quarter of the target", loose_levels),
+    Case("loose-continuous", "QueryScale, a quarter of the target, all different", loose_continuous),
+    Case("crop-gain", "LogitGain, a quarter of the target and of the reference", crop_gain),
+    Case("all", "all four, levels", _together(loose_levels, bands, grag, crop_gain)),
+    Case("all-continuous", "all four, all scales different", _together(loose_continuous, bands, grag, crop_gain)),
+)

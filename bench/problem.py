@@ -1,0 +1,95 @@
+"""One workload under one case: the inputs, and the reference's answer on a sample of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+import fastrope as fr
+from fastrope.backends import eager
+from fastrope.modulations import Modulation
+from fastrope.rope import rotate
+from fastrope.tolerance import Errors, measure
+
+from .cases import Case, crop
+from .workloads import Workload
+
+ALL_ROWS = 512  # sequences up to this are compared in full
+EVEN_ROWS, CROP_ROWS = 96, 32  # of longer ones, as many queries spread over the sequence and over the crop
+
+
+class Unsupported(Exception):
+    """A contestant cannot compute the problem; the message says why."""
+
+
+def key_mask(keys: slice | torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
+    """A key set as ``(tokens,)`` bool."""
+    covered = torch.zeros(tokens, dtype=torch.bool, device=device)
+    covered[keys] = True
+    return covered
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """``q, k, v (B, S, H, D)``, their rope and modulations."""
+
+    workload: Workload
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rope: fr.RoPE
+    modulations: list[Modulation]
+
+    @classmethod
+    def make(cls, workload: Workload, case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
+        """Draw the inputs."""
+        tensors = workload.tensors(device, dtype)
+        return cls(workload, *tensors, workload.rope(device), case.modulations(workload, device))
+
+    @property
+    def scale(self) -> float:
+        """Of the logits."""
+        return self.workload.dim**-0.5
+
+    @cached_property
+    def plan(self) -> fr.Plan:
+        """Made once: contestants are timed without it."""
+        return fr.plan(rope=self.rope, modulations=self.modulations)
+
+    @cached_property
+    def applied(self) -> Problem:
+        """The same problem as a host's attention call sees it: q and k arrive rotated, in the dtype of the inputs."""
+        q, k = (rotate(x, self.rope.angles, self.rope.pairing) for x in (self.q, self.k))
+        return replace(self, q=q, k=k, rope=self.rope.as_applied())
+
+    def check(self, out: torch.Tensor) -> Errors:
+        """Hold ``out (B, S, H, D)`` against the reference under the tolerance rule.
+
+        Raises:
+            ValueError: another shape or dtype, or an element that is not finite anywhere in the output.
+        """
+        if out.shape != self.q.shape or out.dtype != self.q.dtype:
+            raise ValueError(f"expected {tuple(self.q.shape)} {self.q.dtype}, received {tuple(out.shape)} {out.dtype}")
+        if not bool(out.isfinite().all()):
+            raise ValueError("expected a finite output, received NaN or infinity")
+        return measure(out[:, self._rows], *self._reference)
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        length = len(self.workload.tokens)
+        if length <= ALL_ROWS:
+            return torch.arange(length, device=self.q.device)
+        inside = self.workload.tokens.target.start + crop(self.workload).nonzero().flatten()
+        inside = inside[torch.linspace(0, len(inside) - 1, CROP_ROWS).long()]
+        return torch.cat([torch.linspace(0, length - 1, EVEN_ROWS).long(), inside]).unique().to(self.q.device)
+
+    @cached_property
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float64 and in the dtype of the inputs."""
+        inputs = self.q, self.k, self.v
+        with torch.no_grad():
+            exact, _ = eager.run(*(x.double() for x in inputs), self.plan, self.scale, queries=self._rows)
+            low, _ = eager.run(*inputs, self.plan, self.scale, queries=self._rows)
+        return exact, low

@@ -1,0 +1,122 @@
+"""Clocks: interleaved rounds, peak memory, and which kernel ran."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Run = Callable[[], object]
+
+FLUSH_MIB = 256  # several times the L2 of any GPU: a contestant must not find its inputs there
+SPACERS = 4  # flushes before a run keep the device busy until the host has queued the run, or its gaps were timed
+BUDGET_MS = 4000.0  # of one contestant: slow ones take part in the first rounds only
+LEAST_ROUNDS = 3
+WARMUPS = 3
+SLOW_MS = 500.0  # needs no warm-up beyond its first run
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds over the rounds."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Times:
+        """Median and spread."""
+        quantiles = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8]).double())
+        return cls(*quantiles.tolist(), len(samples))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def warm_up(run: Run, device: torch.device) -> float:
+    """Run until compiled and clocked up. Returns the time of the last run, milliseconds of wall clock."""
+    for _ in range(WARMUPS):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        elapsed = (time.perf_counter() - start) * 1e3
+        if elapsed > SLOW_MS:
+            break
+    return elapsed
+
+
+def interleaved(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[str, Times]:
+    """Time all ``runs`` in turns, so that a drifting clock is everybody's.
+
+    A round is queued without waiting, so host work overlaps the device's. Who starts moves on by one every round.
+    """
+    rounds = {name: _rounds(warm_up(run, device), repeats) for name, run in runs.items()}
+    flush = torch.empty(FLUSH_MIB * 2**18, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for n in range(max(rounds.values())):
+        first = n % len(names)
+        active = [name for name in names[first:] + names[:first] if n < rounds[name]]
+        for name, elapsed in _round({name: runs[name] for name in active}, device, flush).items():
+            samples[name].append(elapsed)
+    return {name: Times.of(values) for name, values in samples.items()}
+
+
+def _rounds(estimate_ms: float, repeats: int) -> int:
+    return min(repeats, max(LEAST_ROUNDS, int(BUDGET_MS / max(estimate_ms, 1e-3))))
+
+
+def _round(runs: dict[str, Run], device: torch.device, flush: torch.Tensor | None) -> dict[str, float]:
+    if flush is None:
+        elapsed = {}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            elapsed[name] = (time.perf_counter() - start) * 1e3
+        return elapsed
+    events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in runs}
+    for name, run in runs.items():
+        for _ in range(SPACERS):
+            flush.zero_()
+        events[name][0].record()
+        run()
+        events[name][1].record()
+    synchronise(device)
+    return {name: start.elapsed_time(stop) for name, (start, stop) in events.items()}
+
+
+def peak_memory_mib(run: Run, device: torch.device) -> float | None:
+    """Memory one run takes beyond what is allocated before it, its output included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    synchronise(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = run()
+    synchronise(device)
+    del out
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def kernels(run: Run, device: torch.device) -> tuple[str | None, int | None]:
+    """The kernel that takes longest, and the number of launches; None on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    from torch.profiler import ProfilerActivity, profile
+
+    synchronise(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronise(device)
+    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    if not events:
+        return None, 0
+    return max(events, key=lambda e: e.self_device_time_total).key, sum(e.count for e in events)
