@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
-from .planning import Plan, PlanSpec, plan as build_plan
+from .planning import Plan, PlanSpec
+from .planning import plan as build_plan
 from .rope import RoPE
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -97,11 +98,13 @@ def _(grad_out, grad_lse, q, k, v, tensors, spec, scale):
 def _recompute_gradients(grad_out, grad_lse, q, k, v, prepared: Plan, scale: float):
     from .backends import sdpa
 
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, lse = sdpa.run(*leaves, prepared, scale, return_lse=grad_lse is not None)
-        outputs, grads = ((out, lse), (grad_out, grad_lse)) if grad_lse is not None else ((out,), (grad_out,))
-        found = torch.autograd.grad(outputs, leaves, grads)
+    def forward(q, k, v):
+        out, lse = sdpa.run(q, k, v, prepared, scale, return_lse=grad_lse is not None)
+        return (out,) if grad_lse is None else (out, lse)
+
+    # Inside an op autograd's own recording is off whatever the grad mode; functional transforms still record.
+    _, pull_back = torch.func.vjp(forward, q, k, v)
+    found = pull_back((grad_out,) if grad_lse is None else (grad_out, grad_lse))
     return tuple(torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
 
 
@@ -212,8 +215,9 @@ def _check_call(q, k, call: dict) -> None:
     """What can be checked from shapes alone, for tracing."""
     from .resolve import check_arguments, lengths
 
-    check_arguments(call.get("rope"), call.get("key_rope"), call["modulations"], call.get("key_mask"))
-    lengths(call.get("rope"), call.get("key_rope"), call["modulations"], call.get("key_mask"), q.shape[1], k.shape[1])
+    tokens = call.get("rope"), call.get("key_rope"), call["modulations"], call.get("key_mask")
+    check_arguments(*tokens, values=False)
+    lengths(*tokens, q.shape[1], k.shape[1])
 
 
 @torch.library.custom_op("fastrope::attention", mutates_args=())
@@ -293,6 +297,8 @@ def traced_attention(q, k, v, rope, key_rope, modulations, key_mask, plan, scale
     if backend == "triton" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise NotImplementedError('backend="triton" is forward only: expected inputs that do not require grad')
     if plan is not None:
+        if backend == "eager":  # it reads the modulations as given, and a graph carries only their lowered form
+            raise NotImplementedError('backend="eager" cannot run a plan in a compiled graph: expected "sdpa" or "triton"')
         if rope is not None or key_rope is not None or len(modulations) or key_mask is not None:
             raise ValueError("plan: expected either a plan or what it is made of, received both")
         out, lse = apply_plan(q, k, v, plan, scale, return_lse, backend)

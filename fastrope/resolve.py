@@ -67,15 +67,15 @@ class Resolved:
         )
 
 
-def check_arguments(rope, key_rope, modulations, key_mask) -> None:
+def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) -> None:
+    """Check what does not depend on lengths. ``values=False`` reads no tensor, for tracing."""
     require(rope is None or isinstance(rope, RoPE), "rope", "a fastrope.RoPE or None", type(rope).__name__)
     require(key_rope is None or isinstance(key_rope, RoPE), "key_rope", "a RoPE or None", type(key_rope).__name__)
     if key_rope is not None:
         require(rope is not None, "rope", "a RoPE when key_rope is given", None)
         require(key_rope.pairing == rope.pairing, "key_rope.pairing", rope.pairing, key_rope.pairing)
         require(key_rope.pairs == rope.pairs, "key_rope.angles", f"(..., {rope.pairs})", tuple(key_rope.angles.shape))
-        both = rope.axis is not None and key_rope.axis is not None
-        if both:
+        if values and rope.axis is not None and key_rope.axis is not None:
             same = torch.equal(rope.axis.cpu(), key_rope.axis.cpu())
             require(same, "key_rope.axis", "the axis map of rope", key_rope.axis.tolist())
     for m in modulations:
