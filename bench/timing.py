@@ -30,7 +30,9 @@ class Times:
     @classmethod
     def of(cls, samples: list[float]) -> Times:
         """Median and spread."""
-        quantiles = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8]).double())
+        quantiles = torch.tensor(samples, dtype=torch.float64).quantile(
+            torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        )
         return cls(*quantiles.tolist(), len(samples))
 
 
