@@ -35,7 +35,7 @@ def test_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     for snippet in snippets:
-        exec(compile(snippet, str(README), "exec"), namespace)
+        exec(compile(snippet, str(README), "exec", dont_inherit=True), namespace)
 
 
 def test_blocks_are_found_with_their_lines():
