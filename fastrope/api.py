@@ -63,7 +63,8 @@ def attention(
     """
     scale_value = float(scale) if scale is not None else _default_scale(q)
     if torch.compiler.is_compiling():
-        return ops.traced_attention(q, k, v, rope, key_rope, modulations, key_mask, plan, scale_value, return_lse, backend)
+        tokens = rope, key_rope, modulations, key_mask, plan
+        return ops.traced_attention(q, k, v, *tokens, scale_value, return_lse, backend)
     check_tensors(q, k, v, scale_value, backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     return run_plan(q, k, v, plan, scale_value, return_lse, backend, debug)
@@ -158,8 +159,8 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     if backend == "triton":
         if grad:
             raise NotImplementedError(
-                'backend="triton" is forward only: expected inputs that do not require grad, received requires_grad=True; '
-                'use backend="sdpa" (or "auto"), or torch.no_grad()'
+                'backend="triton" is forward only: expected inputs that do not require grad, received '
+                'requires_grad=True; use backend="sdpa" (or "auto"), or torch.no_grad()'
             )
         if obstacle:
             raise NotImplementedError(f'backend="triton" cannot run this call: {obstacle}')
@@ -169,13 +170,15 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     if obstacle:
         unexpected = q.device.type == "cuda" and q.dtype != torch.float64
         warning = f"fastrope runs on backend 'sdpa': the fused kernel is unavailable ({obstacle})"
-        return Choice("sdpa", "runs on any device", (("triton", obstacle), never_eager), warning if unexpected else None)
+        rejected = (("triton", obstacle), never_eager)
+        return Choice("sdpa", "runs on any device", rejected, warning if unexpected else None)
     if grad:
         return Choice("sdpa", "differentiable", (("triton", "inputs require grad; forward only"), never_eager))
     if q.device.type != "cuda":
         why = "interpreted, for tests: it runs when asked for"
         return Choice("sdpa", "compiled code on this device", (("triton", why), never_eager))
-    if plan.spec.num_keys is None or not (plan.spec.modulated or "key_cos" in plan.tensors or "query_cos" in plan.tensors):
+    rotates = "key_cos" in plan.tensors or "query_cos" in plan.tensors
+    if plan.spec.num_keys is None or not (plan.spec.modulated or rotates):
         why = "nothing to fuse: no rotation and no modulation"
         return Choice("sdpa", "torch's own kernel is the fastest plain attention", (("triton", why), never_eager))
     return Choice("triton", "fused kernel, one pass", (("sdpa", "copies the keys per level"), never_eager))

@@ -15,3 +15,22 @@ def require_tensor(argument: str, value: object, ndim: tuple[int, ...], shape_hi
     """Require a ``torch.Tensor`` of one of the given ranks."""
     require(isinstance(value, torch.Tensor), argument, f"a torch.Tensor {shape_hint}", type(value).__name__)
     require(value.ndim in ndim, argument, f"shape {shape_hint}", tuple(value.shape))
+
+
+def require_finite(name: str, x: torch.Tensor, dims: tuple[str, ...]) -> None:
+    """Require finite values; the message locates the first that is not. ``dims`` name the last dimensions of ``x``."""
+    bad = first_not_finite(x, dims)
+    if bad:
+        raise ValueError(f"{name}: expected finite values, received {bad}")
+
+
+def first_not_finite(x: torch.Tensor, dims: tuple[str, ...]) -> str | None:
+    """Describe the first value that is not finite, None if all are. ``dims`` name the last dimensions of ``x``."""
+    bad = ~x.isfinite()
+    count = int(bad.sum())
+    if not count:
+        return None
+    index = bad.nonzero()[0].tolist()
+    place = zip(dims[-x.ndim :], index, x.shape, strict=True)
+    where = ", ".join(f"{dim} {i}" for dim, i, size in place if size > 1) or "index 0"
+    return f"{x[tuple(index)].item()} at {where} ({count} of {x.numel()} values are not finite)"

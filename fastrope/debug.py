@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from .checks import require
+from .checks import first_not_finite, require, require_finite
 from .planning import Plan
 
 SAMPLE = 16  # queries compared with the reference, spread evenly
@@ -26,7 +26,8 @@ def enabled(argument: bool | None) -> bool:
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> None:
-    """Require that everything a call reads is finite and in range. Masked keys and values may hold anything.
+    """Require that everything a call reads is finite and in range. Masked keys and values may hold anything; modulations
+    were checked with the plan.
 
     Args:
         q, k, v: ``(B, Sq, H, D)``, ``(B, Sk, Hkv, D)`` twice.
@@ -41,21 +42,11 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, 
     if mask is not None:
         k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
     for name, x, token in (("q", q, "query"), ("k", k, "key"), ("v", v, "key")):
-        _finite(name, x, ("batch row", token, "head", "channel"))
+        require_finite(name, x, ("batch row", token, "head", "channel"))
     for name, rope in (("rope.angles", plan.rope), ("key_rope.angles", plan.key_rope)):
         if rope is not None:
-            _finite(name, rope.angles, ("batch row", "token", "pair"))
+            require_finite(name, rope.angles, ("batch row", "token", "pair"))
             _distinct_angles(name, rope.angles)
-    mods = plan.resolved
-    if mods.scale is not None:
-        _finite("QueryScale.scale", mods.scale.r, ("batch row", "query"))
-    for m in mods.weights:
-        _finite("BandWeight.weight", m.w, ("pair",))
-    for m in mods.groups:
-        _finite("BiasDelta.bias", m.bias, ("batch row",))
-        _finite("BiasDelta.delta", m.delta, ("batch row",))
-    for m in mods.gains:
-        _finite("LogitGain.gain", m.g, ("batch row", "query"))
     _check_ranges(q, k, plan, scale)
 
 
@@ -66,7 +57,7 @@ def check_output(q, k, v, plan: Plan, scale: float, out: torch.Tensor, backend: 
         RuntimeError: the output is not finite although the inputs are, or the backend disagrees with the specification
             by more than rounding explains (that is a bug of fastrope: please report it).
     """
-    bad = _first_bad(out, ("batch row", "query", "head", "channel"))
+    bad = first_not_finite(out, ("batch row", "query", "head", "channel"))
     if bad:
         raise RuntimeError(
             f"backend {backend}: expected a finite output for finite inputs, received {bad} (overflow in {q.dtype}?)"
@@ -108,27 +99,6 @@ def _sample(num_queries: int, plan: Plan, device) -> torch.Tensor:
     for values in [*([mods.scale.r] if mods.scale is not None else []), *(m.g for m in mods.gains)]:
         rows += [values.argmin(dim=1).cpu(), values.argmax(dim=1).cpu()]
     return torch.cat(rows).unique().to(device)
-
-
-# ---- finite ---------------------------------------------------------------------------------------------------------
-
-
-def _finite(name: str, x: torch.Tensor, dims: tuple[str, ...]) -> None:
-    bad = _first_bad(x, dims)
-    if bad:
-        raise ValueError(f"{name}: expected finite values, received {bad}")
-
-
-def _first_bad(x: torch.Tensor, dims: tuple[str, ...]) -> str | None:
-    """Describe the first value that is not finite, None if all are. ``dims`` name the last dimensions of ``x``."""
-    bad = ~x.isfinite()
-    count = int(bad.sum())
-    if not count:
-        return None
-    index = bad.nonzero()[0].tolist()
-    place = zip(dims[-x.ndim :], index, x.shape, strict=True)
-    where = ", ".join(f"{dim} {i}" for dim, i, size in place if size > 1) or "index 0"
-    return f"{x[tuple(index)].item()} at {where} ({count} of {x.numel()} values are not finite)"
 
 
 # ---- ranges ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 * ``fastrope::attention`` takes the user's own rope and modulations and lowers them at run time (a device
   synchronisation per call): what a compiled module that builds modulations on the fly turns into.
 
-Both return ``(out, lse)``, ``lse`` empty unless asked for, and differentiate in q, k, v by recomputing through ``sdpa``.
-Their first lines are the same checks as outside a graph, so a wrong shape raises while tracing.
+Both return ``(out, lse)``, ``lse`` empty unless asked for, and differentiate in q, k, v by recomputing through
+``sdpa``. Their first lines are the same checks as outside a graph, so a wrong shape raises while tracing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def planned_attention(
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Apply a plan given as ``list(plan.tensors.values())`` and ``plan.spec_string``. See :func:`fastrope.attention`."""
+    """:func:`fastrope.attention` of a plan given as ``list(plan.tensors.values())`` and ``plan.spec_string``."""
     from . import api
 
     prepared = _plan_from(tensors, spec)
@@ -176,7 +176,8 @@ class _Encoder:
         elif isinstance(m, LogitGain):
             self.words.append(f"gain {self.tensor(m.gain)} {self.keys(m.keys)}")
         else:
-            raise ValueError(f"modulations: expected QueryScale, BandWeight, BiasDelta or LogitGain, received {type(m)}")
+            expected = "QueryScale, BandWeight, BiasDelta or LogitGain"
+            raise ValueError(f"modulations: expected {expected}, received {type(m)}")
 
 
 def _decode(tensors, ints, floats, layout: str) -> dict:
@@ -298,7 +299,7 @@ def traced_attention(q, k, v, rope, key_rope, modulations, key_mask, plan, scale
         raise NotImplementedError('backend="triton" is forward only: expected inputs that do not require grad')
     if plan is not None:
         if backend == "eager":  # it reads the modulations as given, and a graph carries only their lowered form
-            raise NotImplementedError('backend="eager" cannot run a plan in a compiled graph: expected "sdpa" or "triton"')
+            raise NotImplementedError('backend="eager" cannot run a compiled plan: expected "sdpa", "triton" or "auto"')
         if rope is not None or key_rope is not None or len(modulations) or key_mask is not None:
             raise ValueError("plan: expected either a plan or what it is made of, received both")
         out, lse = apply_plan(q, k, v, plan, scale, return_lse, backend)

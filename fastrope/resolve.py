@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .checks import require, require_tensor
+from .checks import require, require_finite, require_tensor
 from .modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
 from .rope import RoPE
 
@@ -157,11 +157,11 @@ def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
     return covered
 
 
-def _finite(name: str, values: float | torch.Tensor) -> torch.Tensor:
-    """Values as float64 on the CPU. A NaN equals nothing, so it would slip between the levels."""
+def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
+    """Finite values as float64 on the CPU. A NaN equals nothing, so it would slip between the levels."""
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
-    bad = values[~values.isfinite()]
-    require(not len(bad), name, "finite values", bad[:1].tolist())
+    values = values.expand((1,) * (len(dims) - values.ndim) + values.shape)
+    require_finite(name, values, dims)
     return values
 
 
@@ -172,23 +172,24 @@ def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
     for m in modulations:
         keys = _key_set(type(m).__name__, m.keys, num_keys)
         if isinstance(m, QueryScale):
-            r = torch.atleast_2d(_finite("QueryScale.scale", m.scale))
+            r = _values("QueryScale.scale", m.scale, ("batch row", "query"))
             pairs = _scaled_pairs(rope, key_rope, m.axes)
             if bool((r != 1).any()) and bool(pairs.any()):
                 scale = Scale(r, keys, pairs)
         elif isinstance(m, BandWeight):
             require(m.weight.shape[0] == rope.pairs, "BandWeight.weight", f"({rope.pairs},)", tuple(m.weight.shape))
-            w = _finite("BandWeight.weight", m.weight)
+            w = _values("BandWeight.weight", m.weight, ("pair",))
             if bool((w != 1).any()):
                 weights.append(Weight(w, keys))
         elif isinstance(m, BiasDelta):
-            require(not bool((grouped & keys).any()), "BiasDelta.keys", "groups that share no key", "overlapping groups")
+            overlap = bool((grouped & keys).any())
+            require(not overlap, "BiasDelta.keys", "groups that share no key", "overlapping groups")
             grouped |= keys
-            bias, delta = (torch.atleast_1d(_finite(f"BiasDelta.{n}", getattr(m, n))) for n in ("bias", "delta"))
+            bias, delta = (_values(f"BiasDelta.{n}", getattr(m, n), ("batch row",)) for n in ("bias", "delta"))
             if bool((bias != 1).any()) or bool((delta != 1).any()):
                 groups.append(Group(bias, delta, keys))
         else:
-            g = torch.atleast_2d(_finite("LogitGain.gain", m.gain))
+            g = _values("LogitGain.gain", m.gain, ("batch row", "query"))
             if bool((g != 1).any()):
                 gains.append(Gain(g, keys))
     return Resolved(scale, tuple(weights), tuple(groups), tuple(gains))

@@ -72,8 +72,8 @@ def test_environment_reaches_the_call(monkeypatch):
 
 def test_a_plan_is_checked_too():
     arguments = call()
-    plan = fr.plan(rope=arguments["rope"], modulations=[fr.LogitGain(torch.full((S,), float("nan")))])
-    with pytest.raises(ValueError, match=r"^LogitGain.gain: expected finite"):
+    plan = fr.plan(rope=fr.RoPE(arguments["rope"].angles * float("nan")))
+    with pytest.raises(ValueError, match=r"^rope.angles: expected finite"):
         fr.attention(arguments["q"], arguments["k"], arguments["v"], plan=plan, debug=True)
 
 

@@ -324,7 +324,7 @@ def test_the_reference_does_not_run_a_compiled_plan():
     """An explicit backend runs or raises; it is never replaced in silence."""
     call = a_call()
     compiled = torch.compile(Planned(call.planned(), "eager"), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match=r'backend="eager" cannot run a plan'):
+    with pytest.raises(Exception, match=r'backend="eager" cannot run a compiled plan'):
         compiled(call.q, call.k, call.v)
 
 
