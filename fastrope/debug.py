@@ -26,8 +26,8 @@ def enabled(argument: bool | None) -> bool:
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> None:
-    """Require that everything a call reads is finite and in range. Masked keys and values may hold anything; modulations
-    were checked with the plan.
+    """Require that everything a call reads is finite and in range. Masked keys and values may hold anything;
+    modulations were checked with the plan.
 
     Args:
         q, k, v: ``(B, Sq, H, D)``, ``(B, Sk, Hkv, D)`` twice.
