@@ -15,7 +15,8 @@ SLOT_TILE = 128  # query slots are padded per level to this; every kernel's BLOC
 MAX_LEVELS = 8  # key copies a plan may ask for: bounds memory at MAX_LEVELS times the covered keys
 MIN_LEVEL_QUERIES = SLOT_TILE  # with more distinct scales than MAX_LEVELS, a value shared by a full tile stays a level
 MAX_RUNS = 16  # runs of keys tolerated before keys are sorted by treatment (a run costs a partial tile, a sort a copy)
-PATCH = 16  # keys of a patch along either axis
+PATCH = 8  # keys of a patch along either axis
+PAIR_CHUNK = 16  # pairs the patch kernel multiplies at once
 PLAIN, CONTINUOUS = 0, -1  # level of a query at r = 1, and of one whose scale has no key copy
 
 
@@ -148,8 +149,8 @@ def query_slots(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 class Patches:
     """Keys arranged so that a continuous scale rotates queries per patch row and column, not per key.
 
-    ``keys (P, 16, 16)`` holds key rows or -1. Keys of one patch row share the angles of pair class A, keys of one patch
-    column those of class B, all keys of a patch those of class C; ``a, b (P, 16)`` and ``c (P,)`` name a key that
+    ``keys (P, 8, 8)`` holds key rows or -1. Keys of one patch row share the angles of pair class A, keys of one patch
+    column those of class B, all keys of a patch those of class C; ``a, b (P, 8)`` and ``c (P,)`` name a key that
     stands for each.
     """
 
@@ -187,7 +188,7 @@ def find_patches(angles: torch.Tensor, rows: np.ndarray, classes: PairClasses) -
         angles: ``(Bk, n, D/2)`` angles of the ``n`` keys, float64.
         rows: ``(n,)`` the key row each stands in.
 
-    Keys on a grid fill 16 x 16 patches; keys without common coordinates lie on the diagonals of patches, 16 in each,
+    Keys on a grid fill 8 x 8 patches; keys without common coordinates lie on the diagonals of patches, 8 in each,
     which costs work but stays exact. The cheaper of the two is returned.
     """
     n = len(rows)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LEVEL_BASE, LN2, SCALED, SEGMENT_FIELDS, START, STOP, VIEW, load_rows, load_tile, logit_map, softmax_step, when,
+    LEVEL_BASE, LN2, SCALED, SEGMENT_FIELDS, START, STOP, VIEW, load_tile, logit_map, softmax_step, when,
 )  # fmt: skip
 from .config import LaunchConfig, precision
 from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
@@ -25,29 +25,39 @@ def attend(
 ):  # fmt: skip
     """Online softmax of one query tile over keys [start, stop), whose rows in K lie key_shift further.
 
-    Every tile is bounds-checked: predicated loads cost nothing, the bound rides on a multiply-add, and a second loop
-    for the last tile costs registers that a Hopper tile does not have.
+    Every tile is bounds-checked: a second body for the last tile takes registers that a 128-row tile does not have
+    (compiled for sm_80 and sm_90: spills).
     """
+    if MODULATED:  # a row's constant is a shift of its running maximum
+        m_i -= row_bias
+        factor = row_scale[:, None]
+    else:
+        factor = row_scale
     offs_n = tl.arange(0, BLOCK_N)
     for start_n in range(start, stop, BLOCK_N):
         valid = offs_n < stop - start_n
         if HAS_MASK:
             valid = valid & (tl.load(KEY_MASK + start_n + offs_n, mask=valid, other=0) != 0)
-        bound = tl.where(valid, 0.0, -float("inf"))
-        # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
         k = load_tile(K, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
-        if MODULATED:
-            qk = qk * row_scale[:, None] + (row_bias[:, None] + bound[None, :])
-        else:
-            qk = qk * row_scale + bound[None, :]
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_M, BLOCK_N] float32
+        qk = tl.where(valid[None, :], qk, -float("inf"))
         p, m_i, l_i, acc = softmax_step(qk, m_i, l_i, acc, HAS_MASK)
+        # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
         v = load_tile(V, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] float32
+    if MODULATED:
+        m_i += row_bias
     return acc, l_i, m_i
 
 
-@triton.jit
+ATTENTION_COUNTS = (
+    "num_segments", "num_queries", "num_keys", "num_rows", "heads", "key_heads", "scaled_keys", "num_slots",
+    "continuous", "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "slots_batch_stride",
+    "level_batch_stride",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=ATTENTION_COUNTS)
 def attention_kernel(
     Q, K, V, OUT, LSE, SEGMENTS, BIAS, GROUPS, GAINS, KEY_MASK, SLOTS, SLOT_LEVEL, STATE, STATE_M, STATE_L,
     stride_qb, stride_qh, stride_qv, stride_qs, stride_qd,
@@ -75,6 +85,9 @@ def attention_kernel(
         mask_base = KEY_MASK + b * mask_batch_stride
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_m
+    m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     if MODULATED:
         slotted = tile * BLOCK_M < num_slots
@@ -82,15 +95,6 @@ def attention_kernel(
         level = tl.load(SLOT_LEVEL + b * level_batch_stride + tile * BLOCK_M // SLOT_TILE, mask=slotted, other=0)
         rows = tl.where(slotted, slot, offs_m)
         row_mask = (rows >= 0) & in_range
-        # Queries with a scale of their own arrive with the scaled segments done; others start from nothing.
-        resumed = when(level < 0, row_mask)
-        state = bh.to(tl.int64) * continuous + offs_m
-        m_i = tl.load(STATE_M + state, mask=resumed, other=-float("inf"))
-        l_i = tl.load(STATE_L + state, mask=resumed, other=0.0)
-        acc = tl.load(
-            STATE + state[:, None] * HEAD_DIM + offs_d[None, :],
-            mask=resumed[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
         for s in range(num_segments):
             row = SEGMENTS + s * SEGMENT_FIELDS
             start = tl.load(row + START)
@@ -107,7 +111,7 @@ def attention_kernel(
                 num_queries, log2_scale,
             )  # fmt: skip
             view = q_base + tl.load(row + VIEW).to(tl.int64) * stride_qv
-            q = load_rows(view, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
+            q = load_tile(view, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, row_scale, row_bias,
                 k_base, v_base, mask_base, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
@@ -115,15 +119,29 @@ def attention_kernel(
             )  # fmt: skip
     else:
         row_mask = in_range
-        m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-        l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        q = load_rows(q_base, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
+        q = load_tile(q_base, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, log2_scale, 0.0,
             k_base, v_base, mask_base, 0, num_keys, 0, stride_ks, stride_kd, stride_vs, stride_vd,
             HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, PRECISION,
         )  # fmt: skip
+
+    if MODULATED:
+        # Queries with a scale of their own have met the scaled segments in the patch kernel: merge its state.
+        resumed = when(level < 0, row_mask)
+        state = bh.to(tl.int64) * continuous + offs_m
+        state_m = tl.load(STATE_M + state, mask=resumed, other=-float("inf"))
+        state_l = tl.load(STATE_L + state, mask=resumed, other=0.0)
+        m_new = tl.maximum(m_i, state_m)
+        m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha, beta = tl.exp2(m_i - m_ref), tl.exp2(state_m - m_ref)
+        state_acc = tl.load(
+            STATE + state[:, None] * HEAD_DIM + offs_d[None, :],
+            mask=resumed[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = acc * alpha[:, None] + state_acc * beta[:, None]
+        l_i = l_i * alpha + state_l * beta
+        m_i = m_new
 
     # No key left: zeros, and a log-sum-exp of -inf.
     total = tl.where(l_i == 0.0, 1.0, l_i)

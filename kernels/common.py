@@ -38,8 +38,8 @@ def load_rows(X, rows, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_
 
 @triton.jit
 def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``X[start + offs, :]`` -> [offs, BLOCK_D]; the start of the tile is int64, offsets inside it are int32 (half the
-    registers), which launchers make sure suffices."""
+    """``X[start + offs, :]`` -> [offs, BLOCK_D]; the start of the tile is int64, offsets inside it are int32, which
+    takes half the registers; launchers pack tensors whose heads span more."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = X + tl.cast(start, tl.int64) * stride_s + (offs[:, None] * stride_s + offs_d[None, :] * stride_d)
     if HEAD_DIM == BLOCK_D:
@@ -65,6 +65,27 @@ def load_rotated(
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
     return x * cos + tl.where(first[None, :], -y, y) * sin
+
+
+@triton.jit
+def sincos(x):
+    """Sine and cosine to about 1e-7 for |x| up to 1e5 radians, float32.
+
+    The libdevice functions carry a path for huge arguments that spills; here pi/2 is taken off in three parts, the
+    first two short enough for exact products, and the rest summed by Taylor's series on [-pi/4, pi/4].
+    """
+    n = tl.floor(x * 0.6366197723675814 + 0.5)
+    r = x - n * 1.5703125
+    r = r - n * 4.837512969970703e-4
+    r = r - n * 7.549789948768648e-08
+    z = r * r
+    sin = r + r * z * (-1.6666667e-1 + z * (8.3333333e-3 + z * (-1.984127e-4 + z * 2.7557319e-6)))
+    cos = 1.0 + z * (-0.5 + z * (4.1666667e-2 + z * (-1.3888889e-3 + z * 2.4801587e-5)))
+    quadrant = n.to(tl.int32) & 3
+    swap = (quadrant & 1) != 0
+    sine = tl.where(swap, cos, sin)
+    cosine = tl.where(swap, sin, cos)
+    return tl.where(quadrant >= 2, -sine, sine), tl.where((quadrant == 1) | (quadrant == 2), -cosine, cosine)
 
 
 @triton.jit

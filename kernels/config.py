@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-KERNELS = ("attention", "attention_masked", "patches", "pack", "queries", "means")
+KERNELS = ("attention", "attention_modulated", "patches", "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 # Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
@@ -109,28 +110,34 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchC
     return replace(config, **fields) if fields else config
 
 
-def _attention(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    if float32:  # products run on CUDA cores: small tiles, or registers spill
-        block_m, block_n = (64, 32) if block_d <= 64 else (32, 32) if block_d <= 128 else (16, 32)
-        return LaunchConfig(block_m, block_n, block_d, 4, 1 if arch == "gfx942" else 2)
-    if arch == "gfx942":
-        return LaunchConfig(128, 64 if block_d <= 128 else 32, block_d, 4 if block_d <= 128 else 8, 1)
-    if block_d == 256:
-        big = arch in ("sm_90", "sm_100")
-        return LaunchConfig(128 if big else 64, 64 if big else 32, block_d, 8, 2)
-    if arch in ("sm_90", "sm_100"):
-        return LaunchConfig(128, 128, block_d, 8, 2)
-    return LaunchConfig(128, 64 if arch == "sm_80" or block_d <= 64 else 32, block_d, 8, 2)
+# Query rows, keys, warps, stages of the fused loop, for head blocks of 64 (and less), 128 and 256 channels. Each is the
+# largest tile that compiles without spills for triton 3.6 and 3.9.
+_PLAIN_16_BIT = {
+    "sm_80": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    "sm_89": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+    "sm_90": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 32, 8, 2)),
+    "sm_100": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 32, 8, 2)),
+    "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 8, 1)),
+}
+_MODULATED_16_BIT = {
+    "sm_80": ((128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+    "sm_89": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 1)),
+    "sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    "sm_100": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+    "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 8, 1)),
+}
+# float32 products run on CUDA cores and keep their operands in registers.
+_FLOAT32 = ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
 
 
-def _attention_masked(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    config = _attention(arch, float32, block_d)
-    # The mask of a tile costs registers that a 128 x 128 tile does not have.
-    return replace(config, block_n=min(config.block_n, 64))
+def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    row = _FLOAT32 if float32 else table[arch]
+    block_m, block_n, num_warps, num_stages = row[max(block_d, 64).bit_length() - 7]
+    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
 
 
 def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(16, 256, block_d, 8, 1)
+    return LaunchConfig(16, 16 if float32 else 64, block_d, 8, 1)  # block_n: keys of a patch weighed at once
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
@@ -138,7 +145,7 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(min(128, max(16, 4096 // block_d)), 1, block_d, 4, 1)
+    return LaunchConfig(min(128, max(8, 2048 // block_d)), 1, block_d, 4, 1)
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
@@ -146,6 +153,6 @@ def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 _SELECTORS = {
-    "attention": _attention, "attention_masked": _attention_masked, "patches": _patches, "pack": _pack,
-    "queries": _queries, "means": _means,
+    "attention": partial(_fused, _PLAIN_16_BIT), "attention_modulated": partial(_fused, _MODULATED_16_BIT),
+    "patches": _patches, "pack": _pack, "queries": _queries, "means": _means,
 }  # fmt: skip

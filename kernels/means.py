@@ -8,7 +8,12 @@ from .common import GROUP, LEVEL_BASE, SCALED, SEGMENT_FIELDS, START, STOP
 from .config import LaunchConfig
 
 
-@triton.jit
+MEANS_COUNTS = (
+    "num_segments", "heads", "num_groups", "num_levels", "scaled_keys", "groups_batch_stride", "mask_batch_stride",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=MEANS_COUNTS)
 def means_kernel(
     K, OUT, SEGMENTS, GROUPS, KEY_MASK,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -16,10 +21,11 @@ def means_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, g, l] = sum of the group's unmasked keys at level l / their number, for BLOCK_D channels."""
-    d_block = tl.program_id(0)
+    d_blocks: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
+    d_block = tl.program_id(0) % d_blocks
+    bh = tl.program_id(0) // d_blocks
     g = tl.program_id(1) // num_levels
     level = tl.program_id(1) % num_levels
-    bh = tl.program_id(2)
     b = (bh // heads).to(tl.int64)
     base = K + b * stride_kb + (bh % heads).to(tl.int64) * stride_kh
     offs_d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -69,7 +75,7 @@ def group_means(
     batch, heads, _, dim = keys.shape
     count = groups.shape[1]
     out = torch.empty((batch, heads, count, 1 + num_levels, dim), dtype=torch.float32, device=keys.device)
-    grid = (triton.cdiv(dim, config.block_d), count * (1 + num_levels), batch * heads)
+    grid = (triton.cdiv(dim, config.block_d) * batch * heads, count * (1 + num_levels))
     means_kernel[grid](
         keys, out, segments, groups, key_mask, *keys.stride(),
         segments.shape[0], heads, count, 1 + num_levels, scaled_keys,

@@ -15,7 +15,12 @@ from .config import LaunchConfig
 from .tables import SLOT_TILE, SegmentTables, batch_stride
 
 
-@triton.jit
+PACK_COUNTS = (
+    "heads", "num_rows", "table_batch_stride", "half",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PACK_COUNTS)
 def pack_kernel(
     X, OUT, SOURCE, COS, SIN,
     stride_xb, stride_xs, stride_xh, stride_xd,
@@ -75,7 +80,14 @@ def pack_rows(
     return out
 
 
-@triton.jit
+QUERIES_COUNTS = (
+    "num_segments", "num_views", "num_rows", "num_slots", "heads", "key_heads", "num_groups", "num_levels",
+    "continuous", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride", "slots_batch_stride",
+    "level_batch_stride", "half",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=QUERIES_COUNTS)
 def queries_kernel(
     Q, OUT, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
     stride_qb, stride_qs, stride_qh, stride_qd,

@@ -1,7 +1,7 @@
 """Exact attention of queries that each have a position scale of their own, against the scaled keys.
 
 The score of a scaled pair is ``<R((r_i - 1)(phi_i - phi_j)) R(phi_i) q_i, R(phi_j) k_j>``. On a grid many keys share
-``phi_j`` on an axis, so the query is turned once per coordinate rather than once per key: a patch holds 16 x 16 keys,
+``phi_j`` on an axis, so the query is turned once per coordinate rather than once per key: a patch holds 8 x 8 keys,
 those of a row share the angles of pair class A, those of a column those of class B, all of them those of class C, and
 
     s[u, v] = <q_A turned for row u, k_A> + <q_B turned for column v, k_B> + <q_C turned for the patch, k_C>
@@ -13,21 +13,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import PATCH_START, PATCH_STOP, SEGMENT_FIELDS, WEIGHT, logit_map, softmax_step, when
+from .common import PATCH_START, PATCH_STOP, SEGMENT_FIELDS, WEIGHT, logit_map, sincos, softmax_step, when
 from .config import LaunchConfig, precision
 from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
 
-PATCH = tl.constexpr(16)  # keys of a patch along either axis, and pairs per product: the least a dot takes
+PATCH = tl.constexpr(8)  # keys of a patch along either axis: with 16, what a patch keeps in registers spills
+CHUNK = tl.constexpr(16)  # pairs per product: the least a dot takes
 
 
 @triton.jit
 def load_pairs(X, rows, mask, pair, stride_s, stride_d, half, PAIRS: tl.constexpr):
-    """Both members of some pairs of some rows; rows, mask and pair broadcast to the shape returned."""
+    """Both members of some pairs of some rows; rows, mask and pair broadcast to the shape returned. Offsets inside a
+    head are int32."""
     first = tl.where(half != 0, pair, 2 * pair)
     second = tl.where(half != 0, pair + PAIRS, 2 * pair + 1)
-    base = X + rows.to(tl.int64) * stride_s
-    x = tl.load(base + first.to(tl.int64) * stride_d, mask=mask, other=0.0)
-    y = tl.load(base + second.to(tl.int64) * stride_d, mask=mask, other=0.0)
+    x = tl.load(X + (rows * stride_s + first * stride_d), mask=mask, other=0.0)
+    y = tl.load(X + (rows * stride_s + second * stride_d), mask=mask, other=0.0)
     return x, y
 
 
@@ -39,7 +40,7 @@ def query_pairs(
     mask = row_mask[:, None] & (pair >= 0)[None, :]
     x, y = load_pairs(Q, rows[:, None], mask, pair[None, :], stride_s, stride_d, half, PAIRS)
     x, y = x.to(tl.float32), y.to(tl.float32)
-    table = rows.to(tl.int64)[:, None] * PAIRS + pair[None, :]
+    table = rows[:, None] * PAIRS + pair[None, :]
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
     phase = tl.load(PHASE + table, mask=mask, other=0.0)
@@ -57,17 +58,17 @@ def turned_product(
 
     representatives: [U] keys that stand for the coordinates; keys, present: [U, N].
     """
-    for c in range(0, num_columns, PATCH):
-        pair = tl.load(COLUMNS + c + tl.arange(0, PATCH))
+    for c in range(0, num_columns, CHUNK):
+        pair = tl.load(COLUMNS + c + tl.arange(0, CHUNK))
         x, y, query_phase = query_pairs(
             Q, COS, SIN, PHASE, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS
         )
         phase = tl.load(
-            KEY_PHASE + representatives.to(tl.int64)[:, None] * PAIRS + pair[None, :], mask=(pair >= 0)[None, :],
+            KEY_PHASE + representatives[:, None] * PAIRS + pair[None, :], mask=(pair >= 0)[None, :],
             other=0.0,
         )  # [U, C]  # fmt: skip
         angle = factor[None, :, None] * (query_phase[None, :, :] - phase[:, None, :])  # [U, M, C]
-        cos, sin = tl.cos(angle), tl.sin(angle)
+        sin, cos = sincos(angle)
         turned_x = (x[None, :, :] * cos - y[None, :, :] * sin).to(K.dtype.element_ty)
         turned_y = (y[None, :, :] * cos + x[None, :, :] * sin).to(K.dtype.element_ty)
         mask = present[:, None, :] & (pair >= 0)[None, :, None]
@@ -80,6 +81,38 @@ def turned_product(
 
 
 @triton.jit
+def weigh_values(
+    acc, p, V, keys, present, stride_vs, stride_vd,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc += p V over the keys of a patch, ROWS of its rows at a time (in float32 a product holds all its operands in
+    registers). p: [M, PATCH * PATCH]; keys, present: [PATCH, PATCH]."""
+    BLOCK_M: tl.constexpr = p.shape[0]
+    STEPS: tl.constexpr = PATCH // ROWS
+    offs_d = tl.arange(0, BLOCK_D)
+    step = tl.arange(0, STEPS)
+    for i in range(STEPS):
+        chosen = step == i
+        p_i, key, here = p, tl.reshape(keys, (PATCH * PATCH,)), tl.reshape(present, (PATCH * PATCH,))
+        if STEPS > 1:
+            p_i = tl.sum(tl.where(chosen[None, :, None], tl.reshape(p, (BLOCK_M, STEPS, ROWS * PATCH)), 0.0), 1)
+            key = tl.sum(tl.where(chosen[:, None], tl.reshape(keys, (STEPS, ROWS * PATCH)), 0), 0)
+            here = tl.sum(tl.where(chosen[:, None], tl.reshape(present.to(tl.int32), (STEPS, ROWS * PATCH)), 0), 0) != 0
+        mask = here[:, None] & (offs_d < HEAD_DIM)[None, :]
+        v = tl.load(V + (key[:, None] * stride_vs + offs_d[None, :] * stride_vd), mask=mask, other=0.0)
+        acc = tl.dot(p_i.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc
+
+
+PATCH_COUNTS = (
+    "num_segments", "num_queries", "num_slots", "heads", "key_heads", "continuous", "columns_a", "columns_b",
+    "columns_c", "cos_batch_stride", "query_phase_batch_stride", "key_phase_batch_stride", "scale_batch_stride",
+    "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "slots_batch_stride", "level_batch_stride",
+    "half",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PATCH_COUNTS)
 def patch_kernel(
     Q, K, V, STATE, STATE_M, STATE_L,
     SEGMENTS, PATCH_KEYS, PATCH_A, PATCH_B, PATCH_C, COLUMNS_A, COLUMNS_B, COLUMNS_C,
@@ -91,8 +124,8 @@ def patch_kernel(
     num_segments, num_queries, num_slots, heads, key_heads, continuous, columns_a, columns_b, columns_c,
     cos_batch_stride, query_phase_batch_stride, key_phase_batch_stride, scale_batch_stride,
     groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, half, log2_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLOT_TILE: tl.constexpr,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of continuous queries of one head against the patches of all scaled segments."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
@@ -152,8 +185,8 @@ def patch_kernel(
             key = tl.reshape(keys, (KEYS,))
             flat = tl.reshape(present, (KEYS,))
             patch_key = tl.load(PATCH_C + patch).to(tl.int64)
-            for c in range(0, columns_c, PATCH):
-                pair = tl.load(COLUMNS_C + c + offs_u)
+            for c in range(0, columns_c, CHUNK):
+                pair = tl.load(COLUMNS_C + c + tl.arange(0, CHUNK))
                 x, y, phase = query_pairs(
                     q_base, cos, sin, query_phase, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half,
                     PAIRS,
@@ -162,7 +195,7 @@ def patch_kernel(
                 turns = tl.load(SCALED_PAIRS + pair, mask=pair >= 0, other=0) != 0
                 patch_phase = tl.load(key_phase + patch_key * PAIRS + pair, mask=pair >= 0, other=0.0)
                 angle = tl.where(turns[None, :], factor[:, None] * (phase - patch_phase[None, :]), 0.0)
-                cos_c, sin_c = tl.cos(angle), tl.sin(angle)
+                sin_c, cos_c = sincos(angle)
                 mask = (pair >= 0)[:, None] & flat[None, :]
                 k_x, k_y = load_pairs(
                     k_base, key[None, :], mask, pair[:, None], stride_ks, stride_kd, half, PAIRS
@@ -172,11 +205,10 @@ def patch_kernel(
 
             qk = tl.where(flat[None, :], qk * row_scale[:, None] + row_bias[:, None], -float("inf"))
             p, m_i, l_i, acc = softmax_step(qk, m_i, l_i, acc, HAS_MASK)
-            v = tl.load(
-                v_base + key.to(tl.int64)[:, None] * stride_vs + offs_d.to(tl.int64)[None, :] * stride_vd,
-                mask=flat[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
+            acc = weigh_values(
+                acc, p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
+                HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // PATCH, PRECISION=PRECISION,
             )  # fmt: skip
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
     state = bh.to(tl.int64) * continuous + offs_m
     tl.store(STATE_M + state, m_i, mask=row_mask)
@@ -206,7 +238,7 @@ def patch_attention(
         k: ``(B, Hkv, R, D)`` rotated at r = 1 in its first Sk rows; v: ``(B, Hkv, Sk, D)``. Any strides.
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32; variant 0 brings q to r = 1.
         half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
-        patches: ``keys (P, 16, 16)``, ``a, b (P, 16)``, ``c (P,)`` int32 rows in key order; ``columns_a, columns_b,
+        patches: ``keys (P, 8, 8)``, ``a, b (P, 8)``, ``c (P,)`` int32 rows in key order; ``columns_a, columns_b,
             columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``query_phase (Bx, Sq, D/2)``,
             ``key_phase (Bx, Sk, D/2)``, ``scale (Bx, Sq)`` float32; ``scaled_pairs (D/2,)`` bool.
 
@@ -231,8 +263,8 @@ def patch_attention(
         batch_stride(cos), batch_stride(p["query_phase"]), batch_stride(p["key_phase"]), batch_stride(p["scale"]),
         batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), batch_stride(t.slots),
         batch_stride(t.slot_level), int(half), scale * LOG2E,
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, SLOT_TILE=SLOT_TILE,
-        HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        SLOT_TILE=SLOT_TILE, HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return acc, m, l_sum

@@ -79,13 +79,19 @@ def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
-    if "key_order" in t:
-        values = kernels.pack_rows(v, t["key_source"][: k.shape[1]], None, None, half, config("pack"))
+    elif _far_apart(k):
+        keys = kernels.pack_rows(k, None, None, None, half, config("pack"))
+    if "key_order" in t or _far_apart(v):
+        order = t["key_source"][: k.shape[1]] if "key_order" in t else None
+        values = kernels.pack_rows(v, order, None, None, half, config("pack"))
+    if spec.continuous and _far_apart(q):
+        q = q.contiguous()
     tables = bias = state = None
     if not spec.modulated:
         queries = q.transpose(1, 2)
-        if rotation is not None:
-            queries = kernels.pack_rows(q, None, rotation[0][:, 0], rotation[1][:, 0], half, config("pack"))
+        if rotation is not None or _far_apart(q):
+            cos, sin = (x[:, 0] for x in rotation) if rotation is not None else (None, None)
+            queries = kernels.pack_rows(q, None, cos, sin, half, config("pack"))
         queries = queries.unsqueeze(2)
     else:
         tables = _tables(keys, plan, mask, config)
@@ -97,9 +103,14 @@ def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
         )
     out, lse = kernels.fused_attention(
         queries, keys, values, q.shape[1], k.shape[1], mask, tables, bias, state, scale,
-        config("attention" if mask is None else "attention_masked"),
+        config("attention" if tables is None else "attention_modulated"),
     )  # fmt: skip
     return out, lse if return_lse else None
+
+
+def _far_apart(x: torch.Tensor) -> bool:
+    """Whether the rows of one head of ``(B, S, H, D)`` span more elements than the loops' int32 offsets reach."""
+    return (x.shape[1] - 1) * x.stride(1) + (x.shape[3] - 1) * x.stride(3) >= 2**31
 
 
 def _tables(keys, plan: Plan, mask, config):

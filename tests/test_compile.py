@@ -1,0 +1,113 @@
+"""Every shipped kernel variant compiles for every architecture, without spills and within shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "kernels.md"
+SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+ARCHS = tuple(SHARED_MEMORY)
+
+
+def compile_rows(folder: Path, *arguments: str) -> list[dict]:
+    """Rows of ``compile_kernels.py``; a process of its own, since triton is interpreted in this one."""
+    out = folder / "rows.json"
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "compile_kernels.py"), "--out", str(out), *arguments]
+    # A cache of our own: what an earlier run left behind must not stand in for compiling.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def describe(row: dict) -> str:
+    flags = ", ".join(name for name, on in row["variant"].items() if on) or "plain"
+    return f"{row['kernel']} {row['arch']} {row['dtype']} D={row['head_dim']} {flags}"
+
+
+def problems(rows: list[dict]) -> list[str]:
+    found = []
+    for row in rows:
+        if "error" in row:
+            found.append(f"{describe(row)}: {row['error']}")
+            continue
+        if row["spills"] or row["stack"]:
+            found.append(f"{describe(row)}: spills {row['spills']} bytes, stack {row['stack']}")
+        if row["shared"] > SHARED_MEMORY[row["arch"]]:
+            found.append(f"{describe(row)}: {row['shared']} bytes of shared memory")
+        if row["serialized"]:
+            found.append(f"{describe(row)}: wgmma serialized")
+        tensor_core_loop = row["kernel"].startswith("attention") and row["dtype"] != "fp32"
+        if row["arch"] == "sm_90" and tensor_core_loop and row["block_m"] >= 64 and not row["wgmma"]:
+            found.append(f"{describe(row)}: no wgmma")
+    return found
+
+
+def render(rows: list[dict]) -> str:
+    """The table of the docs: the costliest variant of each kernel, head dim and architecture."""
+    lines = [
+        "# Kernels, as compiled", "",
+        "Compiled ahead of time, without a GPU, by `tests/test_compile.py`, which writes this page when",
+        "`FASTROPE_WRITE_DOCS=1` and compares it otherwise. A row stands for every variant (mask or none, rotated or "
+        "not) of a kernel:",
+        "tile (query rows x keys), warps, stages, then the largest shared memory in KiB. Every row compiles with zero",
+        "spilled bytes. It says nothing of speed.", "",
+        "| kernel | dtype | head dim | " + " | ".join(ARCHS) + " |", "|---|---|---|" + "---|" * len(ARCHS),
+    ]  # fmt: skip
+    keys = []
+    for row in rows:
+        key = (row["kernel"], row["dtype"], row["head_dim"])
+        if key not in keys:
+            keys.append(key)
+    for key in keys:
+        cells = []
+        for arch in ARCHS:
+            same = [r for r in rows if (r["kernel"], r["dtype"], r["head_dim"]) == key and r["arch"] == arch]
+            first = same[0]
+            cells.append(
+                f"{first['block_m']} x {first['block_n']}, {first['num_warps']}w, {first['num_stages']}s, "
+                f"{max(r['shared'] for r in same) / 1024:.0f}"
+            )
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def all_rows(tmp_path_factory) -> list[dict]:
+    return compile_rows(tmp_path_factory.mktemp("aot"))
+
+
+@pytest.mark.compile
+def test_every_variant_compiles_without_spills(all_rows):
+    assert len(all_rows) > 400
+    assert {r["arch"] for r in all_rows} == set(ARCHS)
+    assert problems(all_rows) == []
+
+
+@pytest.mark.compile
+def test_docs_table_is_current(all_rows):
+    table = render(all_rows)
+    if os.environ.get("FASTROPE_WRITE_DOCS") == "1":
+        TABLE.write_text(table)
+    import triton
+
+    if triton.__version__ != "3.9.0":
+        pytest.skip(f"the table is that of triton 3.9.0, this is {triton.__version__}")
+    assert TABLE.read_text() == table, "run with FASTROPE_WRITE_DOCS=1 and commit docs/kernels.md"
+
+
+def test_a_spilling_kernel_is_caught():
+    row = dict(kernel="attention", arch="sm_90", dtype="bf16", head_dim=128, variant={"HAS_MASK": True}, spills=4,
+               stack=8, shared=300000, serialized=True, wgmma=False, block_m=128)  # fmt: skip
+    text = "\n".join(problems([row, {**row, "error": "boom"}]))
+    for sign in ("spills 4", "300000 bytes", "serialized", "no wgmma", "boom"):
+        assert sign in text

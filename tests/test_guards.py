@@ -1,0 +1,245 @@
+"""The bugs this field ships: poisoned surroundings, 32-bit offsets, the wrong device, a compilation per shape."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import fastrope as fr
+from fastrope.backends import eager
+from fastrope.backends import triton as backend
+
+pytest.importorskip("triton")
+from fastrope import kernels  # noqa: E402
+from fastrope.kernels import attention, config, means, pack, patches  # noqa: E402
+
+interpreted = pytest.mark.skipif(not backend.interpreted(), reason="runs interpreted kernels on CPU tensors")
+
+
+def grid_rope(height: int, width: int, text: int, **options) -> fr.RoPE:
+    layout = fr.TokenLayout(text=text, target=(height, width))
+    return fr.RoPE.axial(layout.positions("flux"), (4, 6, 6), **options)
+
+
+def everything(length: int, text: int, scale: torch.Tensor) -> list:
+    image = slice(text, length)
+    weight = torch.linspace(0.5, 1.5, 8)
+    return [
+        fr.QueryScale(scale, keys=image, axes=(1, 2)), fr.BandWeight(weight, keys=image),
+        fr.BiasDelta(0.9, 1.2, keys=image), fr.LogitGain(2 - scale, keys=image),
+    ]  # fmt: skip
+
+
+def levels(length: int) -> torch.Tensor:
+    scale = torch.ones(length)
+    scale[3:9], scale[9:14] = 0.65, 0.825
+    return scale
+
+
+def planted(shape, generator, dtype=torch.float32) -> torch.Tensor:
+    """A random tensor inside a larger buffer of NaN: before, behind, between rows, heads and channels."""
+    b, s, h, d = shape
+    buffer = torch.full((b + 2, s + 4, h + 2, d + 16), torch.nan, dtype=dtype)
+    view = buffer[1:-1, 2:-2, 1:-1, 8:-8]
+    view.copy_(torch.randn(shape, generator=generator, dtype=dtype))
+    return view
+
+
+@interpreted
+@pytest.mark.parametrize("scale_of", [levels, lambda n: torch.linspace(0.4, 1, n)], ids=["levels", "continuous"])
+def test_nan_around_every_buffer_stays_out(scale_of, monkeypatch):
+    """Inputs are views into NaN; every buffer the launchers allocate starts as NaN."""
+    generator = torch.Generator().manual_seed(0)
+    rope = grid_rope(4, 5, 3)
+    length = rope.tokens
+    q, k, v = (planted((2, length, h, 16), generator) for h in (2, 1, 1))
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, 2], mask[1, -3:] = False, False
+    k[1, -3:], v[1, -3:] = torch.nan, torch.inf  # masked keys may hold anything
+    plan = fr.plan(rope=rope, modulations=everything(length, 3, scale_of(length)), key_mask=mask)
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    out, lse = fr.attention(q, k, v, plan=plan, return_lse=True, backend="triton")
+    monkeypatch.undo()
+    expected, expected_lse = eager.run(q, k, v, plan, 0.25, return_lse=True)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("modulated", [False, True])
+def test_offsets_beyond_32_bits(modulated):
+    """Tokens so far apart that token * stride leaves int32: a lazily allocated buffer of 2.5 * 2**31 elements."""
+    length, dim, stride = 6, 16, 2**30
+    try:
+        buffer = torch.empty((length - 1) * stride + 2 * dim, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the system refuses to reserve the address space")
+    far = buffer.as_strided((1, length, 2, dim), (0, stride, dim, 1))
+    generator = torch.Generator().manual_seed(1)
+    near = torch.randn(1, length, 2, dim, generator=generator).half()
+    far.copy_(near)
+    rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
+    keys = slice(2, 6)
+    mods = [fr.QueryScale(torch.linspace(0.5, 1, length), keys=keys), fr.BiasDelta(1, 1.2, keys=keys)]
+    for options in ({"rope": rope, "modulations": mods if modulated else []}, {}):
+        out = fr.attention(far, far, far, backend="triton", **options)
+        assert torch.equal(out, fr.attention(near, near, near, backend="triton", **options))
+
+
+@interpreted
+def test_fully_masked_rows_are_zero():
+    q = torch.randn(2, 5, 2, 16)
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    out, lse = fr.attention(q, q, q, key_mask=mask, return_lse=True, backend="triton")
+    assert torch.equal(out[1], torch.zeros(5, 2, 16)) and bool((lse[1] == -torch.inf).all())
+    assert bool(out[0].abs().sum() > 0) and bool(lse[0].isfinite().all())
+
+
+def test_launches_on_the_device_of_the_tensors(monkeypatch):
+    """Triton launches on the current device; the backend makes that the one of q."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.append("left")
+
+    class Elsewhere:
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(backend, "_run", lambda *args: entered.append("ran") or ("out", None))
+    backend.run(Elsewhere(), None, None, None, 1.0)
+    assert entered == [torch.device("cuda", 1), "ran", "left"]
+
+
+# ---- compilations ----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for a jitted kernel and keeps what triton compiles anew for: types, constants, and for the arguments it
+    specializes whether an integer is 1, divides by 16 or leaves int32, and whether a pointer is aligned."""
+
+    def __init__(self, kernel):
+        self.names = kernel.arg_names
+        self.plain = {self.names[p.num] for p in kernel.params if p.do_not_specialize}
+        self.keys = set()
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            key = [tuple(sorted((k, str(v)) for k, v in constants.items()))]
+            for name, value in zip(self.names, args, strict=False):
+                if isinstance(value, torch.Tensor):
+                    key.append((name, value.dtype, value.data_ptr() % 16 == 0))
+                elif isinstance(value, int):
+                    small = -(2**31) <= value < 2**31
+                    key.append((name, small) if name in self.plain else (name, small, value == 1, value % 16 == 0))
+            self.keys.add(tuple(key))
+
+        return launch
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    found = {}
+    for module, name in ((attention, "attention_kernel"), (patches, "patch_kernel"), (pack, "pack_kernel"),
+                         (pack, "queries_kernel"), (means, "means_kernel")):  # fmt: skip
+        kernel = getattr(module, name)
+        original = getattr(kernel, "fn", kernel)
+        jitted = kernel if hasattr(kernel, "params") else __import__("triton").JITFunction(
+            original, do_not_specialize=getattr(module, COUNTS[name]))  # fmt: skip
+        found[name] = Recorder(jitted)
+        monkeypatch.setattr(module, name, found[name])
+    return found
+
+
+COUNTS = {
+    "attention_kernel": "ATTENTION_COUNTS", "patch_kernel": "PATCH_COUNTS", "pack_kernel": "PACK_COUNTS",
+    "queries_kernel": "QUERIES_COUNTS", "means_kernel": "MEANS_COUNTS",
+}  # fmt: skip
+
+
+def launch_all(lengths, scale_of=None, batch=1, heads=2) -> None:
+    for length in lengths:
+        x = torch.randn(batch, length, heads, 16)
+        rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
+        mods = []
+        if scale_of is not None:
+            keys = slice(length // 2, length)
+            mods = [fr.QueryScale(scale_of(length), keys=keys), fr.BandWeight(torch.linspace(0.5, 1.5, 8), keys=keys),
+                    fr.BiasDelta(1, 1.1, keys=keys), fr.LogitGain(torch.linspace(0.5, 1, length), keys=keys)]  # fmt: skip
+        backend.run(x, x, x, fr.plan(rope=rope, modulations=mods), 0.25)
+
+
+@interpreted
+def test_compilations_do_not_grow_with_lengths(recorders):
+    """Nine lengths, odd and round, batch 1 to 3, any number of heads: one binary each of what a plain call launches."""
+    launch_all((1, 16, 113, 128, 239, 256, 1000, 1023, 1024))
+    launch_all((7, 64), batch=3, heads=5)
+    counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
+    assert counts == {"attention_kernel": 1, "pack_kernel": 2}  # keys are gathered, queries are not
+
+
+@interpreted
+def test_compilations_of_a_modulated_call(recorders):
+    """Levels and continuous scales, many lengths: one binary of each of the five kernels."""
+    for scale_of in (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.4, 1, n)):
+        launch_all((24, 113, 128, 239, 256, 600), scale_of)
+    counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
+    assert counts == {name: 1 for name in COUNTS}
+
+
+# ---- launch configuration ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", config.ARCHS)
+@pytest.mark.parametrize("kernel", config.KERNELS)
+def test_configurations_are_pure_and_whole(kernel, arch):
+    for dtype in config.DTYPES:
+        for head_dim in range(16, 257, 2):
+            found = kernels.select(kernel, arch, dtype, head_dim)
+            assert found == kernels.select(kernel, arch, dtype, head_dim)
+            assert kernels.SLOT_TILE % found.block_m == 0
+            assert found.num_warps in (1, 2, 4, 8, 16) and found.num_stages >= 1
+            if kernel != "means":
+                assert found.block_d >= head_dim and found.block_d & (found.block_d - 1) == 0
+
+
+def test_override_is_scoped():
+    before = kernels.select("attention", "sm_90", torch.bfloat16, 128)
+    with kernels.override("attention", block_n=32, num_stages=3):
+        inside = kernels.select("attention", "sm_90", torch.bfloat16, 128)
+        assert (inside.block_n, inside.num_stages, inside.block_m) == (32, 3, before.block_m)
+        assert kernels.select("patches", "sm_90", torch.bfloat16, 128).block_n != 32
+    assert kernels.select("attention", "sm_90", torch.bfloat16, 128) == before
+    for bad in ({"block_q": 1}, {"block_m": 48}, {"block_d": 64}):
+        with pytest.raises(ValueError, match="expected"), kernels.override("attention", **bad):
+            pass
+    with pytest.raises(ValueError, match="kernel"), kernels.override("conv", block_n=32):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
+     ((10, 3), "sm_100"), ((12, 0), "sm_89"), ((7, 5), "sm_75")],
+)  # fmt: skip
+def test_architectures(capability, arch):
+    assert config.arch_of(*capability) == arch
+    assert (config.unsupported(arch) is None) == (arch in config.ARCHS)
+
+
+def test_unknown_launches_are_refused():
+    for bad in (("attention", "sm_75", torch.float16, 64), ("attention", "sm_90", torch.float64, 64),
+                ("attention", "sm_90", torch.float16, 512), ("conv", "sm_90", torch.float16, 64)):  # fmt: skip
+        with pytest.raises(ValueError, match="expected a kernel"):
+            kernels.select(*bad)
