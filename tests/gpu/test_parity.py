@@ -32,7 +32,6 @@ pytestmark = pytest.mark.gpu
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 KINDS = ("levels", "distinct")  # five scales, and a scale of its own for every query
-names = str
 
 
 def a_call(
@@ -43,7 +42,8 @@ def a_call(
     q, k, v = tensors(
         g, batch=batch, queries=tokens, heads=4, key_heads=2, dim=dim, dtype=dtype, layout=layout, **options
     )
-    positions = torch.cat([grid(tokens // 2, 7), grid(tokens - tokens // 2, frame=1)])
+    target = (tokens + 1) // 2
+    positions = torch.cat([grid(target, min(7, tokens // 4)), grid(tokens - target, frame=1)])
     modulations = every_modulation(g, tokens, tokens, dim, kind)
     return Call(q, k, v, axial(positions, dim), None, modulations, key_masks(g, mask, batch, tokens), label=kind)
 
@@ -62,9 +62,9 @@ def kontext(case: str, dtype: torch.dtype) -> Problem:
     return Problem.make(WORKLOADS["kontext"], CASES[case], torch.device(DEVICE), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("applied", [False, True], ids=["raw", "applied"])  # varies fastest: the problem is remembered
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("applied", [False, True], ids=["raw", "applied"])
 def test_flux_kontext(applied, case, dtype):
     """1 x 8704 x 24 x 128; the reference computes a sample of the queries."""
     problem = kontext(case, dtype)
@@ -75,7 +75,7 @@ def test_flux_kontext(applied, case, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_head_dims(dim, dtype, kind):
     check(a_call(kind, dtype, dim), "triton")
@@ -86,7 +86,7 @@ def test_lengths(tokens):
     check(a_call(tokens=tokens), "triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("applied", [False, True], ids=["raw", "applied"])
 def test_strides_with_nan_between_and_behind(applied, layout, dtype):
@@ -222,7 +222,7 @@ def test_the_hot_path_does_not_synchronise(kind, mask):
 
 @pytest.mark.parametrize("case", CASES)
 def test_memory_stays_a_small_multiple_of_the_keys(case):
-    """Packed keys per level, queries per view, and the output: never N x N, which were 64 times the keys."""
+    """Packed keys per level, queries per view, and the output: never N x N, which is 68 times the keys."""
     problem = kontext(case, torch.bfloat16)
     q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
     torch.cuda.empty_cache()
