@@ -213,7 +213,8 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
 
 def _class_tables(tensors, angles, rows, classes, segments) -> None:
     """For the means of groups under a continuous scale: the scaled rows and their group, and per pair class its pairs,
-    the id of each scaled key's angles and the angles ``(Bk, U, pairs)`` of each id."""
+    the scaled keys sorted by their angles, how many keys share each, and the ``U`` distinct angles
+    ``(Bk, U, pairs)``."""
     group = torch.full((segments[-1].stop,), -1, dtype=torch.int64)
     for s in segments:
         group[s.start : s.stop] = s.group
@@ -221,7 +222,9 @@ def _class_tables(tensors, angles, rows, classes, segments) -> None:
     for name in ("a", "b", "c"):
         pairs = torch.tensor(getattr(classes, name), dtype=torch.int64)
         ids, first = lowering.distinct_angles(angles, pairs)
-        tensors[f"class_{name}_pairs"], tensors[f"class_{name}_id"] = pairs, torch.from_numpy(ids)
+        tensors[f"class_{name}_pairs"] = pairs
+        tensors[f"class_{name}_order"] = torch.from_numpy(np.argsort(ids, kind="stable"))
+        tensors[f"class_{name}_lengths"] = torch.from_numpy(np.bincount(ids))
         tensors[f"class_{name}_angles"] = angles[:, torch.from_numpy(first)][..., pairs]
 
 

@@ -69,7 +69,7 @@ def load_rotated(
 
 @triton.jit
 def sincos(x):
-    """Sine and cosine to about 1e-7 for |x| up to 1e5 radians, float32.
+    """Sine and cosine, float32, to about 1e-7 for |x| up to 1e4 radians and 1e-6 up to 1e5.
 
     The libdevice functions carry a path for huge arguments that spills; here pi/2 is taken off in three parts, the
     first two short enough for exact products, and the rest summed by Taylor's series on [-pi/4, pi/4].

@@ -145,7 +145,7 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(min(128, max(8, 2048 // block_d)), 1, block_d, 4, 1)
+    return LaunchConfig(min(128, max(8, 2048 // block_d)), 1, block_d, 8, 1)
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:

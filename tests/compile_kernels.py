@@ -2,23 +2,25 @@
 
 ``python tests/compile_kernels.py --out table.json [--kernel K] [--arch A]`` runs in a process of its own, since
 ``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, registers,
-spilled bytes, stack bytes, shared memory, whether wgmma was serialized.
+stack and spilled bytes, shared memory, whether wgmma was serialized.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastrope-aot-"))
 
 import torch  # noqa: E402
@@ -102,32 +104,23 @@ def compile_one(job: tuple) -> dict:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     row = dict(kernel=kernel, arch=arch, dtype=element, head_dim=head_dim, variant=variant, block_m=launch.block_m,
                block_n=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages)  # fmt: skip
+    log = io.StringIO()
     try:
-        binary = triton.compile(source, target=TARGETS[arch], options=options)
+        with contextlib.redirect_stdout(log):
+            binary = triton.compile(source, target=TARGETS[arch], options=options)
     except Exception as error:  # one bad variant must not hide the others
         return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
     row["shared"] = binary.metadata.shared
-    return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, arch))}
+    return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, log.getvalue()))}
 
 
-def _nvidia_cost(binary, arch: str) -> dict:
-    """Registers, spills and warnings, from ptxas itself."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    architecture = re.search(r"\.target (sm_\w+)", binary.asm["ptx"]).group(1)
-    ptxas = get_ptxas(int(arch[3:]))
-    path = getattr(ptxas, "path", None) or ptxas[0]
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(binary.asm["ptx"])
-        command = [path, "-v", f"--gpu-name={architecture}", str(ptx), "-o", str(Path(folder) / "kernel.cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    return dict(
-        registers=int(re.search(r"Used (\d+) registers", report).group(1)), stack=int(spills.group(1)),
-        spills=int(spills.group(2)) + int(spills.group(3)),
-        serialized="wgmma" in report and "serialized" in report, wgmma="wgmma" in binary.asm["ptx"],
-    )  # fmt: skip
+def _nvidia_cost(binary, log: str) -> dict:
+    """What ptxas said while it made the binary (its options differ between releases of triton)."""
+    stack, stores, loads = (
+        int(re.search(rf"(\d+) bytes {name}", log).group(1)) for name in ("stack frame", "spill stores", "spill loads")
+    )
+    return dict(registers=int(re.search(r"Used (\d+) registers", log).group(1)), stack=stack, spills=stores + loads,
+                serialized="serialized" in log, wgmma="wgmma" in binary.asm["ptx"])  # fmt: skip
 
 
 def _amd_cost(binary) -> dict:

@@ -15,6 +15,7 @@ import torch
 
 from ..planning import Plan
 
+ROW_MEAN_BLOCK = 2**21  # elements of the float64 tables of one block of row means
 INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
 
 
@@ -141,37 +142,42 @@ def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
     """``mu_i`` of queries that each turn the scaled keys by their own scale: ``(B, Hkv, G, C, D)`` float32.
 
     ``mu_i = mu + sum_j (R((r_i - 1) phi_j) - 1) k_j / count`` over the group's scaled keys. Keys that share ``phi_j`` on
-    a pair class are summed first, so the work is (queries x coordinates), not (queries x keys).
+    a pair class are summed first, so the work is (queries x coordinates), not (queries x keys). In float64, which no
+    TF32 setting touches, and in blocks of queries, so that memory does not grow with both.
     """
     t, spec = plan.tensors, plan.spec
     slots = t["slots"][:, : spec.continuous].long()
     scale = t["scale"].expand(slots.shape[0], -1)
     r = torch.where(slots >= 0, scale.gather(1, slots.clamp(min=0)), 1.0)  # (Bs, C)
-    first, second = _channels(spec.pairing, spec.pairs, keys.device)
+    channels = _channels(spec.pairing, spec.pairs, keys.device)
     out = means[:, :, :, :1].repeat(1, 1, 1, spec.continuous, 1)
     rows = t["scaled_rows"]
-    scaled = keys[:, :, rows].float()  # (B, Hkv, n, D)
+    scaled = keys[:, :, rows]  # (B, Hkv, n, D)
     if mask is not None:  # zero rather than multiply: a masked key may hold NaN
         scaled = scaled.masked_fill(~mask[:, None, rows, None], 0.0)
-    count = t["kernel_groups"][:, :, 2].clamp(min=1)
+    count = t["groups"][:, :, 2].clamp(min=1)
     for name in ("a", "b", "c"):
-        pairs, ids, angles = (t[f"class_{name}_{field}"] for field in ("pairs", "id", "angles"))
+        pairs, order, lengths, angles = (t[f"class_{name}_{field}"] for field in ("pairs", "order", "lengths", "angles"))
         if not len(pairs):
             continue
+        first, second = (x[pairs] for x in channels)
         for g in range(spec.num_groups):
-            member = ids[:, None] == torch.arange(angles.shape[1], device=ids.device)  # (n, U)
-            member = (member & (t["scaled_group"] == g)[:, None]).float()
-            x = torch.einsum("bhnc,nu->bhuc", scaled[..., first[pairs]], member)
-            y = torch.einsum("bhnc,nu->bhuc", scaled[..., second[pairs]], member)
-            turn = (r[:, :, None, None] - 1) * angles[:, None]  # (Bx, C, U, pairs)
-            cos, sin = (turn.cos() - 1).float(), turn.sin().float()
-            share = 1 / count[:, g, None, None, None]
-            product = "biuc,bhuc->bhic" if cos.shape[0] > 1 else "iuc,bhuc->bhic"
-            cos, sin = (cos, sin) if cos.shape[0] > 1 else (cos[0], sin[0])
-            turned_x = torch.einsum(product, cos, x) - torch.einsum(product, sin, y)
-            turned_y = torch.einsum(product, cos, y) + torch.einsum(product, sin, x)
-            out[:, :, g, :, first[pairs]] += turned_x * share
-            out[:, :, g, :, second[pairs]] += turned_y * share
+            member = (t["scaled_group"] == g)[order, None, None, None]
+            x, y = (
+                torch.segment_reduce(
+                    torch.where(member, scaled[:, :, order][..., part].permute(2, 0, 1, 3).double(), 0.0),
+                    "sum", lengths=lengths, axis=0, unsafe=True,
+                ).permute(1, 2, 0, 3) / count[:, g, None, None, None]
+                for part in (first, second)
+            )  # (B, Hkv, U, pairs)  # fmt: skip
+            for i in range(0, spec.continuous, step := max(1, ROW_MEAN_BLOCK // angles.shape[1:].numel())):
+                turn = (r[:, i : i + step, None, None] - 1) * angles[:, None]  # (Bx, queries, U, pairs)
+                turn = turn.expand(len(x), -1, -1, -1)
+                cos, sin = turn.cos() - 1, turn.sin()
+                turned_x = torch.einsum("biuc,bhuc->bhic", cos, x) - torch.einsum("biuc,bhuc->bhic", sin, y)
+                turned_y = torch.einsum("biuc,bhuc->bhic", cos, y) + torch.einsum("biuc,bhuc->bhic", sin, x)
+                out[:, :, g, i : i + step, first] += turned_x.float()
+                out[:, :, g, i : i + step, second] += turned_y.float()
     return out
 
 
