@@ -6,6 +6,7 @@ once per plan.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +91,7 @@ def segment_keys(treatments: Treatments) -> tuple[tuple[Segment, ...], torch.Ten
         signatures = signatures[order]
     bounds = _runs(signatures)
     segments = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         scaled, weight, group, gain = signatures[start].tolist()
         segments.append(Segment(start, stop, bool(scaled), weight, group, gain))
     return tuple(segments), order
@@ -176,7 +177,7 @@ def classify_pairs(angles: torch.Tensor, axis: torch.Tensor, scaled_pairs: torch
         pairs = (scaled_pairs & (axis == a)).nonzero().flatten()
         axes[a] = (tuple(pairs.tolist()), int(_ids(angles, pairs).max(initial=0)) + 1)
     varying = sorted((a for a in axes if axes[a][1] > 1), key=lambda a: -axes[a][1])
-    first, second = (varying + [None, None])[:2]
+    first, second = [*varying, None, None][:2]
     rest = tuple(sorted(c for a in axes if a not in (first, second) for c in axes[a][0]))
     return PairClasses(axes[first][0] if first is not None else (), axes[second][0] if second is not None else (), rest)
 

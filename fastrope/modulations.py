@@ -15,6 +15,7 @@ from .checks import require, require_tensor
 
 Keys = slice | torch.Tensor
 
+
 def _check_keys(owner: str, keys: object) -> None:
     if isinstance(keys, slice):
         return

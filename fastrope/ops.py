@@ -284,9 +284,7 @@ def _raw_setup(ctx, inputs, output):
 def _raw_backward(ctx, grad_out, grad_lse):
     q, k, v, *tensors = ctx.saved_tensors
     grad_lse = grad_lse if ctx.return_lse else None
-    grads = raw_attention_backward(
-        grad_out, grad_lse, q, k, v, tensors, ctx.ints, ctx.floats, ctx.layout, ctx.scale
-    )
+    grads = raw_attention_backward(grad_out, grad_lse, q, k, v, tensors, ctx.ints, ctx.floats, ctx.layout, ctx.scale)
     return *grads, [None] * len(tensors), None, None, None, None, None, None
 
 

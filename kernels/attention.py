@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LEVEL_BASE, LN2, SCALED, SEGMENT_FIELDS, START, STOP, VIEW, load_tile, logit_map, softmax_step, when,
+    LEVEL_BASE,
+    LN2,
+    SCALED,
+    SEGMENT_FIELDS,
+    START,
+    STOP,
+    VIEW,
+    load_tile,
+    logit_map,
+    softmax_step,
+    when,
 )  # fmt: skip
 from .config import LaunchConfig, precision
 from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride

@@ -7,7 +7,6 @@ import triton.language as tl
 from .common import GROUP, LEVEL_BASE, SCALED, SEGMENT_FIELDS, START, STOP
 from .config import LaunchConfig
 
-
 MEANS_COUNTS = (
     "num_segments", "heads", "num_groups", "num_levels", "scaled_keys", "groups_batch_stride", "mask_batch_stride",
 )  # fmt: skip

@@ -9,11 +9,19 @@ import triton
 import triton.language as tl
 
 from .common import (
-    FIRST_OF_VIEW, GROUP, SCALED, SEGMENT_FIELDS, VIEW, WEIGHT, load_rotated, load_rows, pair_of, when,
+    FIRST_OF_VIEW,
+    GROUP,
+    SCALED,
+    SEGMENT_FIELDS,
+    VIEW,
+    WEIGHT,
+    load_rotated,
+    load_rows,
+    pair_of,
+    when,
 )  # fmt: skip
 from .config import LaunchConfig
 from .tables import SLOT_TILE, SegmentTables, batch_stride
-
 
 PACK_COUNTS = (
     "heads", "num_rows", "table_batch_stride", "half",

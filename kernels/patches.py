@@ -97,7 +97,8 @@ def weigh_values(
         if STEPS > 1:
             p_i = tl.sum(tl.where(chosen[None, :, None], tl.reshape(p, (BLOCK_M, STEPS, ROWS * PATCH)), 0.0), 1)
             key = tl.sum(tl.where(chosen[:, None], tl.reshape(keys, (STEPS, ROWS * PATCH)), 0), 0)
-            here = tl.sum(tl.where(chosen[:, None], tl.reshape(present.to(tl.int32), (STEPS, ROWS * PATCH)), 0), 0) != 0
+            found = tl.where(chosen[:, None], tl.reshape(present.to(tl.int32), (STEPS, ROWS * PATCH)), 0)
+            here = tl.sum(found, 0) != 0
         mask = here[:, None] & (offs_d < HEAD_DIM)[None, :]
         v = tl.load(V + (key[:, None] * stride_vs + offs_d[None, :] * stride_vd), mask=mask, other=0.0)
         acc = tl.dot(p_i.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -123,7 +124,8 @@ def patch_kernel(
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_segments, num_queries, num_slots, heads, key_heads, continuous, columns_a, columns_b, columns_c,
     cos_batch_stride, query_phase_batch_stride, key_phase_batch_stride, scale_batch_stride,
-    groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, half, log2_scale,
+    groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, half,
+    log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SLOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -239,8 +241,8 @@ def patch_attention(
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32; variant 0 brings q to r = 1.
         half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
         patches: ``keys (P, 8, 8)``, ``a, b (P, 8)``, ``c (P,)`` int32 rows in key order; ``columns_a, columns_b,
-            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``query_phase (Bx, Sq, D/2)``,
-            ``key_phase (Bx, Sk, D/2)``, ``scale (Bx, Sq)`` float32; ``scaled_pairs (D/2,)`` bool.
+            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``query_phase
+            (Bx, Sq, D/2)``, ``key_phase (Bx, Sk, D/2)``, ``scale (Bx, Sq)`` float32; ``scaled_pairs (D/2,)`` bool.
 
     Returns:
         ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)``, float32: unnormalised output, running maximum (base 2), sum.

@@ -23,12 +23,12 @@ os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastrope-aot-"))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from fastrope.kernels import attention, config, means, pack, patches, tables  # noqa: E402
+from fastrope.kernels import attention, config, means, pack, patches, tables
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -94,11 +94,13 @@ def compile_one(job: tuple) -> dict:
             constexprs[(i,)] = constants.get(name, 1)
         elif name.isupper():
             kind = "i32" if name in INT_POINTERS else "i1" if name in BOOL_POINTERS else "fp32"
-            signature[name] = "*" + ("fp32" if (kernel, name) == ("means", "OUT") else element if name in DATA_POINTERS else kind)
+            signature[name] = "*" + (
+                "fp32" if (kernel, name) == ("means", "OUT") else element if name in DATA_POINTERS else kind
+            )
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-            if "stride" in name:
+            signature[name] = "fp32" if name == "log2_scale" else "i32"
+            if name.startswith("stride_"):  # counts and table strides are not specialized
                 attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

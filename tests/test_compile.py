@@ -21,7 +21,8 @@ ARCHS = tuple(SHARED_MEMORY)
 def compile_rows(folder: Path, *arguments: str) -> list[dict]:
     """Rows of ``compile_kernels.py``; a process of its own, since triton is interpreted in this one."""
     out = folder / "rows.json"
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "compile_kernels.py"), "--out", str(out), *arguments]
+    script = str(ROOT / "tests" / "compile_kernels.py")
+    command = [sys.executable, "-W", "ignore", script, "--out", str(out), *arguments]
     # A cache of our own: what an earlier run left behind must not stand in for compiling.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -12,8 +12,8 @@ from fastrope.backends import eager
 from fastrope.backends import triton as backend
 
 pytest.importorskip("triton")
-from fastrope import kernels  # noqa: E402
-from fastrope.kernels import attention, config, means, pack, patches  # noqa: E402
+from fastrope import kernels
+from fastrope.kernels import attention, config, means, pack, patches
 
 interpreted = pytest.mark.skipif(not backend.interpreted(), reason="runs interpreted kernels on CPU tensors")
 
@@ -99,8 +99,10 @@ def test_fully_masked_rows_are_zero():
     q = torch.randn(2, 5, 2, 16)
     mask = torch.tensor([[True] * 5, [False] * 5])
     out, lse = fr.attention(q, q, q, key_mask=mask, return_lse=True, backend="triton")
-    assert torch.equal(out[1], torch.zeros(5, 2, 16)) and bool((lse[1] == -torch.inf).all())
-    assert bool(out[0].abs().sum() > 0) and bool(lse[0].isfinite().all())
+    assert torch.equal(out[1], torch.zeros(5, 2, 16))
+    assert bool((lse[1] == -torch.inf).all())
+    assert bool(out[0].abs().sum() > 0)
+    assert bool(lse[0].isfinite().all())
 
 
 def test_launches_on_the_device_of_the_tensors(monkeypatch):
@@ -175,8 +177,10 @@ def launch_all(lengths, scale_of=None, batch=1, heads=2) -> None:
         mods = []
         if scale_of is not None:
             keys = slice(length // 2, length)
-            mods = [fr.QueryScale(scale_of(length), keys=keys), fr.BandWeight(torch.linspace(0.5, 1.5, 8), keys=keys),
-                    fr.BiasDelta(1, 1.1, keys=keys), fr.LogitGain(torch.linspace(0.5, 1, length), keys=keys)]  # fmt: skip
+            mods = [
+                fr.QueryScale(scale_of(length), keys=keys), fr.BandWeight(torch.linspace(0.5, 1.5, 8), keys=keys),
+                fr.BiasDelta(1, 1.1, keys=keys), fr.LogitGain(torch.linspace(0.5, 1, length), keys=keys),
+            ]  # fmt: skip
         backend.run(x, x, x, fr.plan(rope=rope, modulations=mods), 0.25)
 
 
@@ -195,10 +199,10 @@ def test_compilations_of_a_modulated_call(recorders):
     for scale_of in (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.4, 1, n)):
         launch_all((24, 113, 128, 239, 256, 600), scale_of)
     counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
-    assert counts == {name: 1 for name in COUNTS}
+    assert counts == dict.fromkeys(COUNTS, 1)
 
 
-# ---- launch configuration ---------------------------------------------------------------------------------------------
+# ---- launch configuration --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", config.ARCHS)
@@ -209,9 +213,11 @@ def test_configurations_are_pure_and_whole(kernel, arch):
             found = kernels.select(kernel, arch, dtype, head_dim)
             assert found == kernels.select(kernel, arch, dtype, head_dim)
             assert kernels.SLOT_TILE % found.block_m == 0
-            assert found.num_warps in (1, 2, 4, 8, 16) and found.num_stages >= 1
+            assert found.num_warps in (1, 2, 4, 8, 16)
+            assert found.num_stages >= 1
             if kernel != "means":
-                assert found.block_d >= head_dim and found.block_d & (found.block_d - 1) == 0
+                assert found.block_d >= head_dim
+                assert found.block_d & (found.block_d - 1) == 0
 
 
 def test_override_is_scoped():

@@ -141,8 +141,8 @@ _PATCH_TABLES = (
 def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
     """``mu_i`` of queries that each turn the scaled keys by their own scale: ``(B, Hkv, G, C, D)`` float32.
 
-    ``mu_i = mu + sum_j (R((r_i - 1) phi_j) - 1) k_j / count`` over the group's scaled keys. Keys that share ``phi_j`` on
-    a pair class are summed first, so the work is (queries x coordinates), not (queries x keys). In float64, which no
+    ``mu_i = mu + sum_j (R((r_i - 1) phi_j) - 1) k_j / count`` over the group's scaled keys. Keys that share ``phi_j``
+    on a pair class are summed first, so the work is (queries x coordinates), not (queries x keys). In float64, which no
     TF32 setting touches, and in blocks of queries, so that memory does not grow with both.
     """
     t, spec = plan.tensors, plan.spec
@@ -157,7 +157,9 @@ def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
         scaled = scaled.masked_fill(~mask[:, None, rows, None], 0.0)
     count = t["groups"][:, :, 2].clamp(min=1)
     for name in ("a", "b", "c"):
-        pairs, order, lengths, angles = (t[f"class_{name}_{field}"] for field in ("pairs", "order", "lengths", "angles"))
+        pairs, order, lengths, angles = (
+            t[f"class_{name}_{field}"] for field in ("pairs", "order", "lengths", "angles")
+        )
         if not len(pairs):
             continue
         first, second = (x[pairs] for x in channels)
