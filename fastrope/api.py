@@ -61,8 +61,10 @@ def attention(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    scale_value = float(scale) if scale is not None else _default_scale(q)
+    scale_value, modulations = _scale(q, scale), _as_tuple(modulations)
+    require(debug is None or isinstance(debug, bool), "debug", "True, False or None", repr(debug))
     if torch.compiler.is_compiling():
+        require(not debug, "debug", "None in compiled code (call once without the compiler to check)", debug)
         tokens = rope, key_rope, modulations, key_mask, plan
         return ops.traced_attention(q, k, v, *tokens, scale_value, return_lse, backend)
     check_tensors(q, k, v, scale_value, backend)
@@ -124,16 +126,25 @@ def check_plan(q, k, plan: Plan) -> None:
     require(device is None or same_device(device, q.device), "plan", f"tensors on the device of q, {q.device}", device)
 
 
-def _default_scale(q) -> float:
+def _scale(q, scale) -> float:
     require_tensor("q", q, (4,), "(B, S, H, D)")
-    return q.shape[-1] ** -0.5
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    require(isinstance(scale, (int, float)) and not isinstance(scale, bool), "scale", "a number or None", repr(scale))
+    return float(scale)
+
+
+def _as_tuple(modulations) -> tuple:
+    is_sequence = isinstance(modulations, (list, tuple))
+    require(is_sequence, "modulations", "a list or tuple of modulations", type(modulations).__name__)
+    return tuple(modulations)
 
 
 def _plan_for(q, k, rope, key_rope, modulations, key_mask, plan) -> Plan:
     if plan is None:
-        return cached_plan(rope, key_rope, tuple(modulations), key_mask, q.shape[1], k.shape[1], q.device)
+        return cached_plan(rope, key_rope, modulations, key_mask, q.shape[1], k.shape[1], q.device)
     require(isinstance(plan, Plan), "plan", "a Plan of fastrope.plan()", type(plan).__name__)
-    given = [name for name, x in (("rope", rope), ("key_rope", key_rope), ("modulations", tuple(modulations) or None),
+    given = [name for name, x in (("rope", rope), ("key_rope", key_rope), ("modulations", modulations or None),
              ("key_mask", key_mask)) if x is not None]  # fmt: skip
     require(not given, "plan", "either a plan or what it is made of", f"plan and {', '.join(given)}")
     return plan
@@ -236,7 +247,8 @@ def explain(
     Returns:
         An :class:`Explanation`: the backend and the reasons against the others, the segments and levels found.
     """
-    check_tensors(q, k, v, float(scale) if scale is not None else _default_scale(q), backend)
+    modulations = _as_tuple(modulations)
+    check_tensors(q, k, v, _scale(q, scale), backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan)
     choice = choose(q, k, v, plan, backend)
