@@ -319,8 +319,18 @@ TOKENS = (1, 2, 5, 16, 17, 33, 64, 100, 113, 130, 200)
 
 
 @st.composite
-def calls(draw, dtype: torch.dtype = torch.float32, tokens: Sequence[int] = TOKENS, dims=(16, 64, 80, 96, 128)) -> Call:
-    """Calls with any composition of modulations; values come from a seed, structure from hypothesis."""
+def calls(
+    draw,
+    dtype: torch.dtype = torch.float32,
+    tokens: Sequence[int] = TOKENS,
+    dims: Sequence[int] = (16, 64, 80, 96, 128),
+    heads: Sequence[tuple[int, int]] = ((1, 1), (2, 1), (1, 3), (2, 3)),
+) -> Call:
+    """Calls with any composition of modulations; values come from a seed, structure from hypothesis.
+
+    Args:
+        heads: key heads, and queries' heads that share each.
+    """
 
     def pick(*options):
         return draw(st.sampled_from(options))
@@ -328,7 +338,7 @@ def calls(draw, dtype: torch.dtype = torch.float32, tokens: Sequence[int] = TOKE
     g = generator(draw(st.integers(0, 2**16)))
     batch = pick(1, 1, 2, 3)
     dim = pick(*dims)
-    key_heads, share = pick(1, 2), pick(1, 1, 3)
+    key_heads, share = pick(*heads)
     queries = pick(*tokens)
     positions = pick("grid", "grid", "scatter", "line", "per row", "angles", None)
     crossed = draw(st.booleans())
@@ -373,7 +383,8 @@ def calls(draw, dtype: torch.dtype = torch.float32, tokens: Sequence[int] = TOKE
 
 def _rope(g, positions: str, tokens: int, dim: int, batch: int, pairing: str, applied: bool) -> fr.RoPE:
     if positions == "angles":
-        return fr.RoPE(draw(g, tokens, dim // 2) * 20, pairing=pairing, applied=applied)
+        fading = 0.8 ** torch.arange(dim // 2, device=DEVICE)  # as the frequencies of a real table
+        return fr.RoPE(draw(g, tokens, dim // 2) * 20 * fading, pairing=pairing, applied=applied)
     if positions == "grid":
         text = min(tokens // 4, 7)
         where = grid(tokens, text, frame=int(torch.randint(3, (1,), generator=g)))

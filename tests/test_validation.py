@@ -325,7 +325,7 @@ def test_a_plan_serves_many_layers(backend):
     if backend == "triton" and triton.unsupported(torch.empty(1, device=DEVICE)):
         pytest.skip("triton cannot run here")
     g = generator(5)
-    modulations = every_modulation(g, 20, 20, 16, "few")
+    modulations = every_modulation(g, 20, 20, 16, "zero")
     tokens = Call(*tensors(g, queries=20, dim=16), axial(grid(20, 4), 16), modulations=modulations)
     plan = tokens.planned()
     for heads, dtype in ((1, torch.float32), (2, torch.float16)):
