@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -80,16 +82,23 @@ def run_plan(q, k, v, plan: Plan, scale: float, return_lse: bool, backend: str, 
         _warn_once(choice.warning)
     if debug.enabled(check):
         debug.check_inputs(q, k, v, plan, scale)
-    if choice.backend == "eager":
-        out, lse = eager.run(q, k, v, plan, scale, return_lse)
-    elif choice.backend == "sdpa":
-        out, lse = sdpa.run(q, k, v, plan, scale, return_lse)
-    else:
-        out, lse = ops.apply_plan(q, k, v, plan, scale, return_lse, "triton")
+    with no_autocast(q.device):
+        if choice.backend == "eager":
+            out, lse = eager.run(q, k, v, plan, scale, return_lse)
+        elif choice.backend == "sdpa":
+            out, lse = sdpa.run(q, k, v, plan, scale, return_lse)
+        else:
+            out, lse = ops.apply_plan(q, k, v, plan, scale, return_lse, "triton")
     out = out.contiguous()
     if debug.enabled(check):
         debug.check_output(q, k, v, plan, scale, out, choice.backend)
     return (out, lse) if return_lse else out
+
+
+def no_autocast(device: torch.device):
+    """A context in which autocast leaves dtypes alone: the op computes in the dtype of its inputs."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 # ---- validation -----------------------------------------------------------------------------------------------------
@@ -130,7 +139,7 @@ def _scale(q, scale) -> float:
     require_tensor("q", q, (4,), "(B, S, H, D)")
     if scale is None:
         return q.shape[-1] ** -0.5
-    require(isinstance(scale, (int, float)) and not isinstance(scale, bool), "scale", "a number or None", repr(scale))
+    require(isinstance(scale, Real) and not isinstance(scale, bool), "scale", "a number or None", repr(scale))
     return float(scale)
 
 
@@ -165,13 +174,13 @@ class Choice:
 
 def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     """Pick the backend. An explicit one runs or raises; ``auto`` never changes the mathematics."""
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    grad = torch.is_grad_enabled() and any(_differentiated(x) for x in (q, k, v))
     obstacle = triton.unsupported(q)
     if backend == "triton":
         if grad:
             raise NotImplementedError(
                 'backend="triton" is forward only: expected inputs that do not require grad, received '
-                'requires_grad=True; use backend="sdpa" (or "auto"), or torch.no_grad()'
+                'requires_grad=True (or a tangent); use backend="sdpa" (or "auto"), or torch.no_grad()'
             )
         if obstacle:
             raise NotImplementedError(f'backend="triton" cannot run this call: {obstacle}')
@@ -193,6 +202,11 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
         why = "nothing to fuse: no rotation and no modulation"
         return Choice("sdpa", "torch's own kernel is the fastest plain attention", (("triton", why), never_eager))
     return Choice("triton", "fused kernel, one pass", (("sdpa", "copies the keys per level"), never_eager))
+
+
+def _differentiated(x: torch.Tensor) -> bool:
+    """Whether reverse or forward mode follows ``x``."""
+    return x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ Keys = slice | torch.Tensor
 
 def _check_keys(owner: str, keys: object) -> None:
     if isinstance(keys, slice):
+        bounds = (keys.start, keys.stop, keys.step)
+        whole = all(b is None or (hasattr(b, "__index__") and not isinstance(b, bool)) for b in bounds)
+        require(whole, f"{owner}.keys", "a slice of whole numbers", keys)
         return
     require(isinstance(keys, torch.Tensor), f"{owner}.keys", "a slice, bool mask or index tensor", type(keys).__name__)
     require(keys.ndim == 1, f"{owner}.keys", "a 1-D mask or index tensor", tuple(keys.shape))
-    require(
-        not (keys.is_floating_point() or keys.is_complex()), f"{owner}.keys", "bool or integer elements", keys.dtype
-    )
+    indices = (torch.bool, torch.int16, torch.int32, torch.int64)  # uint8 is how masks are stored elsewhere
+    require(keys.dtype in indices, f"{owner}.keys", "a bool mask or int16, int32 or int64 indices", keys.dtype)
 
 
 def _check_values(name: str, values: object, ndim: tuple[int, ...], hint: str) -> None:

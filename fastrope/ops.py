@@ -60,7 +60,7 @@ def planned_attention(
     prepared = _plan_from(tensors, spec)
     api.check_tensors(q, k, v, scale, backend)
     api.check_plan(q, k, prepared)
-    with torch.no_grad():
+    with torch.no_grad(), api.no_autocast(q.device):
         if api.choose(q, k, v, prepared, backend).backend == "triton":
             return _outputs(q, *api.triton.run(q, k, v, prepared, scale, return_lse))
         return _outputs(q, *api.sdpa.run(q, k, v, prepared, scale, return_lse))
@@ -212,6 +212,11 @@ def _decode(tensors, ints, floats, layout: str) -> dict:
     return call
 
 
+def _lower(q, k, tensors, ints, floats, layout: str) -> Plan:
+    call = _decode(tensors, ints, floats, layout)
+    return build_plan(**call, num_queries=q.shape[1], num_keys=k.shape[1], device=q.device)
+
+
 def _check_call(q, k, call: dict) -> None:
     """What can be checked from shapes alone, for tracing."""
     from .resolve import check_arguments, lengths
@@ -238,7 +243,7 @@ def raw_attention(
     from . import api
 
     api.check_tensors(q, k, v, scale, backend)
-    prepared = build_plan(**_decode(tensors, ints, floats, layout), num_queries=q.shape[1], num_keys=k.shape[1])
+    prepared = _lower(q, k, tensors, ints, floats, layout)
     with torch.no_grad():
         result = api.run_plan(q, k, v, prepared, scale, return_lse, backend, None)
     return _outputs(q, *(result if return_lse else (result, None)))
@@ -267,7 +272,7 @@ def raw_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`raw_attention` in q, k, v."""
-    prepared = build_plan(**_decode(tensors, ints, floats, layout), num_queries=q.shape[1], num_keys=k.shape[1])
+    prepared = _lower(q, k, tensors, ints, floats, layout)
     return _recompute_gradients(grad_out, grad_lse, q, k, v, prepared, scale)
 
 
@@ -293,8 +298,10 @@ raw_attention.register_autograd(_raw_backward, setup_context=_raw_setup)
 
 def traced_attention(q, k, v, rope, key_rope, modulations, key_mask, plan, scale, return_lse, backend):
     """What a compiler traces for :func:`fastrope.attention`: encoding, then one op."""
-    if backend == "triton" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError('backend="triton" is forward only: expected inputs that do not require grad')
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if backend == "triton":
+            raise NotImplementedError('backend="triton" is forward only: expected inputs that do not require grad')
+        backend = "sdpa" if backend == "auto" else backend  # as outside a graph
     if plan is not None:
         if backend == "eager":  # it reads the modulations as given, and a graph carries only their lowered form
             raise NotImplementedError('backend="eager" cannot run a compiled plan: expected "sdpa", "triton" or "auto"')

@@ -8,9 +8,10 @@ reference, and their lowered form (``spec``, ``tensors``) for the other backends
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -80,6 +81,9 @@ class Plan:
     key_rope: RoPE | None = None
     key_mask: torch.Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Plan(segments={len(self.spec.segments)}, levels={self.spec.num_levels}, nbytes={self.nbytes})"
+
     @property
     def device(self) -> torch.device | None:
         """Where the plan's tensors live; None for a plan that holds none."""
@@ -117,9 +121,15 @@ def plan(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
+    modulations = tuple(modulations)
+    # Plans outlive the mode and the default device they are made under.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
+
+
+def _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
     from .tables import lower  # numpy is only needed once a plan is built
 
-    modulations = tuple(modulations)
     check_arguments(rope, key_rope, modulations, key_mask)
     device = common_device(rope, key_rope, modulations, key_mask, device)
     num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
@@ -128,14 +138,23 @@ def plan(
         key_mask = None
     spec, tensors = lower(rope, key_rope or rope, resolved, key_mask, num_queries, num_keys)
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # mps has no float64
-    tensors = {k: t.to(device, wide if t.dtype == torch.float64 else t.dtype) for k, t in tensors.items()}
+    tensors = {k: _own(t.to(device, wide if t.dtype == torch.float64 else t.dtype)) for k, t in tensors.items()}
+    rope, key_rope = (r and replace(r, angles=_own(r.angles)) for r in (rope, key_rope))
+    key_mask = None if key_mask is None else _own(key_mask)
     return Plan(spec, spec.to_string(), tensors, resolved.to(device, wide), rope, key_rope, key_mask)
 
 
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: kernels rely on the layout, and what the caller does to the original must not matter."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
 # A cache for callers that build modulations anew on every call. It holds its keys alive, so identities stay valid;
-# a tensor changed in place has another version and misses.
+# a tensor changed in place has another version and misses. Writes that torch does not see (numpy, `.data`, kernels of
+# one's own) do not: such callers hold a plan.
 _CACHE: OrderedDict[tuple, tuple[Plan, tuple]] = OrderedDict()
 _CACHE_SIZE = 8
+_CACHE_LOCK = threading.Lock()
 
 
 def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
@@ -156,12 +175,16 @@ def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, de
         )  # fmt: skip
     except RuntimeError:  # inference tensors have no version
         return plan(**arguments)
-    if key not in _CACHE:
-        _CACHE[key] = plan(**arguments), tuple(held)
+    with _CACHE_LOCK:
+        if key in _CACHE:
+            _CACHE.move_to_end(key)
+            return _CACHE[key][0]
+    built = plan(**arguments)
+    with _CACHE_LOCK:
+        _CACHE[key] = built, tuple(held)
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
-    _CACHE.move_to_end(key)
-    return _CACHE[key][0]
+    return built
 
 
 def _identity(value, held: list[torch.Tensor]):

@@ -78,6 +78,10 @@ def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) 
         if values and rope.axis is not None and key_rope.axis is not None:
             same = torch.equal(rope.axis.cpu(), key_rope.axis.cpu())
             require(same, "key_rope.axis", "the axis map of rope", key_rope.axis.tolist())
+    for name, r in (("rope", rope), ("key_rope", key_rope)):
+        require(
+            r is None or not r.angles.requires_grad, f"{name}.angles", "constants: detach them", "requires_grad=True"
+        )
     for m in modulations:
         require(isinstance(m, MODULATIONS), "modulations", "QueryScale, BandWeight, BiasDelta or LogitGain", repr(m))
         for name in ("scale", "weight", "bias", "delta", "gain"):

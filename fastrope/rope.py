@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 
@@ -86,7 +87,7 @@ class RoPE:
             all(isinstance(d, int) and d >= 0 and d % 2 == 0 for d in axes_dim) and sum(axes_dim) > 0,
             "axes_dim", "even channel counts", axes_dim,
         )  # fmt: skip
-        require(theta > 0, "theta", "a positive number", theta)
+        require(isinstance(theta, Real) and theta > 0, "theta", "a positive number", repr(theta))
         dtype = torch.float32 if positions.device.type == "mps" else torch.float64
         angles, axis = [], []
         for a, dim in enumerate(axes_dim):

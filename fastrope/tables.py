@@ -176,8 +176,8 @@ def _batched(angles: torch.Tensor) -> torch.Tensor:
 
 def _patch_tables(tensors, rope, key_rope, resolved, segments):
     """Patches of the scaled segments (see :class:`lowering.Patches`) with rows in key order, the phases they need, and
-    the pair columns of each class. Phases are float32 relative to one scaled key, so a common offset costs no
-    precision. Returns the patches of each segment."""
+    the pair columns of each class. Phases are relative to one scaled key, so that float32 holds those of the keys
+    however far away the queries are, whose own turn is reduced in float64. Returns the patches of each segment."""
     scale, key = resolved.scale, tensors["key_angles"]
     order = tensors.get("key_order", torch.arange(key.shape[1]))
     axis = rope.axis if rope.axis is not None else key_rope.axis
@@ -202,7 +202,8 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
         padding = [-1] * (-len(pairs) % lowering.PAIR_CHUNK)
         tensors[f"patch_columns_{name}"] = torch.tensor([*pairs, *padding], dtype=torch.int32)
     origin = ordered[:1, rows[:1]]
-    tensors["patch_query_phase"] = (tensors["query_angles"] - origin).float()
+    turn = (scale.r[..., None] - 1) * (tensors["query_angles"] - origin)
+    tensors["patch_query_turn"] = torch.remainder(turn, 2 * torch.pi).float()
     tensors["patch_key_phase"] = (ordered - origin).float()
     tensors["patch_scale"] = scale.r.float()
     tensors["patch_scaled_pairs"] = scale.pairs

@@ -34,23 +34,24 @@ def load_pairs(X, rows, mask, pair, stride_s, stride_d, half, PAIRS: tl.constexp
 
 @triton.jit
 def query_pairs(
-    Q, COS, SIN, PHASE, WEIGHTS, rows, row_mask, pair, weight, stride_s, stride_d, half, PAIRS: tl.constexpr
+    Q, COS, SIN, TURN, WEIGHTS, rows, row_mask, pair, weight, stride_s, stride_d, half, PAIRS: tl.constexpr
 ):
-    """Query pairs at r = 1 times the segment's weights, and their phases: [M, 16] float32 each; pair -1 is zero."""
+    """Query pairs at r = 1 times the segment's weights, and how far each turns beyond, ``(r_i - 1) phi_i``: [M, 16]
+    float32 each; pair -1 is zero."""
     mask = row_mask[:, None] & (pair >= 0)[None, :]
     x, y = load_pairs(Q, rows[:, None], mask, pair[None, :], stride_s, stride_d, half, PAIRS)
     x, y = x.to(tl.float32), y.to(tl.float32)
     table = rows[:, None] * PAIRS + pair[None, :]
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
-    phase = tl.load(PHASE + table, mask=mask, other=0.0)
+    turn = tl.load(TURN + table, mask=mask, other=0.0)
     w = tl.load(WEIGHTS + weight * PAIRS + pair, mask=when(weight >= 0, pair >= 0), other=1.0)[None, :]
-    return (x * cos - y * sin) * w, (y * cos + x * sin) * w, phase
+    return (x * cos - y * sin) * w, (y * cos + x * sin) * w, turn
 
 
 @triton.jit
 def turned_product(
-    s, Q, COS, SIN, PHASE, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
+    s, Q, COS, SIN, TURN, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
     K, KEY_PHASE, representatives, keys, present, stride_ks, stride_kd,
     COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,14 +61,14 @@ def turned_product(
     """
     for c in range(0, num_columns, CHUNK):
         pair = tl.load(COLUMNS + c + tl.arange(0, CHUNK))
-        x, y, query_phase = query_pairs(
-            Q, COS, SIN, PHASE, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS
+        x, y, query_turn = query_pairs(
+            Q, COS, SIN, TURN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS
         )
         phase = tl.load(
             KEY_PHASE + representatives[:, None] * PAIRS + pair[None, :], mask=(pair >= 0)[None, :],
             other=0.0,
         )  # [U, C]  # fmt: skip
-        angle = factor[None, :, None] * (query_phase[None, :, :] - phase[:, None, :])  # [U, M, C]
+        angle = query_turn[None, :, :] - factor[None, :, None] * phase[:, None, :]  # [U, M, C]
         sin, cos = sincos(angle)
         turned_x = (x[None, :, :] * cos - y[None, :, :] * sin).to(K.dtype.element_ty)
         turned_y = (y[None, :, :] * cos + x[None, :, :] * sin).to(K.dtype.element_ty)
@@ -107,7 +108,7 @@ def weigh_values(
 
 PATCH_COUNTS = (
     "num_segments", "num_queries", "num_slots", "heads", "key_heads", "continuous", "columns_a", "columns_b",
-    "columns_c", "cos_batch_stride", "query_phase_batch_stride", "key_phase_batch_stride", "scale_batch_stride",
+    "columns_c", "cos_batch_stride", "query_turn_batch_stride", "key_phase_batch_stride", "scale_batch_stride",
     "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "slots_batch_stride", "level_batch_stride",
     "half",
 )  # fmt: skip
@@ -117,13 +118,13 @@ PATCH_COUNTS = (
 def patch_kernel(
     Q, K, V, STATE, STATE_M, STATE_L,
     SEGMENTS, PATCH_KEYS, PATCH_A, PATCH_B, PATCH_C, COLUMNS_A, COLUMNS_B, COLUMNS_C,
-    QUERY_COS, QUERY_SIN, QUERY_PHASE, KEY_PHASE, SCALE, SCALED_PAIRS,
+    QUERY_COS, QUERY_SIN, QUERY_TURN, KEY_PHASE, SCALE, SCALED_PAIRS,
     WEIGHTS, BIAS, GROUPS, GAINS, KEY_MASK, SLOTS, SLOT_LEVEL,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_segments, num_queries, num_slots, heads, key_heads, continuous, columns_a, columns_b, columns_c,
-    cos_batch_stride, query_phase_batch_stride, key_phase_batch_stride, scale_batch_stride,
+    cos_batch_stride, query_turn_batch_stride, key_phase_batch_stride, scale_batch_stride,
     groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, half,
     log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -146,7 +147,7 @@ def patch_kernel(
     k_base = K + b * stride_kb + kv_head * stride_kh
     v_base = V + b * stride_vb + kv_head * stride_vh
     cos, sin = QUERY_COS + b * cos_batch_stride, QUERY_SIN + b * cos_batch_stride
-    query_phase = QUERY_PHASE + b * query_phase_batch_stride
+    query_turn = QUERY_TURN + b * query_turn_batch_stride
     key_phase = KEY_PHASE + b * key_phase_batch_stride
     factor = tl.load(SCALE + b * scale_batch_stride + rows, mask=row_mask, other=1.0) - 1.0
     offs_d = tl.arange(0, BLOCK_D)
@@ -172,13 +173,13 @@ def patch_kernel(
                 present = present & (tl.load(KEY_MASK + b * mask_batch_stride + keys, mask=present, other=0) != 0)
             across = turned_product(
                 tl.zeros([PATCH, BLOCK_M, PATCH], dtype=tl.float32),
-                q_base, cos, sin, query_phase, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
+                q_base, cos, sin, query_turn, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
                 k_base, key_phase, tl.load(PATCH_B + patch * PATCH + offs_u), tl.trans(keys), tl.trans(present),
                 stride_ks, stride_kd, COLUMNS_B, columns_b, half, PAIRS, PRECISION,
             )  # [N, M, U]  # fmt: skip
             qk = turned_product(
                 tl.permute(across, (2, 1, 0)),
-                q_base, cos, sin, query_phase, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
+                q_base, cos, sin, query_turn, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
                 k_base, key_phase, tl.load(PATCH_A + patch * PATCH + offs_u), keys, present,
                 stride_ks, stride_kd, COLUMNS_A, columns_a, half, PAIRS, PRECISION,
             )  # [U, M, N]  # fmt: skip
@@ -189,14 +190,14 @@ def patch_kernel(
             patch_key = tl.load(PATCH_C + patch).to(tl.int64)
             for c in range(0, columns_c, CHUNK):
                 pair = tl.load(COLUMNS_C + c + tl.arange(0, CHUNK))
-                x, y, phase = query_pairs(
-                    q_base, cos, sin, query_phase, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half,
+                x, y, turn = query_pairs(
+                    q_base, cos, sin, query_turn, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half,
                     PAIRS,
                 )  # fmt: skip
                 # Class C also holds the pairs no scale covers; they do not turn.
                 turns = tl.load(SCALED_PAIRS + pair, mask=pair >= 0, other=0) != 0
                 patch_phase = tl.load(key_phase + patch_key * PAIRS + pair, mask=pair >= 0, other=0.0)
-                angle = tl.where(turns[None, :], factor[:, None] * (phase - patch_phase[None, :]), 0.0)
+                angle = tl.where(turns[None, :], turn - factor[:, None] * patch_phase[None, :], 0.0)
                 sin_c, cos_c = sincos(angle)
                 mask = (pair >= 0)[:, None] & flat[None, :]
                 k_x, k_y = load_pairs(
@@ -241,7 +242,7 @@ def patch_attention(
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32; variant 0 brings q to r = 1.
         half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
         patches: ``keys (P, 8, 8)``, ``a, b (P, 8)``, ``c (P,)`` int32 rows in key order; ``columns_a, columns_b,
-            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``query_phase
+            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``query_turn
             (Bx, Sq, D/2)``, ``key_phase (Bx, Sk, D/2)``, ``scale (Bx, Sq)`` float32; ``scaled_pairs (D/2,)`` bool.
 
     Returns:
@@ -257,12 +258,12 @@ def patch_attention(
     patch_kernel[(slots // config.block_m * batch * heads,)](
         q, k, v, acc, m, l_sum,
         t.segments, p["keys"], p["a"], p["b"], p["c"], p["columns_a"], p["columns_b"], p["columns_c"],
-        cos, sin, p["query_phase"], p["key_phase"], p["scale"], p["scaled_pairs"],
+        cos, sin, p["query_turn"], p["key_phase"], p["scale"], p["scaled_pairs"],
         weights, bias, groups, gains, mask, t.slots, t.slot_level,
         *q.stride(), *k.stride(), *v.stride(),
         t.segments.shape[0], num_queries, t.slots.shape[1], heads, k.shape[1], slots,
         *(p[f"columns_{name}"].shape[0] for name in "abc"),
-        batch_stride(cos), batch_stride(p["query_phase"]), batch_stride(p["key_phase"]), batch_stride(p["scale"]),
+        batch_stride(cos), batch_stride(p["query_turn"]), batch_stride(p["key_phase"]), batch_stride(p["scale"]),
         batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), batch_stride(t.slots),
         batch_stride(t.slot_level), int(half), scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -40,7 +40,11 @@ FUNCTIONS = {
     "means": means.means_kernel,
 }  # fmt: skip
 ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-HEAD_DIMS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 96), 256: (256,)}  # per head block; 96 is padded
+# Head dims of the usual run, one per launch configuration and padded size; --all adds those that share a configuration
+# with them, and float16, which differs from bfloat16 in the instruction's type only.
+HEAD_DIMS = (16, 64, 128, 256)
+MORE_HEAD_DIMS = (32, 96)
+DTYPES = (torch.bfloat16, torch.float32)
 INT_POINTERS = {
     "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
     "COLUMNS_B", "COLUMNS_C",
@@ -66,13 +70,14 @@ def variants(kernel: str) -> list[dict]:
     return [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
 
 
-def jobs(kernels, archs) -> list[tuple]:
-    """(kernel, arch, dtype name, head dim, variant) of everything that ships."""
+def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
+    """(kernel, arch, dtype name, head dim, variant) of what ships."""
     found = []
-    for kernel, arch, block in itertools.product(kernels, archs, config.HEAD_BLOCKS):
-        for head_dim, dtype in itertools.product(HEAD_DIMS[block], ELEMENT):
-            if kernel == "means" and block > 32:  # works on blocks of 32 channels whatever the head dim
-                continue
+    dims = sorted(HEAD_DIMS + MORE_HEAD_DIMS) if everything else HEAD_DIMS
+    for kernel, arch, head_dim in itertools.product(kernels, archs, dims):
+        if kernel == "means" and head_dim > 64:  # works on blocks of 32 channels whatever the head dim
+            continue
+        for dtype in ELEMENT if everything else DTYPES:
             found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
     return found
 
@@ -144,9 +149,10 @@ def main() -> None:
     parser.add_argument("--arch", action="append", choices=config.ARCHS)
     parser.add_argument("--head-dim", action="append", type=int)
     parser.add_argument("--dtype", action="append")
+    parser.add_argument("--all", action="store_true", help="every head block and dtype, not one per configuration")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    todo = [j for j in jobs(args.kernel or config.KERNELS, args.arch or config.ARCHS)
+    todo = [j for j in jobs(args.kernel or config.KERNELS, args.arch or config.ARCHS, args.all)
             if (not args.head_dim or j[3] in args.head_dim) and (not args.dtype or j[2] in args.dtype)]  # fmt: skip
     with ProcessPoolExecutor(args.workers) as pool:
         rows = list(pool.map(compile_one, todo, chunksize=4))

@@ -82,28 +82,30 @@ def render(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.fixture(scope="session")
-def all_rows(tmp_path_factory) -> list[dict]:
-    return compile_rows(tmp_path_factory.mktemp("aot"))
-
-
 @pytest.mark.compile
-def test_every_variant_compiles_without_spills(all_rows):
-    assert len(all_rows) > 400
-    assert {r["arch"] for r in all_rows} == set(ARCHS)
-    assert problems(all_rows) == []
-
-
-@pytest.mark.compile
-def test_docs_table_is_current(all_rows):
-    table = render(all_rows)
+def test_every_variant_compiles_without_spills(tmp_path):
+    """Every kernel, flag and launch configuration; then the table of the docs against what was compiled."""
+    rows = compile_rows(tmp_path)
+    assert len(rows) > 400
+    assert {r["arch"] for r in rows} == set(ARCHS)
+    assert problems(rows) == []
+    table = render(rows)
     if os.environ.get("FASTROPE_WRITE_DOCS") == "1":
         TABLE.write_text(table)
     import triton
 
-    if triton.__version__ != "3.9.0":
-        pytest.skip(f"the table is that of triton 3.9.0, this is {triton.__version__}")
-    assert TABLE.read_text() == table, "run with FASTROPE_WRITE_DOCS=1 and commit docs/kernels.md"
+    if triton.__version__ == "3.9.0":  # shared memory differs a little between releases
+        assert TABLE.read_text() == table, "run with FASTROPE_WRITE_DOCS=1 and commit docs/kernels.md"
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "FASTROPE_COMPILE_ALL" not in os.environ, reason="every head block and dtype: FASTROPE_COMPILE_ALL=1"
+)
+def test_every_head_block_and_dtype_compiles(tmp_path):
+    rows = compile_rows(tmp_path, "--all")
+    assert problems(rows) == []
 
 
 def test_a_spilling_kernel_is_caught():

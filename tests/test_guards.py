@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -249,3 +251,123 @@ def test_unknown_launches_are_refused():
                 ("attention", "sm_90", torch.float16, 512), ("conv", "sm_90", torch.float16, 64)):  # fmt: skip
         with pytest.raises(ValueError, match="expected a kernel"):
             kernels.select(*bad)
+
+
+# ---- tables, plans and modes -----------------------------------------------------------------------------------------
+
+
+@interpreted
+def test_tables_of_any_strides():
+    """Transposed and expanded masks, scales and angles: kernels read contiguous copies."""
+    generator = torch.Generator().manual_seed(2)
+    batch, length = 2, 16
+    q = torch.randn(batch, length, 1, 16, generator=generator)
+    rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
+    flipped = fr.RoPE(rope.angles.T.contiguous().T)
+    scale = torch.rand(length, batch, generator=generator).T
+    mask = (torch.rand(length, batch, generator=generator) > 0.4).T
+    column = torch.tensor([[True], [False]]).expand(batch, length)
+    for options in (
+        {"key_mask": mask}, {"key_mask": column}, {"rope": rope, "modulations": [fr.QueryScale(scale)]},
+        {"rope": flipped, "modulations": [fr.QueryScale(torch.linspace(0.3, 1, length))]},
+    ):  # fmt: skip
+        plan = fr.plan(**options)
+        assert all(t.is_contiguous() for t in plan.tensors.values())
+        out = fr.attention(q, q, q, plan=plan, backend="triton")
+        torch.testing.assert_close(out, eager.run(q, q, q, plan, 0.25)[0], rtol=1e-5, atol=3e-6)
+
+
+@interpreted
+def test_continuous_scales_far_from_the_keys():
+    """A query 100 000 tokens away turns as exactly as a near one."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, 1, 12, 1, 16, generator=generator)
+    rope, key_rope = (fr.RoPE.axial(torch.arange(12)[:, None] + offset, (16,)) for offset in (100_000, 0))
+    plan = fr.plan(rope=rope, key_rope=key_rope, modulations=[fr.QueryScale(torch.linspace(0.3, 1, 12))])
+    assert plan.spec.continuous
+    out = fr.attention(q, k, k, plan=plan, backend="triton")
+    torch.testing.assert_close(out, eager.run(q, k, k, plan, 0.25)[0], rtol=1e-5, atol=3e-6)
+
+
+def test_the_cache_serves_threads():
+    q = torch.randn(1, 8, 1, 16)
+    rope = fr.RoPE.axial(torch.arange(8)[:, None], (16,))
+    weights = [torch.full((8,), 1.0 + i) for i in range(12)]
+    expected = [fr.attention(q, q, q, rope=rope, modulations=[fr.BandWeight(w)], backend="sdpa") for w in weights]
+
+    def work(seed: int) -> bool:
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist() * 4
+        mods = ([fr.BandWeight(weights[i])] for i in order)
+        outs = [fr.attention(q, q, q, rope=rope, modulations=m, backend="sdpa") for m in mods]
+        return all(torch.allclose(o, expected[i]) for o, i in zip(outs, order, strict=True))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_plans_own_what_they_hold():
+    """Editing a tensor after planning changes no backend's answer."""
+    q = torch.randn(2, 8, 1, 16)
+    angles, mask = torch.rand(8, 8), torch.rand(2, 8) > 0.3
+    mask[:, 0] = True
+    weight = torch.linspace(0.5, 1.5, 8)
+    mods = [fr.BandWeight(weight), fr.BiasDelta(1, 1.2, keys=slice(2, 6))]
+    plan = fr.plan(rope=fr.RoPE(angles), modulations=mods, key_mask=mask)
+    backends = ("eager", "sdpa", "triton") if backend.interpreted() else ("eager", "sdpa")
+    before = [fr.attention(q, q, q, plan=plan, backend=name) for name in backends]
+    angles.mul_(3)
+    mask.fill_(True)
+    weight.zero_()
+    for name, out in zip(backends, before, strict=True):
+        assert torch.equal(fr.attention(q, q, q, plan=plan, backend=name), out), name
+
+
+def test_plans_outlive_inference_mode():
+    q = torch.randn(1, 6, 1, 16)
+    arguments = {"rope": fr.RoPE.axial(torch.arange(6)[:, None], (16,)),
+                 "modulations": [fr.LogitGain(torch.linspace(0.5, 1.5, 6))]}  # fmt: skip
+    with torch.inference_mode():
+        fr.attention(q, q, q, **arguments)
+    x = q.clone().requires_grad_()
+    fr.attention(x, q, q, **arguments).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_autocast_leaves_dtypes_alone():
+    q = torch.randn(1, 6, 1, 16)
+    for name in ("eager", "sdpa"):
+        expected = fr.attention(q, q, q, backend=name)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, lse = fr.attention(q, q, q, backend=name, return_lse=True)
+        assert out.dtype == lse.dtype == torch.float32
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+def test_forward_mode_is_not_dropped():
+    q = torch.randn(1, 6, 1, 16)
+    with pytest.raises(NotImplementedError, match="forward only"):
+        torch.func.jvp(lambda x: fr.attention(x, q, q, backend="triton"), (q,), (q,))
+
+
+def test_a_default_device_does_not_reach_plans():
+    keys = torch.arange(8) > 3
+    with torch.device("meta"):
+        plan = fr.plan(modulations=[fr.BiasDelta(1, 1.2, keys=keys)])
+    assert plan.device.type == "cpu"
+
+
+def test_host_and_kernels_agree_on_constants():
+    from fastrope import lowering, tables
+    from fastrope.kernels import common
+
+    names = [name.upper() for name in tables.SEGMENT_FIELDS]
+    assert [getattr(common, name).value for name in names] == list(range(common.SEGMENT_FIELDS.value))
+    assert lowering.SLOT_TILE == kernels.SLOT_TILE
+    assert patches.PATCH.value == lowering.PATCH
+    assert patches.CHUNK.value == lowering.PAIR_CHUNK

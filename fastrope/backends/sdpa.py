@@ -198,8 +198,9 @@ def _fused(q, k, v, mask, scale: float) -> torch.Tensor:
     if q.device.type == "cpu":  # its flash kernel wants equal head dims
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
         fused = True
-    else:
+    else:  # CUDA's kernels want head dims in eights
         fused = q.device.type == "cuda" and q.dtype != torch.float64
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))
     blocks = [q] if fused else q.split(BLOCK_ROWS, dim=2)
     outs = [F.scaled_dot_product_attention(block, k, v, attn_mask=mask, scale=scale) for block in blocks]
     return torch.cat(outs, dim=2)

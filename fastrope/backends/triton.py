@@ -86,7 +86,7 @@ def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
         order = t["key_source"][: k.shape[1]] if "key_order" in t else None
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
     if spec.continuous and _far_apart(q):
-        q = q.contiguous()
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
     tables = bias = state = None
     if not spec.modulated:
         queries = q.transpose(1, 2)
@@ -134,7 +134,7 @@ def _tables(keys, plan: Plan, mask, config):
 
 
 _PATCH_TABLES = (
-    "keys", "a", "b", "c", "columns_a", "columns_b", "columns_c", "query_phase", "key_phase", "scale", "scaled_pairs",
+    "keys", "a", "b", "c", "columns_a", "columns_b", "columns_c", "query_turn", "key_phase", "scale", "scaled_pairs",
 )  # fmt: skip
 
 
