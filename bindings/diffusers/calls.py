@@ -83,12 +83,12 @@ class CallState:
         for slot in self.slots:
             slot.filled = False
         call = self._signature.bind_partial(module, *args, **kwargs).arguments
-        plans = self._layer_plans(call) if self.methods else [None] * len(self.slots)
+        plans = self._layer_plans(module, call) if self.methods else [None] * len(self.slots)
         for slot, plan in zip(self.slots, plans, strict=True):
             slot.plan, slot.filled = plan, True
 
-    def _layer_plans(self, call: Call) -> list[fr.Plan | None]:
-        sequence = self._sequence(call)
+    def _layer_plans(self, module, call: Call) -> list[fr.Plan | None]:
+        sequence = self._sequence(module, call)
         if all(isinstance(m, MODULATIONS) for m in self.methods):
             return [self._plan(sequence, self.methods)] * len(self.slots)
         step, num_steps = self.told or self._step(call) or (0, fr.Site.num_steps)
@@ -105,22 +105,33 @@ class CallState:
             before = modulations
         return plans
 
-    def _sequence(self, call: Call) -> JointSequence:
+    def _sequence(self, module, call: Call) -> JointSequence:
         text, image = self.host.ids(call)
         hidden = call.get("hidden_states")
         device = hidden.device if isinstance(hidden, torch.Tensor) else image.device
-        key = self._fingerprint(text), self._fingerprint(image), device
+        key = self._fingerprint(text), self._fingerprint(image), device, self.host.theta(module)
         if key not in self._sequences:
             # Through float64 before anything is computed: hosts hand ids over in the dtype of the model.
             wide = torch.float32 if device.type == "mps" else torch.float64
             parts = (text, image) if self.host.order == "text-first" else (image, text)
             positions = torch.cat([part.detach().to(device, wide) for part in parts])
-            rope = fr.RoPE.axial(positions, self.axes_dim, self.host.theta, self.host.pairing)
+            rope = fr.RoPE.axial(positions, self.axes_dim, self.host.theta(module), self.host.pairing)
+            self._check_embedding(module, positions, rope)
             self._sequences[key] = JointSequence(key, rope, len(text), image.detach().cpu().double())
             if len(self._sequences) > 8:
                 self._sequences.popitem(last=False)
         self._sequences.move_to_end(key)
         return self._sequences[key]
+
+    def _check_embedding(self, module, positions: torch.Tensor, rope: fr.RoPE) -> None:
+        """Modulated layers rotate by our angles: they must be the host's, whatever was done to its embedding."""
+        with torch.no_grad():
+            gap = (self.host.cosines(module, positions.float()).double() - rope.angles.cos().double()).abs().max()
+        if not gap < 1e-3:
+            raise NotImplementedError(
+                f"{type(module).__name__}: expected the rotary embedding of diffusers with theta "
+                f"{self.host.theta(module):g}, received another one (its cosines differ by {float(gap):.2g})"
+            )
 
     def _plan(self, sequence: JointSequence, modulations: Sequence[Modulation]) -> fr.Plan | None:
         key = sequence.key, tuple(self._content(m) for m in modulations)

@@ -24,7 +24,9 @@ class Host:
         blocks: the lists of blocks that hold an attention layer, in order of execution.
         ids: reads the position ids of text and image, ``(tokens, axes)`` each, off a call's arguments.
         axes_dim: reads the RoPE channels of each axis off the model.
-        theta, pairing: of the RoPE.
+        theta: reads the base of the RoPE's frequencies off the model.
+        cosines: the model's own table of ``cos(phi)``, ``(tokens, D/2)``, for some ids; what ours is checked against.
+        pairing: of the RoPE.
         order: of the joint sequence, as in :class:`fastrope.TokenLayout`.
         spatial_axes: the axes of rows and columns.
         steps_per_unit: model timestep 1 in units of the scheduler's timesteps.
@@ -35,7 +37,8 @@ class Host:
     blocks: tuple[str, ...]
     ids: Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
     axes_dim: Callable[[torch.nn.Module], tuple[int, ...]]
-    theta: float = 10_000.0
+    theta: Callable[[torch.nn.Module], float]
+    cosines: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     pairing: str = "interleaved"
     order: str = "text-first"
     spatial_axes: tuple[int, ...] = (1, 2)
@@ -60,6 +63,8 @@ HOSTS = (
         blocks=("transformer_blocks", "single_transformer_blocks"),
         ids=_ids_arguments,
         axes_dim=lambda model: tuple(model.config.axes_dims_rope),
+        theta=lambda model: float(model.pos_embed.theta),
+        cosines=lambda model, ids: model.pos_embed(ids)[0][:, 0::2],
     ),
 )
 

@@ -725,3 +725,17 @@ def test_compiled_after_apply(transformer):
     with fr.apply(transformer, mods):
         expected = run(transformer, call)
         assert_same(run(torch.compile(transformer, backend="eager", fullgraph=True), call), expected)
+
+
+def test_the_hosts_own_embedding_decides(transformer, monkeypatch):
+    """Another theta is read off the model; an embedding that is not diffusers' own is refused."""
+    call = build_call()
+    barely = fr.BiasDelta(1.0, 1 + 1e-9, keys=slice(0, 4))
+    transformer.pos_embed.theta = 20
+    stock = run(transformer, call)
+    with fr.apply(transformer, barely):
+        torch.testing.assert_close(run(transformer, call), stock, rtol=1e-6, atol=1e-6)
+    own = type(transformer.pos_embed).forward
+    monkeypatch.setattr(transformer.pos_embed, "forward", lambda ids: own(transformer.pos_embed, ids / 2))
+    with fr.apply(transformer, barely), pytest.raises(NotImplementedError, match="rotary embedding"):
+        run(transformer, call)
