@@ -60,11 +60,12 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
         low: the reference in ``dtype``.
         dtype: of the inputs; that of ``out`` unless given (a log-sum-exp is wider than the call it belongs to).
 
-    Allowances. Float32: four roundings of the largest value for the maximum, the same floor and one rounding of the mean
-    value for the mean, since an order of summation, or a softmax in base 2, decides errors this small. All dtypes: four
-    standard errors of the mean, the rows along the last axis being the samples. With ``dtype`` given, the formula of the
-    floor is zero beyond 0.6 and the reference may round nothing to ``dtype``, so the maximum may be off by two roundings
-    of the largest value in ``dtype``, the mean by the square of one (a product kept as two such numbers).
+    Allowances. Float32: four roundings of the largest value for the maximum, the same floor and one rounding of the
+    mean value for the mean, since an order of summation, or a softmax in base 2, decides errors this small. All
+    dtypes: four standard errors of the mean, the rows along the last axis being the samples. With ``dtype`` given,
+    the formula of the floor is zero beyond 0.6 and the reference may round nothing to ``dtype``, so the maximum may
+    be off by two roundings of the largest value in ``dtype``, the mean by the square of one (a product kept as two
+    such numbers).
 
     Raises:
         ValueError: shapes that differ, or ``exact`` is not float64.

@@ -69,7 +69,7 @@ def test_any_composition(backend, dtype):
     tally = Tally()
     interpreted = backend == "triton" and INTERPRETED
 
-    @settings(max_examples=12 if interpreted else 40)
+    @settings(max_examples=10 if interpreted else 40)
     @given(calls(dtype, **SMALL) if interpreted else calls(dtype))
     def run(call):
         check(call, backend, tally)
