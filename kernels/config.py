@@ -127,17 +127,29 @@ _MODULATED_16_BIT = {
     "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
 }
 # float32 products run on CUDA cores and keep their operands in registers.
-_FLOAT32 = ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
+_FLOAT32 = {
+    **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1))),
+    "gfx942": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+}
 
 
 def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    row = _FLOAT32 if float32 else table[arch]
+    row = (_FLOAT32 if float32 else table)[arch]
     block_m, block_n, num_warps, num_stages = row[max(block_d, 64).bit_length() - 7]
+    if float32 and block_d <= 32:
+        num_warps = 4
+    if arch == "sm_89" and block_d <= 32:
+        block_n, num_stages = 32, min(num_stages, 2)
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
 
 
 def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(16, 16 if float32 else 64, block_d, 8, 1)  # block_n: keys of a patch weighed at once
+    """``block_n`` is the keys of a patch weighed at once: all 64, but for float32 with its operands in registers."""
+    if not float32:
+        return LaunchConfig(16, 64, block_d, 8, 1)
+    if arch in ("sm_80", "sm_89"):
+        return LaunchConfig(16, 64 if block_d <= 64 else 32, block_d, 2 if block_d <= 32 else 8, 1)
+    return LaunchConfig(16, 16, block_d, 8, 1)
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
