@@ -182,6 +182,20 @@ def classify_pairs(angles: torch.Tensor, axis: torch.Tensor, scaled_pairs: torch
     return PairClasses(axes[first][0] if first is not None else (), axes[second][0] if second is not None else (), rest)
 
 
+def arrange_keys(
+    angles: torch.Tensor, runs: list[np.ndarray], axis: torch.Tensor, scaled_pairs: torch.Tensor
+) -> tuple[PairClasses, list[Patches]]:
+    """Classes and the patches of each run of scaled key rows, ``angles (Bk, Sk, D/2)``.
+
+    Axes apart where keys form a grid; all pairs as one class where they share no coordinates, which takes one key per
+    patch row instead of one per patch.
+    """
+    apart = classify_pairs(angles[:, np.concatenate(runs)], axis, scaled_pairs)
+    together = PairClasses(tuple(scaled_pairs.nonzero().flatten().tolist()), (), ())
+    candidates = [(c, [find_patches(angles[:, rows], rows, c) for rows in runs]) for c in (apart, together)]
+    return min(candidates, key=lambda candidate: sum(len(p.keys) for p in candidate[1]))
+
+
 def find_patches(angles: torch.Tensor, rows: np.ndarray, classes: PairClasses) -> Patches:
     """Cover the keys ``rows`` with patches.
 

@@ -184,14 +184,11 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
     axis = axis.cpu() if axis is not None else torch.zeros(rope.pairs, dtype=torch.int64)
     ordered = key[:, order]
     rows = scale.keys[order].nonzero().flatten()
-    classes = lowering.classify_pairs(ordered[:, rows], axis, scale.pairs)
-    found, bounds, count = [], [], 0
+    runs = [np.arange(s.start, s.stop) for s in segments if s.scaled]
+    classes, found = lowering.arrange_keys(ordered, runs, axis, scale.pairs)
+    bounds, count, arranged = [], 0, iter(found)
     for s in segments:
-        patches = None
-        if s.scaled:
-            patches = lowering.find_patches(ordered[:, s.start : s.stop], np.arange(s.start, s.stop), classes)
-            found.append(patches)
-        size = len(patches.keys) if patches else 0
+        size = len(next(arranged).keys) if s.scaled else 0
         bounds.append((count, count + size))
         count += size
     for name in ("keys", "a", "b", "c"):
