@@ -106,6 +106,8 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchC
         )
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
+    if kernel.startswith("attention") and head_dim < block_d and dtype != torch.float32 and arch != "gfx942":
+        config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
     fields = (_OVERRIDES.get() or {}).get(kernel)
     return replace(config, **fields) if fields else config
 
@@ -138,8 +140,8 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
     block_m, block_n, num_warps, num_stages = row[max(block_d, 64).bit_length() - 7]
     if float32 and block_d <= 32:
         num_warps = 4
-    if arch == "sm_89" and block_d <= 32:
-        block_n, num_stages = 32, min(num_stages, 2)
+    elif arch == "sm_89" and block_d <= 32:
+        block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
 
 
@@ -148,7 +150,7 @@ def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     if not float32:
         return LaunchConfig(16, 64, block_d, 8, 1)
     if arch in ("sm_80", "sm_89"):
-        return LaunchConfig(16, 64 if block_d <= 64 else 32, block_d, 2 if block_d <= 32 else 8, 1)
+        return LaunchConfig(16, 64 if block_d <= 64 else 32, block_d, 2 if block_d <= 16 else 8, 1)
     return LaunchConfig(16, 16, block_d, 8, 1)
 
 
