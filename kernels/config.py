@@ -106,7 +106,7 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchC
         )
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
-    if kernel.startswith("attention") and head_dim < block_d and dtype != torch.float32 and arch != "gfx942":
+    if kernel.startswith("attention") and head_dim < block_d == 128 and dtype != torch.float32 and arch != "gfx942":
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
     fields = (_OVERRIDES.get() or {}).get(kernel)
     return replace(config, **fields) if fields else config
