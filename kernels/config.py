@@ -113,8 +113,7 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchC
 
 
 # Query rows, keys, warps, stages of the fused loop, for head blocks of up to 64, of 128 and of 256 channels: tiles that
-# compile without spills under triton 3.9, and under 3.6 on sm_90 (the two allocate registers differently; 3.6 would take
-# twice the keys there).
+# compile without spills under triton 3.9, and under 3.6 on sm_90 (the two allocate registers differently).
 _PLAIN_16_BIT = {
     "sm_80": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
     "sm_89": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
