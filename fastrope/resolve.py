@@ -101,6 +101,11 @@ def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) 
 
 
 def common_device(rope, key_rope, modulations, key_mask, device) -> torch.device | None:
+    """The device all tensors of a call are on, or the one asked for; None where nothing tells.
+
+    Raises:
+        ValueError: naming the tensor that is elsewhere.
+    """
     named = [("rope.angles", rope and rope.angles), ("key_rope.angles", key_rope and key_rope.angles)]
     named += [("key_mask", key_mask)]
     for m in modulations:
