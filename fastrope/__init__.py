@@ -5,6 +5,7 @@
 """
 
 from .api import attention, explain
+from .islock import ISLock
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
 from .planning import Plan, plan
 from .rope import RoPE
@@ -13,8 +14,8 @@ from .tokens import Site, TokenLayout
 __version__ = "0.1.0"
 
 __all__ = [
-    "BandWeight", "BiasDelta", "LogitGain", "Plan", "QueryScale", "RoPE", "Site", "TokenLayout", "apply", "attention",
-    "explain", "plan",
+    "BandWeight", "BiasDelta", "ISLock", "LogitGain", "Plan", "QueryScale", "RoPE", "Site", "TokenLayout", "apply",
+    "attention", "explain", "plan",
 ]  # fmt: skip
 
 
