@@ -6,6 +6,7 @@
 
 from .api import attention, explain
 from .islock import ISLock
+from .methods import GRAG, LooseRoPE
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
 from .planning import Plan, plan
 from .rope import RoPE
@@ -14,8 +15,8 @@ from .tokens import Site, TokenLayout
 __version__ = "0.1.0"
 
 __all__ = [
-    "BandWeight", "BiasDelta", "ISLock", "LogitGain", "Plan", "QueryScale", "RoPE", "Site", "TokenLayout", "apply",
-    "attention", "explain", "plan",
+    "GRAG", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "RoPE", "Site",
+    "TokenLayout", "apply", "attention", "explain", "plan",
 ]  # fmt: skip
 
 

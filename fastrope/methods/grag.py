@@ -1,0 +1,101 @@
+"""GRAG, group relative attention guidance (arXiv 2510.24657): a dial for the strength of an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Integral
+
+from ..checks import require
+from ..modulations import BiasDelta
+from ..tokens import Site, TokenLayout
+from .schedules import Schedule, Steps, check_range, check_schedule, is_active, value_at
+
+
+@dataclass(frozen=True)
+class GRAG:
+    """Keys of each reference picture re-weighted around their mean, ``k' = lambda mu + delta (k - mu)``.
+
+    ``mu`` is the mean of the rotated keys of one picture, per batch row, head and channel, in the layer at hand. Every
+    reference is a group of its own, at any resolution and batch size; keys of the target, all queries and all values
+    stay as they are (GRAG, arXiv 2510.24657, section 4).
+
+    Args:
+        bias: lambda, dimensionless. It raises or lowers the mean logit of the picture, trading it against the text
+            and the target: above 1 the source weighs more. Useful from 0.8 to 1.7; 1 is neutral.
+        delta: dimensionless, a temperature inside the picture: above 1 (the demo's 1.1 is the default) the source is
+            kept, below 1 more is edited. Useful from 0.8 to 1.7; 1 is neutral. Alone it is the smoothest dial.
+        text_bias, text_delta: the same for the text tokens, one group; neutral as published.
+        references: the reference pictures that are groups, by index; None means all.
+        layers: indices of the attention layers that are touched; None means all.
+        steps: step indices, or two floats ``(start, stop)`` as fractions of the run; None means all.
+
+    ``bias`` and ``delta`` are numbers, schedules (:mod:`fastrope.methods.schedules`), or a list with one of these per
+    reference. ``GRAG(1, 1)`` modulates nothing, to the same bits.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; when asked for modulations also where the
+            sequence holds no reference, or not those named.
+    """
+
+    bias: Schedule | Sequence[Schedule] = 1.0
+    delta: Schedule | Sequence[Schedule] = 1.1
+    text_bias: Schedule = 1.0
+    text_delta: Schedule = 1.0
+    references: Sequence[int] | None = None
+    layers: Collection[int] | None = None
+    steps: Steps = None
+
+    def __post_init__(self):
+        for name in ("bias", "delta"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                require(len(value) > 0, f"GRAG.{name}", "a value per reference", repr(value))
+                object.__setattr__(self, name, tuple(value))
+                for i, v in enumerate(value):
+                    check_schedule(f"GRAG.{name}[{i}]", v)
+            else:
+                check_schedule(f"GRAG.{name}", value)
+        for name in ("text_bias", "text_delta"):
+            check_schedule(f"GRAG.{name}", getattr(self, name))
+        chosen = self.references
+        if chosen is not None:
+            ok = isinstance(chosen, (list, tuple, range)) and len(chosen) > 0
+            ok = ok and all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in chosen)
+            require(ok and len(set(chosen)) == len(chosen), "GRAG.references", "distinct indices from 0, or None",
+                    repr(chosen))  # fmt: skip
+            object.__setattr__(self, "references", tuple(chosen))
+        layers, steps = check_range(self.layers, self.steps)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "steps", steps)
+
+    def modulations(self, site: Site) -> list[BiasDelta]:
+        """One :class:`fastrope.BiasDelta` per group that is not neutral here; the same objects for equal values."""
+        if not is_active(self.layers, self.steps, site):
+            return []
+        count = len(site.tokens.reference_grids)
+        require(count > 0, "GRAG", "a sequence with at least one reference picture", repr(site.tokens))
+        chosen = self.references or range(count)
+        require(max(chosen) < count, "GRAG.references", f"references in [0, {count})", chosen)
+        bias, delta = (self._per_reference(name, len(chosen), site) for name in ("bias", "delta"))
+        text = value_at("GRAG.text_bias", self.text_bias, site), value_at("GRAG.text_delta", self.text_delta, site)
+        return list(_groups(site.tokens, tuple(zip(chosen, bias, delta, strict=True)), text))
+
+    def _per_reference(self, name: str, count: int, site: Site) -> list[float]:
+        value = getattr(self, name)
+        if not isinstance(value, tuple):
+            return [value_at(f"GRAG.{name}", value, site)] * count
+        require(len(value) == count, f"GRAG.{name}", f"{count} values, one per reference", len(value))
+        return [value_at(f"GRAG.{name}[{i}]", v, site) for i, v in enumerate(value)]
+
+
+@lru_cache(maxsize=512)
+def _groups(
+    tokens: TokenLayout, references: tuple[tuple[int, float, float], ...], text: tuple[float, float]
+) -> tuple[BiasDelta, ...]:
+    """Groups that are not neutral. Cached, because a binding that meets the same objects again reuses its plan."""
+    spans = [(tokens.reference(i), bias, delta) for i, bias, delta in references]
+    if tokens.text_tokens:
+        spans.append((tokens.text, *text))
+    return tuple(BiasDelta(bias, delta, keys=span) for span, bias, delta in spans if (bias, delta) != (1.0, 1.0))

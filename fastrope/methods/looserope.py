@@ -1,0 +1,247 @@
+"""LooseRoPE (arXiv 2601.05127): blend a pasted crop in, loosening position where the paste is not salient."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+
+from ..checks import require
+from ..modulations import LogitGain, Modulation, QueryScale
+from ..tokens import Site, TokenLayout
+from .maps import as_map, as_pixels, blur, crop_mask, dilate, level_outside, normalise, resize, resize_mask
+from .saliency import Source, energy_of
+from .schedules import Steps, check_range, first_step_at, is_active, require_number
+
+STEPS = 28  # of the published run; its cut-offs after steps 10, 18 and 22 are fractions of it
+KEPT = 32  # sets of modulations remembered: text lengths of a run times phases
+
+
+class Curve(NamedTuple):
+    """From saliency to a factor: ``low + (high - low) (tanh(slope x) + 1) / 2`` with ``x`` from -1 to 1."""
+
+    low: float
+    high: float
+    slope: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The factor at ``x``, elementwise."""
+        return self.low + (self.high - self.low) * (torch.tanh(self.slope * x) + 1) / 2
+
+
+RANGE = Curve(0.65, 1.0, 3.5)
+CROP = Curve(0.65, 1.345, 6.5)
+
+
+@dataclass(frozen=True, eq=False)
+class LooseRoPE:
+    """Positions and logits of a pasted crop loosened by how little salient it is (LooseRoPE, arXiv 2601.05127).
+
+    Queries are the target's tokens inside the mask, dilated. Against all keys of the reference, rows and columns of
+    both sides are multiplied by a range factor ``r`` (:class:`fastrope.QueryScale`); against the reference's keys
+    inside the dilated mask the logit is multiplied by a crop factor ``g`` (:class:`fastrope.LogitGain`). All else stays
+    as it is.
+
+    ``sal = clip(boost S, 0, 1)``. With ``levels = N``, level i holds ``sal`` in ``[i/N, (i+1)/N)``, the last one closed
+    above, and both factors are their curve at ``x_i = linspace(-1, 1, N)``. With ``levels=None`` the paper's formula:
+    ``r = clip(lambda S, 0, 1)``, where lambda is ``boost``; ``g`` is its curve at ``x = 2 sal - 1``.
+
+    Over the run, in phase p = 0, 1, 2: ``r <- clip(range_growth ** p r, 0, 1)``, ``g <- 1 - (1 - g) crop_decay ** p``.
+
+    Args:
+        saliency: S, ``(h, w)`` or ``(B, h, w)``, array or tensor in 0..1; of any size, averaged onto the token grid.
+        mask: where the paste is, ``(h, w)`` or ``(B, h, w)``, nonzero = inside; of any size. A token is inside when a
+            quarter of it is.
+        boost: 0.83 as published. Lower loosens more: against a paste left raw. Higher keeps more: against one erased.
+        levels: N, at least 2 (5 as published), or None or ``"continuous"`` for the paper's formula.
+        range_curve: ``(low, high, slope)`` of the range factor; ``(1, 1, 0)`` leaves positions alone.
+        crop_curve: ``(low, high, slope)`` of the crop factor; None leaves logits alone.
+        range_growth, crop_decay: how the factors fade from phase to phase; 1 keeps them.
+        cutoffs: where a phase ends, as fractions of the run, ascending; by default after step 10 and 18 of 28.
+        steps: where the method acts: step indices, or ``(start, stop)`` as fractions; by default steps 0 to 22 of 28.
+        layers: indices of the attention layers that are touched; None means all.
+        reference: index of the reference picture that holds the paste. Its grid may differ from the target's: the mask
+            is put on both.
+        dilation: times the mask is grown on the token grid by a 4-connected cross.
+        smooth: blur the saliency on the token grid (5 x 5 Gaussian) and stretch it to 0..1, as :meth:`from_images`
+            does.
+
+    Fractions scale to any number of steps: a step belongs where its middle falls.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; when asked for modulations also where the
+            sequence holds no such reference.
+    """
+
+    saliency: torch.Tensor
+    mask: torch.Tensor
+    boost: float = 0.83
+    levels: int | str | None = 5
+    range_curve: Curve = RANGE
+    crop_curve: Curve | None = CROP
+    range_growth: float = 1.4
+    crop_decay: float = 0.7
+    cutoffs: tuple[float, ...] = (11 / STEPS, 19 / STEPS)
+    steps: Steps = (0.0, 23 / STEPS)
+    layers: Collection[int] | None = None
+    reference: int = 0
+    dilation: int = 2
+    smooth: bool = False
+    _known: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        saliency, mask = as_map("LooseRoPE.saliency", self.saliency), as_map("LooseRoPE.mask", self.mask) != 0
+        within = bool(((saliency >= 0) & (saliency <= 1)).all())
+        require(within, "LooseRoPE.saliency", "values in 0..1", f"{float(saliency.min()):g}..{float(saliency.max()):g}")
+        rows = len(saliency), len(mask)
+        require(rows[0] == rows[1] or 1 in rows, "LooseRoPE.mask", f"1 or {rows[0]} maps, as saliency", rows[1])
+        require(bool(mask.any()), "LooseRoPE.mask", "at least one element inside", "none")
+        for name in ("boost", "range_growth", "crop_decay"):
+            require_number(f"LooseRoPE.{name}", getattr(self, name))
+            require(getattr(self, name) >= 0, f"LooseRoPE.{name}", "a number of at least 0", getattr(self, name))
+        levels = None if isinstance(self.levels, str) and self.levels == "continuous" else self.levels
+        _require_integer("LooseRoPE.levels", levels, 2, ', None or "continuous"', optional=True)
+        _require_integer("LooseRoPE.reference", self.reference, 0)
+        _require_integer("LooseRoPE.dilation", self.dilation, 0)
+        cutoffs = self.cutoffs
+        ok = isinstance(cutoffs, (tuple, list)) and all(isinstance(c, float) and 0 < c <= 1 for c in cutoffs)
+        ascending = ok and all(a < b for a, b in pairwise(cutoffs))
+        require(ascending, "LooseRoPE.cutoffs", "ascending fractions of the run in (0, 1]", repr(cutoffs))
+        layers, steps = check_range(self.layers, self.steps)
+        values = {
+            "saliency": saliency, "mask": mask, "levels": levels, "cutoffs": tuple(cutoffs), "layers": layers,
+            "steps": steps, "range_curve": _curve("LooseRoPE.range_curve", self.range_curve),
+            "crop_curve": self.crop_curve if self.crop_curve is None else _curve("LooseRoPE.crop_curve",
+                                                                                 self.crop_curve),
+        }  # fmt: skip
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_images(
+        cls, composite, original=None, mask=None, saliency: Source = "spectral_residual", threshold: float = 5, **dials
+    ) -> LooseRoPE:
+        """From pictures, on whatever token grid the pipeline turns out to have.
+
+        Saliency, as the authors' code has it: the source's energy of the crop, min-max; outside the mask the least of
+        inside; averaged onto the token grid, 5 x 5 Gaussian, min-max.
+
+        Args:
+            composite: the photo with the crop pasted in: a PIL image, an array ``(H, W, 3)`` or a tensor ``(3, H, W)``,
+                with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1.
+            original: the photo before, of the same size: the mask is where any channel differs by over ``threshold``.
+            mask: or the mask itself, ``(H, W)`` or ``(B, H, W)``, an array, tensor or PIL image (inside = 128 and up).
+            saliency: ``"spectral_residual"`` (needs no model), ``"mask_rcnn"`` (torchvision's, downloads its weights),
+                any ``nn.Module`` (its finest feature map), a function ``(image (3, H, W) in 0..1, mask (H, W)) ->
+                energy (h, w)``, or the energy itself as an array.
+            threshold: of 255.
+            dials: further arguments of :class:`LooseRoPE`.
+
+        Raises:
+            ValueError: neither or both of ``original`` and ``mask``, sizes that differ, nothing inside the mask.
+            ImportError: ``"mask_rcnn"`` without torchvision.
+        """
+        pixels = as_pixels("composite", composite)
+        require((original is None) != (mask is None), "original", "either an original or a mask",
+                "neither" if mask is None else "both")  # fmt: skip
+        if mask is None:
+            before = as_pixels("original", original)
+            require(before.shape == pixels.shape, "original", f"the shape of the composite, {tuple(pixels.shape)}",
+                    tuple(before.shape))  # fmt: skip
+            require_number("threshold", threshold)
+            inside = crop_mask(pixels, before, threshold)
+        else:
+            inside = _as_mask(mask)
+            same = inside.shape[1:] == pixels.shape[2:] and len(inside) in (1, len(pixels))
+            require(same, "mask", f"the size of the composite, {tuple(pixels.shape[2:])}", tuple(inside.shape))
+        blamed = "mask" if original is None else "original"
+        require(bool(inside.any()), blamed, "a paste: pixels inside the mask", "none")
+        energy = energy_of(saliency, pixels / 255, inside)
+        leveled = level_outside(normalise(energy), inside)
+        return cls(saliency=leveled, mask=inside, **{"smooth": True, **dials})
+
+    def phase(self, step: int, num_steps: int) -> int:
+        """How many cut-offs lie before a step; a run's first step is always in phase 0."""
+        return sum(step >= max(first_step_at(cut, num_steps), 1) for cut in self.cutoffs)
+
+    def factors(self, saliency: torch.Tensor, phase: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Range factor and crop factor of saliencies S in 0..1, elementwise, float64."""
+        sal = (saliency.double() * self.boost).clamp(0, 1)
+        if self.levels is None:
+            r, x = sal, 2 * sal - 1
+        else:
+            bounds = torch.arange(1, self.levels, dtype=torch.float64) / self.levels
+            x = torch.linspace(-1, 1, self.levels, dtype=torch.float64)[torch.bucketize(sal, bounds, right=True)]
+            r = self.range_curve(x)
+        g = torch.ones_like(sal) if self.crop_curve is None else self.crop_curve(x)
+        return (self.range_growth**phase * r).clamp(0, 1), 1 - (1 - g) * self.crop_decay**phase
+
+    def on_grid(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Saliency and dilated mask on a token grid, ``(B, rows, columns)`` each."""
+        saliency = resize(self.saliency, grid)
+        if self.smooth:
+            saliency = normalise(blur(saliency))
+        return saliency, dilate(resize_mask(self.mask, grid), self.dilation)
+
+    def modulations(self, site: Site) -> list[Modulation]:
+        """What is not neutral here, a QueryScale and a LogitGain per distinct mask; the same objects within a phase."""
+        if not is_active(self.layers, self.steps, site):
+            return []
+        tokens, count = site.tokens, len(site.tokens.reference_grids)
+        require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)
+        phase = self.phase(site.step, site.num_steps)
+        key = tokens, site.spatial_axes, phase
+        if key not in self._known:
+            if len(self._known) >= KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = self._build(tokens, site.spatial_axes, phase)
+        return list(self._known[key])
+
+    def _build(self, tokens: TokenLayout, axes: tuple[int, ...], phase: int) -> tuple[Modulation, ...]:
+        saliency, queries = self.on_grid(tokens.target_grid)
+        _, keys = self.on_grid(tokens.reference_grids[self.reference])
+        r, g = (torch.where(queries, f, 1.0).flatten(1) for f in self.factors(saliency, phase))
+        rows, reference = max(len(r), len(keys)), tokens.reference(self.reference)
+        scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64)
+        scale[:, tokens.target], gain[:, tokens.target] = r, g
+        found: list[Modulation] = []
+        if bool((scale != 1).any()):
+            found.append(QueryScale(_shared(scale), keys=reference, axes=axes))
+        # Keys of one modulation are those of all rows, so rows with masks of their own get a modulation each.
+        masks, owner = keys.flatten(1).expand(rows, -1).unique(dim=0, return_inverse=True)
+        for n, inside in enumerate(masks):
+            own = torch.where((owner == n)[:, None], gain, 1.0)
+            if bool(inside.any()) and bool((own != 1).any()):
+                covered = torch.zeros(len(tokens), dtype=torch.bool)
+                covered[reference] = inside
+                found.append(LogitGain(_shared(own), keys=covered))
+        return tuple(found)
+
+
+def _shared(x: torch.Tensor) -> torch.Tensor:
+    """``(S,)`` where there is one row, which then serves any batch."""
+    return x[0] if len(x) == 1 else x
+
+
+def _as_mask(mask: object) -> torch.Tensor:
+    if callable(getattr(mask, "convert", None)):
+        pixels = as_pixels("mask", mask)
+        return pixels.amax(dim=1) >= 128
+    return as_map("mask", mask) != 0
+
+
+def _curve(name: str, value: object) -> Curve:
+    ok = isinstance(value, (tuple, list)) and len(value) == 3
+    require(ok, name, "(low, high, slope)", repr(value))
+    for part, number in zip(Curve._fields, value, strict=True):
+        require_number(f"{name}.{part}", number)
+    return Curve(*(float(v) for v in value))
+
+
+def _require_integer(name: str, value: object, least: int, also: str = "", optional: bool = False) -> None:
+    ok = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    require(ok or (optional and value is None), name, f"an integer of at least {least}{also}", repr(value))

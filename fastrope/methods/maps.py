@@ -1,0 +1,105 @@
+"""Maps over an image or its token grid: ``(B, h, w)`` float64 or bool, ``B = 1`` where all batch rows share one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..checks import require
+
+COVERAGE = 0.25  # share of a token's area from which on it counts as inside a mask
+SIGMA = 1.1  # of the 5 x 5 Gaussian: what image libraries derive from its width, 0.3 ((5 - 1) / 2 - 1) + 0.8
+
+
+def as_map(name: str, value: object) -> torch.Tensor:
+    """An array or tensor ``(h, w)`` or ``(B, h, w)`` as ``(B, h, w)`` float64 on the CPU.
+
+    Raises:
+        ValueError: another rank, an empty map, values that are not finite.
+    """
+    hint = "an array or tensor (h, w) or (B, h, w)"
+    require(isinstance(value, (np.ndarray, torch.Tensor)), name, hint, type(value).__name__)
+    x = torch.as_tensor(value).detach().cpu().double()
+    require(x.ndim in (2, 3) and x.numel() > 0, name, hint, tuple(x.shape))
+    require(bool(x.isfinite().all()), name, "finite values", "values that are not")
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def as_pixels(name: str, image: object) -> torch.Tensor:
+    """A picture as ``(B, 3, H, W)`` float64 in 0..255 on the CPU.
+
+    Args:
+        image: a PIL image, an array ``(H, W, 3)`` or ``(B, H, W, 3)``, or a tensor ``(3, H, W)`` or ``(B, 3, H, W)``;
+            integers are in 0..255, floating-point numbers in 0..1.
+
+    Raises:
+        ValueError: another type or shape, values out of range.
+    """
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        forms = "a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
+        require(callable(getattr(image, "convert", None)), name, forms, type(image).__name__)
+        image = np.asarray(image.convert("RGB"))
+    channels_last = isinstance(image, np.ndarray)
+    x = torch.as_tensor(np.array(image) if channels_last else image.detach()).cpu()
+    shape = "(H, W, 3) or (B, H, W, 3)" if channels_last else "(3, H, W) or (B, 3, H, W)"
+    ok = x.ndim in (3, 4) and x.numel() > 0 and x.shape[-1 if channels_last else -3] == 3
+    require(ok, name, shape, tuple(x.shape))
+    x = x.double() * (255 if x.is_floating_point() else 1)
+    require(bool(((x >= 0) & (x <= 255)).all()), name, "integers in 0..255 or floating-point numbers in 0..1",
+            f"values in {float(x.min()):g}..{float(x.max()):g}")  # fmt: skip
+    x = x.reshape(-1, *x.shape[-3:])
+    return x.permute(0, 3, 1, 2) if channels_last else x
+
+
+def crop_mask(composite: torch.Tensor, original: torch.Tensor, threshold: float = 5.0) -> torch.Tensor:
+    """Where any channel of two pictures ``(B, 3, H, W)`` differs by more than ``threshold`` of 255; ``(B, H, W)``."""
+    return ((composite - original).abs() > threshold).any(dim=1)
+
+
+def dilate(mask: torch.Tensor, iterations: int) -> torch.Tensor:
+    """A mask ``(B, h, w)`` grown ``iterations`` times by a 4-connected cross."""
+    for _ in range(iterations):
+        grown = mask.clone()
+        grown[:, 1:] |= mask[:, :-1]
+        grown[:, :-1] |= mask[:, 1:]
+        grown[:, :, 1:] |= mask[:, :, :-1]
+        grown[:, :, :-1] |= mask[:, :, 1:]
+        mask = grown
+    return mask
+
+
+def resize(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A map averaged over the cells of ``grid = (rows, columns)``; the same numbers where it has that size."""
+    return x if tuple(x.shape[1:]) == tuple(grid) else F.interpolate(x[:, None], size=tuple(grid), mode="area")[:, 0]
+
+
+def resize_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Cells of ``grid`` of which a mask ``(B, h, w)`` covers a quarter; failing that, those it covers most of."""
+    share = resize(mask.double(), grid)
+    most = share.amax(dim=(1, 2), keepdim=True)
+    return (share >= most.clamp(max=COVERAGE) - 1e-9) & (share > 0)
+
+
+def blur(x: torch.Tensor) -> torch.Tensor:
+    """A map under a 5 x 5 Gaussian of :data:`SIGMA`; edges are repeated outwards."""
+    line = [math.exp(-0.5 * (n / SIGMA) ** 2) for n in range(-2, 3)]
+    kernel = torch.tensor(line, dtype=x.dtype) / sum(line)
+    padded = F.pad(x[:, None], (2, 2, 2, 2), mode="replicate")
+    return F.conv2d(padded, (kernel[:, None] * kernel)[None, None])[:, 0]
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Each row of a map stretched to 0..1 (min-max). A flat one becomes 0.5: nothing in it stands out."""
+    low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
+    span = high - low
+    flat = span <= 1e-12 * high.abs().clamp(min=1e-300)
+    return torch.where(flat, 0.5, (x - low) / torch.where(flat, 1.0, span))
+
+
+def level_outside(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A map whose values outside a mask are the least of those inside, row by row."""
+    inside = torch.where(mask, x, math.inf).amin(dim=(1, 2), keepdim=True)
+    return torch.where(mask, x, torch.where(inside.isinf(), x.amin(dim=(1, 2), keepdim=True), inside))

@@ -1,0 +1,168 @@
+"""Where a picture holds the eye: sources of the energy maps that :class:`fastrope.LooseRoPE` grades a paste by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..checks import require
+from .maps import as_map
+
+Source = str | torch.nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | torch.Tensor | np.ndarray
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels backbones were trained on
+WIDTH = 64  # pixels a side that the spectral residual is computed at: the scale of objects, not of texture
+SMOOTHING = 2.5  # standard deviation of its last Gaussian, in those pixels
+
+
+def spectral_residual(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What a spectrum holds beyond its own average: needs no model (Hou & Zhang, CVPR 2007).
+
+    ``|ifft(exp(L - mean3x3(L) + i P))|^2`` under a Gaussian, with ``L`` the log amplitude and ``P`` the phase of the
+    grey picture at 64 pixels a side. Pixels outside the mask take the mean grey of those inside, so that the outline of
+    the mask itself is no event.
+
+    Args:
+        image: ``(3, H, W)`` in 0..1.
+        mask: ``(H, W)`` bool; the picture is cut to its bounding box.
+
+    Returns:
+        ``(H, W)`` energy, at least 0; 0 outside the bounding box.
+    """
+    grey = image.double().mean(dim=0)
+    box = tuple(slice(int(line[0]), int(line[-1]) + 1) for line in (mask.any(d).nonzero()[:, 0] for d in (1, 0)))
+    inside = mask[box]
+    crop = torch.where(inside, grey[box], grey[mask].mean())
+    small = F.interpolate(crop[None, None], size=(WIDTH, WIDTH), mode="area")
+    spectrum = torch.fft.fft2(small)
+    log = (spectrum.abs() + 1e-8).log()
+    average = F.avg_pool2d(F.pad(log, (1, 1, 1, 1), mode="circular"), 3, stride=1)
+    energy = torch.fft.ifft2(torch.polar((log - average).exp(), spectrum.angle())).abs().square()
+    reach = math.ceil(3 * SMOOTHING)
+    line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=energy.dtype) / SMOOTHING) ** 2)
+    line = line / line.sum()
+    energy = F.conv2d(F.pad(energy, (reach,) * 4, mode="replicate"), (line[:, None] * line)[None, None])
+    found = torch.zeros_like(grey)
+    found[box] = F.interpolate(energy, size=tuple(inside.shape), mode="bilinear", align_corners=False)[0, 0]
+    return found
+
+
+@torch.no_grad()
+def feature_energy(
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    backbone: torch.nn.Module,
+    layer: str | None = None,
+    normalise: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+) -> torch.Tensor:
+    """Mean absolute activation over the channels of a backbone's finest feature map (LooseRoPE's authors' saliency).
+
+    Args:
+        image: ``(3, H, W)`` in 0..1; masked to the crop before the backbone sees it.
+        mask: ``(H, W)`` bool.
+        backbone: called with ``(1, 3, H, W)`` on its own device and in its own dtype. A detector of torchvision stands
+            for its ``backbone``.
+        layer: name of the submodule whose output is taken; None takes what the backbone returns. Of several maps (a
+            feature pyramid) the one with the most cells.
+        normalise: mean and standard deviation per channel, subtracted and divided by.
+
+    Returns:
+        ``(h, w)`` float64, the size of the feature map.
+
+    Raises:
+        ValueError: no such submodule, or no feature map ``(1, C, h, w)`` in the output.
+    """
+    require(isinstance(backbone, torch.nn.Module), "backbone", "a torch.nn.Module", type(backbone).__name__)
+    detector = getattr(backbone, "roi_heads", None) is not None and layer is None
+    network = backbone.backbone if detector else backbone
+    modules = dict(network.named_modules())
+    require(layer is None or layer in modules, "layer", "the name of a submodule", repr(layer))
+    parameter = next(network.parameters(), torch.zeros(()))
+    mean, deviation = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in normalise)
+    pixels = ((image.double() - mean) / deviation).masked_fill(~mask, 0)
+    seen: list[object] = []
+    hook = modules[layer or ""].register_forward_hook(lambda module, args, output: seen.append(output))
+    training = network.training
+    try:
+        network.eval()
+        network(pixels[None].to(parameter.device, parameter.dtype))
+    finally:
+        hook.remove()
+        network.train(training)
+    maps = [x for output in seen for x in _tensors(output) if x.ndim == 4 and len(x) == 1]
+    require(bool(maps), "backbone", "an output that holds a feature map (1, C, h, w)",
+            f"{[tuple(x.shape) for output in seen for x in _tensors(output)]}")  # fmt: skip
+    finest = max(maps, key=lambda x: x.shape[2] * x.shape[3])
+    return finest[0].double().abs().mean(dim=0).cpu()
+
+
+def mask_rcnn() -> torch.nn.Module:
+    """Torchvision's Mask R-CNN R50-FPN, trained on COCO: what the authors' saliency is read from, at its level "0".
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    try:
+        from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, maskrcnn_resnet50_fpn
+    except ImportError as error:
+        raise ImportError('saliency="mask_rcnn" needs torchvision: pip install torchvision; '
+                          '"spectral_residual" needs no model') from error  # fmt: skip
+    return maskrcnn_resnet50_fpn(weights=MaskRCNN_ResNet50_FPN_Weights.DEFAULT).eval()
+
+
+def energy_of(source: Source, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """The energy of every picture, at its own size.
+
+    Args:
+        source: as in :meth:`fastrope.LooseRoPE.from_images`.
+        images: ``(B, 3, H, W)`` in 0..1.
+        masks: ``(B, H, W)`` or ``(1, H, W)`` bool.
+
+    Returns:
+        ``(B, H, W)`` float64.
+
+    Raises:
+        ValueError: an unknown source, or one that gave something else than a finite map.
+    """
+    size = tuple(images.shape[2:])
+    if isinstance(source, (torch.Tensor, np.ndarray)):
+        energy = as_map("saliency", source)
+        require(len(energy) in (1, len(images)), "saliency", f"1 or {len(images)} maps", len(energy))
+        return _at_size(energy, size).expand(len(images), -1, -1)
+    if isinstance(source, str):
+        known = {"spectral_residual": lambda: spectral_residual, "mask_rcnn": mask_rcnn}
+        require(source in known, "saliency", f"one of {tuple(known)}, a module, a function or an array", repr(source))
+        source = known[source]()
+    if isinstance(source, torch.nn.Module):
+        backbone = source
+        source = lambda image, mask: feature_energy(image, mask, backbone)  # noqa: E731
+    require(callable(source), "saliency", "a name, a module, a function or an array", type(source).__name__)
+    found = []
+    for image, mask in zip(images, masks.expand(len(images), -1, -1), strict=True):
+        if not bool(mask.any()):
+            found.append(torch.zeros(1, *size, dtype=torch.float64))
+            continue
+        energy = as_map("saliency", source(image, mask))
+        require(len(energy) == 1, "saliency", "one map (h, w) per picture", tuple(energy.shape))
+        found.append(_at_size(energy, size))
+    return torch.cat(found)
+
+
+def _at_size(energy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Cells repeated, not blended: averaging them onto a token grid later gives what the coarse map would have."""
+    return F.interpolate(energy[:, None], size=size, mode="nearest")[:, 0]
+
+
+def _tensors(output: object) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
