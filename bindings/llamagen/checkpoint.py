@@ -1,0 +1,79 @@
+"""Reading published checkpoints, and putting their tensors into a model without a second copy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastrope.checks import require
+
+CONTAINERS = ("model", "module", "state_dict", "ema")  # where the published files keep the weights, in order of choice
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put in front of names
+# Tables and counters that some files carry and nothing reads.
+IGNORED = ("freqs_cis", "causal_mask", "quantize.codebook_used")
+
+
+def read_checkpoint(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint, names unwrapped.
+
+    Args:
+        source: a ``.pt`` / ``.pth`` / ``.bin`` file, a ``.safetensors`` file, or what was loaded from one: a state
+            dict, or a dict that keeps it under "model", "module", "state_dict" or "ema".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no state dict in it.
+    """
+    if not isinstance(source, Mapping):
+        source = _load(Path(source))
+    for name in CONTAINERS:
+        if isinstance(source, Mapping) and isinstance(source.get(name), Mapping):
+            source = source[name]
+            break
+    found = isinstance(source, Mapping) and source and all(isinstance(v, torch.Tensor) for v in source.values())
+    received = f"keys {sorted(map(str, source))[:5]}" if isinstance(source, Mapping) else type(source).__name__
+    require(found, "checkpoint", f"a state dict, or one under {', '.join(CONTAINERS)}", received)
+    return {_unwrapped(name): tensor for name, tensor in source.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Make ``weights`` the parameters of ``model`` (which may be on the meta device); in evaluation mode.
+
+    Raises:
+        ValueError: missing or unknown names, or shapes that differ, listed.
+    """
+    expected = model.state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if name not in IGNORED}
+    problems = [f"no {name}" for name in expected if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    received = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+    require(not problems, "weights", f"the names and shapes of a {type(model).__name__}", received)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _load(path: Path) -> Mapping:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # Files written by the training script hold its command line besides tensors.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name

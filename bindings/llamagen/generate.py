@@ -1,0 +1,114 @@
+"""Generation with LlamaGen: guidance, warping, anchor token matching, a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from fastrope.checks import require
+
+from ..anchors import Generated, Record, guide, plain_matcher, spread_anchors
+from .model import Cache, LlamaGen
+
+
+@torch.no_grad()
+def generate(
+    model: LlamaGen,
+    condition: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    matcher=None,
+    anchors: torch.Tensor | None = None,
+    guidance: float | None = 7.5,
+    temperature: float = 1.0,
+    top_k: int = 1000,
+    top_p: float = 1.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Generated:
+    """Generate images token by token; with anchors, edit the images they come from (ISLock, arXiv 2504.10434).
+
+    Args:
+        condition: text features ``(B, prefix, caption_dim)`` or class labels ``(B,)``.
+        mask: features that count, ``(B, prefix)`` bool; the others are set to zero and hidden.
+        matcher: ``fr.ISLock(...).matcher(tokenizer.codebook, num_tokens=model.config.num_tokens)``; None samples.
+        anchors: codes of the original, ``(B, N)`` or ``(1, N)`` for all, -1 where anything may come; with a matcher,
+            and only then.
+        guidance: scale of ``u + (c - u) * scale``; None or 1 runs the condition alone.
+        temperature, top_k, top_p: applied in this order, after guidance; top_k 0 and top_p 1 keep everything.
+        generator: source of the seeds, one for the batch or one per row; None takes torch's own. A row's tokens depend
+            on its seed alone, not on the rest of the batch.
+        progress: wraps the range of positions (``tqdm``).
+
+    Returns:
+        Tokens ``(B, N)`` long on the device of the model, and the record of matches (None without a matcher).
+
+    Raises:
+        ValueError: shapes, dtypes or values that are not as above.
+    """
+    model.check_condition(condition, mask)
+    require((matcher is None) == (anchors is None), "anchors", "a matcher and anchors, or neither", "one of them")
+    device = model.tok_embeddings.weight.device
+    batch, num_tokens = condition.shape[0], model.config.num_tokens
+    require(batch > 0, "condition", "at least one row", batch)
+    check_warping(temperature, top_k, top_p)
+    sampled = matcher is None
+    if sampled:
+        matcher = plain_matcher(num_tokens, device)
+        anchors = torch.full((1, num_tokens), -1)
+    anchors = spread_anchors(anchors, batch, num_tokens, device)
+    guided = guidance is not None and guidance != 1
+    x, visible = _prefix(model, condition.to(device), mask, guided)
+    cache = Cache(model.config, x.shape[0], model.config.prefix + num_tokens - 1, x)
+    seeds = matcher.seeds(batch, generator)
+    start, matches = 0, []
+    for position in progress(range(num_tokens)):
+        logits = model.run(x, start, visible, cache)[:, -1]
+        start += x.shape[1]
+        logits = warp(guide(logits, guidance) if guided else logits, temperature, top_k, top_p)
+        match = matcher(logits, anchors[:, position], position, seeds=seeds)
+        matches.append(match)
+        tokens = match.tokens.repeat(2) if guided else match.tokens
+        x = model.tok_embeddings(tokens)[:, None]
+    record = Record.stack(matches, anchors)
+    return Generated(record.tokens, None if sampled else record)
+
+
+def _prefix(model: LlamaGen, condition: torch.Tensor, mask: torch.Tensor | None, guided: bool):
+    """Embedded condition ``(B or 2B, prefix, dim)``, the unconditional half second, and what of it is visible."""
+    if condition.is_floating_point():
+        condition = condition.to(model.dtype)
+    visible = None
+    if mask is not None:
+        visible = mask.to(device=condition.device, dtype=torch.bool)
+        condition = condition * visible[..., None]
+        visible = torch.cat([visible, visible]) if guided else visible
+    if guided:
+        condition = torch.cat([condition, model.no_condition(condition.shape[0])])
+    return model.cls_embedding(condition), visible
+
+
+def check_warping(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ``ValueError`` unless the arguments of :func:`warp` are in range."""
+    require(temperature > 0, "temperature", "a number > 0", temperature)
+    ok = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0
+    require(ok, "top_k", "an integer >= 0", repr(top_k))
+    require(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
+
+
+def warp(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """Temperature, then top-k, then top-p of logits ``(B, V)``; what is cut becomes -inf.
+
+    Ties with the k-th logit all stay. Top-p keeps the smallest set of most probable tokens that reaches ``top_p``.
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        cut = (before >= top_p).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(cut, -torch.inf)
+    return logits

@@ -1,0 +1,57 @@
+"""Prompts to the features LlamaGen's text checkpoints were trained with: flan-t5-xl, 120 tokens, moved to the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastrope.checks import require, require_tensor
+
+ENCODER = "google/flan-t5-xl"
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str], *, encoder=ENCODER, tokenizer=None, length: int = 120, device=None, dtype=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features ``(B, length, channels)`` and mask ``(B, length)`` bool of prompts, as ``generate`` takes them.
+
+    Prompts are lowercased and their white space is squeezed; the training's further cleaning (links, markup, runs of
+    punctuation) leaves ordinary prompts as they are and is not repeated here.
+
+    Args:
+        prompts: one per image.
+        encoder: a T5 encoder of transformers, or the name or folder of one to load.
+        tokenizer: its tokenizer; None loads the one of the name.
+        length: tokens per prompt.
+        device, dtype: of a loaded encoder.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: no prompts, or an encoder object without its tokenizer.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    require(len(prompts) > 0, "prompts", "at least one", prompts)
+    if isinstance(encoder, str):
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        tokenizer = AutoTokenizer.from_pretrained(encoder) if tokenizer is None else tokenizer
+        encoder = T5EncoderModel.from_pretrained(encoder, dtype=dtype).to(device).eval()
+    require(tokenizer is not None, "tokenizer", "the tokenizer of the encoder", None)
+    cleaned = [" ".join(prompt.lower().split()) for prompt in prompts]
+    batch = tokenizer(cleaned, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    batch = {name: batch[name].to(encoder.device) for name in ("input_ids", "attention_mask")}
+    return pad_left(encoder(**batch).last_hidden_state, batch["attention_mask"].bool())
+
+
+def pad_left(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the tokens that count from the front of ``(B, T, C)`` to its end, zeros before them; the mask likewise."""
+    require_tensor("features", features, (3,), "(B, T, C)")
+    require(mask.shape == features.shape[:2], "mask", tuple(features.shape[:2]), tuple(mask.shape))
+    length = mask.shape[1]
+    position = torch.arange(length, device=mask.device)
+    source = (position + mask.sum(1, keepdim=True)) % length
+    moved = features.gather(1, source[..., None].expand_as(features))
+    mask = mask.gather(1, source)
+    return moved * mask[..., None], mask

@@ -1,0 +1,39 @@
+"""Lumina-mGPT (and other Chameleon vocabularies): ids, rows, and the space its tokens are compared in.
+
+transformers' own Chameleon masks the logits of image tokens, so it cannot draw; Lumina-mGPT brings its own model class.
+Its ``generate`` takes :class:`AnchorProcessor` behind its own guidance.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..anchors import Grid
+
+IMAGE_IDS = range(4, 8196)
+IMAGE_END = 8196
+IMAGE_START = 8197
+NEW_LINE = 8803
+SIZE_ZERO = 8804  # plus half the tokens of a side
+
+
+def grid(height: int, width: int, *, from_start: bool = False) -> Grid:
+    """The raster of ``height`` rows of ``width`` image tokens, a new-line token after each.
+
+    Args:
+        from_start: the model itself writes the image-start token and the two sizes first, as it does for a question;
+            False where the prompt ends with them.
+    """
+    return Grid(height, width, newline=NEW_LINE, lead=3 if from_start else 0)
+
+
+def prefix(height: int, width: int) -> list[int]:
+    """Image start and sizes, for a prompt that ends with them; sides are even."""
+    return [IMAGE_START, SIZE_ZERO + height // 2, SIZE_ZERO + width // 2]
+
+
+def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input embeddings ``(8192, dim)`` float32 of the image tokens, compared by cosine in the paper, and their ids."""
+    ids = torch.arange(IMAGE_IDS.start, IMAGE_IDS.stop)
+    weight = model.get_input_embeddings().weight.detach()
+    return weight[IMAGE_IDS.start : IMAGE_IDS.stop].float(), ids.to(weight.device)

@@ -1,0 +1,180 @@
+"""A LogitsProcessor that chooses the token itself: guidance, warping, matching, then nothing left to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fastrope.checks import require, require_tensor
+
+from ..anchors import Grid, Record, guide, plain_matcher, spread_anchors
+
+
+class AnchorProcessor(LogitsProcessor):
+    """Anchor token matching (ISLock, arXiv 2504.10434) as a logits processor of ``generate()``.
+
+    At every image token the scores it returns are -inf but for the chosen token, so whatever ``generate`` does after
+    it (guidance has to come before) changes nothing, sampling included. Serves one call of ``generate``; afterwards
+    ``record`` says what happened. Greedy search and sampling are fine, beams and assisted decoding are not.
+
+    Rows of the scores, B images:
+
+    * ``guidance`` None: scores ``(B, V)``, guided already or not to be guided (``guidance_scale`` of ``generate`` runs
+      before this processor, except in Janus).
+    * ``guidance`` a number: scores ``(2B, V)``, the conditional half first; ``u + (c - u) * guidance``. Where
+      ``input_ids`` has B rows (Janus), B rows of scores are returned; where it has 2B, both halves are, alike.
+
+    Args:
+        grid: where image tokens stand among the generated ones.
+        matcher: ``fr.ISLock(...).matcher(codebook, num_tokens=grid.num_tokens, token_ids=...)``; None samples.
+        anchors: the original's image tokens in raster order, ``(B, N)`` vocabulary ids, or fewer rows that divide B,
+            each repeated as ``num_return_sequences`` repeats prompts; -1 where anything may come. With a matcher, and
+            only then.
+        image_ids: ``(V_img,)`` vocabulary ids that an image token may take, all others being cut before warping; None
+            leaves that to the model.
+        guidance: see above.
+        temperature, top_k, top_p: applied in this order after guidance, by transformers' own warpers; 1, 0 and 1 do
+            nothing. Those of ``generate`` come too late to matter.
+        force_rows: write the grid's ``newline`` at row ends; False leaves them to the model's own prefix function.
+        growing: ``input_ids`` grows by a token per step, which is checked; False where it stands still (Janus).
+        generator: source of the seeds, one for the batch or one per row.
+
+    Raises:
+        ValueError: here and in calls, arguments or rows that are not as above, a step skipped, more steps than tokens.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        matcher=None,
+        anchors: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        guidance: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        force_rows: bool = True,
+        growing: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ):
+        require(isinstance(grid, Grid), "grid", "a Grid", type(grid).__name__)
+        require((matcher is None) == (anchors is None), "anchors", "a matcher and anchors, or neither", "one of them")
+        fits = matcher is None or matcher.num_tokens == grid.num_tokens
+        require(fits, "matcher", f"one for the grid's {grid.num_tokens} tokens", getattr(matcher, "num_tokens", None))
+        if image_ids is not None:
+            require_tensor("image_ids", image_ids, (1,), "(V_img,)")
+        self.grid, self.matcher, self.image_ids = grid, matcher, image_ids
+        self.guidance, self.force_rows, self.growing, self.generator = guidance, force_rows, growing, generator
+        self.warpers = warpers(temperature, top_k, top_p)
+        self._sampled = matcher is None
+        self._anchors = torch.full((1, grid.num_tokens), -1) if anchors is None else anchors
+        self._allowed: torch.Tensor | None = None
+        self._seeds: torch.Tensor | None = None
+        self._matches: list = []
+        self._step = 0
+        self._start: int | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Image tokens chosen so far, ``(B, n)`` long, vocabulary ids in raster order."""
+        require(len(self._matches) > 0, "processor", "one that has run", "no matched tokens")
+        return torch.stack([match.tokens for match in self._matches], dim=1)
+
+    @property
+    def record(self) -> Record | None:
+        """What matching did so far; None without a matcher."""
+        require(len(self._matches) > 0, "processor", "one that has run", "no matched tokens")
+        return None if self._sampled else Record.stack(self._matches, self._anchors)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``(B or 2B, V)`` with -inf everywhere but at the chosen tokens, in the dtype they came in."""
+        step = self._advance(input_ids)
+        both, batch = self._rows(input_ids, scores)
+        logits = scores.float() if self.guidance is None else guide(scores.float(), self.guidance)
+        newline = self.grid.forced(step) if self.force_rows else None
+        index = self.grid.raster(step)
+        if newline is not None:
+            tokens = torch.full((batch,), newline, device=scores.device)
+        elif index is None:
+            logits = logits.to(scores.dtype)
+            return torch.cat([logits, logits]) if both else logits
+        else:
+            tokens = self._match(self.warpers(input_ids, self._cut(logits)), index)
+        chosen = torch.full_like(logits, -torch.inf, dtype=scores.dtype).scatter_(1, tokens[:, None], 0.0)
+        return torch.cat([chosen, chosen]) if both else chosen
+
+    def _advance(self, input_ids: torch.Tensor) -> int:
+        """This call's step, after checking it against the length of ``input_ids``."""
+        step, length = self._step, input_ids.shape[1]
+        if self._start is None:
+            self._start = length
+        expected = self._start + (step if self.growing else 0)
+        how = f"{expected} columns, one more per step" if self.growing else f"{expected} columns, as at first"
+        hint = "; a processor serves one call of generate, without beams or assistants"
+        require(length == expected, "input_ids", how + hint, length)
+        last = self.grid.length
+        require(self.growing or step < last, "processor", f"{last} steps" + hint, step + 1)
+        self._step += 1
+        return step
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[bool, int]:
+        """Whether both halves are to be returned, and the number of images."""
+        rows, ids = scores.shape[0], input_ids.shape[0]
+        if self.guidance is None:
+            hint = "; guidance=... where the model's unconditional rows come along"
+            require(rows == ids, "scores", f"{ids} rows, as input_ids{hint}", rows)
+            return False, rows
+        if rows == 2 * ids:
+            return False, ids
+        hint = "twice the rows of input_ids, or an even batch whose second half is unconditional"
+        require(rows == ids and rows % 2 == 0, "scores", hint, f"{rows} rows and {ids} of input_ids")
+        return True, rows // 2
+
+    def _cut(self, logits: torch.Tensor) -> torch.Tensor:
+        """-inf outside the image vocabulary."""
+        if self.image_ids is None:
+            return logits
+        if self._allowed is None:
+            mask = torch.zeros(logits.shape[1], dtype=torch.bool)
+            ids = self.image_ids.cpu()
+            inside = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < len(mask)
+            require(inside, "image_ids", f"ids of a vocabulary of {len(mask)}", "others")
+            mask[ids] = True
+            self._allowed = mask.to(logits.device)
+        return logits.masked_fill(~self._allowed, -torch.inf)
+
+    def _match(self, logits: torch.Tensor, index: int) -> torch.Tensor:
+        batch, device = logits.shape[0], logits.device
+        if self._seeds is None:
+            if self.matcher is None:
+                self.matcher = plain_matcher(self.grid.num_tokens, device)
+            self._anchors = spread_anchors(self._anchors, batch, self.grid.num_tokens, device)
+            self._seeds = self.matcher.seeds(batch, self.generator)
+        match = self.matcher(logits, self._anchors[:, index], index, seeds=self._seeds)
+        self._matches.append(match)
+        return match.tokens
+
+
+def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    """transformers' own warpers for what differs from 1, 0 and 1, in the order of ``generate``."""
+    chain = LogitsProcessorList()
+    require(temperature > 0, "temperature", "a number > 0", temperature)
+    ok = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0
+    require(ok, "top_k", "an integer >= 0", repr(top_k))
+    require(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
+    if temperature != 1:
+        chain.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k > 0:
+        chain.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        chain.append(TopPLogitsWarper(top_p))
+    return chain
