@@ -11,6 +11,7 @@ from .checks import require
 
 ORDERS = ("text-first", "text-last")
 CONVENTIONS = ("flux", "flux2", "qwen", "z-image")
+KINDS = ("double", "single", "joint")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -160,6 +161,9 @@ class Site:
         num_steps: denoising steps of the schedule.
         axes_dim: RoPE channels of each position axis, even; they sum to the head dim ``D``.
         spatial_axes: the axes that hold rows and columns.
+        num_layers: attention calls of the model, 57 in FLUX.1.
+        kind: of the block: ``"double"`` (text and image have weights of their own), ``"single"`` (one stream, after
+            double blocks) or ``"joint"`` (one stream from the start).
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -171,10 +175,14 @@ class Site:
     num_steps: int = 28
     axes_dim: tuple[int, ...] = (16, 56, 56)
     spatial_axes: tuple[int, ...] = (1, 2)
+    num_layers: int = 57
+    kind: str = "joint"
 
     def __post_init__(self):
         require(isinstance(self.tokens, TokenLayout), "tokens", "a fastrope.TokenLayout", type(self.tokens).__name__)
         _require_count("layer", self.layer)
+        _require_count("num_layers", self.num_layers, least=1)
+        require(self.kind in KINDS, "kind", f"one of {KINDS}", repr(self.kind))
         _require_count("num_steps", self.num_steps, least=1)
         _require_count("step", self.step)
         require(self.step < self.num_steps, "step", f"a step in [0, {self.num_steps})", self.step)

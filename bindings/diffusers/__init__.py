@@ -1,5 +1,8 @@
 """Binding for diffusers. A new host is a row in :mod:`.hosts`, and a processor where its attention has a new shape."""
 
 from .handle import Handle, bind
+from .hosts import Host, register_host
+from .processors import BoundProcessor
+from .sequences import JointSequence
 
-__all__ = ["Handle", "bind"]
+__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "bind", "register_host"]

@@ -13,8 +13,11 @@ from fastrope.checks import require
 from fastrope.modulations import MODULATIONS
 
 from .calls import CallState
+from .dispatch import Slot
 from .hosts import Host, find_host
-from .processors import BoundProcessor, Slot
+from .processors import BoundProcessor
+
+ROTATIONS = ("op", "host")
 
 
 class Handle:
@@ -63,6 +66,8 @@ class Handle:
                 f"{replaced} attention processors were replaced after fastrope.apply; they stay as they are",
                 stacklevel=2,
             )
+        for slot in self._state.slots:
+            slot.close()
         self._installed = []
 
     def __enter__(self) -> Handle:
@@ -78,9 +83,10 @@ class Handle:
         return f"<fastrope.Handle on {self._state.host.transformer}: {what}, [{names}]>"
 
 
-def bind(target, methods: Sequence, backend: str = "auto") -> Handle:
+def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op") -> Handle:
     """See :func:`fastrope.bindings.apply`. Everything is checked before anything is touched."""
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
+    require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
     methods = _flatten(methods)
     pipe = None if isinstance(target, torch.nn.Module) else target
     called = target if pipe is None else getattr(pipe, "transformer", None)
@@ -94,8 +100,9 @@ def bind(target, methods: Sequence, backend: str = "auto") -> Handle:
     layers = _find_layers(model, host)
     for name, attn in layers:
         _check_processor(name, attn.processor, host)
-    slots = [Slot(backend) for _ in layers]
-    state = CallState(host, model, methods, slots, pipe)
+    slots = [Slot(backend, applied=rotation == "host") for _ in layers]
+    kinds = [host.blocks[name.partition(".")[0]] for name, _ in layers]
+    state = CallState(host, model, methods, slots, kinds, pipe)
     # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
     hook = called.register_forward_pre_hook(torch.compiler.disable(state.before_forward), with_kwargs=True)
     installed = []
@@ -120,14 +127,15 @@ def _flatten(methods: Sequence) -> list:
 
 def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn.Module]]:
     """Attention modules by name, in order of execution."""
-    found = []
+    found, lists = [], list(host.blocks)
     for name, module in model.named_modules():
         if not hasattr(module, "set_processor"):
             continue
-        match = re.match(rf"({'|'.join(host.blocks)})\.(\d+)\.", name)
+        match = re.match(rf"({'|'.join((*lists, *host.skipped))})\.(\d+)\.", name)
         if match is None:
-            raise NotImplementedError(f"transformer: expected attention in {host.blocks} alone, received one at {name}")
-        found.append(((host.blocks.index(match[1]), int(match[2])), name, module))
+            raise NotImplementedError(f"transformer: expected attention in {lists} alone, received one at {name}")
+        if match[1] not in host.skipped:
+            found.append(((lists.index(match[1]), int(match[2])), name, module))
     require(bool(found), "transformer", "at least one attention layer", type(model).__name__)
     return [(name, module) for _, name, module in sorted(found, key=lambda entry: entry[0])]
 
@@ -138,10 +146,10 @@ def _check_processor(name: str, processor, host: Host) -> None:
         raise ValueError("pipe: expected a transformer that no handle is bound to, received one that is; "
                          "call remove() on its handle first, or pass all methods to one apply")  # fmt: skip
     what = "IP-Adapter" if "IPAdapter" in kind else "PAG" if kind.startswith("PAG") else "custom attention processors"
-    own = kind in host.processors and type(processor).__module__.split(".")[0] == "diffusers"
+    own = kind in host.processors and type(processor).__module__.split(".")[0] == host.package
     if not own:
         raise NotImplementedError(f"{what}: expected {' or '.join(host.processors)} at {name}, received {kind}")
-    if processor._parallel_config is not None:
+    if getattr(processor, "_parallel_config", None) is not None:
         raise NotImplementedError(f"context parallelism: expected _parallel_config None at {name}, received one")
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastrope.checks import require, require_tensor
+from fastrope.checks import require
+from fastrope.tokens import KINDS
 
-from .processors import BoundProcessor, FluxProcessor
-
-Call = Mapping[str, object]  # the arguments of a transformer's forward, by name
+from .processors import BoundProcessor, Flux2SingleProcessor, FluxProcessor, QwenProcessor, ZImageProcessor
+from .sequences import (
+    JointSequence,
+    describe_ids,
+    describe_lists,
+    describe_shapes,
+    identify_ids,
+    identify_lists,
+    identify_masked_ids,
+    identify_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -19,54 +28,126 @@ class Host:
     """A transformer class.
 
     Args:
-        transformer: its name in diffusers.
+        transformer: its name.
         processors: its own processor classes, by name, and what stands in for each.
-        blocks: the lists of blocks that hold an attention layer, in order of execution.
-        ids: reads the position ids of text and image, ``(tokens, axes)`` each, off a call's arguments.
+        blocks: the lists of blocks that hold a joint attention layer, in order of execution, and the kind of each:
+            ``"double"``, ``"single"`` or ``"joint"``.
+        identify: ``identify(model, call) -> tuple`` of what determines the sequence among the call's arguments: tensors
+            and hashable values. Reads no tensor.
+        describe: ``describe(*identified) -> JointSequence``.
         axes_dim: reads the RoPE channels of each axis off the model.
         theta: reads the base of the RoPE's frequencies off the model.
-        cosines: the model's own table of ``cos(phi)``, ``(tokens, D/2)``, for some ids; what ours is checked against.
+        cosines: ``cosines(model, sequence, device)``, the model's own ``cos(phi)``, ``(S, D/2)`` or ``(B, S, D/2)``; what
+            ours is checked against.
         pairing: of the RoPE.
-        order: of the joint sequence, as in :class:`fastrope.TokenLayout`.
         spatial_axes: the axes of rows and columns.
-        steps_per_unit: model timestep 1 in units of the scheduler's timesteps.
+        hidden: the argument that holds the image, whose device is that of the call.
+        timestep: the argument that holds the time.
+        model_time: the scheduler's timesteps as the model is given them.
+        skipped: lists of blocks with attention that is not over the joint sequence; it stays as it is.
+        package: the top-level package that defines the transformer and its processors.
     """
 
     transformer: str
     processors: Mapping[str, type[BoundProcessor]]
-    blocks: tuple[str, ...]
-    ids: Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
+    blocks: Mapping[str, str]
+    identify: Callable[[torch.nn.Module, Mapping[str, object]], tuple]
+    describe: Callable[..., JointSequence]
     axes_dim: Callable[[torch.nn.Module], tuple[int, ...]]
     theta: Callable[[torch.nn.Module], float]
-    cosines: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    cosines: Callable[[torch.nn.Module, JointSequence, torch.device], torch.Tensor]
     pairing: str = "interleaved"
-    order: str = "text-first"
     spatial_axes: tuple[int, ...] = (1, 2)
-    steps_per_unit: float = 1000.0
+    hidden: str = "hidden_states"
+    timestep: str = "timestep"
+    model_time: Callable[[torch.Tensor], torch.Tensor] = lambda timesteps: timesteps / 1000
+    skipped: tuple[str, ...] = ()
+    package: str = "diffusers"
+
+    def __post_init__(self):
+        known = all(isinstance(c, type) and issubclass(c, BoundProcessor) for c in self.processors.values())
+        require(known and len(self.processors) > 0, "Host.processors", "BoundProcessor classes by name of the host's own",
+                self.processors)  # fmt: skip
+        kinds = all(kind in KINDS for kind in self.blocks.values())
+        require(
+            kinds and len(self.blocks) > 0, "Host.blocks", f"names of block lists and kinds of {KINDS}", self.blocks
+        )
 
 
-def _ids_arguments(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    found = []
-    for name in ("txt_ids", "img_ids"):
-        ids = call.get(name)
-        require_tensor(name, ids, (2, 3), "(tokens, axes)")
-        found.append(ids[0] if ids.ndim == 3 else ids)  # the host, too, takes the first row for all
-    text, image = found
-    require(text.shape[1] == image.shape[1], "txt_ids", f"{image.shape[1]} axes, as img_ids", tuple(text.shape))
-    return text, image
+def _flux_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
+    return model.pos_embed(sequence.positions.to(device, torch.float32))[0][:, 0::2]
 
 
-HOSTS = (
+def _qwen_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
+    layout = sequence.layout()
+    shapes = [[(1, *grid) for grid in (layout.target_grid, *layout.reference_grids)]]
+    image, text = model.pos_embed(shapes, max_txt_seq_len=layout.text_tokens, device=device)
+    return torch.cat([text, image]).real
+
+
+def _z_image_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
+    positions = sequence.positions.to(device)
+    return model.rope_embedder(positions.flatten(0, -2)).real.unflatten(0, positions.shape[:-1])
+
+
+FLUX = Host(
+    transformer="FluxTransformer2DModel",
+    processors={"FluxAttnProcessor": FluxProcessor},
+    blocks={"transformer_blocks": "double", "single_transformer_blocks": "single"},
+    identify=identify_ids,
+    describe=describe_ids,
+    axes_dim=lambda model: tuple(model.config.axes_dims_rope),
+    theta=lambda model: float(model.pos_embed.theta),
+    cosines=_flux_cosines,
+)
+
+HOSTS: list[Host] = [
+    FLUX,
+    replace(FLUX, transformer="ChromaTransformer2DModel", identify=identify_masked_ids),
+    replace(
+        FLUX,
+        transformer="Flux2Transformer2DModel",
+        processors={"Flux2AttnProcessor": FluxProcessor, "Flux2ParallelSelfAttnProcessor": Flux2SingleProcessor},
+    ),
     Host(
-        transformer="FluxTransformer2DModel",
-        processors={"FluxAttnProcessor": FluxProcessor},
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        ids=_ids_arguments,
+        transformer="QwenImageTransformer2DModel",
+        processors={"QwenDoubleStreamAttnProcessor2_0": QwenProcessor},
+        blocks={"transformer_blocks": "double"},
+        identify=identify_shapes,
+        describe=describe_shapes,
         axes_dim=lambda model: tuple(model.config.axes_dims_rope),
         theta=lambda model: float(model.pos_embed.theta),
-        cosines=lambda model, ids: model.pos_embed(ids)[0][:, 0::2],
+        cosines=_qwen_cosines,
     ),
-)
+    Host(
+        transformer="ZImageTransformer2DModel",
+        processors={"ZSingleStreamAttnProcessor": ZImageProcessor},
+        blocks={"layers": "joint"},
+        skipped=("noise_refiner", "context_refiner", "siglip_refiner"),
+        identify=identify_lists,
+        describe=describe_lists,
+        axes_dim=lambda model: tuple(model.axes_dims),
+        theta=lambda model: float(model.rope_theta),
+        cosines=_z_image_cosines,
+        hidden="x",
+        timestep="t",
+        model_time=lambda timesteps: (1000 - timesteps) / 1000,
+    ),
+]
+
+
+def register_host(host: Host) -> Host:
+    """Add a row to the table, for transformers of other libraries or of one's own. Rows added later are found first.
+
+    Raises:
+        ValueError: not a :class:`Host`, or a name that the same package has in the table already.
+    """
+    require(isinstance(host, Host), "host", "a fastrope.bindings.diffusers.Host", type(host).__name__)
+    known = [(h.transformer, h.package) for h in HOSTS]
+    require((host.transformer, host.package) not in known, "host", "a transformer that is not in the table",
+            f"{host.transformer} of {host.package}")  # fmt: skip
+    HOSTS.insert(0, host)
+    return host
 
 
 def find_host(model: torch.nn.Module) -> Host:
@@ -82,8 +163,8 @@ def find_host(model: torch.nn.Module) -> Host:
             f"nunchaku: expected a transformer of diffusers, received {type(model).__name__}, whose fused kernels "
             "rotate queries and keys where no modulation can reach them"
         )
-    names = {cls.__name__ for cls in lineage if cls.__module__.split(".")[0] == "diffusers"}
-    host = next((h for h in HOSTS if h.transformer in names), None)
+    names = {(cls.__name__, cls.__module__.split(".")[0]) for cls in lineage}
+    host = next((h for h in HOSTS if (h.transformer, h.package) in names), None)
     known = ", ".join(h.transformer for h in HOSTS)
     require(host is not None, "pipe", f"a pipeline with, or one of, the transformers {known}", type(model).__name__)
     return host

@@ -1,23 +1,19 @@
 """Attention processors, one per shape of the hosts' own.
 
-A processor is a plain object: a module would enter the host's ``state_dict``. It holds no number, because a compiler
-specialises on every number it meets; the plan of a call reaches it through its :class:`Slot`.
+A processor is a plain object: a module would enter the host's ``state_dict``. It projects and normalises as the host
+does, hands queries, keys and values to its :class:`~.dispatch.Slot`, and projects the result.
+
+Every ``__call__`` names the arguments of the host's own, because attention modules pass on what they find in its
+signature. Prologues that fuse QK norm and rotation belong in :meth:`BoundProcessor.attend`, which gets normalised,
+unrotated queries and keys and knows whether the slot wants them rotated.
 """
 
 from __future__ import annotations
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 
-import fastrope as fr
-
-
-class Slot:
-    """What one attention layer is to do in the current call: a plan, or None for the host's own attention."""
-
-    def __init__(self, backend: str):
-        self.plan: fr.Plan | None = None
-        self.filled = False
-        self.backend = backend
+from .dispatch import Slot, host_attention
 
 
 class BoundProcessor:
@@ -26,6 +22,7 @@ class BoundProcessor:
     def __init__(self, original, slot: Slot):
         self.original = original
         self.slot = slot
+        slot.original = original
 
     @property
     def _attention_backend(self):
@@ -47,23 +44,45 @@ class BoundProcessor:
                 "whole sequence on one device; call handle.remove() first"
             )
 
-    def plan(self) -> fr.Plan | None:
-        """The plan of this call.
+    def untouched(self) -> bool:
+        """True when the host's own processor is to run. Compiled layers decide that later, inside the op."""
+        return not torch.compiler.is_compiling() and self.slot.idle
 
-        Raises:
-            ValueError: the layer was called before the transformer was.
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table, mask: torch.Tensor | None = None):
+        """Attention of normalised, unrotated ``q, k, v (B, S, H, D)``.
+
+        Args:
+            table: the host's rotary table for the joint sequence.
+            mask: what the host masks with, as its attention backend takes it.
+
+        Returns:
+            ``(B, S, heads * D)``, or None where the host's own processor is to run after all.
         """
-        if not self.slot.filled:
-            raise ValueError(
-                "transformer: expected a call of the object that fastrope.apply was given, received one that went "
-                "round it, so that the layout of the sequence is unknown"
-            )
-        return self.slot.plan
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
+        if table is None:
+            raise NotImplementedError("rotary embedding: expected the host's table in a bound layer, received None")
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+                raise NotImplementedError(
+                    "compiled transformer: expected torch.no_grad() while a fastrope handle is bound, received tensors "
+                    "that require grad; gradients flow in the transformer that is not compiled"
+                )
+            out = host_attention(self.rotate(q, table), self.rotate(k, table), v, mask, self.slot.address)
+            return out.flatten(2)
+        if self.slot.applied:
+            q, k = self.rotate(q, table), self.rotate(k, table)
+        out = self.slot.attend(q, k, v, mask, self.slot.applied)
+        return None if out is None else out.flatten(2)
+
+    @staticmethod
+    def rotate(x: torch.Tensor, table) -> torch.Tensor:
+        """The host's rotation of ``x (B, S, H, D)``; here by ``(cos, sin)``, ``(S, D)`` each, pairs interleaved."""
+        return apply_rotary_emb(x, table, sequence_dim=1)
 
 
 class FluxProcessor(BoundProcessor):
-    """FLUX.1: double-stream blocks project text and image apart and join them as ``[text | image]``; single-stream
-    blocks get the joint sequence. Queries and keys are normalised here and rotated inside the op."""
+    """FLUX.1 and its kin, FLUX.2's double-stream blocks: these project text and image apart and join them as
+    ``[text | image]``; single-stream blocks get the joint sequence."""
 
     def __call__(
         self,
@@ -74,30 +93,138 @@ class FluxProcessor(BoundProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         """``hidden_states (B, S_image or S, C)``, ``encoder_hidden_states (B, S_text, C)`` in double-stream blocks."""
-        plan = self.plan()
-        if plan is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if attention_mask is not None:
-            raise NotImplementedError("attention_mask: expected None in a modulated layer of FLUX, received a mask")
+        given = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        if self.untouched():
+            return self.original(*given)
         q, k, v = _project(attn, hidden_states, "to_qkv", ("to_q", "to_k", "to_v"))
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:
             text = _project(attn, encoder_hidden_states, "to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj"))
             text = attn.norm_added_q(text[0]), attn.norm_added_k(text[1]), text[2]
             q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, (q, k, v), strict=True))
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
-        out = fr.attention(q, k, v, plan=plan, backend=self.slot.backend).flatten(2)
+        out = self.attend(q, k, v, image_rotary_emb, attention_mask)
+        if out is None:
+            return self.original(*given)
         if encoder_hidden_states is None:
             return out
-        split = encoder_hidden_states.shape[1]
-        image = attn.to_out[0](out[:, split:].contiguous())
-        return attn.to_out[1](image), attn.to_add_out(out[:, :split].contiguous())
+        return _project_joint(attn, out, encoder_hidden_states.shape[1])
+
+
+class Flux2SingleProcessor(BoundProcessor):
+    """FLUX.2's single-stream blocks: one projection makes queries, keys, values and the MLP's input, so that ``v`` is a
+    strided view; one projection takes attention and MLP back."""
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """``hidden_states (B, S, C)``, text first."""
+        if self.untouched():
+            return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
+        joint = attn.to_qkv_mlp_proj(hidden_states)
+        heads, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
+        width = joint.shape[-1] * heads // (heads + mlp)  # of a tensor-parallel shard, which keeps the proportion
+        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in joint[..., :width].chunk(3, dim=-1))
+        out = self.attend(attn.norm_q(q), attn.norm_k(k), v, image_rotary_emb, attention_mask)
+        if out is None:
+            return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
+        return attn.to_out(torch.cat([out, attn.mlp_act_fn(joint[..., width:])], dim=-1))
+
+
+class QwenProcessor(BoundProcessor):
+    """Qwen-Image: joined as ``[text | image]`` in every block; complex rotary tables, one for each part."""
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """``hidden_states (B, S_image, C)``, ``encoder_hidden_states (B, S_text, C)`` and its mask ``(B, S_text)``."""
+        text_mask = encoder_hidden_states_mask
+        given = attn, hidden_states, encoder_hidden_states, text_mask, attention_mask, image_rotary_emb
+        if self.untouched():
+            return self.original(*given)
+        if attention_mask is not None:
+            raise ValueError("attention_mask: expected None, as in the host's own processor, received a mask")
+        mask = None
+        if text_mask is not None:
+            image = text_mask.new_ones(hidden_states.shape[:2])
+            mask = torch.cat([text_mask, image], dim=1)[:, None, None, :]
+        dim = attn.inner_dim // attn.heads
+        image = _separate(attn, hidden_states, ("to_q", "to_k", "to_v"), dim)
+        text = _separate(attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"), dim)
+        image = _normalise(image, attn.norm_q, attn.norm_k)
+        text = _normalise(text, attn.norm_added_q, attn.norm_added_k)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        table = None if image_rotary_emb is None else torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
+        out = self.attend(q, k, v, table, mask)
+        if out is None:
+            return self.original(*given)
+        return _project_joint(attn, out, encoder_hidden_states.shape[1])
+
+    @staticmethod
+    def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """By unit complex numbers ``(S, D/2)`` or ``(B, S, D/2)``."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * table.unsqueeze(-2)).flatten(-2).type_as(x)
+
+
+class ZImageProcessor(BoundProcessor):
+    """Z-Image: one stream ``[image | text]`` with weights in common; tables and masks differ from row to row."""
+
+    rotate = staticmethod(QwenProcessor.rotate)
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ):
+        """``hidden_states (B, S, C)``, ``attention_mask (B, S)``, ``freqs_cis (B, S, D/2)`` complex."""
+        if self.untouched():
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        q, k, v = (
+            getattr(attn, name)(hidden_states).unflatten(-1, (attn.heads, -1)) for name in ("to_q", "to_k", "to_v")
+        )
+        q, k, v = _normalise((q, k, v), attn.norm_q, attn.norm_k)
+        mask = attention_mask
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None, None, :]
+        out = self.attend(q, k, v, freqs_cis, mask)
+        if out is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        out = attn.to_out[0](out)
+        return attn.to_out[1](out) if len(attn.to_out) > 1 else out
 
 
 def _project(attn, x: torch.Tensor, fused: str, separate: tuple[str, str, str]) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values ``(B, S, heads, D)``; the head count is what a tensor-parallel shard holds."""
     if attn.fused_projections:
-        parts = getattr(attn, fused)(x).chunk(3, dim=-1)
-    else:
-        parts = [getattr(attn, name)(x) for name in separate]
-    return tuple(part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+        return tuple(part.unflatten(-1, (-1, attn.head_dim)) for part in getattr(attn, fused)(x).chunk(3, dim=-1))
+    return _separate(attn, x, separate, attn.head_dim)
+
+
+def _separate(attn, x: torch.Tensor, names: tuple[str, str, str], dim: int) -> tuple[torch.Tensor, ...]:
+    return tuple(getattr(attn, name)(x).unflatten(-1, (-1, dim)) for name in names)
+
+
+def _normalise(qkv, norm_q, norm_k) -> tuple[torch.Tensor, ...]:
+    q, k, v = qkv
+    return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
+
+
+def _project_joint(attn, out: torch.Tensor, text: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and text parts of ``out (B, S, C)``, each through its own projection."""
+    image = attn.to_out[0](out[:, text:].contiguous())
+    if len(attn.to_out) > 1:
+        image = attn.to_out[1](image)
+    return image, attn.to_add_out(out[:, :text].contiguous())

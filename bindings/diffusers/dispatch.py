@@ -1,0 +1,142 @@
+"""Where a layer's attention is decided: its slot, and the op that a compiler sees in its place.
+
+A compiler specialises on every Python number and object it meets, so a compiled layer meets neither plan nor
+modulation: it calls one opaque op with the slot's number in a tensor, and the op looks the slot up when it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Optional
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+import fastrope as fr
+
+from .sequences import JointSequence
+
+_SLOTS: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Work:
+    """What modulated layers do: the same modulations over the same sequence. Plans are built when first asked for."""
+
+    def __init__(self, sequence: JointSequence, rope: fr.RoPE, modulations: tuple):
+        self.masked = sequence.key_mask is not None
+        self._sequence = sequence
+        self._rope = rope
+        self._modulations = modulations
+        self._plans: dict[tuple, fr.Plan] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the plans built so far, bytes."""
+        return sum(plan.nbytes for plan in self._plans.values())
+
+    def plan(self, applied: bool, device: torch.device) -> fr.Plan:
+        """The plan for queries and keys on a device, rotated (``applied``) or not."""
+        key = applied, device
+        if key not in self._plans:
+            mask = self._sequence.key_mask
+            rope = fr.RoPE(self._rope.angles.to(device), self._rope.axis.to(device), self._rope.pairing, applied)
+            self._plans[key] = fr.plan(
+                rope=rope,
+                modulations=[to_device(m, device) for m in self._modulations],
+                key_mask=None if mask is None else mask.to(device),
+            )
+        return self._plans[key]
+
+
+def to_device(m, device: torch.device):
+    """A modulation with its tensors on a device."""
+    tensors = {f.name: getattr(m, f.name) for f in fields(m) if isinstance(getattr(m, f.name), torch.Tensor)}
+    return replace(m, **{name: t.to(device) for name, t in tensors.items()})
+
+
+class Slot:
+    """What one attention layer is to do in the current call.
+
+    ``work`` is None where nothing is modulated; ``probe(q, k, work, applied)``, if any, looks at the attention.
+    """
+
+    def __init__(self, backend: str, applied: bool):
+        self.backend = backend
+        self.applied = applied
+        self.work: Work | None = None
+        self.probe: Callable | None = None
+        self.filled = False
+        self.original = None
+        self.number = next(_NUMBERS)
+        self.address = torch.tensor([self.number])
+        _SLOTS[self.number] = self
+
+    def close(self) -> None:
+        """Make the op refuse this slot from now on."""
+        _SLOTS.pop(self.number, None)
+
+    @property
+    def idle(self) -> bool:
+        """True when the host's own processor can run unobserved.
+
+        Raises:
+            ValueError: the layer was called before the transformer was.
+        """
+        if not self.filled:
+            raise ValueError(
+                "transformer: expected a call of the object that fastrope.apply was given, received one that went "
+                "round it, so that the layout of the sequence is unknown"
+            )
+        return self.work is None and self.probe is None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
+        """Modulated attention ``(B, S, H, D)``, or None where the host's own is wanted."""
+        if self.idle:
+            return None
+        if mask is not None and self.work is not None and not self.work.masked:
+            raise NotImplementedError(
+                "attention_mask: expected None in a modulated layer of this host, received a mask that is no part of "
+                "the transformer's own arguments"
+            )
+        if self.probe is not None:
+            self.probe(q, k, self.work, applied)
+        if self.work is None:
+            return None
+        return fr.attention(q, k, v, plan=self.work.plan(applied, q.device), backend=self.backend)
+
+
+@torch.library.custom_op("fastrope::host_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def host_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional[Tensor],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    slot: Tensor,
+) -> Tensor:
+    """Attention of a bound layer, modulated or the host's own as its slot says when this runs.
+
+    Args:
+        q, k, v: ``(B, S, H, D)``, rotated by the host.
+        mask: what the host masks with, for its own attention.
+        slot: ``(1,)`` int64 on the CPU, the number of the slot.
+
+    Returns:
+        ``(B, S, H, D)`` contiguous.
+    """
+    found = _SLOTS.get(int(slot))
+    if found is None:
+        raise ValueError("handle: expected a bound handle, received compiled code of one that was removed")
+    out = found.attend(q, k, v, mask, applied=True)
+    if out is None:
+        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=found.original._attention_backend)
+    return out.contiguous()
+
+
+@host_attention.register_fake
+def _(q, k, v, mask, slot):
+    return q.new_empty(q.shape)

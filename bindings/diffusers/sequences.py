@@ -1,0 +1,179 @@
+"""What a transformer's own arguments say of its joint sequence, one reader per way of saying it.
+
+A reader has two halves. ``identify`` picks the arguments that determine the sequence, without reading a tensor;
+``describe`` turns them into a :class:`JointSequence`, once for every distinct content.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+import fastrope as fr
+from fastrope.checks import require, require_tensor
+
+Call = Mapping[str, object]  # the arguments of a transformer's forward, by name
+
+
+@dataclass(frozen=True, eq=False)
+class JointSequence:
+    """The tokens of a call, on the CPU.
+
+    Args:
+        positions: ``(S, axes)``, or ``(B, S, axes)`` where rows differ; integers or float64.
+        layout: returns the spans; raises ValueError where they cannot be told.
+        key_mask: ``(B, S)`` bool, True = attend; None where every key counts.
+    """
+
+    positions: torch.Tensor
+    layout: Callable[[], fr.TokenLayout]
+    key_mask: torch.Tensor | None = None
+
+
+# ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ------------------------------------------------------------
+
+
+def identify_ids(model, call: Call) -> tuple:
+    """``txt_ids`` and ``img_ids``."""
+    found = []
+    for name in ("txt_ids", "img_ids"):
+        ids = call.get(name)
+        require_tensor(name, ids, (2, 3), "(tokens, axes)")
+        found.append(ids[0] if ids.ndim == 3 else ids)  # the host, too, takes the first row for all
+    text, image = found
+    require(text.shape[1] == image.shape[1], "txt_ids", f"{image.shape[1]} axes, as img_ids", tuple(text.shape))
+    return text, image
+
+
+def identify_masked_ids(model, call: Call) -> tuple:
+    """The ids, and ``attention_mask (B, S)`` over the joint sequence (Chroma)."""
+    mask = call.get("attention_mask")
+    if mask is not None:
+        require_tensor("attention_mask", mask, (2,), "(B, S)")
+    return *identify_ids(model, call), mask
+
+
+def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | None = None) -> JointSequence:
+    """Text first, then the grids that the image ids list, the first of them the target."""
+    # Through float64 before anything is computed: hosts hand ids over in the dtype of the model.
+    text, image = text.detach().cpu().double(), image.detach().cpu().double()
+
+    def layout() -> fr.TokenLayout:
+        grids = read_grids(image, (1, 2))
+        return fr.TokenLayout(len(text), grids[0], grids[1:])
+
+    return JointSequence(torch.cat([text, image]), layout, _keys(mask))
+
+
+def _keys(mask: torch.Tensor | None) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if mask.is_floating_point() and not bool((mask == mask.flatten()[0]).all()):
+        raise NotImplementedError(
+            "attention_mask: expected a bool mask in a modulated layer, received a floating-point one, which the host "
+            "adds to the logits instead of masking with it; pass prompt_attention_mask.bool()"
+        )
+    return mask.detach().cpu().bool() if not mask.is_floating_point() else None
+
+
+# ---- image shapes as arguments: Qwen-Image and its editors ------------------------------------------------------------
+
+
+def identify_shapes(model, call: Call) -> tuple:
+    """``img_shapes``, the length of the text and its mask."""
+    if model.config.use_layer3d_rope:
+        raise NotImplementedError("use_layer3d_rope: expected a Qwen-Image without it, received a layered one")
+    shapes, text = call.get("img_shapes"), call.get("encoder_hidden_states")
+    require(isinstance(shapes, (list, tuple)) and len(shapes) > 0, "img_shapes", "a list of (1, rows, columns)", shapes)
+    require_tensor("encoder_hidden_states", text, (3,), "(B, S_text, C)")
+    first = shapes[0] if isinstance(shapes, list) else shapes  # the host takes the first row for all
+    first = first if isinstance(first, list) else [first]
+    images = tuple(tuple(int(n) for n in image) for image in first)
+    return images, text.shape[1], call.get("encoder_hidden_states_mask")
+
+
+def describe_shapes(images: tuple, text: int, mask: torch.Tensor | None) -> JointSequence:
+    """Text first, the target's grid, then one grid per reference."""
+    for image in images:
+        require(len(image) == 3 and image[0] == 1, "img_shapes", "(1, rows, columns) per image", image)
+    grids = [image[1:] for image in images]
+    layout = fr.TokenLayout(text, grids[0], grids[1:])
+    keys = None
+    if mask is not None:
+        mask = mask.detach().cpu().bool()
+        keys = torch.cat([mask, mask.new_ones(len(mask), len(layout) - text)], dim=1)
+    return JointSequence(layout.positions("qwen"), lambda: layout, keys)
+
+
+# ---- lists of pictures and captions as arguments: Z-Image -------------------------------------------------------------
+
+ROUNDED = 32  # the host fills captions and pictures up to a multiple of this
+
+
+def identify_lists(model, call: Call) -> tuple:
+    """Shapes of the pictures, lengths of the captions, patch sizes."""
+    pictures, captions = call.get("x"), call.get("cap_feats")
+    basic = isinstance(pictures, (list, tuple)) and all(isinstance(x, torch.Tensor) for x in pictures)
+    if not basic or not all(isinstance(c, torch.Tensor) for c in captions):
+        raise NotImplementedError("x: expected one picture per row, received lists of them (the omni mode of Z-Image)")
+    patch = call.get("patch_size", 2), call.get("f_patch_size", 1)
+    return tuple(tuple(x.shape) for x in pictures), tuple(len(c) for c in captions), patch
+
+
+def describe_lists(pictures: tuple, captions: tuple, patch: tuple[int, int]) -> JointSequence:
+    """Target first, then the caption. Rows with shorter captions end in filler tokens that are masked; the layout counts
+    those as text."""
+    if len(set(pictures)) > 1:
+        raise NotImplementedError(f"x: expected pictures of one size in a modulated batch, received {set(pictures)}")
+    _, frames, height, width = pictures[0]
+    require(frames == patch[1], "x", f"{patch[1]} frame(s) per picture", frames)
+    grid = height // patch[0], width // patch[0]
+    padding = -math.prod(grid) % ROUNDED
+    texts = [length + -length % ROUNDED for length in captions]
+    rows = [fr.TokenLayout(text, grid, order="text-last", padding=padding) for text in texts]
+    longest = max(rows, key=len)
+    if len(set(texts)) == 1:
+        return JointSequence(longest.positions("z-image"), lambda: longest)
+    positions = torch.zeros(len(rows), len(longest), 3, dtype=torch.int64)
+    keys = torch.zeros(len(rows), len(longest), dtype=torch.bool)
+    for n, row in enumerate(rows):
+        positions[n, : len(row)] = row.positions("z-image")
+        keys[n, : len(row)] = True
+    return JointSequence(positions, lambda: longest, keys)
+
+
+# ---- grids ------------------------------------------------------------------------------------------------------------
+
+
+def read_grids(ids: torch.Tensor, spatial_axes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """``(rows, columns)`` of the raster grids that ``ids (tokens, axes)`` list one after another.
+
+    A grid ends where the rows stop counting up, get another width, or an axis that is not spatial changes.
+
+    Raises:
+        ValueError: ids that are not one raster grid after another.
+    """
+    row_axis, column_axis = spatial_axes
+    frames = [axis for axis in range(ids.shape[1]) if axis not in spatial_axes]
+    along, down = torch.zeros(2, ids.shape[1], dtype=ids.dtype)
+    along[column_axis] = down[row_axis] = 1
+    ends = (ids.diff(dim=0) != along).any(dim=1).nonzero().flatten() + 1
+    bounds = [0, *ends.tolist(), len(ids)]
+    grids: list[tuple[int, int]] = []
+    first = previous = 0  # tokens that open the grid and the row before
+    for start, stop in itertools.pairwise(bounds):
+        width = stop - start
+        if grids and grids[-1][1] == width and torch.equal(ids[start] - ids[previous], down):
+            grids[-1] = grids[-1][0] + 1, width
+        else:
+            # Half precision tears grids of more than 256 tokens a side; pieces of one do not open where it does.
+            whole = not torch.equal(ids[start, frames], ids[first, frames]) or torch.equal(ids[start], ids[first])
+            require(whole, "img_ids", "raster grids one after another, row by row", f"a break at token {start}")
+            grids.append((1, width))
+            first = start
+        previous = start
+    return grids

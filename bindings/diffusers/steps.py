@@ -1,0 +1,44 @@
+"""Which denoising step a call belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def find_step(
+    pipe, timestep: torch.Tensor | None, model_time: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[int, int] | None:
+    """Index of the current step in the scheduler's timesteps, and their number.
+
+    Inside the pipeline's loop the scheduler knows the index, without a device synchronisation. Elsewhere (a pipeline that
+    does not say whether it runs, another one that shares the transformer, a direct call) the timestep's value is looked
+    up. None where both fail.
+
+    Args:
+        timestep: what the model was given.
+        model_time: the scheduler's timesteps as the model is given them.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or len(timesteps) == 0:
+        return None
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None)
+    count = len(timesteps)
+    if index is not None and index < count and getattr(pipe, "_current_timestep", None) is not None:
+        return int(index), count
+    if not isinstance(timestep, torch.Tensor):
+        return None
+    dtype = timestep.dtype if timestep.is_floating_point() else torch.float32
+    # The pipeline rounds to the model's dtype, then divides; the same here makes equal values equal.
+    known = model_time(torch.as_tensor(timesteps).cpu().to(dtype)).double()
+    distance = (known - timestep.flatten()[0].cpu().double()).abs()
+    nearest = int(distance.argmin())
+    if distance[nearest] > 1e-3:
+        return None
+    if index is not None and index < count and distance[index] == distance[nearest]:
+        return int(index), count  # neighbours that half precision rounds to one value
+    return nearest, count
