@@ -19,7 +19,7 @@ class GRAG:
 
     ``mu`` is the mean of the rotated keys of one picture, per batch row, head and channel, in the layer at hand. Every
     reference is a group of its own, at any resolution and batch size; keys of the target, all queries and all values
-    stay as they are (GRAG, arXiv 2510.24657, section 4).
+    stay as they are (GRAG, arXiv 2510.24657).
 
     Args:
         bias: lambda, dimensionless. It raises or lowers the mean logit of the picture, trading it against the text
