@@ -94,7 +94,7 @@ class CallState:
         pipe = self._pipe()
         return pipe and find_step(pipe, call.get(self.host.timestep), self.host.model_time)
 
-    # ---- sequences ----------------------------------------------------------------------------------------------------
+    # ---- sequences --------------------------------------------------------------------------------------------------
 
     def _sequence(
         self, module, key: Hashable, identified: tuple, device: torch.device
@@ -120,7 +120,7 @@ class CallState:
                 f"{self.host.theta(module):g}, received another one (its cosines differ by {float(gap):.2g})"
             )
 
-    # ---- work ---------------------------------------------------------------------------------------------------------
+    # ---- work -------------------------------------------------------------------------------------------------------
 
     def _works_for(self, key, sequence, rope, layers: list[list[Modulation]], device) -> list[Work | None]:
         """The work of every layer; None where nothing is modulated."""

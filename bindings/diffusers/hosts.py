@@ -37,8 +37,8 @@ class Host:
         describe: ``describe(*identified) -> JointSequence``.
         axes_dim: reads the RoPE channels of each axis off the model.
         theta: reads the base of the RoPE's frequencies off the model.
-        cosines: ``cosines(model, sequence, device)``, the model's own ``cos(phi)``, ``(S, D/2)`` or ``(B, S, D/2)``; what
-            ours is checked against.
+        cosines: ``cosines(model, sequence, device)``, the model's own ``cos(phi)``, ``(S, D/2)`` or ``(B, S, D/2)``;
+            what ours is checked against.
         pairing: of the RoPE.
         spatial_axes: the axes of rows and columns.
         hidden: the argument that holds the image, whose device is that of the call.
@@ -66,12 +66,11 @@ class Host:
 
     def __post_init__(self):
         known = all(isinstance(c, type) and issubclass(c, BoundProcessor) for c in self.processors.values())
-        require(known and len(self.processors) > 0, "Host.processors", "BoundProcessor classes by name of the host's own",
-                self.processors)  # fmt: skip
+        expected = "BoundProcessor classes by the name of the host's own"
+        require(known and len(self.processors) > 0, "Host.processors", expected, self.processors)
         kinds = all(kind in KINDS for kind in self.blocks.values())
-        require(
-            kinds and len(self.blocks) > 0, "Host.blocks", f"names of block lists and kinds of {KINDS}", self.blocks
-        )
+        expected = f"names of block lists and kinds of {KINDS}"
+        require(kinds and len(self.blocks) > 0, "Host.blocks", expected, self.blocks)
 
 
 def _flux_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
@@ -104,6 +103,12 @@ FLUX = Host(
 HOSTS: list[Host] = [
     FLUX,
     replace(FLUX, transformer="ChromaTransformer2DModel", identify=identify_masked_ids),
+    replace(
+        FLUX,
+        transformer="LongCatImageTransformer2DModel",
+        processors={"LongCatImageAttnProcessor": FluxProcessor},
+    ),
+    replace(FLUX, transformer="OvisImageTransformer2DModel", processors={"OvisImageAttnProcessor": FluxProcessor}),
     replace(
         FLUX,
         transformer="Flux2Transformer2DModel",

@@ -34,7 +34,7 @@ class JointSequence:
     key_mask: torch.Tensor | None = None
 
 
-# ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ------------------------------------------------------------
+# ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
 
 
 def identify_ids(model, call: Call) -> tuple:
@@ -80,7 +80,7 @@ def _keys(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.detach().cpu().bool() if not mask.is_floating_point() else None
 
 
-# ---- image shapes as arguments: Qwen-Image and its editors ------------------------------------------------------------
+# ---- image shapes as arguments: Qwen-Image and its editors ---------------------------------------------------------
 
 
 def identify_shapes(model, call: Call) -> tuple:
@@ -109,7 +109,7 @@ def describe_shapes(images: tuple, text: int, mask: torch.Tensor | None) -> Join
     return JointSequence(layout.positions("qwen"), lambda: layout, keys)
 
 
-# ---- lists of pictures and captions as arguments: Z-Image -------------------------------------------------------------
+# ---- lists of pictures and captions as arguments: Z-Image ----------------------------------------------------------
 
 ROUNDED = 32  # the host fills captions and pictures up to a multiple of this
 
@@ -125,8 +125,8 @@ def identify_lists(model, call: Call) -> tuple:
 
 
 def describe_lists(pictures: tuple, captions: tuple, patch: tuple[int, int]) -> JointSequence:
-    """Target first, then the caption. Rows with shorter captions end in filler tokens that are masked; the layout counts
-    those as text."""
+    """Target first, then the caption. Rows with shorter captions end in filler tokens that are masked; the layout
+    counts those as text."""
     if len(set(pictures)) > 1:
         raise NotImplementedError(f"x: expected pictures of one size in a modulated batch, received {set(pictures)}")
     _, frames, height, width = pictures[0]
@@ -146,7 +146,7 @@ def describe_lists(pictures: tuple, captions: tuple, patch: tuple[int, int]) -> 
     return JointSequence(positions, lambda: longest, keys)
 
 
-# ---- grids ------------------------------------------------------------------------------------------------------------
+# ---- grids ---------------------------------------------------------------------------------------------------------
 
 
 def read_grids(ids: torch.Tensor, spatial_axes: tuple[int, ...]) -> list[tuple[int, int]]:

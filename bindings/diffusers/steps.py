@@ -12,9 +12,9 @@ def find_step(
 ) -> tuple[int, int] | None:
     """Index of the current step in the scheduler's timesteps, and their number.
 
-    Inside the pipeline's loop the scheduler knows the index, without a device synchronisation. Elsewhere (a pipeline that
-    does not say whether it runs, another one that shares the transformer, a direct call) the timestep's value is looked
-    up. None where both fail.
+    Inside the pipeline's loop the scheduler knows the index, without a device synchronisation. Elsewhere (a pipeline
+    that does not say whether it runs, another one that shares the transformer, a direct call) the timestep's value is
+    looked up. None where both fail.
 
     Args:
         timestep: what the model was given.

@@ -29,7 +29,7 @@ class LlamaGenConfig:
         grid: image tokens per side: 16 for 256, 24 for 384, 32 for 512 pixels.
         condition: "text" (``prefix`` T5 features of ``caption_dim`` channels) or "class" (one label of ``classes``).
         vocabulary: image tokens.
-        multiple_of: the hidden width of the feed-forward, 8/3 dim, is rounded up to a multiple of it.
+        hidden: width of the feed-forward; None rounds 8/3 dim up to a multiple of 256, as published.
 
     Raises:
         ValueError: a head dim that four does not divide (two axes of interleaved pairs), an unknown condition.
@@ -47,7 +47,7 @@ class LlamaGenConfig:
     classes: int = 1000
     theta: float = 10_000.0
     eps: float = 1e-5
-    multiple_of: int = 256
+    hidden: int | None = None
 
     def __post_init__(self):
         require(self.condition in ("text", "class"), "condition", '"text" or "class"', repr(self.condition))
@@ -72,7 +72,8 @@ class LlamaGenConfig:
             ValueError: not LlamaGen's weights, or a size that is not published and no ``heads``.
         """
         expected = "a LlamaGen transformer's state dict"
-        for name in ("tok_embeddings.weight", "layers.0.attention.wqkv.weight"):
+        needed = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight")
+        for name in needed:
             require(name in weights, "weights", f"{expected} with {name}", f"{len(weights)} other names")
         vocabulary, dim = weights["tok_embeddings.weight"].shape
         layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
@@ -82,7 +83,10 @@ class LlamaGenConfig:
             require(heads is not None, "heads", "the number of heads of a size that is not published", received)
         rows = weights["layers.0.attention.wqkv.weight"].shape[0]
         shapes = dict(dim=dim, layers=layers, heads=heads, grid=grid, vocabulary=vocabulary)
-        shapes["kv_heads"] = (rows // (dim // heads) - heads) // 2
+        key_heads = (rows // (dim // heads) - heads) // 2
+        shapes["kv_heads"] = None if key_heads == heads else key_heads
+        hidden = weights["layers.0.feed_forward.w1.weight"].shape[0]
+        shapes["hidden"] = None if hidden == cls(dim, layers, heads).ffn_width else hidden
         if "cls_embedding.cap_proj.fc1.weight" in weights:
             prefix, caption_dim = weights["cls_embedding.uncond_embedding"].shape
             return cls(**shapes, condition="text", prefix=prefix, caption_dim=caption_dim)
@@ -99,9 +103,9 @@ class LlamaGenConfig:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
-    def hidden(self) -> int:
+    def ffn_width(self) -> int:
         """Width of the SwiGLU feed-forward."""
-        return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
+        return -(-int(2 * 4 * self.dim / 3) // 256) * 256 if self.hidden is None else self.hidden
 
     @property
     def num_tokens(self) -> int:
@@ -186,9 +190,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w1 = nn.Linear(config.dim, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_width, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

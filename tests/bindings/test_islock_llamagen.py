@@ -1,0 +1,397 @@
+"""LlamaGen: published names and shapes, its arithmetic, its cache, and editing with anchors; tiny and random."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fastrope as fr
+from fastrope.bindings import llamagen
+from fastrope.bindings.llamagen.generate import warp
+from fastrope.bindings.llamagen.model import rotate, rotation_table
+from fastrope.bindings.llamagen.text import pad_left
+
+# dim, layers, feed-forward width of the published checkpoints.
+PUBLISHED = {
+    "B": (768, 12, 2048), "L": (1024, 24, 2816), "XL": (1280, 36, 3584), "XXL": (1536, 48, 4096),
+    "3B": (3200, 24, 8704),
+}  # fmt: skip
+TINY = llamagen.LlamaGenConfig(dim=32, layers=2, heads=2, grid=4, vocabulary=48, prefix=5, caption_dim=12, hidden=48)
+N = TINY.num_tokens
+
+
+def published_shapes(size: str, condition: str) -> dict[str, tuple[int, ...]]:
+    dim, layers, hidden = PUBLISHED[size]
+    shapes = {"tok_embeddings.weight": (16384, dim), "norm.weight": (dim,), "output.weight": (16384, dim)}
+    if condition == "text":
+        shapes["cls_embedding.uncond_embedding"] = (120, 2048)
+        shapes["cls_embedding.cap_proj.fc1.weight"] = (dim, 2048)
+        shapes["cls_embedding.cap_proj.fc2.weight"] = (dim, dim)
+    else:
+        shapes["cls_embedding.embedding_table.weight"] = (1001, dim)
+    for n in range(layers):
+        shapes[f"layers.{n}.attention.wqkv.weight"] = (3 * dim, dim)
+        shapes[f"layers.{n}.attention.wo.weight"] = (dim, dim)
+        shapes[f"layers.{n}.feed_forward.w1.weight"] = (hidden, dim)
+        shapes[f"layers.{n}.feed_forward.w3.weight"] = (hidden, dim)
+        shapes[f"layers.{n}.feed_forward.w2.weight"] = (dim, hidden)
+        shapes[f"layers.{n}.attention_norm.weight"] = (dim,)
+        shapes[f"layers.{n}.ffn_norm.weight"] = (dim,)
+    return shapes
+
+
+@pytest.fixture
+def model() -> llamagen.LlamaGen:
+    model = llamagen.LlamaGen(TINY).eval()
+    with torch.no_grad():
+        model.output.weight.mul_(4.0)  # enough contrast for guidance and top-k to matter
+    return model
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(2, TINY.prefix, TINY.caption_dim)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def matcher(tau=math.inf, candidates=TINY.vocabulary, alpha=0.0):
+    codebook = F.normalize(torch.randn(TINY.vocabulary, 8, generator=seeded(3)[0]), dim=-1)
+    return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau).matcher(codebook, num_tokens=N)
+
+
+class Spy:
+    """A matcher that remembers the logits it was given."""
+
+    def __init__(self, inner):
+        self.inner, self.logits, self.positions = inner, [], []
+        self.num_tokens, self.seeds = inner.num_tokens, inner.seeds
+
+    def __call__(self, logits, anchors, position, **kwargs):
+        self.logits.append(logits)
+        self.positions.append(position)
+        return self.inner(logits, anchors, position, **kwargs)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", ["text", "class"])
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_names_and_shapes(size, condition):
+    shapes = published_shapes(size, condition)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = llamagen.LlamaGenConfig.of_weights(weights, grid=24)
+    assert config == llamagen.LlamaGenConfig.published(size, grid=24, condition=condition)
+    assert config.heads == {"B": 12, "L": 16, "XL": 20, "XXL": 24, "3B": 32}[size]
+    with torch.device("meta"):
+        state = llamagen.LlamaGen(llamagen.LlamaGenConfig.published(size, 24, condition)).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+    model = llamagen.LlamaGen.from_checkpoint({"model": weights}, grid=24)
+    assert model.config.num_tokens == 576
+
+
+@pytest.mark.parametrize("container", ["model", "module", "state_dict", "ema", None])
+def test_a_checkpoint_brings_back_the_same_model(tmp_path, model, features, container):
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["freqs_cis"] = torch.zeros(3)
+    content = state if container is None else {container: state, "args": argparse.Namespace(lr=1), "steps": 3}
+    torch.save(content, tmp_path / "model.pt")
+    loaded = llamagen.LlamaGen.from_checkpoint(tmp_path / "model.pt", grid=TINY.grid, heads=TINY.heads)
+    assert (loaded.config.prefix, loaded.config.caption_dim, loaded.config.key_heads) == (5, 12, 2)
+    tokens = torch.randint(TINY.vocabulary, (2, 6))
+    assert torch.equal(loaded(tokens, features), model(tokens, features))
+
+
+def test_weights_that_do_not_fit_are_listed(model):
+    state = dict(model.state_dict())
+    del state["norm.weight"]
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"weights: .*no norm\.weight; unknown extra"):
+        llamagen.LlamaGen.from_checkpoint(state, grid=4, heads=2)
+    state = {**model.state_dict(), "output.weight": torch.zeros(3, 32)}
+    with pytest.raises(ValueError, match=r"output\.weight \(3, 32\) instead of \(48, 32\)"):
+        llamagen.LlamaGen.from_checkpoint(state, grid=4, heads=2)
+    with pytest.raises(ValueError, match="heads: expected"):
+        llamagen.LlamaGen.from_checkpoint(model.state_dict(), grid=4)
+    with pytest.raises(ValueError, match="checkpoint: expected a state dict"):
+        llamagen.read_checkpoint({"model": {"a": 1}})
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        llamagen.read_checkpoint("absent.pt")
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(32, 2), (200, 2)])  # 100 channels per head as in 3B
+def test_rotation_has_its_closed_form(dim, heads):
+    config = llamagen.LlamaGenConfig(dim=dim, layers=1, heads=heads, grid=3, prefix=4, caption_dim=8)
+    table = rotation_table(config)
+    depth = config.head_dim
+    assert table.shape == (4 + 9, depth // 2, 2)
+    assert not table[:4].any()
+    for index in range(9):
+        row, column = divmod(index, 3)
+        for pair in range(depth // 2):
+            place, c = (row, pair) if pair < depth // 4 else (column, pair - depth // 4)
+            angle = place * 10_000.0 ** (-4 * c / depth)
+            assert table[4 + index, pair].tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-6)
+
+
+def test_rotation_turns_interleaved_pairs():
+    table = rotation_table(TINY)
+    x = torch.randn(2, len(table), 2, TINY.head_dim)
+    turn = torch.view_as_complex(table.contiguous())[None, :, None]
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    torch.testing.assert_close(rotate(x, table), expected)
+
+
+def naive_logits(model, tokens, features, mask):
+    """The transformer in float64, one image, one head and one query at a time, off the state dict."""
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    c = model.config
+    table = rotation_table(c).double()
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
+
+    def turned(x, by):
+        return torch.view_as_complex(x.view(-1, 2)) * torch.view_as_complex(by.contiguous())
+
+    caption = F.gelu(features.double() @ w["cls_embedding.cap_proj.fc1.weight"].T, approximate="tanh")
+    x = torch.cat([caption @ w["cls_embedding.cap_proj.fc2.weight"].T, w["tok_embeddings.weight"][tokens]])
+    for n in range(c.layers):
+        name = f"layers.{n}."
+        qkv = norm(x, name + "attention_norm.weight") @ w[name + "attention.wqkv.weight"].T
+        q, k, v = (part.unflatten(-1, (c.heads, c.head_dim)) for part in qkv.chunk(3, dim=-1))
+        out = torch.zeros_like(q)
+        for i in range(len(x)):
+            seen = [j for j in range(i + 1) if j == i or j >= c.prefix or mask[j]]
+            for h in range(c.heads):
+                qi = turned(q[i, h], table[i])
+                scores = [(qi * turned(k[j, h], table[j]).conj()).real.sum() for j in seen]
+                weight = (torch.stack(scores) / c.head_dim**0.5).softmax(0)
+                out[i, h] = weight @ v[seen, h]
+        x = x + out.flatten(1) @ w[name + "attention.wo.weight"].T
+        y = norm(x, name + "ffn_norm.weight")
+        y = F.silu(y @ w[name + "feed_forward.w1.weight"].T) * (y @ w[name + "feed_forward.w3.weight"].T)
+        x = x + y @ w[name + "feed_forward.w2.weight"].T
+    return norm(x, "norm.weight")[c.prefix - 1 :] @ w["output.weight"].T
+
+
+def test_forward_is_the_written_out_transformer(model, features):
+    tokens = torch.randint(TINY.vocabulary, (2, 7))
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    logits = model(tokens, features, mask)
+    assert logits.shape == (2, 8, TINY.vocabulary)
+    for row in range(2):
+        expected = naive_logits(model, tokens[row], features[row], mask[row])
+        torch.testing.assert_close(logits[row].double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_grouped_keys_are_those_of_repeated_heads(features):
+    grouped = llamagen.LlamaGen(
+        llamagen.LlamaGenConfig(**{**TINY.__dict__, "heads": 4, "kv_heads": 2})
+    ).eval()  # 8 channels per head
+    full = llamagen.LlamaGen(llamagen.LlamaGenConfig(**{**TINY.__dict__, "heads": 4})).eval()
+    state = dict(grouped.state_dict())
+    for name in [n for n in state if "wqkv" in n]:
+        q, k, v = state[name].split([32, 16, 16])
+        spread = [part.view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v)]
+        state[name] = torch.cat([q, *spread])
+    full.load_state_dict(state)
+    tokens = torch.randint(TINY.vocabulary, (2, 7))
+    torch.testing.assert_close(grouped(tokens, features), full(tokens, features), atol=1e-5, rtol=1e-5)
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cached_and_guided_logits_are_those_of_two_full_passes(model, features, masked):
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]]) if masked else None
+    spy = Spy(matcher(tau=0.8, candidates=10))
+    anchors = torch.randint(TINY.vocabulary, (2, N))
+    made = llamagen.generate(
+        model, features, mask=mask, matcher=spy, anchors=anchors, guidance=3.0, temperature=0.7, top_k=0,
+        generator=seeded(1, 2),
+    )  # fmt: skip
+    assert spy.positions == list(range(N))
+    shown = features if mask is None else features * mask[..., None]
+    nothing = model.cls_embedding.uncond_embedding.expand(2, -1, -1)
+    conditional = model(made.tokens[:, :-1], shown, mask)
+    unconditional = model(made.tokens[:, :-1], nothing, mask)
+    expected = (unconditional + (conditional - unconditional) * 3.0) / 0.7
+    torch.testing.assert_close(torch.stack(spy.logits, 1), expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(made.record.tokens, made.tokens)
+
+
+def test_without_guidance_only_the_condition_runs(model, features):
+    spy = Spy(matcher())
+    anchors = torch.randint(TINY.vocabulary, (2, N))
+    made = llamagen.generate(model, features, matcher=spy, anchors=anchors, guidance=None, top_k=0)
+    torch.testing.assert_close(torch.stack(spy.logits, 1), model(made.tokens[:, :-1], features), atol=2e-5, rtol=1e-4)
+
+
+def test_its_own_anchors_bring_the_original_back(model, features):
+    original = llamagen.generate(model, features, top_k=20, generator=seeded(1, 2))
+    assert original.record is None
+    assert not torch.equal(original.tokens[0], original.tokens[1])
+    edit = llamagen.generate(
+        model, features, matcher=matcher(), anchors=original.tokens, top_k=20, generator=seeded(3, 4)
+    )
+    assert torch.equal(edit.tokens, original.tokens)
+    assert edit.record.counts() == {"kept": [N, N], "moved": [0, 0], "fallback": [0, 0], "free": [0, 0]}
+    assert not edit.record.distance.any()
+
+
+def test_another_prompt_moves_tokens_and_the_window_shrinks(model, features):
+    original = llamagen.generate(model, features[:1], top_k=20, generator=seeded(1))
+    lock = dict(tau=0.8, candidates=15, alpha=0.6)
+    edit = llamagen.generate(
+        model, features[1:], matcher=matcher(**lock), anchors=original.tokens, top_k=20, generator=seeded(1)
+    )
+    counts = {name: found[0] for name, found in edit.record.counts().items()}
+    assert counts["moved"] > 0
+    assert counts["fallback"] > 0
+    assert sum(counts.values()) == N
+    assert edit.record.window[0].tolist() == [math.floor(15 * (10 * N - 6 * i) / (10 * N)) for i in range(N)]
+    assert bool((edit.record.distance[edit.record.accepted] <= 0.8).all())
+    assert bool((edit.record.distance[edit.record.fallback] > 0.8).all())
+
+
+def test_a_batch_is_its_rows(model, features):
+    anchors = torch.randint(TINY.vocabulary, (2, N))
+    settings = dict(matcher=matcher(tau=0.8, candidates=10, alpha=0.6), top_k=20)
+    both = llamagen.generate(model, features, anchors=anchors, generator=seeded(1, 2), **settings)
+    for row in range(2):
+        alone = llamagen.generate(
+            model, features[row : row + 1], anchors=anchors[row : row + 1], generator=seeded(1 + row), **settings
+        )
+        assert torch.equal(alone.tokens[0], both.tokens[row])
+        for name in ("window", "accepted"):
+            assert torch.equal(getattr(alone.record, name)[0], getattr(both.record, name)[row])
+
+
+def test_free_positions_are_sampled_as_without_anchors(model, features):
+    original = llamagen.generate(model, features, top_k=20, generator=seeded(1, 2))
+    anchors = torch.full((1, N), -1)
+    free = llamagen.generate(model, features, matcher=matcher(), anchors=anchors, top_k=20, generator=seeded(1, 2))
+    assert torch.equal(free.tokens, original.tokens)
+    assert free.record.counts()["free"] == [N, N]
+
+
+def test_hidden_features_do_not_matter(model, features):
+    mask = torch.tensor([[False, False, True, True, True]] * 2)
+    changed = features.clone()
+    changed[:, :2] = 100.0
+    runs = [llamagen.generate(model, f, mask=mask, top_k=20, generator=seeded(1, 2)) for f in (features, changed)]
+    assert torch.equal(runs[0].tokens, runs[1].tokens)
+    unmasked = llamagen.generate(model, changed, top_k=20, generator=seeded(1, 2))
+    assert not torch.equal(runs[0].tokens, unmasked.tokens)
+
+
+def test_class_conditions():
+    config = llamagen.LlamaGenConfig(**{**TINY.__dict__, "condition": "class", "prefix": 1, "classes": 7})
+    model = llamagen.LlamaGen(config).eval()
+    spy = Spy(matcher())
+    labels, anchors = torch.tensor([3, 6]), torch.randint(TINY.vocabulary, (1, N))
+    made = llamagen.generate(model, labels, matcher=spy, anchors=anchors, guidance=2.0, top_k=0)
+    conditional, nothing = (model(made.tokens[:, :-1], c) for c in (labels, torch.tensor([7, 7])))
+    expected = nothing + (conditional - nothing) * 2.0
+    torch.testing.assert_close(torch.stack(spy.logits, 1), expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(made.tokens, anchors.expand(2, -1))
+
+
+def test_low_precision_runs_and_logits_are_float32(model, features):
+    spy = Spy(matcher())
+    half = model.to(torch.bfloat16)
+    made = llamagen.generate(half, features, matcher=spy, anchors=torch.zeros(1, N, dtype=torch.long), top_k=0)
+    assert spy.logits[0].dtype == torch.float32
+    assert made.tokens.shape == (2, N)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(condition=torch.zeros(2, 4, 12)), r"condition: expected shape \(B, 5, 12\)"),
+        (dict(condition=torch.zeros(2, 5, 12, dtype=torch.long)), "condition: expected floating-point"),
+        (dict(mask=torch.ones(2, 4, dtype=torch.bool)), r"mask: expected \(2, 5\)"),
+        (dict(anchors=torch.zeros(2, N, dtype=torch.long)), "anchors: expected a matcher and anchors"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(top_k=-1), "top_k"),
+        (dict(top_p=0.0), "top_p"),
+    ],
+)
+def test_bad_calls_are_named(model, features, change, message):
+    arguments = {"condition": features, **change}
+    with pytest.raises(ValueError, match=message):
+        llamagen.generate(model, arguments.pop("condition"), **arguments)
+
+
+def test_impossible_configurations_are_refused():
+    for change, name in [
+        (dict(condition="video"), "condition"), (dict(heads=3), "dim"), (dict(kv_heads=4), "kv_heads"),
+        (dict(condition="class"), "prefix"), (dict(grid=0), "grid"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            llamagen.LlamaGenConfig(**{**TINY.__dict__, **change})
+    with pytest.raises(ValueError, match="size: expected one of B, L, XL, XXL, 3B"):
+        llamagen.LlamaGenConfig.published("7B")
+
+
+# ---- warping and text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 7, 1.0), (2.0, 0, 0.6), (1.3, 9, 0.8)]
+)
+def test_warping_is_that_of_transformers(temperature, top_k, top_p):
+    from fastrope.bindings.transformers.processor import warpers
+
+    logits = torch.randn(5, 40).double() * 2
+    logits[:, 3] = -torch.inf
+    theirs = warpers(temperature, top_k, top_p)(torch.zeros(5, 1, dtype=torch.long), logits)
+    torch.testing.assert_close(warp(logits, temperature, top_k, top_p), theirs)
+
+
+def test_features_move_to_the_end():
+    features = torch.arange(1, 9, dtype=torch.float).view(2, 4, 1)
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    moved, shown = pad_left(features, mask)
+    assert moved[..., 0].tolist() == [[0, 0, 1, 2], [5, 6, 7, 8]]
+    assert shown.tolist() == [[False, False, True, True], [True] * 4]
+
+
+def test_prompts_are_encoded_by_a_t5_encoder():
+    from transformers import T5Config, T5EncoderModel
+
+    class Words:
+        """A tokenizer: one id per letter of the first words' lengths."""
+
+        def __call__(self, prompts, max_length, padding, truncation, return_tensors):
+            assert (padding, truncation, return_tensors) == ("max_length", True, "pt")
+            ids = torch.zeros(len(prompts), max_length, dtype=torch.long)
+            for row, prompt in enumerate(prompts):
+                assert prompt == prompt.lower()
+                words = [len(word) for word in prompt.split(" ")]
+                ids[row, : len(words)] = torch.tensor(words)
+            return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    config = T5Config(vocab_size=20, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    encoder = T5EncoderModel(config).eval()
+    features, mask = llamagen.encode_prompts(["A red   Fox", "sea"], encoder=encoder, tokenizer=Words(), length=5)
+    assert mask.tolist() == [[False, False, True, True, True], [False] * 4 + [True]]
+    ids = torch.tensor([[1, 3, 3, 0, 0]])
+    with torch.no_grad():
+        expected = encoder(ids, attention_mask=(ids > 0).long()).last_hidden_state[0, :3]
+    torch.testing.assert_close(features[0, 2:], expected)
+    assert not features[0, :2].any()
+    with pytest.raises(ValueError, match="tokenizer"):
+        llamagen.encode_prompts(["x"], encoder=encoder)
