@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList
 from fastrope.checks import require, require_tensor
 
 from ..anchors import Generated, Grid
-from .processor import AnchorProcessor
+from .processor import ONE_TOKEN_LEFT, AnchorProcessor
 
 
 def grid(model, height: int, width: int) -> Grid:
@@ -114,7 +114,7 @@ def generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         guidance_scale=float(guidance) if guided else 1.0,
-        do_sample=False,  # one token is left: nothing to sample
+        **ONE_TOKEN_LEFT,
         max_new_tokens=raster.length,
         logits_processor=LogitsProcessorList([processor, *processors]),
         **options,

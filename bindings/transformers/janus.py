@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 from fastrope.checks import require, require_tensor
 
 from ..anchors import Generated, Grid
-from .processor import AnchorProcessor
+from .processor import ONE_TOKEN_LEFT, AnchorProcessor
 
 
 def grid(model) -> Grid:
@@ -97,7 +97,7 @@ def generate(
         attention_mask=inputs["attention_mask"],
         generation_mode="image",
         guidance_scale=1.0,
-        do_sample=False,  # one token is left: nothing to sample
+        **ONE_TOKEN_LEFT,
         logits_processor=LogitsProcessorList([processor, *processors]),
         **options,
     )

@@ -17,6 +17,9 @@ from fastrope.checks import require, require_tensor
 
 from ..anchors import Grid, Record, guide, plain_matcher, spread_anchors
 
+# Options of generate() behind an AnchorProcessor: sampling, which several sequences per prompt need, and no warpers.
+ONE_TOKEN_LEFT = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
 
 class AnchorProcessor(LogitsProcessor):
     """Anchor token matching (ISLock, arXiv 2504.10434) as a logits processor of ``generate()``.
