@@ -176,8 +176,8 @@ def _batched(angles: torch.Tensor) -> torch.Tensor:
 
 def _patch_tables(tensors, rope, key_rope, resolved, segments):
     """Patches of the scaled segments (see :class:`lowering.Patches`) with rows in key order, the phases they need, and
-    the pair columns of each class. Phases are relative to one scaled key, so that float32 holds those of the keys
-    however far away the queries are, whose own turn is reduced in float64. Returns the patches of each segment."""
+    the pair columns of each class. Phases and factors are split, so that the kernels' float32 holds their product
+    however far apart the keys are. Returns the patches of each segment."""
     scale, key = resolved.scale, tensors["key_angles"]
     order = tensors.get("key_order", torch.arange(key.shape[1]))
     axis = rope.axis if rope.axis is not None else key_rope.axis
@@ -198,15 +198,19 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
     for name, pairs in (("a", classes.a), ("b", classes.b), ("c", classes.c + still)):
         padding = [-1] * (-len(pairs) % lowering.PAIR_CHUNK)
         tensors[f"patch_columns_{name}"] = torch.tensor([*pairs, *padding], dtype=torch.int32)
-    origin = ordered[:1, rows[:1]]
-    turn = (scale.r[..., None] - 1) * (tensors["query_angles"] - origin)
-    tensors["patch_query_turn"] = torch.remainder(turn, 2 * torch.pi).float()
-    tensors["patch_key_phase"] = (ordered - origin).float()
-    tensors["patch_scale"] = scale.r.float()
-    tensors["patch_scaled_pairs"] = scale.pairs
+    tensors["patch_phase"] = split(torch.where(scale.pairs, ordered * (2 / torch.pi), 0.0))
+    tensors["patch_factor"] = split(1 - scale.r)
     if resolved.groups:
         _class_tables(tensors, ordered[:, rows], rows, classes, segments)
     return bounds
+
+
+def split(x: torch.Tensor) -> torch.Tensor:
+    """``x (B, ...)`` float64 as the sum of two float32 numbers, ``(B, 2, ...)``, the first of at most 12 bits: products
+    of two such are exact in float32."""
+    mantissa, exponent = torch.frexp(x)
+    leading = torch.ldexp((mantissa * 2**12).round(), exponent - 12)
+    return torch.stack([leading, x - leading], dim=1).float()
 
 
 def _class_tables(tensors, angles, rows, classes, segments) -> None:

@@ -2,12 +2,13 @@
 
 from .attention import fused_attention
 from .config import LaunchConfig, current_arch, override, select
+from .match import MatchConfig, match_anchors, select_match
 from .means import group_means
 from .pack import pack_rows, prepare_queries
 from .patches import patch_attention
 from .tables import SLOT_TILE, SegmentTables
 
 __all__ = [
-    "SLOT_TILE", "LaunchConfig", "SegmentTables", "current_arch", "fused_attention", "group_means", "override",
-    "pack_rows", "patch_attention", "prepare_queries", "select",
+    "SLOT_TILE", "LaunchConfig", "MatchConfig", "SegmentTables", "current_arch", "fused_attention", "group_means",
+    "match_anchors", "override", "pack_rows", "patch_attention", "prepare_queries", "select", "select_match",
 ]  # fmt: skip

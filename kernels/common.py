@@ -68,20 +68,21 @@ def load_rotated(
 
 
 @triton.jit
-def sincos(x):
-    """Sine and cosine, float32, to about 1e-7 for |x| up to 1e4 radians and 1e-6 up to 1e5.
+def sincos_of_product(a, a_low, b, b_low):
+    """Sine and cosine of ``(a + a_low) (b + b_low)`` quarter turns, float32, to about 1e-7 for products up to 1e5.
 
-    The libdevice functions carry a path for huge arguments that spills; here pi/2 is taken off in three parts, the
-    first two short enough for exact products, and the rest summed by Taylor's series on [-pi/4, pi/4].
+    Leading parts have 12 bits (the plan splits them), so ``a * b`` is exact and so is what is
+    left of it when whole quarter turns are taken off; the sums that remain are small. The libdevice functions carry a
+    path for huge arguments that spills.
     """
-    n = tl.floor(x * 0.6366197723675814 + 0.5)
-    r = x - n * 1.5703125
-    r = r - n * 4.837512969970703e-4
-    r = r - n * 7.549789948768648e-08
-    z = r * r
-    sin = r + r * z * (-1.6666667e-1 + z * (8.3333333e-3 + z * (-1.984127e-4 + z * 2.7557319e-6)))
+    product = a * b
+    low = a * b_low + a_low * (b + b_low)
+    shifted = (product + low) + 12582912.0  # 1.5 * 2**23: rounds to an integer, in the low bits of the mantissa
+    t = ((product - (shifted - 12582912.0)) + low) * 1.5707963267948966
+    z = t * t
+    sin = t + t * z * (-1.6666667e-1 + z * (8.3333333e-3 + z * (-1.984127e-4 + z * 2.7557319e-6)))
     cos = 1.0 + z * (-0.5 + z * (4.1666667e-2 + z * (-1.3888889e-3 + z * 2.4801587e-5)))
-    quadrant = n.to(tl.int32) & 3
+    quadrant = shifted.to(tl.int32, bitcast=True) & 3
     swap = (quadrant & 1) != 0
     sine = tl.where(swap, cos, sin)
     cosine = tl.where(swap, sin, cos)

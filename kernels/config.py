@@ -149,8 +149,10 @@ def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     """``block_n`` is the keys of a patch weighed at once: all 64, but for float32 with its operands in registers."""
     if not float32:
         return LaunchConfig(16, 64, block_d, 8, 1)
+    if block_d <= 16 and arch != "gfx942":
+        return LaunchConfig(16, 32, block_d, 4, 1)
     if arch in ("sm_80", "sm_89"):
-        return LaunchConfig(16, 64 if block_d <= 64 else 32, block_d, 2 if block_d <= 16 else 8, 1)
+        return LaunchConfig(16, 64 if block_d <= 64 else 32, block_d, 8, 1)
     return LaunchConfig(16, 16, block_d, 8, 1)
 
 

@@ -1,6 +1,6 @@
 """Exact attention of queries that each have a position scale of their own, against the scaled keys.
 
-The score of a scaled pair is ``<R((r_i - 1)(phi_i - phi_j)) R(phi_i) q_i, R(phi_j) k_j>``. On a grid many keys share
+The score of a scaled pair is ``<R((1 - r_i) phi_j) R(r_i phi_i) q_i, R(phi_j) k_j>``. On a grid many keys share
 ``phi_j`` on an axis, so the query is turned once per coordinate rather than once per key: a patch holds 8 x 8 keys,
 those of a row share the angles of pair class A, those of a column those of class B, all of them those of class C, and
 
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import PATCH_START, PATCH_STOP, SEGMENT_FIELDS, WEIGHT, logit_map, sincos, softmax_step, when
+from .common import PATCH_START, PATCH_STOP, SEGMENT_FIELDS, WEIGHT, logit_map, sincos_of_product, softmax_step, when
 from .config import LaunchConfig, precision
 from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
 
@@ -33,26 +33,30 @@ def load_pairs(X, rows, mask, pair, stride_s, stride_d, half, PAIRS: tl.constexp
 
 
 @triton.jit
-def query_pairs(
-    Q, COS, SIN, TURN, WEIGHTS, rows, row_mask, pair, weight, stride_s, stride_d, half, PAIRS: tl.constexpr
-):
-    """Query pairs at r = 1 times the segment's weights, and how far each turns beyond, ``(r_i - 1) phi_i``: [M, 16]
-    float32 each; pair -1 is zero."""
+def query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_s, stride_d, half, PAIRS: tl.constexpr):
+    """Query pairs at their own scale times the segment's weights: [M, CHUNK] float32 each; pair -1 is zero."""
     mask = row_mask[:, None] & (pair >= 0)[None, :]
     x, y = load_pairs(Q, rows[:, None], mask, pair[None, :], stride_s, stride_d, half, PAIRS)
     x, y = x.to(tl.float32), y.to(tl.float32)
     table = rows[:, None] * PAIRS + pair[None, :]
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
-    turn = tl.load(TURN + table, mask=mask, other=0.0)
     w = tl.load(WEIGHTS + weight * PAIRS + pair, mask=when(weight >= 0, pair >= 0), other=1.0)[None, :]
-    return (x * cos - y * sin) * w, (y * cos + x * sin) * w, turn
+    return (x * cos - y * sin) * w, (y * cos + x * sin) * w
+
+
+@triton.jit
+def key_turns(KEY_PHASE, keys, mask, pair, phase_low, PAIRS: tl.constexpr):
+    """Leading and trailing part of the phases of some pairs of some keys, in quarter turns; keys, mask and pair
+    broadcast to the shape returned."""
+    ptrs = KEY_PHASE + (keys * PAIRS + pair)
+    return tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + phase_low, mask=mask, other=0.0)
 
 
 @triton.jit
 def turned_product(
-    s, Q, COS, SIN, TURN, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
-    K, KEY_PHASE, representatives, keys, present, stride_ks, stride_kd,
+    s, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
+    K, KEY_PHASE, phase_low, representatives, keys, present, stride_ks, stride_kd,
     COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one pair class's scores of a patch to s [U, M, N]: queries turned once per representative, times U x N keys.
@@ -61,15 +65,13 @@ def turned_product(
     """
     for c in range(0, num_columns, CHUNK):
         pair = tl.load(COLUMNS + c + tl.arange(0, CHUNK))
-        x, y, query_turn = query_pairs(
-            Q, COS, SIN, TURN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS
-        )
-        phase = tl.load(
-            KEY_PHASE + representatives[:, None] * PAIRS + pair[None, :], mask=(pair >= 0)[None, :],
-            other=0.0,
-        )  # [U, C]  # fmt: skip
-        angle = query_turn[None, :, :] - factor[None, :, None] * phase[:, None, :]  # [U, M, C]
-        sin, cos = sincos(angle)
+        x, y = query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS)
+        phase, low = key_turns(
+            KEY_PHASE, representatives[:, None], (pair >= 0)[None, :], pair[None, :], phase_low, PAIRS
+        )  # [U, C]
+        sin, cos = sincos_of_product(
+            factor[None, :, None], factor_low[None, :, None], phase[:, None, :], low[:, None, :]
+        )  # [U, M, C]
         turned_x = (x[None, :, :] * cos - y[None, :, :] * sin).to(K.dtype.element_ty)
         turned_y = (y[None, :, :] * cos + x[None, :, :] * sin).to(K.dtype.element_ty)
         mask = present[:, None, :] & (pair >= 0)[None, :, None]
@@ -108,9 +110,8 @@ def weigh_values(
 
 PATCH_COUNTS = (
     "num_segments", "num_queries", "num_slots", "heads", "key_heads", "continuous", "columns_a", "columns_b",
-    "columns_c", "cos_batch_stride", "query_turn_batch_stride", "key_phase_batch_stride", "scale_batch_stride",
-    "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "slots_batch_stride", "level_batch_stride",
-    "half",
+    "columns_c", "cos_batch_stride", "phase_batch_stride", "phase_low", "factor_batch_stride", "groups_batch_stride",
+    "gains_batch_stride", "mask_batch_stride", "slots_batch_stride", "level_batch_stride", "half",
 )  # fmt: skip
 
 
@@ -118,13 +119,13 @@ PATCH_COUNTS = (
 def patch_kernel(
     Q, K, V, STATE, STATE_M, STATE_L,
     SEGMENTS, PATCH_KEYS, PATCH_A, PATCH_B, PATCH_C, COLUMNS_A, COLUMNS_B, COLUMNS_C,
-    QUERY_COS, QUERY_SIN, QUERY_TURN, KEY_PHASE, SCALE, SCALED_PAIRS,
+    QUERY_COS, QUERY_SIN, KEY_PHASE, FACTOR,
     WEIGHTS, BIAS, GROUPS, GAINS, KEY_MASK, SLOTS, SLOT_LEVEL,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_segments, num_queries, num_slots, heads, key_heads, continuous, columns_a, columns_b, columns_c,
-    cos_batch_stride, query_turn_batch_stride, key_phase_batch_stride, scale_batch_stride,
+    cos_batch_stride, phase_batch_stride, phase_low, factor_batch_stride,
     groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, half,
     log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -147,9 +148,9 @@ def patch_kernel(
     k_base = K + b * stride_kb + kv_head * stride_kh
     v_base = V + b * stride_vb + kv_head * stride_vh
     cos, sin = QUERY_COS + b * cos_batch_stride, QUERY_SIN + b * cos_batch_stride
-    query_turn = QUERY_TURN + b * query_turn_batch_stride
-    key_phase = KEY_PHASE + b * key_phase_batch_stride
-    factor = tl.load(SCALE + b * scale_batch_stride + rows, mask=row_mask, other=1.0) - 1.0
+    key_phase = KEY_PHASE + b * phase_batch_stride
+    factor = tl.load(FACTOR + b * factor_batch_stride + rows, mask=row_mask, other=0.0)
+    factor_low = tl.load(FACTOR + b * factor_batch_stride + num_queries + rows, mask=row_mask, other=0.0)
     offs_d = tl.arange(0, BLOCK_D)
     offs_u = tl.arange(0, PATCH)
 
@@ -173,14 +174,14 @@ def patch_kernel(
                 present = present & (tl.load(KEY_MASK + b * mask_batch_stride + keys, mask=present, other=0) != 0)
             across = turned_product(
                 tl.zeros([PATCH, BLOCK_M, PATCH], dtype=tl.float32),
-                q_base, cos, sin, query_turn, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
-                k_base, key_phase, tl.load(PATCH_B + patch * PATCH + offs_u), tl.trans(keys), tl.trans(present),
+                q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
+                k_base, key_phase, phase_low, tl.load(PATCH_B + patch * PATCH + offs_u), tl.trans(keys), tl.trans(present),
                 stride_ks, stride_kd, COLUMNS_B, columns_b, half, PAIRS, PRECISION,
             )  # [N, M, U]  # fmt: skip
             qk = turned_product(
                 tl.permute(across, (2, 1, 0)),
-                q_base, cos, sin, query_turn, WEIGHTS, rows, row_mask, factor, weight, stride_qs, stride_qd,
-                k_base, key_phase, tl.load(PATCH_A + patch * PATCH + offs_u), keys, present,
+                q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
+                k_base, key_phase, phase_low, tl.load(PATCH_A + patch * PATCH + offs_u), keys, present,
                 stride_ks, stride_kd, COLUMNS_A, columns_a, half, PAIRS, PRECISION,
             )  # [U, M, N]  # fmt: skip
             qk = tl.reshape(tl.permute(qk, (1, 0, 2)), (BLOCK_M, KEYS))
@@ -190,15 +191,12 @@ def patch_kernel(
             patch_key = tl.load(PATCH_C + patch).to(tl.int64)
             for c in range(0, columns_c, CHUNK):
                 pair = tl.load(COLUMNS_C + c + tl.arange(0, CHUNK))
-                x, y, turn = query_pairs(
-                    q_base, cos, sin, query_turn, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half,
-                    PAIRS,
-                )  # fmt: skip
-                # Class C also holds the pairs no scale covers; they do not turn.
-                turns = tl.load(SCALED_PAIRS + pair, mask=pair >= 0, other=0) != 0
-                patch_phase = tl.load(key_phase + patch_key * PAIRS + pair, mask=pair >= 0, other=0.0)
-                angle = tl.where(turns[None, :], turn - factor[:, None] * patch_phase[None, :], 0.0)
-                sin_c, cos_c = sincos(angle)
+                x, y = query_pairs(
+                    q_base, cos, sin, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS
+                )
+                # Class C also holds the pairs no scale covers: their phases are zero.
+                phase, low = key_turns(key_phase, patch_key, pair >= 0, pair, phase_low, PAIRS)
+                sin_c, cos_c = sincos_of_product(factor[:, None], factor_low[:, None], phase[None, :], low[None, :])
                 mask = (pair >= 0)[:, None] & flat[None, :]
                 k_x, k_y = load_pairs(
                     k_base, key[None, :], mask, pair[:, None], stride_ks, stride_kd, half, PAIRS
@@ -239,11 +237,12 @@ def patch_attention(
     Args:
         q: ``(B, Sq, H, D)`` as the caller has it, any strides.
         k: ``(B, Hkv, R, D)`` rotated at r = 1 in its first Sk rows; v: ``(B, Hkv, Sk, D)``. Any strides.
-        rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32; variant 0 brings q to r = 1.
+        rotation: cos and sin ``(Bx, 2, Sq, D/2)`` float32; variant 1 brings q to its own scale.
         half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
         patches: ``keys (P, 8, 8)``, ``a, b (P, 8)``, ``c (P,)`` int32 rows in key order; ``columns_a, columns_b,
-            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``query_turn
-            (Bx, Sq, D/2)``, ``key_phase (Bx, Sk, D/2)``, ``scale (Bx, Sq)`` float32; ``scaled_pairs (D/2,)`` bool.
+            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``phase
+            (Bx, 2, Sk, D/2)`` of the keys, quarter turns, 0 on pairs no scale covers, and ``factor (Bx, 2, Sq)``,
+            ``1 - r``, float32: leading and trailing parts, see :func:`sincos_of_product`.
 
     Returns:
         ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)``, float32: unnormalised output, running maximum (base 2), sum.
@@ -254,16 +253,16 @@ def patch_attention(
     m, l_sum = (torch.empty((batch, heads, slots), dtype=torch.float32, device=q.device) for _ in range(2))
     # Pointers of the right type stand in for tables whose loads are all masked off.
     weights, groups, gains, mask = (m if x is None else x for x in (t.weights, t.groups, t.gains, key_mask))
-    cos, sin = rotation
+    cos, sin = (x[:, 1] for x in rotation)
     patch_kernel[(slots // config.block_m * batch * heads,)](
         q, k, v, acc, m, l_sum,
         t.segments, p["keys"], p["a"], p["b"], p["c"], p["columns_a"], p["columns_b"], p["columns_c"],
-        cos, sin, p["query_turn"], p["key_phase"], p["scale"], p["scaled_pairs"],
+        cos, sin, p["phase"], p["factor"],
         weights, bias, groups, gains, mask, t.slots, t.slot_level,
         *q.stride(), *k.stride(), *v.stride(),
         t.segments.shape[0], num_queries, t.slots.shape[1], heads, k.shape[1], slots,
         *(p[f"columns_{name}"].shape[0] for name in "abc"),
-        batch_stride(cos), batch_stride(p["query_turn"]), batch_stride(p["key_phase"]), batch_stride(p["scale"]),
+        batch_stride(cos), batch_stride(p["phase"]), p["phase"].stride(1), batch_stride(p["factor"]),
         batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), batch_stride(t.slots),
         batch_stride(t.slot_level), int(half), scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrope.kernels import attention, config, means, pack, patches, tables
+from fastrope.kernels import attention, config, match, means, pack, patches, tables
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -37,21 +37,27 @@ TARGETS = {
 FUNCTIONS = {
     "attention": attention.attention_kernel, "attention_modulated": attention.attention_kernel,
     "patches": patches.patch_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
-    "means": means.means_kernel,
+    "means": means.means_kernel, "match": match.match_kernel,
 }  # fmt: skip
+KERNELS = (*config.KERNELS, "match")
 ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Head dims of the usual run, one per launch configuration and padded size; --all adds those that share a configuration
 # with them, and float16, which differs from bfloat16 in the instruction's type only.
 HEAD_DIMS = (16, 64, 128, 256)
 MORE_HEAD_DIMS = (32, 96)
+# Codebook channels, of match: a row in one tile, and one walked through.
+MATCH_DIMS = (8, 4096)
+MORE_MATCH_DIMS = (1, 4, 64)
 DTYPES = (torch.bfloat16, torch.float32)
 INT_POINTERS = {
     "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
-    "COLUMNS_B", "COLUMNS_C",
+    "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
 }  # fmt: skip
-DATA_POINTERS = {"Q", "K", "V", "X", "OUT"}
-BOOL_POINTERS = {"KEY_MASK", "SCALED_PAIRS"}
-UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd"}
+LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
+DATA_POINTERS = {"Q", "K", "V", "X", "OUT", "LOGITS", "CODEBOOK"}
+BOOL_POINTERS = {"KEY_MASK", "ACTIVE", "ACCEPTED"}
+UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd", "stride_lv"}
+NUMBERS = {"log2_scale", "tau"}
 
 
 FLAGS = {
@@ -61,6 +67,7 @@ FLAGS = {
     "pack": {"GATHER": (False, True), "ROTATE": (False, True)},
     "queries": {"ROTATE": (False, True)},
     "means": {"HAS_MASK": (False, True)},
+    "match": {"COSINE": (False, True), "HAS_ACTIVE": (False, True)},
 }  # fmt: skip
 
 
@@ -73,11 +80,12 @@ def variants(kernel: str) -> list[dict]:
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
     """(kernel, arch, dtype name, head dim, variant) of what ships."""
     found = []
-    dims = sorted(HEAD_DIMS + MORE_HEAD_DIMS) if everything else HEAD_DIMS
-    for kernel, arch, head_dim in itertools.product(kernels, archs, dims):
-        if kernel == "means" and head_dim > 64:  # works on blocks of 32 channels whatever the head dim
-            continue
-        for dtype in ELEMENT if everything else DTYPES:
+    for kernel, arch in itertools.product(kernels, archs):
+        dims, more = (MATCH_DIMS, MORE_MATCH_DIMS) if kernel == "match" else (HEAD_DIMS, MORE_HEAD_DIMS)
+        dims = sorted(dims + more) if everything else dims
+        if kernel == "means":  # works on blocks of 32 channels whatever the head dim
+            dims = [d for d in dims if d <= 64]
+        for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
             found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
     return found
 
@@ -86,12 +94,19 @@ def compile_one(job: tuple) -> dict:
     """Compile one variant and read its cost from the binary."""
     kernel, arch, element, head_dim, variant = job
     dtype = next(d for d, name in ELEMENT.items() if name == element)
-    launch = config.select(kernel, arch, dtype, head_dim)
     fn = FUNCTIONS[kernel]
-    constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-        "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), **variant,
-    }  # fmt: skip
+    if kernel == "match":
+        launch = match.select_match(arch, head_dim)
+        constants = {"BLOCK_V": launch.block_v, "BLOCK_K": launch.block_k, "BLOCK_D": launch.block_d, **variant}
+        block_m, block_n, num_stages, options = 1, launch.block_v, 1, launch.options
+    else:
+        launch = config.select(kernel, arch, dtype, head_dim)
+        constants = {
+            "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
+            "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), **variant,
+        }  # fmt: skip
+        block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
+        options = {"num_warps": launch.num_warps, "num_stages": num_stages}
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants or name in UNIT_STRIDES:
@@ -99,18 +114,18 @@ def compile_one(job: tuple) -> dict:
             constexprs[(i,)] = constants.get(name, 1)
         elif name.isupper():
             kind = "i32" if name in INT_POINTERS else "i1" if name in BOOL_POINTERS else "fp32"
+            kind = "i64" if name in LONG_POINTERS else kind
             signature[name] = "*" + (
                 "fp32" if (kernel, name) == ("means", "OUT") else element if name in DATA_POINTERS else kind
             )
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "log2_scale" else "i32"
+            signature[name] = "fp32" if name in NUMBERS else "i32"
             if name.startswith("stride_"):  # counts and table strides are not specialized
                 attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    row = dict(kernel=kernel, arch=arch, dtype=element, head_dim=head_dim, variant=variant, block_m=launch.block_m,
-               block_n=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages)  # fmt: skip
+    row = dict(kernel=kernel, arch=arch, dtype=element, head_dim=head_dim, variant=variant, block_m=block_m,
+               block_n=block_n, num_warps=launch.num_warps, num_stages=num_stages)  # fmt: skip
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
@@ -145,14 +160,14 @@ def main() -> None:
     """Compile what the arguments select and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--kernel", action="append", choices=config.KERNELS)
+    parser.add_argument("--kernel", action="append", choices=KERNELS)
     parser.add_argument("--arch", action="append", choices=config.ARCHS)
     parser.add_argument("--head-dim", action="append", type=int)
     parser.add_argument("--dtype", action="append")
     parser.add_argument("--all", action="store_true", help="every head block and dtype, not one per configuration")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    todo = [j for j in jobs(args.kernel or config.KERNELS, args.arch or config.ARCHS, args.all)
+    todo = [j for j in jobs(args.kernel or KERNELS, args.arch or config.ARCHS, args.all)
             if (not args.head_dim or j[3] in args.head_dim) and (not args.dtype or j[2] in args.dtype)]  # fmt: skip
     with ProcessPoolExecutor(args.workers) as pool:
         rows = list(pool.map(compile_one, todo, chunksize=4))

@@ -387,8 +387,7 @@ def calls(
 
 def _rope(g, positions: str, tokens: int, dim: int, batch: int, pairing: str, applied: bool) -> fr.RoPE:
     if positions == "angles":
-        fading = 0.8 ** torch.arange(dim // 2, device=DEVICE)  # as the frequencies of a real table
-        return fr.RoPE(draw(g, tokens, dim // 2) * 20 * fading, pairing=pairing, applied=applied)
+        return fr.RoPE(draw(g, tokens, dim // 2) * 100, pairing=pairing, applied=applied)
     if positions == "grid":
         text = min(tokens // 4, 7)
         where = grid(tokens, text, frame=int(torch.randint(3, (1,), generator=g)))

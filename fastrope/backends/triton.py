@@ -134,7 +134,7 @@ def _tables(keys, plan: Plan, mask, config):
 
 
 _PATCH_TABLES = (
-    "keys", "a", "b", "c", "columns_a", "columns_b", "columns_c", "query_turn", "key_phase", "scale", "scaled_pairs",
+    "keys", "a", "b", "c", "columns_a", "columns_b", "columns_c", "phase", "factor",
 )  # fmt: skip
 
 

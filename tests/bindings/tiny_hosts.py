@@ -32,7 +32,8 @@ class TinyHost:
     """A host: how to build it, call it, and say by the formulas what comes out.
 
     ``processors`` maps lists of blocks to the reference's class; ``call(layout, batch, dtype)`` gives the transformer's
-    arguments; ``pipeline()`` a real pipeline and ``generate(pipe, ...)`` an image of it.
+    arguments; ``pipeline()`` a real pipeline and ``generate(pipe, ...)`` an image of it. ``lengths`` are those of its prompt
+    and negative prompt; FLUX.1's pipelines want them equal, FLUX.2 has no negative one.
     """
 
     name: str
@@ -45,7 +46,7 @@ class TinyHost:
     theta: float = 10_000.0
     pipeline: Callable | None = None
     generate: Callable | None = None
-    cfg: bool = True
+    lengths: tuple[int, int | None] = (TEXT, TEXT + 3)
 
     def attentions(self, model) -> list[tuple[str, torch.nn.Module]]:
         """Block list and attention module of every joint layer, in order."""
@@ -301,15 +302,17 @@ def qwen_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), masked=(False, F
     from PIL import Image
 
     positive, negative = lengths
+    if isinstance(pipe, diffusers.QwenImageEditPlusPipeline):  # takes one prompt, for any number of images
+        more, batch = more | {"num_images_per_prompt": batch}, 1
     more |= {"prompt_embeds": prompt(batch, positive), "prompt_embeds_mask": text_mask(batch, positive, masked[0])}
     if negative:
         more |= {"negative_prompt_embeds": prompt(batch, negative, 4), "true_cfg_scale": 2.0}
         more |= {"negative_prompt_embeds_mask": text_mask(batch, negative, masked[1])}
-    sizes = list(REFERENCES)
+    sizes, gradient = list(REFERENCES), Image.radial_gradient("L")
     if isinstance(pipe, diffusers.QwenImageEditPlusPipeline):
-        more["image"] = [Image.effect_noise((64 + n, 64), 90).convert("RGB") for n in range(len(sizes))]
+        more["image"] = [gradient.resize((64 + n, 64)).convert("RGB") for n in range(len(sizes))]
     elif isinstance(pipe, diffusers.QwenImageEditPipeline):
-        more["image"] = Image.effect_noise((64, 64), 90).convert("RGB")
+        more["image"] = gradient.resize((64, 64)).convert("RGB")
 
     def small(area, ratio):  # widths of the pictures tell them apart
         rows, columns = sizes[round(64 * ratio) - 64]
@@ -378,16 +381,16 @@ TINY_HOSTS = {
     host.name: host
     for host in (
         TinyHost("flux", build_flux, ids_call("flux", pooled=True), "flux", WITHOUT, TWO_STREAMS,
-                 pipeline=flux_pipeline, generate=flux_generate),
+                 pipeline=flux_pipeline, generate=flux_generate, lengths=(TEXT, TEXT)),
         TinyHost("kontext", build_flux, ids_call("flux", pooled=True), "flux", WITH_ONE, TWO_STREAMS,
-                 pipeline=kontext_pipeline, generate=kontext_generate),
+                 pipeline=kontext_pipeline, generate=kontext_generate, lengths=(TEXT, TEXT)),
         TinyHost("chroma", build_chroma, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS,
                  pipeline=chroma_pipeline, generate=chroma_generate),
         TinyHost("longcat", build_longcat, ids_call("flux"), "flux", WITH_ONE, TWO_STREAMS),
         TinyHost("ovis", build_ovis, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS),
         TinyHost("flux2", build_flux2, ids_call("flux2", guidance=True), "flux2", WITH_TWO,
                  {"transformer_blocks": formulas.Flux, "single_transformer_blocks": formulas.Flux2Single},
-                 axes=(4, 4, 4, 4), theta=2000.0, pipeline=flux2_pipeline, generate=flux2_generate, cfg=False),
+                 axes=(4, 4, 4, 4), theta=2000.0, pipeline=flux2_pipeline, generate=flux2_generate, lengths=(TEXT, None)),
         TinyHost("qwen", build_qwen, qwen_call, "qwen", WITH_TWO, {"transformer_blocks": formulas.Qwen},
                  pipeline=qwen_pipeline, generate=qwen_generate),
         TinyHost("z-image", build_z_image, z_image_call, "z-image", Z_IMAGE, {"layers": formulas.ZImage},
