@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRAG", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "RoPE", "Site",
-    "TokenLayout", "apply", "attention", "explain", "plan",
+    "TokenLayout", "apply", "attention", "explain", "plan", "steer",
 ]  # fmt: skip
 
 
@@ -25,3 +25,10 @@ def apply(pipe, *methods, **options):
     from .bindings import apply as bind
 
     return bind(pipe, *methods, **options)
+
+
+def steer(pipe, method, judge=None, max_tries=4, **arguments):
+    """Run a pipeline under a method that a judge corrects; see :func:`fastrope.bindings.diffusers.steering.steer`."""
+    from .bindings.diffusers.steering import steer as run
+
+    return run(pipe, method, judge, max_tries, **arguments)

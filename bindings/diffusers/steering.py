@@ -1,0 +1,258 @@
+"""Steering a method by a judge who sees an early estimate of the result (LooseRoPE, arXiv 2601.05127)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+
+from fastrope.checks import require
+from fastrope.methods.judges import CLASSES, RegionJudge, Verdict, read_verdict
+from fastrope.methods.maps import as_pixels
+from fastrope.methods.schedules import require_number
+
+from .handle import bind
+
+MOVES = {"neglect": -0.045, "suppression": 0.05}  # of the boost, as the authors' code has it
+
+
+@dataclass(frozen=True)
+class Try:
+    """One start from the noise.
+
+    Args:
+        value: of the parameter that is moved.
+        verdict: None where nobody was asked.
+        estimate: the PIL picture that was judged, None likewise.
+    """
+
+    value: float
+    verdict: Verdict | None
+    estimate: object | None
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What :func:`steer` gives: the pipeline's ``output``, the ``method`` that made it, all ``tries`` in order."""
+
+    output: object
+    method: object
+    tries: tuple[Try, ...]
+
+    @property
+    def images(self):
+        """Of the output."""
+        return self.output[0] if isinstance(self.output, tuple) else self.output.images
+
+
+def steer(
+    pipe,
+    method,
+    judge: Callable | str | None = None,
+    max_tries: int = 4,
+    *,
+    parameter: str = "boost",
+    moves: Mapping[str, float] = MOVES,
+    ask_after: int = 2,
+    composite=None,
+    beside: Sequence = (),
+    backend: str = "auto",
+    **call,
+) -> Steered:
+    """Run a pipeline under a method, and start again with another value of its parameter where a judge is not content.
+
+    After step ``ask_after`` (from 0) the one-step estimate ``x0 = x - sigma v`` is decoded by the pipeline itself,
+    ``v`` being what its scheduler was given: guidance included. The judge sees the composite and the estimate. On
+    success the run goes on to its end; otherwise the parameter moves and the run starts again from the same noise.
+    After ``max_tries`` verdicts a last run follows that nobody is asked about.
+
+    A run whose first verdict is success equals a run without steering, bit for bit. Nothing stays behind: method,
+    processors, scheduler and generator are as before, after errors too.
+
+    Args:
+        pipe: a diffusers pipeline that :func:`fastrope.apply` can bind, with a ``FlowMatchEulerDiscreteScheduler``.
+        method: a dataclass with ``modulations(site)`` and the parameter, :class:`fastrope.LooseRoPE`. It is not
+            changed.
+        judge: a function ``(composite, estimate) -> verdict`` of two PIL pictures (:mod:`fastrope.methods.judges`); the
+            name of a vision-language chat model, which is then loaded
+            (:class:`fastrope.bindings.transformers.judge.ChatJudge`); None compares the method's mask with its
+            surroundings (:class:`fastrope.methods.judges.RegionJudge`). An answer that cannot be read counts as
+            success.
+        max_tries: verdicts at most, at least 0.
+        parameter: the number to move.
+        moves: what each verdict but success adds to it; the result is never below 0.
+        ask_after: the step to ask after; the last one where a run is shorter.
+        composite: the picture to show the judge; the first ``image`` of the call by default.
+        beside: other methods and modulations to apply.
+        backend: of :func:`fastrope.attention`.
+        call: arguments of the pipeline, for one picture. A ``generator`` is copied for every start; without
+            ``generator`` and ``latents`` the noise is drawn once from torch's global generator.
+
+    Raises:
+        ValueError: an argument that does not fit, named; a call that makes more than one picture.
+        NotImplementedError: another scheduler, or a pipeline without ``interrupt``.
+    """
+    ok = is_dataclass(method) and parameter in {f.name for f in fields(method)}
+    require(ok, "method", f"a dataclass with a field {parameter!r}", repr(type(method).__name__))
+    value = getattr(method, parameter)
+    require_number(f"method.{parameter}", value)
+    for name, least in (("max_tries", 0), ("ask_after", 0)):
+        count = {"max_tries": max_tries, "ask_after": ask_after}[name]
+        ok = isinstance(count, int) and not isinstance(count, bool) and count >= least
+        require(ok, name, f"an integer of at least {least}", repr(count))
+    require(set(moves) == set(CLASSES) - {"success"}, "moves", "'neglect' and 'suppression'", sorted(moves))
+    scheduler = getattr(pipe, "scheduler", None)
+    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+        raise NotImplementedError(
+            "pipe.scheduler: expected FlowMatchEulerDiscreteScheduler, whose x0 is x - sigma v, received "
+            f"{type(scheduler).__name__}"
+        )
+    if not hasattr(type(pipe), "interrupt"):
+        raise NotImplementedError(f"pipe: expected a pipeline that can be interrupted, received {type(pipe).__name__}")
+    if composite is None:
+        image = call.get("image")
+        composite = image[0] if isinstance(image, (list, tuple)) and image else image
+        require(composite is not None, "composite", "a picture, or an image in the call", None)
+    composite = _to_pil(composite)
+    judge = _find_judge(judge, method)
+    generator, noise = call.pop("generator", None), call.get("latents")
+    if generator is None and noise is None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+    current = _Current(method)
+    tries: list[Try] = []
+    handle = bind(pipe, [current, *beside], backend)
+    try:
+        for attempt in range(max_tries + 1):
+            current.method = replace(method, **{parameter: value})
+            asked = _Asked(pipe, judge, composite, ask_after, {**call, "generator": generator})
+            output = asked.run() if attempt < max_tries else pipe(**call, generator=_copied(generator))
+            tries.append(Try(value, asked.verdict, asked.estimate))
+            if asked.verdict is None or asked.verdict.kind == "success":
+                break
+            value = max(0.0, value + moves[asked.verdict.kind])
+    finally:
+        handle.remove()
+    return Steered(output, current.method, tuple(tries))
+
+
+class _Current:
+    """The method of the try at hand, behind one handle: a compiled model sees the same processors all along."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def modulations(self, site):
+        return self.method.modulations(site)
+
+
+class _Asked:
+    """One run, in the middle of which the judge is asked."""
+
+    def __init__(self, pipe, judge: Callable, composite, ask_after: int, call: dict):
+        self.pipe, self.judge, self.composite, self.ask_after, self.call = pipe, judge, composite, ask_after, call
+        self.verdict: Verdict | None = None
+        self.estimate = None
+        self._clean: torch.Tensor | None = None
+
+    def run(self):
+        """The pipeline's output; of no use unless the verdict is success."""
+        call = {**self.call, "generator": _copied(self.call["generator"])}
+        call["callback_on_step_end"] = self._after_step
+        with _watched(self.pipe.scheduler, self._see):
+            return self.pipe(**call)
+
+    def _see(self, velocity: torch.Tensor, sample: torch.Tensor, index: int) -> None:
+        last = len(self.pipe.scheduler.timesteps) - 1
+        if index == min(self.ask_after, last):
+            sigma = self.pipe.scheduler.sigmas[index].to(sample.device, torch.float32)
+            self._clean = (sample.float() - sigma * velocity.float()).to(sample.dtype)
+
+    def _after_step(self, pipe, index: int, timestep, tensors: dict) -> dict:
+        theirs = self.call.get("callback_on_step_end")
+        answer = theirs(pipe, index, timestep, tensors) if theirs is not None else {}
+        if self._clean is not None and self.verdict is None:
+            self.estimate = _decode(pipe, self._clean, self.call)
+            self.verdict = read_verdict(self.judge(self.composite, self.estimate))
+            if self.verdict.kind != "success":
+                pipe._interrupt = True  # what diffusers' own guide to callbacks sets
+        return answer
+
+
+@contextlib.contextmanager
+def _watched(scheduler, see: Callable[[torch.Tensor, torch.Tensor, int], None]) -> Iterator[None]:
+    """Show every step's velocity, sample and index to ``see``. The difference of two samples would not do: in half
+    precision a small step leaves little of the velocity in it."""
+    step, own = scheduler.step, scheduler.__dict__.get("step")
+
+    def watched(model_output, timestep, sample, *args, **kwargs):
+        stepped = step(model_output, timestep, sample, *args, **kwargs)
+        see(model_output, sample, scheduler.step_index - 1)
+        return stepped
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
+
+
+def _decode(pipe, latents: torch.Tensor, call: dict):
+    """Latents of the loop as a PIL picture: a second pipeline on the same models, whose loop is empty, does what the
+    pipeline does after its own."""
+
+    class Decoder(type(pipe)):
+        interrupt = property(lambda self: True)
+
+        def prepare_latents(self, *args, **kwargs):
+            prepared = super().prepare_latents(*args, **kwargs)
+            return (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+
+        def maybe_free_model_hooks(self):
+            """The run that this one interrupts still needs them."""
+
+    decoder = object.__new__(Decoder)
+    decoder.__dict__.update(pipe.__dict__)
+    decoder.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
+    decoder.__dict__["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    unwanted = ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
+    call = {name: value for name, value in call.items() if name not in unwanted}
+    images = decoder(**{**call, "generator": _copied(call["generator"])}, output_type="pil").images
+    require(len(images) == 1, "call", "arguments that make one picture", f"{len(images)} pictures")
+    return images[0]
+
+
+def _copied(generator):
+    """The same numbers again."""
+    if isinstance(generator, (list, tuple)):
+        return [_copied(g) for g in generator]
+    return None if generator is None else generator.clone_state()
+
+
+def _find_judge(judge, method) -> Callable:
+    if judge is None:
+        mask = getattr(method, "mask", None)
+        require(mask is not None, "judge", "a judge, for a method without a mask", None)
+        return RegionJudge(mask)
+    if isinstance(judge, str):
+        from ..transformers.judge import ChatJudge
+
+        return ChatJudge.from_pretrained(judge)
+    require(callable(judge), "judge", "a function of two pictures, the name of a model or None", repr(judge))
+    return judge
+
+
+def _to_pil(picture):
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return picture
+    pixels = as_pixels("composite", picture)
+    require(len(pixels) == 1, "composite", "one picture", f"a batch of {len(pixels)}")
+    return Image.fromarray(pixels[0].round().byte().permute(1, 2, 0).numpy())
