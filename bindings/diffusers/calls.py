@@ -134,7 +134,7 @@ class CallState:
         works = []
         for modulations, content in zip(distinct, contents, strict=True):
             work = self._work(key, sequence, rope, content, tuple(modulations)) if modulations else None
-            works.append(work if work is not None and work.plan(self._applied, device).spec.modulated else None)
+            works.append(work if work is not None and work.modulates(self._applied, device) else None)
         self._forget()
         return [works[n] for n in index]
 

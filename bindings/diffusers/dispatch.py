@@ -28,8 +28,10 @@ class Work:
     """What modulated layers do: the same modulations over the same sequence. Plans are built when first asked for."""
 
     def __init__(self, sequence: JointSequence, rope: fr.RoPE, modulations: tuple):
-        self.masked = sequence.key_mask is not None
-        self._sequence = sequence
+        self.masked = sequence.masked
+        self._masks = {"seen": sequence.key_mask}
+        if sequence.bonus is not None:
+            self._masks |= {"raised": sequence.bonus, "rest": ~sequence.bonus}
         self._rope = rope
         self._modulations = modulations
         self._plans: dict[tuple, fr.Plan] = {}
@@ -39,16 +41,46 @@ class Work:
         """Memory of the plans built so far, bytes."""
         return sum(plan.nbytes for plan in self._plans.values())
 
-    def plan(self, applied: bool, device: torch.device) -> fr.Plan:
-        """The plan for queries and keys on a device, rotated (``applied``) or not."""
-        key = applied, device
+    def modulates(self, applied: bool, device: torch.device) -> bool:
+        """True unless everything is neutral."""
+        return self._plan("seen", applied, device).spec.modulated
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
+        """Modulated attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
+        if "raised" not in self._masks:
+            return fr.attention(q, k, v, plan=self._plan("seen", applied, q.device), backend=backend)
+        # Keys with and without the bonus apart, joined by their log-sum-exp: the bonus is added after any gain.
+        bonus = self._masks["raised"]
+        self._check_groups(bonus)
+        outs, lses = [], []
+        for keys in ("raised", "rest"):
+            plan = self._plan(keys, applied, q.device)
+            out, lse = fr.attention(q, k, v, plan=plan, backend=backend, return_lse=True)
+            outs.append(out)
+            lses.append(lse.transpose(1, 2)[..., None])  # (B, S, H, 1)
+        share = torch.sigmoid(lses[0] + bonus.to(q.device)[:, :, None, None] - lses[1])
+        return torch.lerp(outs[1].to(share.dtype), outs[0].to(share.dtype), share).to(q.dtype)
+
+    def _check_groups(self, bonus: Tensor) -> None:
+        for m in self._modulations:
+            if isinstance(m, fr.BiasDelta):
+                keys = m.keys if isinstance(m.keys, slice) else m.keys.cpu()
+                group = bonus[:, keys]
+                if bool(group.any() & ~group.all()):
+                    raise NotImplementedError(
+                        "BiasDelta.keys: expected tokens that the host's floating-point attention_mask treats alike, "
+                        "received some of both kinds; pass prompt_attention_mask.bool() to mask with it instead"
+                    )
+
+    def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
+        key = keys, applied, device
         if key not in self._plans:
-            mask = self._sequence.key_mask
+            key_mask = self._masks[keys]
             rope = fr.RoPE(self._rope.angles.to(device), self._rope.axis.to(device), self._rope.pairing, applied)
             self._plans[key] = fr.plan(
                 rope=rope,
                 modulations=[to_device(m, device) for m in self._modulations],
-                key_mask=None if mask is None else mask.to(device),
+                key_mask=None if key_mask is None else key_mask.to(device),
             )
         return self._plans[key]
 
@@ -107,7 +139,7 @@ class Slot:
             self.probe(q, k, self.work, applied)
         if self.work is None:
             return None
-        return fr.attention(q, k, v, plan=self.work.plan(applied, q.device), backend=self.backend)
+        return self.work.attend(q, k, v, applied, self.backend)
 
 
 @torch.library.custom_op("fastrope::host_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

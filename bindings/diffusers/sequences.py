@@ -27,11 +27,18 @@ class JointSequence:
         positions: ``(S, axes)``, or ``(B, S, axes)`` where rows differ; integers or float64.
         layout: returns the spans; raises ValueError where they cannot be told.
         key_mask: ``(B, S)`` bool, True = attend; None where every key counts.
+        bonus: ``(B, S)`` bool; the host adds 1 to the logit where it holds for both the query and the key.
     """
 
     positions: torch.Tensor
     layout: Callable[[], fr.TokenLayout]
     key_mask: torch.Tensor | None = None
+    bonus: torch.Tensor | None = None
+
+    @property
+    def masked(self) -> bool:
+        """True when the mask that the host hands to its attention is accounted for."""
+        return self.key_mask is not None or self.bonus is not None
 
 
 # ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
@@ -66,18 +73,15 @@ def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | N
         grids = read_grids(image, (1, 2))
         return fr.TokenLayout(len(text), grids[0], grids[1:])
 
-    return JointSequence(torch.cat([text, image]), layout, _keys(mask))
-
-
-def _keys(mask: torch.Tensor | None) -> torch.Tensor | None:
+    positions = torch.cat([text, image])
     if mask is None:
-        return None
-    if mask.is_floating_point() and not bool((mask == mask.flatten()[0]).all()):
-        raise NotImplementedError(
-            "attention_mask: expected a bool mask in a modulated layer, received a floating-point one, which the host "
-            "adds to the logits instead of masking with it; pass prompt_attention_mask.bool()"
-        )
-    return mask.detach().cpu().bool() if not mask.is_floating_point() else None
+        return JointSequence(positions, layout)
+    held = mask.detach().cpu().bool()
+    if not mask.is_floating_point():
+        return JointSequence(positions, layout, key_mask=held)
+    # Chroma's pipelines hand over zeros and ones in the dtype of the model, which torch adds to the logits.
+    require(torch.equal(held.to(mask.dtype), mask.detach().cpu()), "attention_mask", "zeros and ones", mask)
+    return JointSequence(positions, layout, bonus=held)
 
 
 # ---- image shapes as arguments: Qwen-Image and its editors ---------------------------------------------------------

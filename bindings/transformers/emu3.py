@@ -97,7 +97,7 @@ def generate(
     Raises:
         ValueError: as :class:`AnchorProcessor`; guidance without ``negative``; options that are set here.
     """
-    set_here = ("guidance_scale", "logits_processor", "max_new_tokens", "prefix_allowed_tokens_fn")
+    set_here = ("do_sample", "guidance_scale", "logits_processor", "max_new_tokens", "prefix_allowed_tokens_fn")
     for name in set_here:
         require(name not in options, name, "the arguments of this function instead", "it among the options")
     guided = guidance is not None and guidance != 1

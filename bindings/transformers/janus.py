@@ -84,9 +84,9 @@ def generate(
         options: of the host's ``generate``.
 
     Raises:
-        ValueError: as :class:`AnchorProcessor`; ``guidance_scale`` or ``logits_processor`` among the options.
+        ValueError: as :class:`AnchorProcessor`; options that are set here.
     """
-    for name in ("guidance_scale", "logits_processor"):
+    for name in ("do_sample", "guidance_scale", "logits_processor"):
         require(name not in options, name, "guidance=... and processors=... instead", "it among the options")
     processor = AnchorProcessor(
         grid(model), matcher=matcher, anchors=anchors, guidance=1.0 if guidance is None else guidance,

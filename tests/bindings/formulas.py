@@ -1,5 +1,7 @@
-"""Modulated attention of every host, read off the formulas: logits and weights of every pair in full, nothing shared with
-the binding or with any backend."""
+"""Modulated attention of every host, read off the formulas: logits and weights of every pair in full.
+
+Nothing here is shared with the binding or with any backend.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Attention:
     Args:
         positions: ``(S, axes)`` or ``(B, S, axes)``.
         axes: channels per axis; theta: of the frequencies.
-        mods: modulations; key_mask: ``(B, S)``.
+        mods: modulations; key_mask: ``(B, S)`` bool.
+        bias: ``(B, S, S)``, added to the logits last.
         weights: the last call's softmax ``(B, H, Sq, Sk)``, kept for who wants to look.
     """
 
@@ -26,6 +29,7 @@ class Attention:
     theta: float
     mods: list
     key_mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     weights: list = field(default_factory=list)
 
     def __call__(self, q, k, v):
@@ -65,6 +69,8 @@ class Attention:
         k_hat = k_hat * weight[:, None, :]
         s = torch.einsum("bihc,bijc,bijhc->bhij", q.conj(), turn_q.conj(), k_hat).real
         s = (s * gain[:, None] * dim**-0.5).masked_fill(~alive[:, None, None], -torch.inf)
+        if self.bias is not None:
+            s = s + self.bias[:, None]
         p = s.softmax(dim=-1)
         self.weights.append(p)
         return torch.einsum("bhij,bjhd->bihd", p, v.double()).to(v.dtype).flatten(2)

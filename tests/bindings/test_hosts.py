@@ -10,7 +10,7 @@ import torch
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from tiny_hosts import (  # noqa: E402
+from tiny_hosts import (
     TEXT,
     TINY_HOSTS,
     assert_differ,
@@ -157,7 +157,7 @@ def test_masks_change_between_calls():
     host = TINY_HOSTS["qwen"]
     model = host.build().double()
     call, mask = masked_call(host)
-    mods = grag_like(host.layout) + [fr.BiasDelta(1.3, 1.4, keys=host.layout.text)]
+    mods = [*grag_like(host.layout), fr.BiasDelta(1.3, 1.4, keys=host.layout.text)]
     with fr.apply(model, mods):
         for _ in range(2):
             first = run(model, call)
@@ -169,19 +169,27 @@ def test_masks_change_between_calls():
             assert_same(out, run(model, call), 1e-10)
 
 
-def test_floating_masks_are_refused_where_a_modulation_is_active():
-    """Chroma adds such a mask to the logits, so that it hides nothing."""
+@pytest.mark.parametrize("rotation", ["op", "host"])
+def test_floating_masks_are_added_to_the_logits(rotation):
+    """Chroma's pipelines hand over zeros and ones in the dtype of the model, and torch adds them."""
     host = TINY_HOSTS["chroma"]
     model = host.build().double()
     call, mask = masked_call(host)
     call["attention_mask"] = mask.double()
+    target = host.layout.target
+    mods = [*loose_like(host.layout), fr.BiasDelta(1.2, 0.6, keys=slice(target.start, target.start + 7))]
+    bias = mask.double()[:, :, None] * mask.double()[:, None]
     stock = run(model, call)
-    with fr.apply(model, types.SimpleNamespace(modulations=lambda site: [])):
-        assert torch.equal(run(model, call), stock)
-    with (
-        fr.apply(model, grag_like(host.layout)),
-        pytest.raises(NotImplementedError, match=r"^attention_mask: expected"),
-    ):
+    with host.by_formulas(model, host.attend([], bias=bias)):
+        assert_same(run(model, call), stock)
+    with host.by_formulas(model, host.attend(mods, bias=bias)):
+        expected = run(model, call)
+    with fr.apply(model, mods, rotation=rotation):
+        out = run(model, call)
+    assert_same(out, expected, 1e-10 if rotation == "op" else 1e-5)
+    assert_differ(out, stock)
+    across = fr.BiasDelta(1.2, 0.6, keys=host.layout.text)
+    with fr.apply(model, across), pytest.raises(NotImplementedError, match=r"^BiasDelta\.keys: expected a group"):
         run(model, call)
 
 

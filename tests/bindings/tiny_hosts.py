@@ -1,4 +1,4 @@
-"""Every host of the table with random weights, small enough for a CPU: the model, a call of it, a real pipeline around it.
+"""Every host of the table with random weights, small enough for a CPU: the model, a call, a real pipeline around it.
 
 Grids are odd and no two of them alike; everything differs between the rows of a batch.
 """
@@ -32,8 +32,8 @@ class TinyHost:
     """A host: how to build it, call it, and say by the formulas what comes out.
 
     ``processors`` maps lists of blocks to the reference's class; ``call(layout, batch, dtype)`` gives the transformer's
-    arguments; ``pipeline()`` a real pipeline and ``generate(pipe, ...)`` an image of it. ``lengths`` are those of its prompt
-    and negative prompt; FLUX.1's pipelines want them equal, FLUX.2 has no negative one.
+    arguments; ``pipeline()`` a real pipeline and ``generate(pipe, ...)`` an image of it. ``lengths`` are those of its
+    prompt and negative prompt; FLUX.1's pipelines want them equal, FLUX.2 has no negative one.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TinyHost:
 
     @contextlib.contextmanager
     def by_formulas(self, model, attend: Callable, layers=None):
-        """The model with the reference in some layers (all of them by default) and the stock processor in the others."""
+        """The model with the reference in some layers (all by default) and the stock processor in the others."""
         found = self.attentions(model)
         before = [attn.processor for _, attn in found]
         for n, (blocks, attn) in enumerate(found):
@@ -390,7 +390,8 @@ TINY_HOSTS = {
         TinyHost("ovis", build_ovis, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS),
         TinyHost("flux2", build_flux2, ids_call("flux2", guidance=True), "flux2", WITH_TWO,
                  {"transformer_blocks": formulas.Flux, "single_transformer_blocks": formulas.Flux2Single},
-                 axes=(4, 4, 4, 4), theta=2000.0, pipeline=flux2_pipeline, generate=flux2_generate, lengths=(TEXT, None)),
+                 axes=(4, 4, 4, 4), theta=2000.0, lengths=(TEXT, None),
+                 pipeline=flux2_pipeline, generate=flux2_generate),
         TinyHost("qwen", build_qwen, qwen_call, "qwen", WITH_TWO, {"transformer_blocks": formulas.Qwen},
                  pipeline=qwen_pipeline, generate=qwen_generate),
         TinyHost("z-image", build_z_image, z_image_call, "z-image", Z_IMAGE, {"layers": formulas.ZImage},
