@@ -1,4 +1,4 @@
-"""The command line: ``fastrope doctor | demo | bench``."""
+"""The command line: ``fastrope doctor | demo | bench | ar-edit``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from . import __version__
 
-EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench"}
+EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench", "fastrope.commands.ar_edit": "demo"}
+MODULES = {"ar-edit": "fastrope.commands.ar_edit"}  # of commands that have another name than their module
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="what is installed, which backend would run and why, and a self-check")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
-    # Both parse their own arguments, --help included, and are imported only when asked for.
+    # These parse their own arguments, --help included, and are imported only when asked for.
     commands.add_parser("demo", help="pictures of what the modulations do", add_help=False)
     commands.add_parser("bench", help="time the backends against other implementations", add_help=False)
+    commands.add_parser("ar-edit", help="edit an autoregressive image by changing its prompt", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "doctor":
         if rest:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .doctor import main as run_doctor
 
         return run_doctor(as_json=args.json)
-    return _delegate(f"fastrope.{args.command}", args.command, rest)
+    return _delegate(MODULES.get(args.command, f"fastrope.{args.command}"), args.command, rest)
 
 
 def _delegate(module: str, command: str, argv: list[str]) -> int:
