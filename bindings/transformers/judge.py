@@ -1,0 +1,137 @@
+"""A vision-language chat model as the judge of an unfinished edit (the steering of LooseRoPE, arXiv 2601.05127)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastrope.checks import require
+from fastrope.methods.judges import CLASSES, Verdict, read_verdict
+
+SIZE = 512  # pixels of the longer side of every picture the model sees
+
+SYSTEM = (
+    "You are a visual analyst. You compare pairs of pictures with care, you describe what you actually see before you "
+    "decide, and you answer in the format you are asked for."
+)
+
+TASK = """\
+The first picture is a collage: something cut out of another photo was pasted into it without any retouching. The \
+second picture is an early, still blurry prediction of a retouched version, in which the pasted object should belong to \
+the scene while remaining the same object. Classify the prediction as one of:
+
+- "success": the object is still there and recognisable, and it has begun to fit in: its light, colour, shadow, edge \
+or pose have been adapted to the scene.
+- "neglect": the object was hardly touched. It looks as raw as in the collage: hard outlines, a background of its own, \
+foreign light, nothing adapted.
+- "suppression": the object is going away. It is missing, dissolved into the background, or has become something else.
+
+Blur alone is no fault: the prediction is early. Answer with one JSON object and nothing else:
+{"reasoning": "<two or three sentences on what changed between the pictures>", "class": "<success, neglect or \
+suppression>"}"""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A pair of pictures with the answer it should get. The method's authors show two per class.
+
+    Args:
+        composite, estimate: PIL pictures.
+        reasoning: what an analyst would write.
+        kind: ``"success"``, ``"neglect"`` or ``"suppression"``.
+    """
+
+    composite: object
+    estimate: object
+    reasoning: str
+    kind: str
+
+    def __post_init__(self):
+        require(self.kind in CLASSES, "Example.kind", f"one of {CLASSES}", repr(self.kind))
+        for name in ("composite", "estimate"):
+            picture = getattr(self, name)
+            require(hasattr(picture, "convert"), f"Example.{name}", "a PIL image", type(picture).__name__)
+
+
+class ChatJudge:
+    """Asks a chat model that sees pictures, Qwen-VL or its kin, for reasoning and a class.
+
+    Args:
+        model: with ``generate``, as ``AutoModelForImageTextToText`` loads it.
+        processor: its ``AutoProcessor``, with a chat template.
+        examples: worked examples, shown before the question; none by default.
+        max_new_tokens: length of the answer at most.
+
+    Decoding is greedy, so the same pair gets the same verdict.
+    """
+
+    def __init__(self, model, processor, examples: Sequence[Example] = (), max_new_tokens: int = 256):
+        for i, example in enumerate(examples):
+            require(isinstance(example, Example), f"examples[{i}]", "an Example", type(example).__name__)
+        ok = isinstance(max_new_tokens, int) and max_new_tokens > 0
+        require(ok, "max_new_tokens", "an integer of at least 1", repr(max_new_tokens))
+        self.model, self.processor = model, processor
+        self.examples, self.max_new_tokens = tuple(examples), max_new_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str = "Qwen/Qwen3-VL-4B-Instruct", device: torch.device | str | None = None, dtype="auto", **kwargs
+    ) -> ChatJudge:
+        """Load model and processor from the hub, its cache or a folder.
+
+        Args:
+            name: of the model; the default is the authors' choice.
+            device: CUDA where there is one, by default.
+            dtype: of the weights; ``"auto"`` is that of the checkpoint.
+            kwargs: further arguments of :class:`ChatJudge`.
+
+        Raises:
+            OSError: no such model, or no connection and nothing in the cache.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
+        return cls(model, processor, **kwargs)
+
+    def messages(self, composite, estimate) -> list[dict]:
+        """The conversation: system role, worked examples as answered turns, the pair to judge."""
+        found = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]}]
+        for example in self.examples:
+            found.append(_question(example.composite, example.estimate))
+            found.append({"role": "assistant", "content": [{"type": "text", "text": _answer(example)}]})
+        return [*found, _question(composite, estimate)]
+
+    @torch.no_grad()
+    def answer(self, composite, estimate) -> str:
+        """What the model says, as text."""
+        inputs = self.processor.apply_chat_template(
+            self.messages(composite, estimate), tokenize=True, add_generation_prompt=True, return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        said = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        new = said[:, inputs["input_ids"].shape[1] :]
+        return self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+
+    def __call__(self, composite, estimate) -> Verdict:
+        """Judge a pair of PIL pictures; an answer that cannot be read counts as success."""
+        return read_verdict(self.answer(composite, estimate))
+
+
+def _question(composite, estimate) -> dict:
+    pictures = [{"type": "image", "image": _shrunk(picture)} for picture in (composite, estimate)]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": TASK}]}
+
+
+def _answer(example: Example) -> str:
+    return json.dumps({"reasoning": example.reasoning, "class": example.kind})
+
+
+def _shrunk(picture):
+    """The longer side at :data:`SIZE` pixels, in RGB."""
+    scale = SIZE / max(picture.size)
+    return picture.convert("RGB").resize(tuple(max(1, round(side * scale)) for side in picture.size))
