@@ -144,6 +144,17 @@ def test_pictures_become_the_nearest_codes_and_tokens_become_pixels(model, input
     assert janus.decode(model, made.tokens).shape == (2, 3, 8, 8)
 
 
+def test_the_image_start_token_is_found_where_the_host_lost_it(model, inputs, monkeypatch):
+    expected = janus.generate(model, inputs, top_k=1)
+    monkeypatch.delattr(model.generation_config, "generation_kwargs")
+    assert torch.equal(janus.generate(model, inputs, top_k=1).tokens, expected.tokens)
+    assert not hasattr(model.generation_config, "generation_kwargs")
+    uneven = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    uneven["input_ids"][0, -1] = 9
+    with pytest.raises(ValueError, match="prompts that end with the image-start token"):
+        janus.generate(model, uneven, top_k=1)
+
+
 def test_the_host_guiding_too_is_refused(model, inputs):
     processor = AnchorProcessor(janus.grid(model), guidance=5.0, growing=False)
     with pytest.raises(ValueError, match="twice the batch size"):

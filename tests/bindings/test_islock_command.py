@@ -1,0 +1,293 @@
+"""``fastrope ar-edit`` end to end, offline: the tiny model, and every host from folders of tiny random weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from fastrope import cli
+from fastrope.commands import ar_edit, ar_hosts, ar_report, ar_tiny
+
+EDIT = ["--edit-prompt", "a green boat"]
+
+
+def run(*arguments, out):
+    return cli.main(["ar-edit", *map(str, arguments), "--out", str(out)])
+
+
+def record(out):
+    return json.loads((out / "record.json").read_text())
+
+
+@pytest.fixture
+def picture(tmp_path):
+    data = (torch.rand(40, 60, 3) * 255).to(torch.uint8)
+    path = tmp_path / "source.png"
+    Image.frombytes("RGB", (60, 40), bytes(data.flatten().tolist())).save(path)
+    return path
+
+
+# ---- the tiny model -------------------------------------------------------------------------------------------------
+
+
+def test_the_tiny_model_writes_a_report(tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--edit-prompt", "a forest", "--plain", "--size", 6, "--tau", 0.5]
+    assert run("--model", "tiny", "--prompt", "a red boat", *EDIT, *more, out=out) == 0
+    assert capsys.readouterr().out.split() == [str(out / "report.md"), str(out / "report.html")]
+    for name in ("original", "edit-0", "edit-1"):
+        assert Image.open(out / f"{name}.png").size == (48, 48)
+    for name in ("pictures", "map", "window"):
+        assert Image.open(out / f"{name}.png").width > 300
+    found = record(out)
+    assert found["lock"] == {"candidates": 24, "alpha": 0.6, "tau": 0.5, "metric": "l2"}
+    assert [sum(found["counts"][name][row] for name in found["counts"]) for row in range(2)] == [36, 36]
+    assert found["window"][0][0] == 24
+    text = (out / "report.md").read_text()
+    for word in ("a green boat", "a forest", "a red boat", "tau 0.5", "Kept", "![", "seed 0"):
+        assert word in text
+
+
+def test_the_same_prompt_with_every_token_allowed_changes_nothing(tmp_path):
+    unlimited = ["--candidates", 125, "--alpha", 0, "--tau", "inf", "--size", 5]
+    prompt = ["--prompt", "a red boat", "--edit-prompt", "a red boat"]
+    assert run("--model", "tiny", *prompt, *unlimited, out=tmp_path) == 0
+    found = record(tmp_path)
+    assert found["counts"]["kept"] == [25]
+    assert found["tokens"] == found["anchors"]
+    assert (tmp_path / "original.png").read_bytes() == (tmp_path / "edit-0.png").read_bytes()
+
+
+def test_seeds_decide(tmp_path):
+    tokens = []
+    for seed in (1, 1, 2):
+        run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 4, "--seed", seed, out=tmp_path)
+        tokens.append(record(tmp_path)["tokens"])
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_a_picture_takes_the_place_of_the_prompt(tmp_path, picture):
+    out = tmp_path / "out"
+    assert run("--model", "tiny", "--image", picture, *EDIT, "--size", 5, out=out) == 0
+    fitted = ar_hosts.to_pixels(ar_hosts.open_picture(picture), 40, 40) * 2 - 1
+    anchors = ar_tiny.Mosaic(5, torch.device("cpu")).encode(fitted)
+    assert record(out)["anchors"] == anchors.tolist()
+    assert "between a picture and" in (out / "report.md").read_text()
+
+
+def test_the_mosaic_keeps_pictures_of_its_colours():
+    mosaic = ar_tiny.Mosaic(3, torch.device("cpu"))
+    codes = torch.randint(125, (2, 9))
+    assert torch.equal(mosaic.encode(mosaic.decode(codes)), codes)
+
+
+def test_pictures_are_cut_in_the_middle():
+    left, right = Image.new("RGB", (20, 40), (255, 0, 0)), Image.new("RGB", (20, 40), (0, 0, 255))
+    whole = Image.new("RGB", (80, 40), (0, 255, 0))
+    whole.paste(left, (20, 0))
+    whole.paste(right, (40, 0))
+    pixels = ar_hosts.to_pixels(whole, 8, 8)
+    assert pixels.shape == (1, 3, 8, 8)
+    assert pixels[0, :, 4, 0].tolist() == pytest.approx([1, 0, 0], abs=0.05)
+    assert pixels[0, :, 4, 7].tolist() == pytest.approx([0, 0, 1], abs=0.05)
+
+
+def test_tokens_are_mapped_by_class(tmp_path):
+    from fastrope.bindings.anchors import Record
+
+    window = torch.full((1, 4), 3)
+    made = Record(
+        torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 4]]), torch.zeros(1, 4), window,
+        torch.tensor([[True, True, False, False]]),
+    )  # fmt: skip
+    found = ar_report.classes(argparse.Namespace(record=made, grid=(2, 2)), 0)
+    assert found.tolist() == [[0, 1], [2, 2]]
+
+
+# ---- what can go wrong ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_usage_is_explained(tmp_path, capsys):
+    for arguments, message in [
+        ([], "--model"), (["--model", "tiny", "--prompt", "x"], "--edit-prompt"),
+        (["--model", "tiny", *EDIT], "--prompt (the original is generated) or --image"),
+    ]:  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments, out=tmp_path)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "tiny", "--tau", "-1"], "ISLock.tau"),
+        (["--model", "tiny", "--image", "absent.png"], "--image: no picture at absent.png"),
+        (["--model", "tiny", "--top-p", "2"], "top_p"),
+        (["--model", "tiny", "--device", "mps"], "expected cpu or cuda"),
+        (["--model", "llamagen"], "--weights is needed; LlamaGen takes t2i_XL_stage2_512.pt"),
+        (["--model", "llamagen", "--weights", "absent.pt"], "--weights names no file: absent.pt; LlamaGen takes"),
+        (["--model", "janus", "--weights", "absent/folder"], "cannot load absent/folder"),
+        (["--model", "emu3", "--weights", "absent/folder"], "cannot load absent/folder"),
+        (["--model", "janus", "--size", "3"], "--size: expected nothing else than 24 with janus"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(*arguments, "--prompt", "x", *EDIT, out=tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("fastrope ar-edit: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run("--model", "janus", "--prompt", "x", *EDIT, out=tmp_path) == 2
+    assert 'needs the module transformers; pip install "fastrope[demo]"' in capsys.readouterr().err
+
+
+def test_a_missing_drawing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("--model", "tiny", "--prompt", "x", *EDIT, out=tmp_path) == 2
+    assert "matplotlib, which is not installed" in capsys.readouterr().err
+
+
+def test_help_lists_every_model(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ar-edit", "--help"])
+    assert stop.value.code == 0
+    assert "{llamagen,emu3,janus,tiny}" in capsys.readouterr().out
+    assert set(ar_hosts.DEFAULTS) == set(ar_edit.MODELS)
+
+
+# ---- hosts from folders ---------------------------------------------------------------------------------------------
+
+
+def words(special, **options):
+    """A tokenizer of whole words, as hosts load it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", "<unk>", *special.values()]
+    vocabulary = {name: index for index, name in enumerate([*names, *"abcdefghijklmnopqrstuvwxyz0123456789*: "])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens=special, **options,
+    )  # fmt: skip
+
+
+def check(out, host_grid):
+    found = record(out)
+    assert found["grid"] == list(host_grid)
+    assert found["counts"]["kept"] == [host_grid[0] * host_grid[1]]
+    assert (out / "original.png").read_bytes() == (out / "edit-0.png").read_bytes()
+
+
+SAME = ["--prompt", "a boat", "--edit-prompt", "a boat", "--candidates", 9999, "--alpha", 0, "--tau", "inf"]
+
+
+def test_janus_from_a_folder(tmp_path, picture, monkeypatch):
+    from transformers import JanusConfig, JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor
+
+    text = dict(
+        model_type="llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=2, projection_dim=32,
+        num_image_tokens=16, depth=1,
+    )  # fmt: skip
+    vq = dict(
+        embed_dim=4, num_embeddings=40, latent_channels=16, base_channels=32, channel_multiplier=[1, 1],
+        num_res_blocks=1, projection_dim=32, num_hidden_layers=1, image_token_embed_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=4)
+    model = JanusForConditionalGeneration(config)
+    # Saved with boi_token_id in it, loaded without: the file says that it comes from the model's configuration.
+    model.generation_config.generation_kwargs = {"boi_token_id": 5}
+    model.save_pretrained(tmp_path / "janus")
+    tokenizer = words(dict(image_token="<img>", boi_token="<boi>", eoi_token="<eoi>"), padding_side="left")
+    template = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}: "
+    processor = JanusProcessor(JanusImageProcessor(), tokenizer, chat_template=template, num_image_tokens=16)
+    processor.save_pretrained(tmp_path / "janus")
+    weights = ["--model", "janus", "--weights", tmp_path / "janus", "--device", "cpu"]
+    assert run(*weights, *SAME, out=tmp_path / "out") == 0
+    check(tmp_path / "out", (4, 4))
+    two = ["--edit-prompt", "a forest at night"]
+    assert run(*weights, "--image", picture, *EDIT, *two, "--tau", 0.5, "--candidates", 8, out=tmp_path / "two") == 0
+    assert len(record(tmp_path / "two")["tokens"]) == 2
+    assert Image.open(tmp_path / "two" / "original.png").size == (8, 8)
+
+
+def test_emu3_from_a_folder(tmp_path, picture):
+    from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3ImageProcessor, Emu3Processor
+
+    special = dict(
+        image_token="<image>", boi_token="<boi>", eoi_token="<eoi>", image_wrapper_token="<wrap>", eof_token="<eof>"
+    )
+    codes = 32
+    visual = {f"<|visual token {code:06d}|>": 60 + code for code in range(codes)}
+    text = dict(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        attention_dropout=0.0,
+    )  # fmt: skip
+    vq = dict(
+        codebook_size=codes, embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1, 1, 1, 1],
+        num_res_blocks=1, attn_resolutions=[3], hidden_size=32, temporal_downsample_factor=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = Emu3Config(text_config=text, vq_config=vq, vocabulary_map={**visual, "<|extra_200|>": 94, "<image>": 4})
+    Emu3ForConditionalGeneration(config).save_pretrained(tmp_path / "emu3")
+    Emu3Processor(Emu3ImageProcessor(), words(special)).save_pretrained(tmp_path / "emu3")
+    weights = ["--model", "emu3", "--weights", tmp_path / "emu3", "--device", "cpu", "--size", 3]
+    assert run(*weights, *SAME, out=tmp_path / "out") == 0
+    check(tmp_path / "out", (3, 3))
+    two = ["--edit-prompt", "a forest at night"]
+    assert run(*weights, "--image", picture, *EDIT, *two, "--candidates", 8, out=tmp_path / "two") == 0
+    found = record(tmp_path / "two")
+    assert len(found["tokens"]) == 2
+    assert all(60 <= token < 92 for row in found["tokens"] for token in row)
+    assert Image.open(tmp_path / "two" / "original.png").size == (24, 24)
+
+
+def test_llamagen_from_files(tmp_path, picture, monkeypatch, capsys):
+    from transformers import T5Config, T5EncoderModel
+
+    from fastrope.bindings import llamagen
+
+    torch.manual_seed(0)
+    # Published depth and width decide the number of heads: the tiny model is declared published.
+    monkeypatch.setitem(llamagen.SIZES, "tiny", (32, 2, 2))
+    shapes = dict(dim=32, layers=2, heads=2, grid=3, prefix=6, caption_dim=12, hidden=48, vocabulary=16384)
+    torch.save({"model": llamagen.LlamaGen(llamagen.LlamaGenConfig(**shapes)).state_dict()}, tmp_path / "t2i.pt")
+    torch.save({"model": llamagen.VQTokenizer().state_dict()}, tmp_path / "vq.pt")
+    T5EncoderModel(T5Config(vocab_size=60, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    words({}).save_pretrained(tmp_path / "t5")
+    weights = ["--model", "llamagen", "--weights", tmp_path / "t2i.pt", "--tokenizer", tmp_path / "vq.pt"]
+    weights += ["--text-encoder", tmp_path / "t5", "--size", 3, "--device", "cpu"]
+    same = [*SAME[:4], "--candidates", 16384, *SAME[6:]]
+    assert run(*weights, *same, out=tmp_path / "out") == 0
+    check(tmp_path / "out", (3, 3))
+    assert run(*weights, "--image", picture, *EDIT, out=tmp_path / "two") == 0
+    found = record(tmp_path / "two")
+    assert found["window"][0] == [150 * (15 - i) // 15 for i in range(9)]
+    assert Image.open(tmp_path / "two" / "original.png").size == (48, 48)
+    labels = llamagen.LlamaGenConfig(**{**shapes, "condition": "class", "prefix": 1})
+    torch.save(llamagen.LlamaGen(labels).state_dict(), tmp_path / "c2i.pt")
+    weights[3] = tmp_path / "c2i.pt"
+    assert run(*weights, *SAME, out=tmp_path / "none") == 2
+    assert "a text-conditional (t2i) checkpoint" in capsys.readouterr().err
