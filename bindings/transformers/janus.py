@@ -7,6 +7,7 @@ In image mode the host's ``generate`` runs conditional and unconditional rows to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -92,8 +93,10 @@ def generate(
         grid(model), matcher=matcher, anchors=anchors, guidance=1.0 if guidance is None else guidance,
         temperature=temperature, top_k=top_k, top_p=top_p, growing=False, generator=generator,
     )  # fmt: skip
+    config = _generation_config(options.pop("generation_config", model.generation_config), inputs["input_ids"])
     model.generate(
         inputs=inputs["input_ids"],
+        generation_config=config,
         attention_mask=inputs["attention_mask"],
         generation_mode="image",
         guidance_scale=1.0,
@@ -102,3 +105,17 @@ def generate(
         **options,
     )
     return Generated(processor.tokens, processor.record)
+
+
+def _generation_config(config, input_ids: torch.Tensor):
+    """``config`` with the image-start token that the host's ``generate`` looks up in it.
+
+    transformers 5 drops the entry on loading where a file says that it was derived from the model's configuration; the
+    host's processor ends prompts with that token.
+    """
+    config = copy.deepcopy(config)
+    if not getattr(config, "generation_kwargs", None):
+        last = input_ids[:, -1].unique()
+        require(len(last) == 1, "input_ids", "prompts that end with the image-start token", last.tolist())
+        config.generation_kwargs = {"boi_token_id": int(last)}
+    return config

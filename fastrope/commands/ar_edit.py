@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_extras()
     except MissingExtra as error:
         return _fail(error)
-    from .ar_hosts import Missing
-
     import torch
+
+    from .ar_hosts import Missing
 
     threads = torch.get_num_threads()
     if arguments.model == "tiny":
