@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch.nn import functional as F
 
 from fastrope.checks import require
 
@@ -76,7 +77,7 @@ def generate(
 
 
 def _prefix(model: LlamaGen, condition: torch.Tensor, mask: torch.Tensor | None, guided: bool):
-    """Embedded condition ``(B or 2B, prefix, dim)``, the unconditional half second, and what of it is visible."""
+    """Embedded condition ``(B or 2B, prefix, dim)``, the unconditional half second, and what is visible of all."""
     if condition.is_floating_point():
         condition = condition.to(model.dtype)
     visible = None
@@ -86,6 +87,8 @@ def _prefix(model: LlamaGen, condition: torch.Tensor, mask: torch.Tensor | None,
         visible = torch.cat([visible, visible]) if guided else visible
     if guided:
         condition = torch.cat([condition, model.no_condition(condition.shape[0])])
+    if visible is not None:
+        visible = F.pad(visible, (0, model.config.num_tokens), value=True)
     return model.cls_embedding(condition), visible
 
 

@@ -321,17 +321,18 @@ class LlamaGen(nn.Module):
 
         Args:
             start: position of the first; condition tokens are 0 .. prefix - 1. Above 0 only with a cache, and n = 1.
-            visible: condition tokens that count, ``(B, prefix)`` bool; every token sees itself all the same.
+            visible: positions that count, ``(B, >= start + n)`` bool; every token sees itself all the same.
             cache: holds the keys and values of positions before ``start``, and takes those of these.
         """
         end = start + x.shape[1]
         require(start == 0 or x.shape[1] == 1, "x", "one token after the first run", x.shape[1])
         mask = None
-        if visible is not None:
-            seen = F.pad(visible, (0, end - visible.shape[1]), value=True)[:, :end]
-            position = torch.arange(start, end, device=x.device)[:, None]
-            key = torch.arange(end, device=x.device)
-            mask = (((key <= position) & seen[:, None]) | (key == position))[:, None]
+        if visible is not None and start > 0:
+            mask = visible[:, None, None, :end]
+        elif visible is not None:
+            position = torch.arange(end, device=x.device)
+            causal = position <= position[:, None]
+            mask = ((causal & visible[:, None, :end]) | (position == position[:, None]))[:, None]
         table = self.table(x.device)[start:end]
         for index, layer in enumerate(self.layers):
             extend = (lambda k, v: (k, v)) if cache is None else (lambda k, v, i=index: cache.extend(i, start, k, v))
@@ -349,7 +350,8 @@ class LlamaGen(nn.Module):
         self.check_condition(condition, mask)
         prefix = self.cls_embedding(condition.to(self.dtype) if condition.is_floating_point() else condition)
         x = torch.cat([prefix, self.tok_embeddings(tokens)], dim=1)
-        return self.run(x, visible=mask)[:, self.config.prefix - 1 :]
+        visible = None if mask is None else F.pad(mask, (0, tokens.shape[1]), value=True)
+        return self.run(x, visible=visible)[:, self.config.prefix - 1 :]
 
     @property
     def dtype(self) -> torch.dtype:
