@@ -350,7 +350,7 @@ class LlamaGen(nn.Module):
         self.check_condition(condition, mask)
         prefix = self.cls_embedding(condition.to(self.dtype) if condition.is_floating_point() else condition)
         x = torch.cat([prefix, self.tok_embeddings(tokens)], dim=1)
-        visible = None if mask is None else F.pad(mask, (0, tokens.shape[1]), value=True)
+        visible = None if mask is None else F.pad(mask.bool(), (0, tokens.shape[1]), value=True)
         return self.run(x, visible=visible)[:, self.config.prefix - 1 :]
 
     @property

@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+import tiny_hosts
 import torch
 from PIL import Image
 
@@ -168,23 +169,6 @@ def test_help_lists_every_model(capsys):
 # ---- hosts from folders ---------------------------------------------------------------------------------------------
 
 
-def words(special, **options):
-    """A tokenizer of whole words, as hosts load it."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<s>", "</s>", "<unk>", *special.values()]
-    vocabulary = {name: index for index, name in enumerate([*names, *"abcdefghijklmnopqrstuvwxyz0123456789*: "])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens=special, **options,
-    )  # fmt: skip
-
-
 def check(out, host_grid):
     found = record(out)
     assert found["grid"] == list(host_grid)
@@ -196,30 +180,7 @@ SAME = ["--prompt", "a boat", "--edit-prompt", "a boat", "--candidates", 9999, "
 
 
 def test_janus_from_a_folder(tmp_path, picture):
-    from transformers import JanusConfig, JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor
-
-    text = dict(
-        model_type="llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=2, projection_dim=32,
-        num_image_tokens=16, depth=1,
-    )  # fmt: skip
-    vq = dict(
-        embed_dim=4, num_embeddings=40, latent_channels=16, base_channels=32, channel_multiplier=[1, 1],
-        num_res_blocks=1, projection_dim=32, num_hidden_layers=1, image_token_embed_dim=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=4)
-    model = JanusForConditionalGeneration(config)
-    # Saved with boi_token_id in it, loaded without: the file says that it comes from the model's configuration.
-    model.generation_config.generation_kwargs = {"boi_token_id": 5}
-    model.save_pretrained(tmp_path / "janus")
-    tokenizer = words(dict(image_token="<img>", boi_token="<boi>", eoi_token="<eoi>"), padding_side="left")
-    template = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}: "
-    processor = JanusProcessor(JanusImageProcessor(), tokenizer, chat_template=template, num_image_tokens=16)
-    processor.save_pretrained(tmp_path / "janus")
+    tiny_hosts.save_janus(tmp_path / "janus")
     weights = ["--model", "janus", "--weights", tmp_path / "janus", "--device", "cpu"]
     assert run(*weights, *SAME, out=tmp_path / "out") == 0
     check(tmp_path / "out", (4, 4))
@@ -230,26 +191,7 @@ def test_janus_from_a_folder(tmp_path, picture):
 
 
 def test_emu3_from_a_folder(tmp_path, picture):
-    from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3ImageProcessor, Emu3Processor
-
-    special = dict(
-        image_token="<image>", boi_token="<boi>", eoi_token="<eoi>", image_wrapper_token="<wrap>", eof_token="<eof>"
-    )
-    codes = 32
-    visual = {f"<|visual token {code:06d}|>": 60 + code for code in range(codes)}
-    text = dict(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attention_dropout=0.0,
-    )  # fmt: skip
-    vq = dict(
-        codebook_size=codes, embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1, 1, 1, 1],
-        num_res_blocks=1, attn_resolutions=[3], hidden_size=32, temporal_downsample_factor=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = Emu3Config(text_config=text, vq_config=vq, vocabulary_map={**visual, "<|extra_200|>": 94, "<image>": 4})
-    Emu3ForConditionalGeneration(config).save_pretrained(tmp_path / "emu3")
-    Emu3Processor(Emu3ImageProcessor(), words(special)).save_pretrained(tmp_path / "emu3")
+    tiny_hosts.save_emu3(tmp_path / "emu3")
     weights = ["--model", "emu3", "--weights", tmp_path / "emu3", "--device", "cpu", "--size", 3]
     assert run(*weights, *SAME, out=tmp_path / "out") == 0
     check(tmp_path / "out", (3, 3))
@@ -262,20 +204,10 @@ def test_emu3_from_a_folder(tmp_path, picture):
 
 
 def test_llamagen_from_files(tmp_path, picture, monkeypatch, capsys):
-    from transformers import T5Config, T5EncoderModel
-
     from fastrope.bindings import llamagen
 
-    torch.manual_seed(0)
-    # Published depth and width decide the number of heads: the tiny model is declared published.
-    monkeypatch.setitem(llamagen.SIZES, "tiny", (32, 2, 2))
-    shapes = dict(dim=32, layers=2, heads=2, grid=3, prefix=6, caption_dim=12, hidden=48, vocabulary=16384)
-    torch.save({"model": llamagen.LlamaGen(llamagen.LlamaGenConfig(**shapes)).state_dict()}, tmp_path / "t2i.pt")
-    torch.save({"model": llamagen.VQTokenizer().state_dict()}, tmp_path / "vq.pt")
-    T5EncoderModel(T5Config(vocab_size=60, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
-        tmp_path / "t5"
-    )
-    words({}).save_pretrained(tmp_path / "t5")
+    monkeypatch.setitem(llamagen.SIZES, "tiny", tiny_hosts.LLAMAGEN_SIZE)
+    shapes = tiny_hosts.save_llamagen(tmp_path / "t2i.pt", tmp_path / "vq.pt", tmp_path / "t5")
     weights = ["--model", "llamagen", "--weights", tmp_path / "t2i.pt", "--tokenizer", tmp_path / "vq.pt"]
     weights += ["--text-encoder", tmp_path / "t5", "--size", 3, "--device", "cpu"]
     same = [*SAME[:4], "--candidates", 16384, *SAME[6:]]
