@@ -122,13 +122,14 @@ class Matcher:
             self._check_row_tensor("seeds", seeds, batch, (torch.int64,))
         lock = self.lock
         tables = self.codebook, self.rows, self.windows
-        return Match(*match_anchors(logits, anchors.long(), position, seeds, active, *tables,
+        return Match(*match_anchors(logits.detach(), anchors.long(), position, seeds, active, *tables,
                                     lock.candidates, float(lock.tau), lock.metric, self.backend))  # fmt: skip
 
     def _check(self, logits: Tensor, anchors: Tensor, active: Tensor | None) -> int:
         require_tensor("logits", logits, (2,), "(B, V)")
         require(logits.is_floating_point(), "logits", "a floating-point tensor", logits.dtype)
         batch, vocab = logits.shape
+        require(batch >= 1, "logits", "at least one row", (batch, vocab))
         known = self.rows.shape[0]
         require(vocab >= known, "logits", f"at least {known} vocabulary entries, as token_ids name", vocab)
         device = self.codebook.device
@@ -170,8 +171,8 @@ def _rows(token_ids: Tensor | None, codebook: Tensor) -> Tensor:
     ids = token_ids.detach().to("cpu", torch.int64)
     low = int(ids.min())
     require(low >= 0, "token_ids", "ids from 0", low)
-    rows = torch.full((int(ids.max()) + 1,), -1, dtype=torch.int32)
-    rows[ids] = torch.arange(count, dtype=torch.int32)
+    rows = torch.full((int(ids.max()) + 1,), -1, dtype=torch.int32, device="cpu")
+    rows[ids] = torch.arange(count, dtype=torch.int32, device="cpu")
     distinct = int((rows >= 0).sum())
     require(distinct == count, "token_ids", f"{count} distinct ids", f"{distinct} distinct ids")
     return rows.to(device)

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from ..backends import triton
 from . import reference
+
+
+def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
+    """The backend of a call: ``auto`` is the kernel on GPUs it ships for and the reference anywhere else; the two give
+    the same tokens.
+
+    Raises:
+        NotImplementedError: ``triton`` was asked for and cannot run.
+    """
+    obstacle = triton.unsupported(logits) or triton.unsupported(codebook)
+    if backend == "triton" and obstacle:
+        raise NotImplementedError(f'backend="triton" cannot match these tokens: {obstacle}')
+    if backend == "auto":
+        return "eager" if obstacle or logits.device.type != "cuda" else "triton"
+    return backend
+
+
+def _launch(logits: Tensor, *call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .. import kernels
+
+    config = kernels.select_match(triton._arch(logits.device), call[4].shape[1])
+    # Triton launches on the current device, which need not be the tensors'.
+    guard = torch.cuda.device(logits.device) if logits.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        return kernels.match_anchors(logits, *call, config)
 
 
 @torch.library.custom_op("fastrope::match_anchors", mutates_args=())
@@ -25,10 +52,9 @@ def match_anchors(
     metric: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`fastrope.islock.reference.match` on ``backend`` ``"eager"`` or ``"triton"``."""
-    call = logits, anchors, position, seeds, active, codebook, rows, windows, candidates, tau, metric
-    with torch.no_grad():
-        return tuple(x.contiguous() for x in reference.match(*call))
+    """:func:`fastrope.islock.reference.match` on ``backend`` ``"auto"``, ``"eager"`` or ``"triton"``."""
+    run = _launch if choose(logits, codebook, backend) == "triton" else reference.match
+    return run(logits, anchors, position, seeds, active, codebook, rows, windows, candidates, tau, metric)
 
 
 @match_anchors.register_fake
