@@ -2,7 +2,8 @@
 
 from .handle import Handle, bind
 from .hosts import Host, register_host
+from .inspection import Record
 from .processors import BoundProcessor
 from .sequences import JointSequence
 
-__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "bind", "register_host"]
+__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "bind", "register_host"]

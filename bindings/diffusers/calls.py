@@ -16,6 +16,7 @@ from fastrope.modulations import MODULATIONS, Modulation
 from .dispatch import Slot, Work
 from .fingerprints import Fingerprints
 from .hosts import Host
+from .inspection import Inspector
 from .sequences import Call, JointSequence
 from .steps import find_step
 
@@ -48,7 +49,7 @@ class CallState:
         self.slots = tuple(slots)
         self.axes_dim = host.axes_dim(model)
         self.told: tuple[int, int] | None = None
-        self.inspector = None
+        self.inspector: Inspector | None = None
         self._kinds = tuple(kinds)
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
@@ -77,7 +78,7 @@ class CallState:
         if self.inspector is not None:
             plain = self._work(key, sequence, rope, (), ())
             for slot, site in zip(self.slots, sites, strict=True):
-                slot.probe = self.inspector.probe(site, plain)
+                slot.probe = self.inspector.probe(site, sequence, plain)
 
     def _sites(self, call: Call, sequence: JointSequence) -> list[fr.Site]:
         """One site per layer; none where nobody asks."""

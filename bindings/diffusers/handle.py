@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from fastrope.activity import Indices, Where, flat_methods
 from fastrope.api import BACKENDS
 from fastrope.checks import require
-from fastrope.modulations import MODULATIONS
 
 from .calls import CallState
 from .dispatch import Slot
 from .hosts import Host, find_host
+from .inspection import Inspector, Record
 from .processors import BoundProcessor
 
 ROTATIONS = ("op", "host")
@@ -32,6 +33,56 @@ class Handle:
     def bound(self) -> bool:
         """True until :meth:`remove`."""
         return self._hook is not None
+
+    @property
+    def methods(self) -> tuple:
+        """The modulations and methods bound, flat."""
+        return self._state.methods
+
+    def update(self, *methods) -> None:
+        """Replace all modulations and methods, from the next call of the transformer on: in the middle of a run, too.
+
+        Nothing is re-applied and nothing compiles again. Methods are frozen: a parameter is changed by
+        ``handle.update(dataclasses.replace(method, delta=1.2))``.
+
+        Raises:
+            ValueError: something that is neither modulation nor method, or a handle that was removed.
+        """
+        require(self.bound, "handle", "a bound handle", "one that was removed already")
+        self._state.methods = flat_methods(methods, "methods")
+
+    def inspect(
+        self,
+        layers: Indices | None = None,
+        steps: Indices | None = None,
+        queries: slice | torch.Tensor | None = None,
+    ) -> Record:
+        """Look at the attention of the calls to come: its mass per group of tokens and the distance it spans.
+
+        Every layer looked at computes its attention once more in float32, so look at few; the picture does not change.
+        With ``fr.apply(pipe)`` alone, it is the stock attention that is looked at.
+
+        Args:
+            layers, steps: which, as in :class:`fastrope.At`; None: all.
+            queries: tokens to look from: a slice, bool mask or index tensor over the sequence; None: the target's.
+
+        Returns:
+            A :class:`fastrope.bindings.diffusers.Record`, empty at first. It looks until its ``stop()``, or until the
+            ``with`` block it opens is left, or until the handle is removed.
+
+        Raises:
+            ValueError: a handle that was removed, or that another record looks at.
+        """
+        require(self.bound, "handle", "a bound handle", "one that was removed already")
+        require(self._state.inspector is None, "handle", "one record at a time: stop() the other", "an open record")
+        record = Record(lambda: self._stop(inspector))
+        inspector = Inspector(record, Where(layers, steps), queries)
+        self._state.inspector = inspector
+        return record
+
+    def _stop(self, inspector: Inspector) -> None:
+        if self._state.inspector is inspector:
+            self._state.inspector = None
 
     def set_step(self, step: int | None, num_steps: int = 28) -> None:
         """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out.
@@ -55,6 +106,7 @@ class Handle:
         require(self.bound, "handle", "a bound handle", "one that was removed already")
         self._hook.remove()
         self._hook = None
+        self._state.inspector = None
         replaced = 0
         for attn, processor in self._installed:
             if attn.processor is processor:
@@ -87,7 +139,7 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op")
     """See :func:`fastrope.bindings.apply`. Everything is checked before anything is touched."""
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
-    methods = _flatten(methods)
+    methods = flat_methods(methods, "methods")
     pipe = None if isinstance(target, torch.nn.Module) else target
     called = target if pipe is None else getattr(pipe, "transformer", None)
     require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer, or a transformer",
@@ -111,18 +163,6 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op")
         attn.set_processor(processor)
         installed.append((attn, processor))
     return Handle(state, installed, hook)
-
-
-def _flatten(methods: Sequence) -> list:
-    found = []
-    for m in methods:
-        if isinstance(m, (list, tuple)):
-            found.extend(_flatten(m))
-        else:
-            known = isinstance(m, MODULATIONS) or callable(getattr(m, "modulations", None))
-            require(known, "methods", "modulations, or objects with modulations(site)", repr(m))
-            found.append(m)
-    return found
 
 
 def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn.Module]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # tiny_hosts, formulas
+sys.path.append(str(Path(__file__).parent))  # diffusers_hosts, diffusers_formulas
 
 
 @pytest.fixture(autouse=True, scope="module")

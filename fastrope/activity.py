@@ -1,0 +1,102 @@
+"""Where in a run something is active."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from .checks import require
+from .modulations import MODULATIONS, Modulation
+from .tokens import KINDS, Site
+
+Indices = slice | range | int | Collection[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Some layers, steps and kinds of block; see :class:`At`."""
+
+    layers: Indices | None = None
+    steps: Indices | None = None
+    kinds: str | Collection[str] | None = None
+
+    def __post_init__(self):
+        for name in ("layers", "steps"):
+            value = getattr(self, name)
+            several = (value,) if isinstance(value, int) else value
+            ok = value is None or isinstance(value, slice)
+            if not ok and isinstance(several, Collection) and not isinstance(several, (str, bytes)):
+                ok = all(isinstance(n, int) and not isinstance(n, bool) for n in several)
+            require(ok, name, "a slice, a range, an integer or a set of integers", repr(value))
+        if self.kinds is not None:
+            kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+            require(all(kind in KINDS for kind in kinds), "kinds", f"some of {KINDS}", kinds)
+            object.__setattr__(self, "kinds", kinds)
+
+    def __contains__(self, site: Site) -> bool:
+        inside = _among(self.layers, site.layer, site.num_layers) and _among(self.steps, site.step, site.num_steps)
+        return inside and (self.kinds is None or site.kind in self.kinds)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class At:
+    """Modulations and methods for some layers, steps and kinds of block; a method like any other.
+
+    Args:
+        what: modulations, objects with ``modulations(site) -> list``, lists of such.
+        layers: indices of attention calls, in order of execution: a slice, a range, one integer or a set of integers.
+            Negative ones count from the last layer, as in a list. None: all.
+        steps: indices of denoising steps, likewise.
+        kinds: ``"double"``, ``"single"`` or ``"joint"``, or several; see :class:`fastrope.Site`. None: all.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Example: ``fr.At(fr.BiasDelta(delta=1.2, keys=reference), layers=slice(19, None), steps=range(10))``.
+    """
+
+    what: tuple
+    where: Where
+
+    def __init__(
+        self,
+        *what,
+        layers: Indices | None = None,
+        steps: Indices | None = None,
+        kinds: str | Collection[str] | None = None,
+    ):
+        object.__setattr__(self, "what", flat_methods(what, "what"))
+        object.__setattr__(self, "where", Where(layers, steps, kinds))
+        require(len(self.what) > 0, "what", "a modulation or a method", "nothing")
+
+    def modulations(self, site: Site) -> list[Modulation]:
+        """What is asked for at a site; empty where inactive."""
+        if site not in self.where:
+            return []
+        return [m for each in self.what for m in ([each] if isinstance(each, MODULATIONS) else each.modulations(site))]
+
+
+def flat_methods(values, argument: str) -> tuple:
+    """Modulations and methods out of lists of them.
+
+    Raises:
+        ValueError: something that is neither.
+    """
+    found = []
+    for m in values:
+        if isinstance(m, (list, tuple)):
+            found.extend(flat_methods(m, argument))
+            continue
+        known = isinstance(m, MODULATIONS) or (not isinstance(m, type) and callable(getattr(m, "modulations", None)))
+        require(known, argument, "modulations, or objects with modulations(site)", repr(m))
+        found.append(m)
+    return tuple(found)
+
+
+def _among(indices: Indices | None, index: int, count: int) -> bool:
+    if indices is None:
+        return True
+    if isinstance(indices, slice):
+        return index in range(*indices.indices(count))
+    several = (indices,) if isinstance(indices, int) else indices
+    return index in several or index - count in several
