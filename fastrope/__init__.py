@@ -4,6 +4,7 @@
 ``plan`` does the host work once; ``explain`` says what would run; ``apply`` binds modulations to a diffusers pipeline.
 """
 
+from .activity import At
 from .api import attention, explain
 from .islock import ISLock
 from .methods import GRAG, LooseRoPE
@@ -15,7 +16,7 @@ from .tokens import Site, TokenLayout
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRAG", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "RoPE", "Site",
+    "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "RoPE", "Site",
     "TokenLayout", "apply", "attention", "explain", "plan", "steer",
 ]  # fmt: skip
 
