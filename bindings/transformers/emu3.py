@@ -85,7 +85,7 @@ def generate(
         model: an ``Emu3ForConditionalGeneration``.
         inputs: ``input_ids`` and ``attention_mask``, ``(B, S)`` each, that end where the image begins:
             ``processor(text=..., return_for_image_generation=True)``, padded on the left.
-        negative: ``input_ids`` and ``attention_mask`` of the negative prompt, ``(B, S')`` each.
+        negative: ``input_ids`` and ``attention_mask`` of the negative prompt, ``(B, S')`` each, prepared alike.
         matcher: ``lock.matcher(entries, num_tokens=height * width, token_ids=ids)`` of :func:`codebook`; None samples.
         anchors: the original's image tokens, ``(B, N)`` vocabulary ids: from a run without matcher, or :func:`encode`.
         guidance: the scale; None or 1 is the condition alone.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fastrope.checks import require
+
 from ..anchors import Grid
 
 IMAGE_IDS = range(4, 8196)
@@ -28,7 +30,12 @@ def grid(height: int, width: int, *, from_start: bool = False) -> Grid:
 
 
 def prefix(height: int, width: int) -> list[int]:
-    """Image start and sizes, for a prompt that ends with them; sides are even."""
+    """Image start and sizes, for a prompt that ends with them.
+
+    Raises:
+        ValueError: an odd side, which the model has no token for.
+    """
+    require(height % 2 == 0 and width % 2 == 0, "height, width", "even numbers of tokens", (height, width))
     return [IMAGE_START, SIZE_ZERO + height // 2, SIZE_ZERO + width // 2]
 
 

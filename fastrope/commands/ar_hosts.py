@@ -174,18 +174,21 @@ class Emu3Host(Host):
 
         height, width = self.grid
         area = height * width * self.processor.downsample_ratio**2
-        inputs = self.processor(
-            text=list(prompts), return_for_image_generation=True, ratio=f"{width}:{height}", image_area=area,
-            padding=True, return_tensors="pt",
+        options = dict(
+            return_for_image_generation=True, ratio=f"{width}:{height}", image_area=area, padding=True,
+            return_tensors="pt",
         )  # fmt: skip
-        sizes = inputs.pop("image_sizes")
-        found = tuple(int(side) for side in sizes[0])
+        # The negative prompt, too, ends where an image begins.
+        inputs, negative = (
+            self.processor(text=texts, **options) for texts in (list(prompts), [self.negative] * len(prompts))
+        )
+        found = tuple(int(side) for side in inputs.pop("image_sizes")[0])
         require(found == self.grid, "size", f"{self.grid} tokens", f"{found} from the model's processor")
-        negative = self.processor(text=[self.negative] * len(prompts), return_tensors="pt").to(self.model.device)
+        negative.pop("image_sizes")
         with _ticks(emu3.grid(self.model, height, width).length, label) as tick:
             return emu3.generate(
-                self.model, inputs.to(self.model.device), height, width, negative=negative, matcher=matcher,
-                anchors=anchors, generator=generator, processors=[tick], **self.settings,
+                self.model, inputs.to(self.model.device), height, width, negative=negative.to(self.model.device),
+                matcher=matcher, anchors=anchors, generator=generator, processors=[tick], **self.settings,
             )  # fmt: skip
 
 
@@ -256,7 +259,9 @@ def _llamagen(arguments, size: int, settings: dict, device, dtype) -> LlamaGenHo
     from ..bindings.llamagen.text import ENCODER
 
     name = arguments.text_encoder or ENCODER
-    encoder, words = _pretrained(T5EncoderModel, AutoTokenizer, name, device, dtype)
+    # T5's activations overflow float16.
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    encoder, words = _pretrained(T5EncoderModel, AutoTokenizer, name, device, wide)
     model = LlamaGen.from_checkpoint(arguments.weights, grid=size, device=device, dtype=dtype)
     require(
         model.config.condition == "text", "--weights", "a text-conditional (t2i) checkpoint", "a class-conditional one"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -343,6 +345,21 @@ def test_impossible_configurations_are_refused():
             llamagen.LlamaGenConfig(**{**TINY.__dict__, **change})
     with pytest.raises(ValueError, match="size: expected one of B, L, XL, XXL, 3B"):
         llamagen.LlamaGenConfig.published("7B")
+
+
+def test_it_needs_no_host_library():
+    code = """
+import sys
+for name in ("transformers", "diffusers", "matplotlib", "PIL"):
+    sys.modules[name] = None  # what an installation without them looks like
+import torch
+from fastrope.bindings import llamagen
+shapes = dict(dim=32, layers=1, heads=2, grid=2, vocabulary=16, prefix=3, caption_dim=4, hidden=16)
+model = llamagen.LlamaGen(llamagen.LlamaGenConfig(**shapes)).eval()
+print(llamagen.generate(model, torch.randn(1, 3, 4), top_k=5).tokens.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "torch.Size([1, 4])", done.stderr
 
 
 # ---- warping and text -----------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def test_ids_and_rows_are_luminas(model):
     assert (grid.newline, grid.length, grid.lead) == (8803, HEIGHT * (WIDTH + 1), 0)
     assert lumina.grid(HEIGHT, WIDTH, from_start=True).raster(3) == 0
     assert lumina.prefix(48, 32) == [8197, 8804 + 24, 8804 + 16]
+    with pytest.raises(ValueError, match="height, width: expected even numbers"):
+        lumina.prefix(3, 4)
 
 
 def test_rows_end_with_new_lines_and_anchors_fill_them(model):
