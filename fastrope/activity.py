@@ -87,8 +87,8 @@ def flat_methods(values, argument: str) -> tuple:
         if isinstance(m, (list, tuple)):
             found.extend(flat_methods(m, argument))
             continue
-        known = isinstance(m, MODULATIONS) or (not isinstance(m, type) and callable(getattr(m, "modulations", None)))
-        require(known, argument, "modulations, or objects with modulations(site)", repr(m))
+        if not isinstance(m, MODULATIONS) and (isinstance(m, type) or not callable(getattr(m, "modulations", None))):
+            raise ValueError(f"{argument}: expected modulations, or objects with modulations(site), received {m!r}")
         found.append(m)
     return tuple(found)
 

@@ -178,7 +178,7 @@ def ask(methods: Sequence, site: fr.Site) -> list[Modulation]:
             found.append(method)
             continue
         answer = method.modulations(site)
-        ok = isinstance(answer, (list, tuple)) and all(isinstance(m, MODULATIONS) for m in answer)
-        require(ok, f"{type(method).__name__}.modulations", "a list of modulations", repr(answer))
+        if not (isinstance(answer, (list, tuple)) and all(isinstance(m, MODULATIONS) for m in answer)):
+            raise ValueError(f"{type(method).__name__}.modulations: expected a list of modulations, received {answer!r}")
         found.extend(answer)
     return found

@@ -72,6 +72,6 @@ def _digests(tensors: list[torch.Tensor]) -> list[Hashable]:
     host = torch.cat(parts).cpu() if parts[0].device.type != "cpu" else None
     content = parts if host is None else host.split([len(p) for p in parts])
     return [
-        (x.dtype, tuple(x.shape), hashlib.blake2b(c.numpy().tobytes(), digest_size=16).digest())
+        (x.dtype, tuple(x.shape), hashlib.blake2b(c.numpy(), digest_size=16).digest())
         for x, c in zip(tensors, content, strict=True)
     ]

@@ -185,12 +185,18 @@ def kontext_pipeline(transformer=None):
     return quiet(diffusers.FluxKontextPipeline(**parts, **NO_TEXT_2))
 
 
+def flux_prompts(batch: int, positive: int, negative: int | None, dtype) -> dict:
+    given = {"prompt_embeds": prompt(batch, positive), "pooled_prompt_embeds": prompt(batch, 1, 3)[:, 0]}
+    if negative:
+        given |= {"negative_prompt_embeds": prompt(batch, negative, 4)}
+        given |= {"negative_pooled_prompt_embeds": prompt(batch, 1, 5)[:, 0]}
+    guidance = {"true_cfg_scale": 2.0} if negative else {}
+    return {name: value.to(dtype) for name, value in given.items()} | guidance
+
+
 def kontext_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
     positive, negative = lengths
-    more |= {"prompt_embeds": prompt(batch, positive), "pooled_prompt_embeds": prompt(batch, 1, 3)[:, 0]}
-    if negative:
-        more |= {"negative_prompt_embeds": prompt(batch, negative, 4), "true_cfg_scale": 2.0}
-        more |= {"negative_pooled_prompt_embeds": prompt(batch, 1, 5)[:, 0]}
+    more |= flux_prompts(batch, positive, negative, pipe.transformer.dtype)
     rows, columns = REFERENCES[0]
     picture = torch.rand(1, 3, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(6))
     size = latent_arguments(steps, pixels=2)
@@ -204,10 +210,7 @@ def flux_pipeline(transformer=None):
 
 def flux_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
     positive, negative = lengths
-    more |= {"prompt_embeds": prompt(batch, positive), "pooled_prompt_embeds": prompt(batch, 1, 3)[:, 0]}
-    if negative:
-        more |= {"negative_prompt_embeds": prompt(batch, negative, 4), "true_cfg_scale": 2.0}
-        more |= {"negative_pooled_prompt_embeds": prompt(batch, 1, 5)[:, 0]}
+    more |= flux_prompts(batch, positive, negative, pipe.transformer.dtype)
     return pipe(**latent_arguments(steps), **more)[0]
 
 

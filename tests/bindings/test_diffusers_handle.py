@@ -1,0 +1,230 @@
+"""Handles: what they install and put back, and what they refuse."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from diffusers_hosts import (
+    TARGET,
+    TEXT,
+    TINY_HOSTS,
+    build_flux,
+    run,
+)
+
+HOST = TINY_HOSTS["kontext"]
+LAYOUT = HOST.layout
+AXES, DIM, LAYERS = HOST.axes, sum(HOST.axes), 4
+
+
+@pytest.fixture
+def transformer():
+    """Two double-stream and two single-stream blocks, float64, so that comparisons are sharp."""
+    return build_flux().double()
+
+
+def build_call(layout: fr.TokenLayout = LAYOUT, batch: int = 2, dtype=torch.float64) -> dict:
+    return HOST.call(layout, batch, dtype)
+
+
+def by_formulas(model, call: dict, mods: list, layers=None) -> torch.Tensor:
+    """The model's output with the formulas in some layers and the stock processor in the others."""
+    ids = torch.cat([call["txt_ids"], call["img_ids"]])
+    with HOST.by_formulas(model, HOST.attend(mods, positions=ids), layers):
+        return run(model, call)
+
+
+def modulations(layout: fr.TokenLayout = LAYOUT, batch: int | None = None) -> list:
+    """All four kinds; the reference's keys and the target's queries, as the methods use them."""
+    scale = torch.ones(batch or 1, len(layout), dtype=torch.float64)
+    gain = scale.clone()
+    for row in range(len(scale)):
+        scale[row, layout.target] = torch.linspace(0.5, 1, layout.target.stop - layout.target.start).double() / (
+            row + 1
+        )
+        gain[row, layout.target] = 1.3 + row
+    if batch is None:
+        scale, gain = scale[0], gain[0]
+    return [
+        fr.QueryScale(scale, keys=layout.references, axes=(1, 2)),
+        fr.BandWeight(torch.linspace(0.25, 1.4, DIM // 2), keys=layout.references),
+        fr.BiasDelta(1.2, 0.7, keys=layout.reference(0)),
+        fr.LogitGain(gain, keys=slice(layout.references.start, layout.references.start + 2)),
+    ]
+
+
+# ---- handles ---------------------------------------------------------------------------------------------------------
+
+
+def attentions(model) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "set_processor")]
+
+
+def test_remove_restores_the_same_objects(transformer):
+    other = build_flux()
+    before, others = transformer.attn_processors, other.attn_processors
+    keys = list(transformer.state_dict())
+    handle = fr.apply(transformer, modulations())
+    during = transformer.attn_processors
+    assert all(during[name] is not p for name, p in before.items())
+    assert not any("Added" in type(p).__name__ or isinstance(p, torch.nn.Module) for p in during.values())
+    assert list(transformer.state_dict()) == keys
+    assert all(other.attn_processors[name] is p for name, p in others.items())
+    assert len(transformer._forward_pre_hooks) == 1
+    handle.remove()
+    assert not handle.bound
+    assert all(transformer.attn_processors[name] is p for name, p in before.items())
+    assert len(transformer._forward_pre_hooks) == 0
+
+
+def test_leaving_the_block_removes_even_after_an_error(transformer):
+    before = transformer.attn_processors
+    with pytest.raises(RuntimeError, match=r"^stop$"), fr.apply(transformer, modulations()):
+        raise RuntimeError("stop")
+    assert all(transformer.attn_processors[name] is p for name, p in before.items())
+    with fr.apply(transformer) as handle:
+        handle.remove()  # leaving the block afterwards is no second removal
+
+
+def test_removing_twice_is_refused(transformer):
+    handle = fr.apply(transformer)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"^handle: expected a bound handle"):
+        handle.remove()
+
+
+def test_applying_twice_is_refused_and_changes_nothing(transformer):
+    with fr.apply(transformer) as handle:
+        during = transformer.attn_processors
+        with pytest.raises(ValueError, match=r"no handle is bound to"):
+            fr.apply(transformer, modulations())
+        assert all(transformer.attn_processors[name] is p for name, p in during.items())
+        assert len(transformer._forward_pre_hooks) == 1
+        assert handle.bound
+    fr.apply(transformer).remove()
+
+
+def test_processors_replaced_meanwhile_are_left_alone(transformer):
+    handle = fr.apply(transformer)
+    mine = HOST.processors["transformer_blocks"](None)
+    attentions(transformer)[1].set_processor(mine)
+    with pytest.warns(UserWarning, match=r"^1 attention processors were replaced"):
+        handle.remove()
+    assert attentions(transformer)[1].processor is mine
+
+
+def test_attention_backend_reaches_the_original(transformer):
+    original = attentions(transformer)[0].processor
+    with fr.apply(transformer):
+        attentions(transformer)[0].set_attention_backend("native")
+        assert original._attention_backend == "native"
+        assert attentions(transformer)[0].processor._attention_backend == "native"
+
+
+def test_a_call_that_goes_round_the_hook_is_refused(transformer):
+    with fr.apply(transformer), pytest.raises(ValueError, match=r"^transformer: expected a call of the object"):
+        transformer.forward(**build_call())
+
+
+def test_a_failed_call_leaves_no_plan_of_an_earlier_one(transformer):
+    with fr.apply(transformer, modulations()):
+        run(transformer, build_call())
+        short = fr.TokenLayout(TEXT, TARGET)
+        with pytest.raises(ValueError, match="QueryScale"):
+            run(transformer, build_call(short))
+        with pytest.raises(ValueError, match=r"went round"):
+            transformer.forward(**build_call())
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_hosts_are_refused():
+    for host, name in (
+        (torch.nn.Linear(2, 2), "Linear"),
+        (types.SimpleNamespace(transformer=torch.nn.Linear(2, 2)), "Linear"),
+        (types.SimpleNamespace(unet=torch.nn.Linear(2, 2)), "SimpleNamespace"),
+        ("FLUX.1-dev", "str"),
+    ):
+        with pytest.raises(ValueError, match=rf"^pipe: expected .*, received {name}$"):
+            fr.apply(host)
+
+
+@pytest.mark.parametrize("method", [3, "grag", fr.BiasDelta, types.SimpleNamespace(modulations=None)])
+def test_what_is_no_method_is_refused(transformer, method):
+    with pytest.raises(ValueError, match=r"^methods: expected modulations"):
+        fr.apply(transformer, [method])
+
+
+def test_a_method_must_answer_with_modulations(transformer):
+    for answer in (None, fr.BiasDelta(), [1]):
+        method = types.SimpleNamespace(modulations=lambda site, answer=answer: answer)
+        with fr.apply(transformer, method), pytest.raises(ValueError, match=r"expected a list of modulations"):
+            run(transformer, build_call())
+
+
+def test_unknown_backends_are_refused(transformer):
+    with pytest.raises(ValueError, match=r"^backend: expected one of"):
+        fr.apply(transformer, backend="flash")
+
+
+def test_ip_adapters_are_refused(transformer):
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    attentions(transformer)[1].set_processor(FluxIPAdapterAttnProcessor(32, 32))
+    with pytest.raises(NotImplementedError, match=r"^IP-Adapter: .*transformer_blocks\.1\.attn"):
+        fr.apply(transformer)
+    assert type(attentions(transformer)[0].processor).__name__ == "FluxAttnProcessor"
+    assert not transformer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("PAGFluxAttnProcessor", "PAG"), ("MyProcessor", "custom attention processors")]
+)
+def test_foreign_processors_are_refused(transformer, name, what):
+    attentions(transformer)[0].set_processor(type(name, (), {})())
+    with pytest.raises(NotImplementedError, match=rf"^{what}: expected FluxAttnProcessor at .*, received {name}$"):
+        fr.apply(transformer)
+
+
+def test_pag_pipelines_are_refused(transformer):
+    mixin = type("PAGMixin", (), {})
+    pipe = type("FluxPAGPipeline", (mixin,), {"transformer": transformer})()
+    with pytest.raises(NotImplementedError, match=r"^PAG: "):
+        fr.apply(pipe)
+
+
+def test_nunchaku_is_refused(transformer):
+    kind = type("NunchakuFluxTransformer2DModelV2", (type(transformer),), {"__module__": "nunchaku.models"})
+    transformer.__class__ = kind
+    with pytest.raises(NotImplementedError, match=r"^nunchaku: "):
+        fr.apply(transformer)
+
+
+def test_context_parallelism_is_refused_before_and_after(transformer):
+    config = types.SimpleNamespace(context_parallel_config=object())
+    processor = attentions(transformer)[0].processor
+    processor._parallel_config = config
+    with pytest.raises(NotImplementedError, match=r"^context parallelism: "):
+        fr.apply(transformer)
+    processor._parallel_config = None
+    transformer._parallel_config = config
+    with pytest.raises(NotImplementedError, match=r"^context parallelism: "):
+        fr.apply(transformer)
+    transformer._parallel_config = types.SimpleNamespace(context_parallel_config=None)  # tensor parallelism
+    with fr.apply(transformer), pytest.raises(NotImplementedError, match=r"^context parallelism: "):
+        attentions(transformer)[0].processor._parallel_config = config
+
+
+def test_attention_masks_are_refused_where_a_modulation_is_active(transformer):
+    call = build_call() | {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, len(LAYOUT)).bool()}}
+    with fr.apply(transformer):
+        run(transformer, call)
+    with fr.apply(transformer, modulations()), pytest.raises(NotImplementedError, match=r"^attention_mask: "):
+        run(transformer, call)
