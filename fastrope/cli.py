@@ -1,4 +1,4 @@
-"""The command line: ``fastrope doctor | demo | bench | ar-edit``."""
+"""The command line: ``fastrope doctor | demo | bench | edit | ar-edit``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from . import __version__
 
-EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench", "fastrope.commands.ar_edit": "demo"}
-MODULES = {"ar-edit": "fastrope.commands.ar_edit"}  # of commands that have another name than their module
+MODULES = {"edit": "fastrope.commands.edit", "ar-edit": "fastrope.commands.ar_edit"}  # others are named as they are
+EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench", **dict.fromkeys(MODULES.values(), "demo")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # These parse their own arguments, --help included, and are imported only when asked for.
     commands.add_parser("demo", help="pictures of what the modulations do", add_help=False)
     commands.add_parser("bench", help="time the backends against other implementations", add_help=False)
+    commands.add_parser("edit", help="edit a picture with LooseRoPE or GRAG on a diffusers pipeline", add_help=False)
     commands.add_parser("ar-edit", help="edit an autoregressive image by changing its prompt", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "doctor":

@@ -20,8 +20,8 @@ SYSTEM = (
 
 TASK = """\
 The first picture is a collage: something cut out of another photo was pasted into it without any retouching. The \
-second picture is an early, still blurry prediction of a retouched version, in which the pasted object should belong to \
-the scene while remaining the same object. Classify the prediction as one of:
+second picture is an early, still blurry prediction of a retouched version, in which the pasted object should belong \
+to the scene while remaining the same object. Classify the prediction as one of:
 
 - "success": the object is still there and recognisable, and it has begun to fit in: its light, colour, shadow, edge \
 or pose have been adapted to the scene.

@@ -1,0 +1,244 @@
+"""``fastrope edit``: edit a picture with LooseRoPE or GRAG on a diffusers pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .. import GRAG, LooseRoPE, __version__, apply, steer
+from .editors import HARMONISE, TINY, Missing, Settings, arguments, load, settings_for
+
+DIALS = {
+    "looserope": ("mask", "original", "boost", "levels", "saliency", "judge", "max_tries"),
+    "grag": ("bias", "delta"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the edited picture, and beside it a record of how it was made (``.json``).
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0; 2 when the command cannot run: an argument, a file, or weights.
+
+    Raises:
+        ModuleNotFoundError: diffusers, transformers or pillow is not installed.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for method, names in DIALS.items():
+        foreign = [name for name in names if getattr(options, name) is not None]
+        if method != options.method and foreign:
+            parser.error(f"--{foreign[0].replace('_', '-')} belongs to --method {method}")
+    if options.model != TINY:
+        if options.image is None:
+            parser.error("--image is needed, for every model but tiny")
+        if options.method == "looserope" and (options.mask is None) == (options.original is None):
+            parser.error("looserope wants --mask or --original, and not both")
+        if options.method == "grag" and options.prompt is None:
+            parser.error("grag wants a --prompt")
+    try:
+        return _run(options)
+    except (Missing, ValueError, NotImplementedError) as error:
+        print(f"fastrope edit: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastrope edit",
+        description="Edit a picture: blend a pasted crop in (looserope), or follow a prompt with a dial for how much "
+        "of the picture is kept (grag).",
+    )
+    add = parser.add_argument
+    add("--method", required=True, choices=tuple(DIALS))
+    add("--model", required=True, help="black-forest-labs/FLUX.1-Kontext-dev, Qwen/Qwen-Image-Edit-2509, another model "
+        "of these families, a folder, or tiny: random weights, offline")  # fmt: skip
+    add("--image", type=Path, action="append", metavar="FILE",
+        help="picture to edit; again for further references, where the model takes them")  # fmt: skip
+    add("--prompt", help="what to do; looserope has one of its own, meaning: make pasted objects belong to the scene")
+    add("--out", type=Path, default=Path("edit.png"), metavar="FILE", help="(default: edit.png)")
+    add("--plain", action="store_true", help="also run without the method, to FILE with -plain in its name")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, help="(default: looserope 28; grag 24 on Qwen, else 28)")
+    add("--guidance", type=float, help="(default: 2.5 on Kontext, true CFG 4.0 on Qwen)")
+    add("--negative-prompt", help="(default: one space on Qwen, else none)")
+    add("--layers", type=_layers, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on cuda, else float32)")
+    add("--offload", action="store_true", help="keep on the GPU only the part that runs")
+    loose = parser.add_argument_group("looserope").add_argument
+    loose("--mask", type=Path, metavar="FILE", help="where the paste is, white on black, as large as the picture")
+    loose("--original", type=Path, metavar="FILE", help="the picture before the paste, instead of a mask")
+    loose("--boost", type=float, help="lower blends more, higher keeps more (default: 0.83)")
+    loose("--levels", type=_levels, metavar="N", help='levels of saliency, or "continuous" (default: 5)')
+    sources = "spectral_residual", "mask_rcnn"
+    loose("--saliency", choices=sources, help="the first needs no model, the second torchvision (default: the first)")
+    loose("--judge", metavar="JUDGE", help='steer the boost: "region" needs no model; or the name of a vision-language '
+          "chat model, Qwen/Qwen3-VL-4B-Instruct for one")  # fmt: skip
+    loose("--max-tries", type=int, metavar="N", help="verdicts at most (default: 4)")
+    grag = parser.add_argument_group("grag").add_argument
+    grag("--delta", type=float, nargs="+", help="above 1 keeps more of the picture, below 1 edits more; 0.8 to 1.7; "
+         "one for all references or one each (default: 1.1)")  # fmt: skip
+    grag("--bias", type=float, nargs="+", help="weight of the picture against prompt and result (default: 1.0)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
+
+    images, pasted = _pictures(options)
+    method = _method(options, images[0], pasted)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    pipe = load(options.model, device, dtype, options.offload)
+    settings = _settings(options, settings_for(options.method, pipe))
+    prompt = HARMONISE if options.prompt is None else options.prompt
+    call = arguments(pipe, options.model, settings, images, prompt, options.seed)
+    pipe.set_progress_bar_config(desc=options.method, disable=False)
+    with _few_threads(options.model == TINY):
+        made, method, tries = _make(options, pipe, method, call, pasted, images[0])
+        _save(made, options.out)
+        written = [options.out]
+        if options.plain:
+            pipe.set_progress_bar_config(desc="plain", disable=False)
+            call["generator"] = torch.Generator().manual_seed(options.seed)
+            written.append(options.out.with_stem(f"{options.out.stem}-plain"))
+            _save(pipe(**call).images[0], written[-1])
+    record = {
+        "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
+        "prompt": prompt, "seed": options.seed, "steps": settings.steps, "guidance": settings.guidance,
+        "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+        "tries": tries, "torch": torch.__version__, "fastrope": __version__,
+    }  # fmt: skip
+    written.append(options.out.with_suffix(".json"))
+    written[-1].write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for path in written:
+        print(path)
+    return 0
+
+
+def _make(options, pipe, method, call: dict, pasted: dict, composite):
+    """The picture, the method that made it, and the record of every try."""
+    if options.judge is None:
+        with apply(pipe, method):
+            return pipe(**call).images[0], method, []
+    judge = options.judge
+    if judge == "region":
+        from ..methods.judges import RegionJudge
+
+        judge = RegionJudge(method.mask, pasted.get("original"))
+    tries = 4 if options.max_tries is None else options.max_tries
+    try:
+        steered = steer(pipe, method, judge, tries, composite=composite, **call)
+    except OSError as error:
+        raise Missing(f"--judge: cannot load {options.judge}: {str(error).strip().splitlines()[0]}") from error
+    for t in steered.tries:
+        said = "not judged" if t.verdict is None else f"{t.verdict.kind} ({t.verdict.reasoning})"
+        print(f"boost {t.value:.3f}: {said}", file=sys.stderr)
+    record = [
+        {"boost": t.value, "verdict": t.verdict and {"class": t.verdict.kind, "reasoning": t.verdict.reasoning,
+         "readable": t.verdict.readable, "measures": dict(t.verdict.measures)}}
+        for t in steered.tries
+    ]  # fmt: skip
+    return steered.images[0], steered.method, record
+
+
+def _pictures(options):
+    """The pictures to edit, and what tells where the paste is: ``{"mask": ...}`` or ``{"original": ...}``."""
+    named = {name: getattr(options, name) for name in ("mask", "original")}
+    pasted = {name: _open(f"--{name}", path) for name, path in named.items() if path is not None}
+    if options.image is not None:
+        if options.method == "looserope" and len(pasted) != 1:
+            raise ValueError("looserope wants --mask or --original, and not both")
+        return [_open("--image", path) for path in options.image], pasted
+    from ..demo import scene as scenes
+    from ..methods.maps import as_pixels
+
+    def picture(pixels):
+        from PIL import Image
+
+        return Image.fromarray(as_pixels("scene", pixels)[0].round().byte().permute(1, 2, 0).numpy())
+
+    scene = scenes.draw_scene()
+    return [picture(scene.composite)], pasted or {"original": picture(scene.background)}
+
+
+def _open(option: str, path: Path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise Missing(f"{option}: no file {path}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise Missing(f"{option}: {path} is no picture ({error})") from None
+
+
+def _method(options, composite, pasted: dict) -> GRAG | LooseRoPE:
+    layers = {} if options.layers is None else {"layers": options.layers}
+    if options.method == "grag":
+        given = {name: getattr(options, name) for name in ("bias", "delta") if getattr(options, name) is not None}
+        return GRAG(**{name: v[0] if len(v) == 1 else tuple(v) for name, v in given.items()}, **layers)
+    dials = {name: getattr(options, name) for name in ("boost", "levels", "saliency")}
+    return LooseRoPE.from_images(composite, **pasted, **{n: v for n, v in dials.items() if v is not None}, **layers)
+
+
+def _settings(options, settings: Settings) -> Settings:
+    given = {name: getattr(options, name) for name in ("steps", "guidance", "negative_prompt")}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def _dials(method: GRAG | LooseRoPE) -> dict:
+    if isinstance(method, GRAG):
+        return {"bias": method.bias, "delta": method.delta}
+    return {"boost": method.boost, "levels": method.levels}
+
+
+def _save(picture, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.save(path)
+    except ValueError as error:
+        raise ValueError(f"--out: {error}") from None
+
+
+def _layers(text: str) -> range:
+    first, _, last = text.partition("-")
+    try:
+        found = range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = range(0)
+    if len(found) == 0:
+        raise argparse.ArgumentTypeError(f"expected FIRST-LAST, received {text!r}")
+    return found
+
+
+def _levels(text: str) -> int | str:
+    if text == "continuous":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected a number or "continuous", received {text!r}') from None
+
+
+@contextlib.contextmanager
+def _few_threads(few: bool):
+    """Tensors as small as the tiny model's lose more to waiting threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if few else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

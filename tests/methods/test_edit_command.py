@@ -1,0 +1,294 @@
+"""``fastrope edit`` from end to end on the tiny pipeline, and what it would call the real ones with."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastrope as fr
+from fastrope.cli import main
+from fastrope.commands import editors
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def edit(*words: str) -> int:
+    return main(["edit", "--model", "tiny", "--steps", "4", *words])
+
+
+def pixels(name: str) -> np.ndarray:
+    return np.asarray(Image.open(name)).astype(int)
+
+
+def record(name: str = "edit.json") -> dict:
+    with open(name) as file:
+        return json.load(file)
+
+
+def photo(name: str, size: tuple[int, int] = (40, 40), seed: int = 0) -> str:
+    noise = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(name)
+    return name
+
+
+def mask(name: str, size: tuple[int, int] = (40, 40)) -> str:
+    inside = np.zeros(size[::-1], dtype=np.uint8)
+    inside[10:30, 10:20] = 255
+    Image.fromarray(inside).save(name)
+    return name
+
+
+def test_the_picture_is_that_of_the_library(capsys):
+    assert edit("--method", "grag", "--delta", "1.4", "--prompt", "at dusk", "--image", photo("photo.png")) == 0
+    assert capsys.readouterr().out.split() == ["edit.png", "edit.json"]
+    pipe = editors.load("tiny", torch.device("cpu"), torch.float32, False)
+    settings = editors.Settings(4, 2.5)
+    call = editors.arguments(pipe, "tiny", settings, [Image.open("photo.png")], "at dusk", seed=0)
+    with fr.apply(pipe, fr.GRAG(1.0, 1.4)):
+        expected = pipe(**call).images[0]
+    # the command runs on one thread, which rounds otherwise
+    assert np.abs(pixels("edit.png") - np.asarray(expected).astype(int)).max() <= 1
+    assert pixels("edit.png").shape == (32, 32, 3)
+
+
+def test_looserope_with_files(capsys):
+    words = ["--image", photo("photo.png"), "--mask", mask("mask.png"), "--boost", "0.4", "--layers", "0-1"]
+    assert edit("--method", "looserope", *words, "--plain", "--out", "made/loose.png") == 0
+    assert capsys.readouterr().out.split() == ["made/loose.png", "made/loose-plain.png", "made/loose.json"]
+    assert (pixels("made/loose.png") != pixels("made/loose-plain.png")).any()
+    kept = record("made/loose.json")
+    assert kept["dials"] == {"boost": 0.4, "levels": 5}
+    assert (kept["method"], kept["model"], kept["steps"], kept["guidance"]) == ("looserope", "tiny", 4, 2.5)
+
+
+def test_an_original_says_where_the_paste_is_as_a_mask_does():
+    photo("original.png")
+    composite = pixels("original.png").astype(np.uint8)
+    composite[10:30, 10:20] = 255 - composite[10:30, 10:20]
+    composite[10:30, 10:20, 0] = np.where(pixels("original.png")[10:30, 10:20, 0] < 128, 250, 0)
+    Image.fromarray(composite).save("photo.png")
+    words = "--method", "looserope", "--image", "photo.png"
+    assert edit(*words, "--mask", mask("mask.png"), "--out", "a.png") == 0
+    assert edit(*words, "--original", "original.png", "--out", "b.png") == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
+def test_seeds_and_neutral_dials():
+    """Neutral GRAG equals the run without it; the same seed repeats; another differs."""
+    words = "--method", "grag", "--prompt", "x"
+    assert edit(*words, "--delta", "1", "--plain", "--seed", "3") == 0
+    assert np.array_equal(pixels("edit.png"), pixels("edit-plain.png"))
+    assert edit(*words, "--delta", "1", "--seed", "3", "--out", "again.png") == 0
+    assert np.array_equal(pixels("edit.png"), pixels("again.png"))
+    assert edit(*words, "--delta", "1", "--seed", "4", "--out", "other.png") == 0
+    assert (pixels("edit.png") != pixels("other.png")).any()
+
+
+def test_steered_by_the_built_in_judge(capsys):
+    assert edit("--method", "looserope", "--judge", "region", "--max-tries", "1") == 0
+    tries = record()["tries"]
+    assert 1 <= len(tries) <= 2
+    assert tries[0]["boost"] == 0.83
+    assert set(tries[0]["verdict"]) == {"class", "reasoning", "readable", "measures"}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("boost 0.830: ")]
+    assert len(said) == 1
+    assert tries[0]["verdict"]["class"] in said[0]
+
+
+def test_progress_is_shown(capsys):
+    assert edit("--method", "looserope") == 0
+    assert "looserope: 100%" in capsys.readouterr().err
+
+
+# ---- what does not work, and says so --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--method", "grag", "--image", "none.png"], "fastrope edit: --image: no file none.png"),
+    (["--method", "looserope", "--image", "photo.png"], "fastrope edit: looserope wants --mask or --original"),
+    (["--method", "looserope", "--image", "photo.png", "--mask", "small.png"], "fastrope edit: mask: expected the si"),
+    (["--method", "looserope", "--image", "text.png", "--mask", "mask.png"], "fastrope edit: --image: text.png is no"),
+    (["--method", "looserope", "--image", "photo.png", "--original", "photo.png"], "fastrope edit: original: expected"),
+    (["--method", "grag", "--image", "photo.png", "--image", "photo.png"], "fastrope edit: --image: expected one"),
+    (["--method", "grag", "--delta", "1", "2"], "fastrope edit: GRAG.delta: expected 1 values, one per reference"),
+    (["--method", "looserope", "--levels", "1"], "fastrope edit: LooseRoPE.levels: expected an integer of at least 2"),
+    (["--method", "looserope", "--out", "picture.what"], "fastrope edit: --out: unknown file extension"),
+])  # fmt: skip
+def test_problems_are_named_in_one_line(words, message, capsys):
+    photo("photo.png")
+    mask("mask.png")
+    mask("small.png", (10, 10))
+    with open("text.png", "w") as file:
+        file.write("text")
+    assert edit(*words) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastrope edit: ")]
+    assert len(said) == 1
+    assert said[0].startswith(message)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--method", "grag", "--model", "tiny", "--boost", "1"], "--boost belongs to --method looserope"),
+    (["--method", "looserope", "--model", "tiny", "--delta", "1"], "--delta belongs to --method grag"),
+    (["--method", "grag", "--model", "tiny", "--max-tries", "1"], "--max-tries belongs to --method looserope"),
+    (["--method", "grag", "--model", "x/y"], "--image is needed"),
+    (["--method", "grag", "--model", "x/y", "--image", "a.png"], "grag wants a --prompt"),
+    (["--method", "looserope", "--model", "x/y", "--image", "a.png"], "looserope wants --mask or --original"),
+    (["--method", "looserope", "--model", "tiny", "--layers", "5-2"], "expected FIRST-LAST, received '5-2'"),
+    (["--method", "looserope", "--model", "tiny", "--levels", "few"], 'expected a number or "continuous"'),
+])  # fmt: skip
+def test_usage(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["edit", *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_absent_weights(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert (
+        main(["edit", "--method", "grag", "--model", "nobody/nothing", "--image", photo("a.png"), "--prompt", "x"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "fastrope edit: cannot load nobody/nothing: " in said
+    assert "hf download nobody/nothing" in said
+
+
+def test_absent_judge(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert edit("--method", "looserope", "--judge", "nobody/nothing") == 2
+    assert "fastrope edit: --judge: cannot load nobody/nothing: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["diffusers", "PIL"])
+def test_absent_packages(capsys, monkeypatch, package):
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert edit("--method", "looserope") == 2
+    said = capsys.readouterr().err
+    assert f'fastrope edit: needs the module {package}; pip install "fastrope[demo]"' in said
+
+
+# ---- real pipelines -------------------------------------------------------------------------------------------------
+
+
+def arguments_for(pipeline: str, method: str, *sizes: tuple[int, int], **given) -> dict:
+    pipe = type(pipeline, (), {})()
+    settings = editors.settings_for(method, pipe)
+    images = [Image.new("RGB", size) for size in sizes]
+    call = editors.arguments(pipe, "some/model", settings, images, "words", 5)
+    assert call.pop("generator").initial_seed() == 5
+    assert call.pop("prompt") == "words"
+    image = call.pop("image")
+    assert image == (images if len(images) > 1 else images[0])
+    return call
+
+
+@pytest.mark.parametrize("method", ["looserope", "grag"])
+def test_kontext_keeps_the_proportions(method):
+    assert arguments_for("FluxKontextPipeline", method, (1200, 800)) == {
+        "num_inference_steps": 28, "guidance_scale": 2.5, "width": 1200, "height": 800,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "steps"), [("grag", 24), ("looserope", 28)])
+def test_qwen_guides_in_two_passes(method, steps):
+    assert arguments_for("QwenImageEditPlusPipeline", method, (64, 64), (32, 32)) == {
+        "num_inference_steps": steps, "true_cfg_scale": 4.0, "negative_prompt": " ",
+    }  # fmt: skip
+
+
+def test_other_pipelines_keep_their_guidance():
+    assert arguments_for("Flux2Pipeline", "grag", (64, 64)) == {"num_inference_steps": 28}
+
+
+def test_names_of_arguments_are_those_of_the_pipelines():
+    import inspect
+
+    import diffusers
+
+    for name in ("FluxKontextPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+        known = set(inspect.signature(getattr(diffusers, name).__call__).parameters)
+        assert set(arguments_for(name, "grag", (64, 64))) <= known
+
+
+def word_tokenizer(length: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[PAD]": 0, "[UNK]": 1, "[END]": 2, "make": 3, "every": 4, "night": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=length
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole Kontext pipeline with random weights on disk: text encoders, tokenizers, a VAE that encodes."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    )  # fmt: skip
+    with torch.no_grad():  # as they are initialised, weights draw nothing that attention could change
+        for weight in transformer.parameters():
+            weight.normal_(std=0.3)
+    vae = AutoencoderKL(
+        block_out_channels=(4,), layers_per_block=1, latent_channels=1, norm_num_groups=1, use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=2, projection_dim=32,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=8, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    pipe = FluxKontextPipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(clip), word_tokenizer(77), T5EncoderModel(t5),
+        word_tokenizer(512), transformer,
+    )  # fmt: skip
+    where = tmp_path_factory.mktemp("models") / "kontext"
+    pipe.save_pretrained(where)
+    return str(where)
+
+
+def test_a_folder_with_weights_is_loaded(folder):
+    pipe = editors.load(folder, torch.device("cpu"), torch.bfloat16, False)
+    assert type(pipe).__name__ == "FluxKontextPipeline"
+    assert pipe.transformer.dtype == torch.bfloat16
+
+
+def test_a_folder_without_is_named(tmp_path):
+    with pytest.raises(editors.Missing, match=r"^cannot load .*: .*model_index.json"):
+        editors.load(str(tmp_path), torch.device("cpu"), torch.float32, False)
+
+
+def test_a_whole_pipeline_from_disk(folder, monkeypatch):
+    """Prompt and picture go through encoders and VAE, and the judge sees what the VAE decodes."""
+    from fastrope.commands import edit as command
+
+    small = {"max_area": 1600, "_auto_resize": False}  # else a picture of a megapixel
+    monkeypatch.setattr(command, "arguments", lambda *words: {**editors.arguments(*words), **small})
+    words = "edit", "--model", folder, "--image", photo("photo.png"), "--steps", "3", "--plain"
+    assert main([*words, "--method", "looserope", "--mask", mask("mask.png"), "--judge", "region"]) == 0
+    assert record()["tries"][0]["verdict"]["readable"]
+    assert pixels("edit.png").shape == (40, 40, 3)
+    assert main([*words, "--method", "grag", "--delta", "1.7", "--prompt", "make every night", "--out", "b.png"]) == 0
+    for name in ("edit", "b"):
+        assert (pixels(f"{name}.png") != pixels(f"{name}-plain.png")).any()
+    assert (pixels("edit-plain.png") != pixels("b-plain.png")).any()  # the prompt is read
