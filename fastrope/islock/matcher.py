@@ -149,8 +149,8 @@ class Matcher:
     def _position(self, position: int | Tensor, batch: int) -> Tensor:
         if not isinstance(position, torch.Tensor):
             last = self.num_tokens - 1
-            inside = whole(position) and 0 <= position <= last
-            require(inside, "position", f"an integer from 0 to {last} or a tensor", repr(position))
+            if not (whole(position) and 0 <= position <= last):  # compilers cannot print what they count with
+                require(False, "position", f"an integer from 0 to {last} or a tensor", repr(position))
             return self.positions[position : position + 1].expand(batch)
         device = self.codebook.device
         require(position.dtype in INTEGERS, "position", "int32 or int64", position.dtype)
