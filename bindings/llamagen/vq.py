@@ -223,9 +223,8 @@ class VQTokenizer(nn.Module):
         ok = pixels.shape[1] == 3 and height % factor == 0 and width % factor == 0 and height and width
         require(ok, "pixels", f"3 channels and sides that are multiples of {factor}", tuple(pixels.shape))
         latents = self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype)))
-        latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
-        # Unit vectors: the nearest entry is the one of largest cosine.
-        return (latents @ self.codebook.T).argmax(-1)
+        # The nearest of unit entries to the normalised latent is the one of the largest product, whatever its length.
+        return (latents.float().flatten(2).transpose(1, 2) @ self.codebook.T).argmax(-1)
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:

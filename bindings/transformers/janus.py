@@ -44,7 +44,7 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
     vq = model.model.vqmodel
     pixels = pixels.to(device=vq.quant_conv.weight.device, dtype=vq.quant_conv.weight.dtype)
     latents = vq.quant_conv(vq.encoder(pixels)).float().flatten(2).transpose(1, 2)
-    codes = (F.normalize(latents, dim=-1) @ codebook(model).T).argmax(-1)
+    codes = (latents @ codebook(model).T).argmax(-1)  # of unit entries; the latent's length changes nothing
     expected = grid(model).num_tokens
     require(codes.shape[1] == expected, "pixels", f"a picture of {expected} codes", tuple(pixels.shape))
     return codes

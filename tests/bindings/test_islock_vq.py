@@ -94,6 +94,64 @@ def test_codes_are_the_nearest_entries(tokenizer):
             assert int((entries - latent).square().sum(-1).argmin()) == int(codes[row, index])
 
 
+def written_out(w, name, x):
+    """An encoder or decoder in float64, operation by operation off the state dict ``w``."""
+
+    def apply(layer, x, **options):
+        return F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], **options)
+
+    def norm(layer, x):
+        groups = x.unflatten(1, (32, -1))
+        mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
+        x = ((groups - mean) / (var + 1e-6).sqrt()).flatten(1, 2)
+        return x * w[f"{layer}.weight"][:, None, None] + w[f"{layer}.bias"][:, None, None]
+
+    def swish(x):
+        return x / (1 + (-x).exp())
+
+    def residual(layer, x):
+        h = apply(f"{layer}.conv1", swish(norm(f"{layer}.norm1", x)), padding=1)
+        h = apply(f"{layer}.conv2", swish(norm(f"{layer}.norm2", h)), padding=1)
+        return h + (apply(f"{layer}.nin_shortcut", x) if f"{layer}.nin_shortcut.weight" in w else x)
+
+    def attend(layer, x):
+        h = norm(f"{layer}.norm", x)
+        q, k, v = (apply(f"{layer}.{part}", h).flatten(2) for part in "qkv")
+        h = v @ (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1).transpose(1, 2)
+        return x + apply(f"{layer}.proj_out", h.view(x.shape))
+
+    def middle(x):
+        return residual(f"{name}.mid.2", attend(f"{name}.mid.1", residual(f"{name}.mid.0", x)))
+
+    x = apply(f"{name}.conv_in", x, padding=1)
+    x = middle(x) if name == "decoder" else x
+    for level in range(3):
+        layer = f"{name}.conv_blocks.{level}"
+        for index in range(1 if name == "encoder" else 2):
+            x = residual(f"{layer}.res.{index}", x)
+            if f"{layer}.attn.{index}.q.weight" in w:
+                x = attend(f"{layer}.attn.{index}", x)
+        if f"{layer}.downsample.conv.weight" in w:
+            rows = torch.cat([x, torch.zeros_like(x[:, :, :1])], 2)
+            x = apply(f"{layer}.downsample.conv", torch.cat([rows, torch.zeros_like(rows[..., :1])], 3), stride=2)
+        if f"{layer}.upsample.conv.weight" in w:
+            x = apply(f"{layer}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
+    x = middle(x) if name == "encoder" else x
+    return apply(f"{name}.conv_out", swish(norm(f"{name}.norm_out", x)), padding=1)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_both_halves_are_the_written_out_networks(tokenizer, name):
+    with torch.no_grad():
+        for tensor in tokenizer.parameters():  # norms that do nothing by default must do something
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    weights = {key: tensor.double() for key, tensor in tokenizer.state_dict().items()}
+    x = torch.randn(2, 3, 8, 12) if name == "encoder" else torch.randn(2, TINY.latent, 2, 3)
+    with torch.no_grad():
+        found = getattr(tokenizer, name)(x)
+    torch.testing.assert_close(found.double(), written_out(weights, name, x.double()), atol=1e-4, rtol=1e-4)
+
+
 def test_codes_decode_to_pixels_of_their_grid(tokenizer):
     codes = torch.randint(TINY.codes, (2, 6))
     pixels = tokenizer.decode(codes, (2, 3))
