@@ -58,7 +58,7 @@ class TinyHost:
 
     def attend(self, mods: list, layout: fr.TokenLayout | None = None, **arguments) -> formulas.Attention:
         """The reference's attention over a layout."""
-        positions = (layout or self.layout).positions(self.convention)
+        positions = positions_of(layout or self.layout, self.convention)
         return formulas.Attention(**{"positions": positions, "axes": self.axes, "theta": self.theta, "mods": mods}
                                   | arguments)  # fmt: skip
 
@@ -75,6 +75,16 @@ class TinyHost:
         finally:
             for (_, attn), processor in zip(found, before, strict=True):
                 attn.set_processor(processor)
+
+
+def positions_of(layout: fr.TokenLayout, convention: str) -> torch.Tensor:
+    """``(S, axes)``. LongCat counts text on the diagonal, and its pictures from frame 1 and from token 512."""
+    if convention != "longcat":
+        return layout.positions(convention)
+    positions = layout.positions("flux")
+    positions[layout.text, 1:] = torch.arange(layout.text_tokens)[:, None]
+    positions[layout.text_tokens :] += torch.tensor([1, 512, 512])
+    return positions
 
 
 def lively(model):
@@ -132,7 +142,8 @@ def ids_call(convention: str, *, pooled: bool = False, guidance: bool = False, c
     """Calls of transformers that take position ids."""
 
     def call(layout: fr.TokenLayout, batch: int = 2, dtype=torch.float64) -> dict:
-        ids = layout.positions(convention).to(dtype)
+        # LongCat's pipelines keep the ids in single precision, the others hand them over in that of the model.
+        ids = positions_of(layout, convention).to(torch.float32 if convention == "longcat" else dtype)
         arguments = {
             "hidden_states": torch.randn(batch, len(layout) - layout.text_tokens, channels, dtype=dtype),
             "encoder_hidden_states": torch.randn(batch, layout.text_tokens, WIDTH, dtype=dtype),
@@ -290,7 +301,7 @@ def qwen_call(layout: fr.TokenLayout, batch: int = 2, dtype=torch.float64) -> di
     }
 
 
-def qwen_pipeline(transformer=None, kind=diffusers.QwenImageEditPlusPipeline):
+def qwen_pipeline(kind=diffusers.QwenImageEditPlusPipeline, transformer=None):
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=4, z_dim=1, dim_mult=[1], num_res_blocks=1, temperal_downsample=[], latents_mean=[0.1],
         latents_std=[1.5],
@@ -375,6 +386,7 @@ def z_image_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
+ONE_STREAM = {"transformer_blocks": formulas.Qwen}
 WITH_TWO = fr.TokenLayout(TEXT, TARGET, REFERENCES)
 WITH_ONE = fr.TokenLayout(TEXT, TARGET, REFERENCES[:1])
 WITHOUT = fr.TokenLayout(TEXT, TARGET)
@@ -389,13 +401,17 @@ TINY_HOSTS = {
                  pipeline=kontext_pipeline, generate=kontext_generate, lengths=(TEXT, TEXT)),
         TinyHost("chroma", build_chroma, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS,
                  pipeline=chroma_pipeline, generate=chroma_generate),
-        TinyHost("longcat", build_longcat, ids_call("flux"), "flux", WITH_ONE, TWO_STREAMS),
+        TinyHost("longcat", build_longcat, ids_call("longcat"), "longcat", WITH_ONE, TWO_STREAMS),
         TinyHost("ovis", build_ovis, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS),
         TinyHost("flux2", build_flux2, ids_call("flux2", guidance=True), "flux2", WITH_TWO,
                  {"transformer_blocks": formulas.Flux, "single_transformer_blocks": formulas.Flux2Single},
                  axes=(4, 4, 4, 4), theta=2000.0, lengths=(TEXT, None),
                  pipeline=flux2_pipeline, generate=flux2_generate),
-        TinyHost("qwen", build_qwen, qwen_call, "qwen", WITH_TWO, {"transformer_blocks": formulas.Qwen},
+        TinyHost("qwen", build_qwen, qwen_call, "qwen", WITHOUT, ONE_STREAM,
+                 pipeline=lambda: qwen_pipeline(diffusers.QwenImagePipeline), generate=qwen_generate),
+        TinyHost("qwen-edit", build_qwen, qwen_call, "qwen", WITH_ONE, ONE_STREAM,
+                 pipeline=lambda: qwen_pipeline(diffusers.QwenImageEditPipeline), generate=qwen_generate),
+        TinyHost("qwen-edit-plus", build_qwen, qwen_call, "qwen", WITH_TWO, ONE_STREAM,
                  pipeline=qwen_pipeline, generate=qwen_generate),
         TinyHost("z-image", build_z_image, z_image_call, "z-image", Z_IMAGE, {"layers": formulas.ZImage},
                  theta=256.0, pipeline=z_image_pipeline, generate=z_image_generate),

@@ -23,7 +23,10 @@ from diffusers_hosts import (
 )
 from torch._dynamo.testing import CompileCounter
 
-ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
+DISTINCT = {
+    host.build: host for host in TINY_HOSTS.values()
+}  # models; the same with other references is no other graph
+ALL = pytest.mark.parametrize("host", DISTINCT.values(), ids=[host.name for host in DISTINCT.values()])
 
 
 @pytest.fixture(autouse=True)

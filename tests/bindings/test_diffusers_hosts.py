@@ -136,7 +136,7 @@ def masked_call(host) -> tuple[dict, torch.Tensor]:
     return call | {"encoder_hidden_states_mask": mask[:, :TEXT].float()}, mask
 
 
-@pytest.mark.parametrize("name", ["qwen", "chroma"])
+@pytest.mark.parametrize("name", ["qwen", "qwen-edit-plus", "chroma"])
 @BOTH
 def test_text_masks_hide_keys(name, kind):
     """The mean of a group runs over the tokens that are there, in every row by itself."""
@@ -149,12 +149,13 @@ def test_text_masks_hide_keys(name, kind):
     with fr.apply(model, mods):
         out = run(model, call)
     assert_same(out, expected, 1e-10)
-    assert_differ(out, run(model, call | {"encoder_hidden_states_mask" if name == "qwen" else "attention_mask": None}))
+    unmasked = {key: None if key.endswith("mask") else value for key, value in call.items()}
+    assert_differ(out, run(model, unmasked))
 
 
 def test_masks_change_between_calls():
     """The same tokens under another mask are another plan."""
-    host = TINY_HOSTS["qwen"]
+    host = TINY_HOSTS["qwen-edit-plus"]
     model = host.build().double()
     call, mask = masked_call(host)
     mods = [*grag_like(host.layout), fr.BiasDelta(1.3, 1.4, keys=host.layout.text)]
@@ -277,3 +278,44 @@ def test_a_method_for_some_steps_of_a_pipeline(host):
     branches = 2 if lengths[1] and host.name != "z-image" else 1  # Z-Image puts both into one batch
     assert asked == [step for step in range(4) for _ in range(layers * branches)]
     assert_differ(late, host.generate(pipe, steps=4, lengths=lengths))
+
+
+def test_padded_prompts_in_a_pipeline():
+    """Qwen-Image: rows of one batch with prompts of different length, in both branches of guidance."""
+    host = TINY_HOSTS["qwen"]
+    pipe, attends = host.pipeline(), []
+    for length in host.lengths:
+        layout = relaid(host.layout, length)
+        mask = torch.ones(2, len(layout), dtype=torch.bool)
+        mask[1, length - 2 : length] = False
+        mods = [fr.BiasDelta(0.7, 1.6, keys=layout.text), *loose_like(layout)]
+        attends.append(host.attend(mods, layout, key_mask=mask))
+    arguments = dict(lengths=host.lengths, masked=(True, True))
+    with host.by_formulas(pipe.transformer, ByLength(*attends)):
+        expected = host.generate(pipe, **arguments)
+    method = types.SimpleNamespace(
+        modulations=lambda site: [fr.BiasDelta(0.7, 1.6, keys=site.tokens.text), *loose_like(site.tokens)]
+    )
+    with fr.apply(pipe, method):
+        assert_same(host.generate(pipe, **arguments), expected, 1e-4)
+
+
+# ---- what a host costs -----------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_tensors_are_read_at_most_once_a_call(host, monkeypatch):
+    """Ids and masks that came before are not read at all; fresh ones together, however many layers there are."""
+    from fastrope.bindings.diffusers import fingerprints
+
+    reads, real = [], fingerprints._digests
+    monkeypatch.setattr(fingerprints, "_digests", lambda tensors: reads.append(len(tensors)) or real(tensors))
+    model, call = host.build().double(), host.call(host.layout)
+    given = grag_like(host.layout)
+    with fr.apply(model, types.SimpleNamespace(modulations=lambda site: given)):
+        run(model, call)
+        run(model, call)
+        assert len(reads) <= 1
+        reads.clear()
+        run(model, {name: value.clone() if name.endswith("ids") else value for name, value in call.items()})
+        assert reads == ([2] if "img_ids" in call else [])

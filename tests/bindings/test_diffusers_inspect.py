@@ -20,6 +20,7 @@ from diffusers_hosts import (
     kontext_generate,
     kontext_pipeline,
     loose_like,
+    positions_of,
     run,
 )
 
@@ -31,7 +32,7 @@ def by_hand(host, weights: torch.Tensor, queries) -> tuple[dict, dict]:
     layout = host.layout
     spans = {"text": layout.text, "target": layout.target}
     spans |= {f"reference {n}": layout.reference(n) for n in range(len(layout.reference_grids))}
-    places = layout.positions(host.convention)[:, 1:3].double()
+    places = positions_of(layout, host.convention)[:, 1:3].double()
     apart = (places[queries, None] - places[None]).square().sum(-1)  # (queries, S)
     mass, distance = {}, {}
     for name, span in spans.items():
@@ -115,7 +116,7 @@ def test_compiled_layers_are_looked_at():
 
 
 def test_masked_text_gets_nothing():
-    host = TINY_HOSTS["qwen"]
+    host = TINY_HOSTS["qwen-edit-plus"]
     model, call = host.build().double(), host.call(host.layout)
     mask = torch.zeros(2, TEXT)
     mask[:, 0] = 1
@@ -217,7 +218,7 @@ def test_methods_are_replaced_in_the_middle_of_a_run():
 
 
 def test_raw_modulations_and_methods_together():
-    host = TINY_HOSTS["qwen"]
+    host = TINY_HOSTS["qwen-edit-plus"]
     model, call = host.build().double(), host.call(host.layout)
     mods = [fr.BiasDelta(1.0, 1.3 if n else 1.1, keys=host.layout.reference(n)) for n in range(2)]
     with host.by_formulas(model, host.attend(mods + loose_like(host.layout))):
