@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral
 
+from ..activity import Indices
 from ..checks import require
 from ..modulations import BiasDelta
 from ..tokens import Site, TokenLayout
-from .schedules import Schedule, Steps, check_range, check_schedule, is_active, value_at
+from .schedules import Activity, Schedule, Steps, check_schedule, value_at
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class GRAG:
             kept, below 1 more is edited. Useful from 0.8 to 1.7; 1 is neutral. Alone it is the smoothest dial.
         text_bias, text_delta: the same for the text tokens, one group; neutral as published.
         references: the reference pictures that are groups, by index; None means all.
-        layers: indices of the attention layers that are touched; None means all.
-        steps: step indices, or two floats ``(start, stop)`` as fractions of the run; None means all.
+        layers: indices of the attention layers that are touched, as in :class:`fastrope.At`; None means all.
+        steps: step indices likewise, or two floats ``(start, stop)``, fractions of the run; None means all.
 
     ``bias`` and ``delta`` are numbers, schedules (:mod:`fastrope.methods.schedules`), or a list with one of these per
     reference. ``GRAG(1, 1)`` modulates nothing, to the same bits.
@@ -44,8 +45,9 @@ class GRAG:
     text_bias: Schedule = 1.0
     text_delta: Schedule = 1.0
     references: Sequence[int] | None = None
-    layers: Collection[int] | None = None
+    layers: Indices | None = None
     steps: Steps = None
+    _active: Activity = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for name in ("bias", "delta"):
@@ -66,13 +68,11 @@ class GRAG:
             require(ok and len(set(chosen)) == len(chosen), "GRAG.references", "distinct indices from 0, or None",
                     repr(chosen))  # fmt: skip
             object.__setattr__(self, "references", tuple(chosen))
-        layers, steps = check_range(self.layers, self.steps)
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "_active", Activity(self.layers, self.steps))
 
     def modulations(self, site: Site) -> list[BiasDelta]:
         """One :class:`fastrope.BiasDelta` per group that is not neutral here; the same objects for equal values."""
-        if not is_active(self.layers, self.steps, site):
+        if site not in self._active:
             return []
         count = len(site.tokens.reference_grids)
         require(count > 0, "GRAG", "a sequence with at least one reference picture", repr(site.tokens))

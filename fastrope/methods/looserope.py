@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
@@ -10,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..activity import Indices
 from ..checks import require
 from ..modulations import LogitGain, Modulation, QueryScale
 from ..tokens import Site, TokenLayout
 from .maps import as_map, as_pixels, blur, crop_mask, dilate, level_outside, normalise, resize, resize_mask
 from .saliency import Source, energy_of
-from .schedules import Steps, check_range, first_step_at, is_active, require_number
+from .schedules import Activity, Steps, first_step_at, require_number
 
 STEPS = 28  # of the published run; its cut-offs after steps 10, 18 and 22 are fractions of it
 KEPT = 32  # sets of modulations remembered: text lengths of a run times phases
@@ -62,8 +62,9 @@ class LooseRoPE:
         crop_curve: ``(low, high, slope)`` of the crop factor; None leaves logits alone.
         range_growth, crop_decay: how the factors fade from phase to phase; 1 keeps them.
         cutoffs: where a phase ends, as fractions of the run, ascending; by default after step 10 and 18 of 28.
-        steps: where the method acts: step indices, or ``(start, stop)`` as fractions; by default steps 0 to 22 of 28.
-        layers: indices of the attention layers that are touched; None means all.
+        steps: where the method acts: step indices as in :class:`fastrope.At`, or two floats ``(start, stop)``,
+            fractions of the run; by default steps 0 to 22 of 28.
+        layers: indices of the attention layers that are touched, as in :class:`fastrope.At`; None means all.
         reference: index of the reference picture that holds the paste. Its grid may differ from the target's: the mask
             is put on both.
         dilation: times the mask is grown on the token grid by a 4-connected cross.
@@ -87,10 +88,11 @@ class LooseRoPE:
     crop_decay: float = 0.7
     cutoffs: tuple[float, ...] = (11 / STEPS, 19 / STEPS)
     steps: Steps = (0.0, 23 / STEPS)
-    layers: Collection[int] | None = None
+    layers: Indices | None = None
     reference: int = 0
     dilation: int = 2
     smooth: bool = False
+    _active: Activity = field(init=False, repr=False)
     _known: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -111,12 +113,12 @@ class LooseRoPE:
         ok = isinstance(cutoffs, (tuple, list)) and all(isinstance(c, float) and 0 < c <= 1 for c in cutoffs)
         ascending = ok and all(a < b for a, b in pairwise(cutoffs))
         require(ascending, "LooseRoPE.cutoffs", "ascending fractions of the run in (0, 1]", repr(cutoffs))
-        layers, steps = check_range(self.layers, self.steps)
+        crop = self.crop_curve
         values = {
-            "saliency": saliency, "mask": mask, "levels": levels, "cutoffs": tuple(cutoffs), "layers": layers,
-            "steps": steps, "range_curve": _curve("LooseRoPE.range_curve", self.range_curve),
-            "crop_curve": self.crop_curve if self.crop_curve is None else _curve("LooseRoPE.crop_curve",
-                                                                                 self.crop_curve),
+            "saliency": saliency, "mask": mask, "levels": levels, "cutoffs": tuple(cutoffs),
+            "range_curve": _curve("LooseRoPE.range_curve", self.range_curve),
+            "crop_curve": crop if crop is None else _curve("LooseRoPE.crop_curve", crop),
+            "_active": Activity(self.layers, self.steps),
         }  # fmt: skip
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -189,7 +191,7 @@ class LooseRoPE:
 
     def modulations(self, site: Site) -> list[Modulation]:
         """What is not neutral here, a QueryScale and a LogitGain per distinct mask; the same objects within a phase."""
-        if not is_active(self.layers, self.steps, site):
+        if site not in self._active:
             return []
         tokens, count = site.tokens, len(site.tokens.reference_grids)
         require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)

@@ -6,15 +6,16 @@ Wherever a method takes a ``Schedule`` it takes a number, one of the three forms
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 
+from ..activity import Indices, Where
 from ..checks import require
 from ..tokens import Site
 
 Schedule = Real | Callable[[Site], float]
-Steps = Collection[int] | tuple[float, float] | None
+Steps = Indices | tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -100,40 +101,37 @@ def value_at(name: str, schedule: Schedule, site: Site) -> float:
     return float(value)
 
 
-def check_range(layers: Collection[int] | None, steps: Steps) -> tuple[Collection[int] | None, Steps]:
-    """Check the layers and steps a method acts in; both come back hashable.
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """Where in a run a method acts: ``site in activity``.
 
     Args:
-        layers: layer indices in order of execution (a ``range``, say); None means all.
-        steps: step indices, or two floats ``(start, stop)`` as fractions of the run: a step belongs where its middle
-            falls, so any number of steps is cut in proportion. None means all.
+        layers: indices of attention calls in order of execution, as in :class:`fastrope.At`; None means all.
+        steps: indices likewise, or two floats ``(start, stop)``, fractions of the run: a step belongs where its middle
+            falls, so that any number of steps is cut in proportion. None means all.
 
     Raises:
         ValueError: naming the argument.
     """
-    if layers is not None:
-        layers = _indices("layers", layers)
-    if is_fraction(steps):
-        start, stop = steps
-        require(0 <= start < stop <= 1, "steps", "fractions 0 <= start < stop <= 1", steps)
-    elif steps is not None:
-        steps = _indices("steps", steps)
-    return layers, steps
 
+    layers: Indices | None = None
+    steps: Steps = None
 
-def is_active(layers: Collection[int] | None, steps: Steps, site: Site) -> bool:
-    """Whether a site lies in the layers and steps that :func:`check_range` let pass."""
-    if layers is not None and site.layer not in layers:
-        return False
-    if is_fraction(steps):
-        start, stop = steps
+    def __post_init__(self):
+        steps, fractions = self.steps, None
+        if isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(x, float) for x in steps):
+            steps, fractions = None, steps
+            require(0 <= fractions[0] < fractions[1] <= 1, "steps", "fractions 0 <= start < stop <= 1", fractions)
+        object.__setattr__(self, "_where", Where(self.layers, steps))
+        object.__setattr__(self, "_fractions", fractions)
+
+    def __contains__(self, site: Site) -> bool:
+        if site not in self._where:
+            return False
+        if self._fractions is None:
+            return True
+        start, stop = self._fractions
         return first_step_at(start, site.num_steps) <= site.step < first_step_at(stop, site.num_steps)
-    return steps is None or site.step in steps
-
-
-def is_fraction(steps: Steps) -> bool:
-    """Whether ``steps`` are two fractions of the run."""
-    return isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(x, float) for x in steps)
 
 
 def first_step_at(fraction: float, num_steps: int) -> int:
@@ -153,13 +151,3 @@ def _numbers(name: str, values: object) -> tuple[float, ...]:
     for i, value in enumerate(values):
         require_number(f"{name}[{i}]", value)
     return tuple(float(v) for v in values)
-
-
-def _indices(name: str, values: object) -> range | frozenset[int]:
-    if isinstance(values, range):
-        return values
-    ok = isinstance(values, Collection) and not isinstance(values, (str, dict))
-    ok = ok and all(isinstance(v, Integral) and not isinstance(v, bool) and v >= 0 for v in values)
-    require(ok, name, "a range or collection of indices from 0"
-            + (", or two floats as fractions of the run" if name == "steps" else ""), repr(values))  # fmt: skip
-    return frozenset(int(v) for v in values)

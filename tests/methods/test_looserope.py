@@ -245,7 +245,7 @@ def test_replace_forgets_what_was_known():
     (dict(crop_curve=(0, 1, "k")), "LooseRoPE.crop_curve.slope"), (dict(crop_decay=-1), "LooseRoPE.crop_decay"),
     (dict(range_growth=None), "LooseRoPE.range_growth"), (dict(cutoffs=(0.6, 0.3)), "LooseRoPE.cutoffs"),
     (dict(cutoffs=(10, 18)), "LooseRoPE.cutoffs"), (dict(reference=-1), "LooseRoPE.reference"),
-    (dict(dilation=1.0), "LooseRoPE.dilation"), (dict(steps=(0.5, 0.1)), "steps"), (dict(layers=3), "layers"),
+    (dict(dilation=1.0), "LooseRoPE.dilation"), (dict(steps=(0.5, 0.1)), "steps"), (dict(layers="all"), "layers"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(kwargs, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, received "):

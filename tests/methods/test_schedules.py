@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import fastrope as fr
 from fastrope.methods import Linear, PerLayer, PerStep
-from fastrope.methods.schedules import check_range, first_step_at, is_active, value_at
+from fastrope.methods.schedules import Activity, first_step_at, value_at
 
 TOKENS = fr.TokenLayout(2, (2, 2), [(2, 2)])
 
@@ -54,29 +54,32 @@ def test_fractions_cut_a_run_in_order_and_in_proportion(num_steps, a, b):
 @given(st.integers(1, 60), st.floats(0.01, 0.99))
 def test_neighbouring_ranges_share_no_step(num_steps, cut):
     for step in range(num_steps):
-        parts = [
-            is_active(*check_range(None, part), site(step, num_steps=num_steps)) for part in ((0.0, cut), (cut, 1.0))
-        ]
-        assert sum(parts) == 1
+        at = site(step, num_steps=num_steps)
+        assert sum(at in Activity(steps=part) for part in ((0.0, cut), (cut, 1.0))) == 1
 
 
 def test_ranges():
-    layers, steps = check_range([1, 3], range(2, 4))
-    active = {(s, n) for s in range(5) for n in range(5) if is_active(layers, steps, site(s, n))}
+    """As in ``fastrope.At``: sets, ranges, slices, from the end."""
+    activity = Activity([1, 3], range(2, 4))
+    active = {(s, n) for s in range(5) for n in range(5) if site(s, n) in activity}
     assert active == {(2, 1), (2, 3), (3, 1), (3, 3)}
-    assert is_active(None, None, site())
+    assert site() in Activity()
+    assert [n for n in range(57) if site(layer=n) in Activity(layers=slice(54, None))] == [54, 55, 56]
+    assert [s for s in range(5) if site(s) in Activity(steps=-1)] == [4]
+    assert [s for s in range(5) if site(s) in Activity(layers=range(2), steps=(0.0, 0.5))] == [0, 1]
+    assert site(layer=2) not in Activity(layers=range(2), steps=(0.0, 0.5))
 
 
 BAD_RANGES = {
-    "layers": [3, "all", [1.5], [-1], [True], {1: 2}],
-    "steps": [3, "half", (0.5, 0.2), (0.0, 1.5), [0.5, 0.75], [-1]],
+    "layers": ["all", [1.5], [True], (0.0, 0.5)],
+    "steps": ["half", (0.5, 0.2), (0.0, 1.5), [0.5, 0.75], 0.5],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in BAD_RANGES.items() for v in values])
 def test_bad_ranges_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, received "):
-        check_range(**{"layers": None, "steps": None, name: value})
+        Activity(**{name: value})
 
 
 @pytest.mark.parametrize("make", [
