@@ -30,7 +30,7 @@ class CallState:
     Args:
         host, model: the transformer and its row of the table.
         methods: modulations and methods, flat.
-        slots: one per attention layer, in order of execution.
+        slots: one per attention layer, in order of execution; ``installed`` has their modules and processors.
         kinds: the kind of each layer's block.
         pipe: the pipeline the handle was made for, if any; it knows the step.
     """
@@ -50,6 +50,7 @@ class CallState:
         self.axes_dim = host.axes_dim(model)
         self.told: tuple[int, int] | None = None
         self.inspector: Inspector | None = None
+        self.installed: tuple[tuple[torch.nn.Module, object], ...] = ()
         self._kinds = tuple(kinds)
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
@@ -61,14 +62,20 @@ class CallState:
         """Forward pre-hook of the transformer."""
         for slot in self.slots:
             slot.filled, slot.work, slot.probe = False, None, None
+        for attn, processor in self.installed:
+            if attn.processor is not processor:  # by an IP-Adapter, say; the layer would go without its modulations
+                raise NotImplementedError(
+                    f"attention processors: expected those that fastrope.apply installed, received "
+                    f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
+                )
         if self.methods or self.inspector is not None:
             self._fill(module, self._signature.bind_partial(module, *args, **kwargs).arguments)
         for slot in self.slots:
             slot.filled = True
 
     def _fill(self, module, call: Call) -> None:
-        device = device_of(call.get(self.host.hidden))
         identified = self.host.identify(module, call)
+        device = device_of(call.get(self.host.hidden))
         key = self._fingerprints.key((*identified, self.host.theta(module)))
         sequence, rope = self._sequence(module, key, identified, device)
         sites = self._sites(call, sequence)
@@ -179,6 +186,8 @@ def ask(methods: Sequence, site: fr.Site) -> list[Modulation]:
             continue
         answer = method.modulations(site)
         if not (isinstance(answer, (list, tuple)) and all(isinstance(m, MODULATIONS) for m in answer)):
-            raise ValueError(f"{type(method).__name__}.modulations: expected a list of modulations, received {answer!r}")
+            raise ValueError(
+                f"{type(method).__name__}.modulations: expected a list of modulations, received {answer!r}"
+            )
         found.extend(answer)
     return found

@@ -24,9 +24,8 @@ ROTATIONS = ("op", "host")
 class Handle:
     """Methods bound to a transformer. A context manager: leaving the block removes them."""
 
-    def __init__(self, state: CallState, installed: Sequence[tuple[torch.nn.Module, BoundProcessor]], hook):
+    def __init__(self, state: CallState, hook):
         self._state = state
-        self._installed = list(installed)
         self._hook = hook
 
     @property
@@ -108,7 +107,7 @@ class Handle:
         self._hook = None
         self._state.inspector = None
         replaced = 0
-        for attn, processor in self._installed:
+        for attn, processor in self._state.installed:
             if attn.processor is processor:
                 attn.set_processor(processor.original)
             else:
@@ -120,7 +119,7 @@ class Handle:
             )
         for slot in self._state.slots:
             slot.close()
-        self._installed = []
+        self._state.installed = ()
 
     def __enter__(self) -> Handle:
         return self
@@ -131,7 +130,7 @@ class Handle:
 
     def __repr__(self) -> str:
         names = ", ".join(type(m).__name__ for m in self._state.methods)
-        what = f"{len(self._installed)} layers" if self.bound else "removed"
+        what = f"{len(self._state.slots)} layers" if self.bound else "removed"
         return f"<fastrope.Handle on {self._state.host.transformer}: {what}, [{names}]>"
 
 
@@ -162,7 +161,8 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op")
         processor = host.processors[type(attn.processor).__name__](attn.processor, slot)
         attn.set_processor(processor)
         installed.append((attn, processor))
-    return Handle(state, installed, hook)
+    state.installed = tuple(installed)
+    return Handle(state, hook)
 
 
 def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn.Module]]:

@@ -114,6 +114,8 @@ def test_processors_replaced_meanwhile_are_left_alone(transformer):
     handle = fr.apply(transformer)
     mine = HOST.processors["transformer_blocks"](None)
     attentions(transformer)[1].set_processor(mine)
+    with pytest.raises(NotImplementedError, match=r"^attention processors: expected those that .*, received Flux;"):
+        run(transformer, build_call())
     with pytest.warns(UserWarning, match=r"^1 attention processors were replaced"):
         handle.remove()
     assert attentions(transformer)[1].processor is mine
@@ -228,3 +230,59 @@ def test_attention_masks_are_refused_where_a_modulation_is_active(transformer):
         run(transformer, call)
     with fr.apply(transformer, modulations()), pytest.raises(NotImplementedError, match=r"^attention_mask: "):
         run(transformer, call)
+
+
+@pytest.mark.parametrize("kind", ["Flux2KVAttnProcessor", "Flux2KVParallelSelfAttnProcessor"])
+def test_key_caches_of_flux2_are_refused(kind):
+    """They attend to other keys than the sequence's."""
+    from diffusers.models.transformers import transformer_flux2
+
+    host = TINY_HOSTS["flux2"]
+    model = host.build()
+    layer = next(attn for blocks, attn in host.attentions(model) if ("single" in blocks) == ("Parallel" in kind))
+    layer.set_processor(getattr(transformer_flux2, kind)())
+    with pytest.raises(NotImplementedError, match=rf"^custom attention processors: .*, received {kind}$"):
+        fr.apply(model)
+
+
+def test_layered_qwen_is_refused_where_something_is_bound():
+    host = TINY_HOSTS["qwen"]
+    model, call = host.build().double(), host.call(host.layout)
+    model.register_to_config(use_layer3d_rope=True)
+    with fr.apply(model):
+        run(model, call)
+    with fr.apply(model, modulations()), pytest.raises(NotImplementedError, match=r"^use_layer3d_rope: "):
+        run(model, call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: [x], NotImplementedError, r"^x: expected one picture per row, received lists"),
+        (lambda x: torch.cat([x, x], dim=1), ValueError, r"^x: expected 1 frame\(s\) per picture, received 2"),
+    ],
+    ids=["omni", "frames"],
+)
+def test_what_z_image_cannot_be_asked(change, error, message):
+    host = TINY_HOSTS["z-image"]
+    model, call = host.build().double(), host.call(host.layout)
+    mods = [fr.BiasDelta(delta=1.3, keys=slice(0, 4))]
+    with fr.apply(model, mods), pytest.raises(error, match=message):
+        run(model, call | {"x": [change(x) for x in call["x"]]})
+
+
+def test_pictures_of_different_size_are_refused():
+    host = TINY_HOSTS["z-image"]
+    model, call = host.build().double(), host.call(host.layout)
+    call["x"][1] = call["x"][1][..., :4]
+    stock = run_each(model, call)
+    with fr.apply(model):
+        assert all(torch.equal(a, b) for a, b in zip(run_each(model, call), stock, strict=True))
+    mods = [fr.BiasDelta(delta=1.3, keys=slice(0, 4))]
+    with fr.apply(model, mods), pytest.raises(NotImplementedError, match=r"^x: expected pictures of one size"):
+        run_each(model, call)
+
+
+def run_each(model, call: dict) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return model(**call, return_dict=False)[0]
