@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def read_checkpoint(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no state dict in it.
+        ValueError: no state dict in it, or objects that could run code on loading.
     """
     if not isinstance(source, Mapping):
         source = _load(Path(source))
@@ -69,8 +70,12 @@ def _load(path: Path) -> Mapping:
 
         return load_file(path)
     # Files written by the training script hold its command line besides tensors.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"checkpoint: expected a file of tensors, received {path} ({first})") from error
 
 
 def _unwrapped(name: str) -> str:

@@ -279,7 +279,7 @@ def _pretrained(model, processor, name: str, device, dtype):
     """Model and processor of transformers by id or folder."""
     try:
         return model.from_pretrained(name, dtype=dtype).to(device).eval(), processor.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         option = "--text-encoder" if model.__name__.startswith("T5") else "--weights"
         raise Missing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import subprocess
 import sys
 
@@ -126,6 +127,14 @@ def test_weights_that_do_not_fit_are_listed(model):
         llamagen.read_checkpoint({"model": {"a": 1}})
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         llamagen.read_checkpoint("absent.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps(subprocess.Popen, 2)], ids=["empty", "text", "code"])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint: expected a file of tensors, received .*model\.pt"):
+        llamagen.read_checkpoint(path)
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
