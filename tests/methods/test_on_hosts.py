@@ -1,0 +1,127 @@
+"""The methods on every host that edits pictures: against the binding's reference processors, and steered, where the
+estimate is decoded by whatever the pipeline does with its latents."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastrope as fr
+
+diffusers = pytest.importorskip("diffusers")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bindings"))
+import diffusers_hosts as hosts  # noqa: E402
+from methods.oracle import dilated  # noqa: E402
+
+EDITORS = {
+    "kontext": (hosts.kontext_pipeline, hosts.kontext_generate),
+    "flux2": (hosts.flux2_pipeline, hosts.flux2_generate),
+    "qwen edit": (partial(hosts.qwen_pipeline, diffusers.QwenImageEditPipeline), hosts.qwen_generate),
+    "qwen edit plus": (hosts.qwen_pipeline, hosts.qwen_generate),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def through(pipe, call_as):
+    """A pipeline whose calls are handed to ``call_as``."""
+
+    class Through(type(pipe)):
+        def __call__(self, **arguments):
+            return call_as(**arguments)
+
+    Through.__module__ = type(pipe).__module__
+    found = object.__new__(Through)
+    found.__dict__.update(pipe.__dict__)
+    return found
+
+
+WITH_REFERENCES = {name: host for name, host in hosts.TINY_HOSTS.items() if host.layout.reference_grids}
+ON_HOSTS = pytest.mark.parametrize("host", WITH_REFERENCES.values(), ids=WITH_REFERENCES)
+
+
+def check(host, method, mods) -> None:
+    """A method on a call of two rows equals the reference processors with modulations put down by hand."""
+    model, call = host.build().double(), host.call(host.layout)
+    with host.by_formulas(model, host.attend(mods)):
+        expected = hosts.run(model, call)
+    with fr.apply(model, method):
+        out = hosts.run(model, call)
+    hosts.assert_same(out, expected, 1e-10)
+    hosts.assert_differ(out, hosts.run(model, call))
+
+
+@ON_HOSTS
+def test_grag(host):
+    """Text of 5 tokens, a target of 3 x 5, references of 2 x 3 and 4 x 3."""
+    spans = [slice(20, 26), slice(26, 38)][: len(host.layout.reference_grids)]
+    deltas = [0.6, 1.4][: len(spans)]
+    check(
+        host,
+        fr.GRAG(bias=1.2, delta=deltas, text_delta=0.9),
+        [fr.BiasDelta(1.2, delta, keys=span) for delta, span in zip(deltas, spans, strict=True)]
+        + [fr.BiasDelta(1.0, 0.9, keys=slice(0, 5))],
+    )
+
+
+@ON_HOSTS
+def test_looserope(host):
+    """Rows with maps of their own; the paste is in the last reference, whose grid is not the target's."""
+    last = len(host.layout.reference_grids) - 1
+    rows, columns = grid = [(2, 3), (4, 3)][last]
+    start = [20, 26][last]
+    g = torch.Generator().manual_seed(0)
+    saliency = torch.rand(2, 3, 5, generator=g, dtype=torch.float64)
+    mask = torch.zeros(2, 12, 15, dtype=torch.bool)  # whole cells of all three grids
+    mask[0, 6:12, 5:10] = mask[1, 0:6, 0:5] = True
+    mods, scale, masks = [], torch.ones(2, len(host.layout), dtype=torch.float64), []
+    for row in range(2):
+        on_target = dilated(mask[row].view(3, 4, 5, 3).float().mean(dim=(1, 3)) >= 0.25, 1).flatten()
+        share = mask[row].view(rows, 12 // rows, columns, 15 // columns).float().mean(dim=(1, 3))
+        masks.append((on_target, dilated(share >= 0.25, 1).flatten()))
+        scale[row, 5:20][on_target] = (0.9 * saliency[row].flatten())[on_target]
+    mods.append(fr.QueryScale(scale, keys=slice(start, start + grid[0] * grid[1]), axes=(1, 2)))
+    for row, (on_target, on_reference) in enumerate(masks):
+        gain = torch.ones(2, len(host.layout), dtype=torch.float64)
+        x = 2 * 0.9 * saliency[row].flatten() - 1
+        gain[row, 5:20][on_target] = (0.65 + 0.695 * (torch.tanh(6.5 * x) + 1) / 2)[on_target]
+        mods.append(fr.LogitGain(gain, keys=start + on_reference.nonzero().flatten()))
+    method = fr.LooseRoPE(saliency, mask, boost=0.9, levels="continuous", reference=last, dilation=1)
+    check(host, method, mods)
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_steered(name):
+    build, generate = EDITORS[name]
+    pipe, seen, records = build(), [], []
+    method = fr.LooseRoPE(torch.zeros(3, 5), torch.ones(3, 5), levels=None, boost=0.5, crop_curve=None)
+    other = fr.LooseRoPE(torch.full((3, 5), 0.5), torch.ones(3, 5), levels=None, boost=1.0, crop_curve=None)
+
+    def judge(composite, estimate):
+        seen.append(np.asarray(estimate))
+        return "suppression" if len(seen) == 1 else "success"
+
+    def steered(**arguments):
+        records.append(fr.steer(pipe, other, judge, moves={"neglect": 0, "suppression": 0.4}, **arguments))
+        return records[-1].output
+
+    found = generate(through(pipe, steered), steps=4, batch=1)
+    assert [t.value for t in records[0].tries] == pytest.approx([1.0, 1.4])
+    with fr.apply(pipe, records[0].method):
+        expected = generate(pipe, steps=4, batch=1)
+    assert torch.equal(found, expected)
+    with fr.apply(pipe, method):
+        assert not torch.equal(generate(pipe, steps=4, batch=1), expected)
+    assert all(picture.shape[2] == 3 and picture.std() > 0 for picture in seen)
+    assert not np.array_equal(*seen)  # the same noise under another boost
