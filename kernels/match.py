@@ -39,7 +39,7 @@ class MatchConfig:
     def options(self) -> dict[str, int | bool]:
         """Compiler options of the launch."""
         # A fused multiply-add rounds once where the reference rounds twice.
-        options = {"num_warps": self.num_warps, "enable_fp_fusion": False}
+        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 

@@ -62,6 +62,8 @@ def render(rows: list[dict]) -> str:
         "not) of a kernel:",
         "tile (query rows x keys), warps, stages, then the largest shared memory in KiB. Every row compiles with zero",
         "spilled bytes. It says nothing of speed.", "",
+        "`match` (anchor token matching) walks rows of logits: rows x vocabulary entries, and codebook channels for the",
+        "head dim.", "",
         "| kernel | dtype | head dim | " + " | ".join(ARCHS) + " |", "|---|---|---|" + "---|" * len(ARCHS),
     ]  # fmt: skip
     keys = []
