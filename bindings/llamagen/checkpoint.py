@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,16 +65,20 @@ def _load(path: Path) -> Mapping:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    # Files written by the training script hold its command line besides tensors.
+        from safetensors.torch import load_file as load
+    else:
+        load = _load_pickle
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return load(path)
+    except Exception as error:  # readers of arbitrary bytes raise what comes
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: expected a file of tensors, received {path} ({first})") from error
+
+
+def _load_pickle(path: Path) -> Mapping:
+    # Files written by the training script hold its command line besides tensors.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unwrapped(name: str) -> str:

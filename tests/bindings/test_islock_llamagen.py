@@ -131,10 +131,20 @@ def test_weights_that_do_not_fit_are_listed(model):
 
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps(subprocess.Popen, 2)], ids=["empty", "text", "code"])
 def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
-    path = tmp_path / "model.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint: expected a file of tensors, received .*model\.pt"):
-        llamagen.read_checkpoint(path)
+    for name in ("model.pt", "model.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"checkpoint: expected a file of tensors, received .*{name}"):
+            llamagen.read_checkpoint(path)
+
+
+def test_safetensors_are_read(tmp_path, model, features):
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = llamagen.LlamaGen.from_checkpoint(tmp_path / "model.safetensors", grid=4, heads=2)
+    tokens = torch.randint(TINY.vocabulary, (2, 3))
+    assert torch.equal(loaded(tokens, features), model(tokens, features))
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
