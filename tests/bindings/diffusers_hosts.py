@@ -78,12 +78,13 @@ class TinyHost:
 
 
 def positions_of(layout: fr.TokenLayout, convention: str) -> torch.Tensor:
-    """``(S, axes)``. LongCat counts text on the diagonal, and its pictures from frame 1 and from token 512."""
-    if convention != "longcat":
+    """``(S, axes)``. LongCat and Ovis count text on the diagonal, LongCat its pictures from frame 1 and after the text."""
+    if convention not in ("longcat", "ovis"):
         return layout.positions(convention)
     positions = layout.positions("flux")
     positions[layout.text, 1:] = torch.arange(layout.text_tokens)[:, None]
-    positions[layout.text_tokens :] += torch.tensor([1, 512, 512])
+    if convention == "longcat":
+        positions[layout.text_tokens :] += torch.tensor([1, layout.text_tokens, layout.text_tokens])
     return positions
 
 
@@ -237,6 +238,23 @@ def chroma_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
     if negative:
         more |= {"negative_prompt_embeds": prompt(batch, negative, 4)}
         more["negative_prompt_attention_mask"] = torch.ones(batch, negative, dtype=torch.bool)
+    return pipe(**latent_arguments(steps), **more)[0]
+
+
+def ovis_pipeline(transformer=None):
+    parts = dict(transformer=transformer or build_ovis(), scheduler=scheduler(), vae=None)
+    return quiet(diffusers.OvisImagePipeline(**parts, **NO_TEXT))
+
+
+def ovis_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
+    positive, negative = lengths
+    more |= {
+        "prompt_embeds": prompt(batch, positive),
+        "guidance_scale": 2.0 if negative else 1.0,
+        "negative_prompt": None,
+    }
+    if negative:
+        more["negative_prompt_embeds"] = prompt(batch, negative, 4)
     return pipe(**latent_arguments(steps), **more)[0]
 
 
@@ -402,7 +420,8 @@ TINY_HOSTS = {
         TinyHost("chroma", build_chroma, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS,
                  pipeline=chroma_pipeline, generate=chroma_generate),
         TinyHost("longcat", build_longcat, ids_call("longcat"), "longcat", WITH_ONE, TWO_STREAMS),
-        TinyHost("ovis", build_ovis, ids_call("flux"), "flux", WITHOUT, TWO_STREAMS),
+        TinyHost("ovis", build_ovis, ids_call("ovis"), "ovis", WITHOUT, TWO_STREAMS,
+                 pipeline=ovis_pipeline, generate=ovis_generate),
         TinyHost("flux2", build_flux2, ids_call("flux2", guidance=True), "flux2", WITH_TWO,
                  {"transformer_blocks": formulas.Flux, "single_transformer_blocks": formulas.Flux2Single},
                  axes=(4, 4, 4, 4), theta=2000.0, lengths=(TEXT, None),
