@@ -185,22 +185,24 @@ def distances(
     return tl.where(s == s, tl.maximum(s, 0.0), float("inf"))
 
 
-MATCH_COUNTS = ("vocab", "known", "steps", "dim", "candidates")
+MATCH_COUNTS = ("row_stride", "position_stride", "vocab", "known", "steps", "dim", "candidates")
+# Positions and logits are often slices, and nothing here is read faster for being aligned.
+MATCH_SLICES = ("LOGITS", "ANCHORS", "POSITION", "SEEDS", "ACTIVE")
 
 
-@triton.jit(do_not_specialize=MATCH_COUNTS)
+@triton.jit(do_not_specialize=MATCH_COUNTS, do_not_specialize_on_alignment=MATCH_SLICES)
 def match_kernel(
     LOGITS, ANCHORS, POSITION, SEEDS, ACTIVE, CODEBOOK, ROWS, WINDOWS, KEYS, TOKENS, DISTANCE, WINDOW, ACCEPTED,
-    stride_lb, stride_lv, stride_pb, vocab, known, steps, dim, candidates, tau,
+    row_stride, stride_lv, position_stride, vocab, known, steps, dim, candidates, tau,
     BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COSINE: tl.constexpr, HAS_ACTIVE: tl.constexpr,
 ):  # fmt: skip
     """One row: the token nearest to its anchor in the window, the likeliest where that is further than tau."""
     b = tl.program_id(0).to(tl.int64)
-    logits = LOGITS + b * stride_lb
+    logits = LOGITS + b * row_stride
     drawn = KEYS + b * (vocab + candidates)
     picked = drawn + vocab
     seed = tl.load(SEEDS + b)
-    position = tl.load(POSITION + b * stride_pb)
+    position = tl.load(POSITION + b * position_stride)
 
     peak, likeliest = find_peak(logits, vocab, stride_lv, BLOCK_V)
     count = draw(logits, drawn, peak, seed, position, vocab, stride_lv, BLOCK_V)

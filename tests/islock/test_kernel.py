@@ -181,11 +181,15 @@ def test_unknown_launches_are_refused(arch, dim):
 
 
 def test_no_length_is_compiled_in():
-    """Counts are not specialized, so that vocabularies, codebooks and images of any size share a binary."""
+    """Counts are not specialized, nor is the alignment of slices: images, vocabularies and positions share a binary."""
     kernel = match.match_kernel
-    names = getattr(kernel, "arg_names", None) or list(kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount])
-    counts = {n for n in names if n.islower() and not n.startswith("stride_")} - {"tau"}
-    assert counts == set(match.MATCH_COUNTS)
+    names = list(kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount])
+    assert {n for n in names if n.islower()} - {"tau", "stride_lv"} == set(match.MATCH_COUNTS)
+    plain = match.triton.JITFunction(
+        kernel.fn, do_not_specialize=match.MATCH_COUNTS, do_not_specialize_on_alignment=match.MATCH_SLICES
+    )
+    assert {p.name for p in plain.params if p.do_not_specialize} == set(match.MATCH_COUNTS)
+    assert {p.name for p in plain.params if p.do_not_specialize_on_alignment} == set(match.MATCH_SLICES)
 
 
 def test_host_and_kernel_agree_on_constants():

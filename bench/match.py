@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Anchor token matching per token: the fused kernel against the reference, in turns, a row of JSON each.
+
+``python bench/match.py`` on a GPU writes ``bench/results/<gpu>/match.jsonl``; on a CPU it is a smoke test that leaves
+its rows in a temporary folder. A contestant whose tokens differ from the reference's is not timed. The vocabularies
+and codebooks have the sizes of the hosts; logits are random, with all but the top k masked. Both contestants also run
+as CUDA graphs, which take the host's launches out of the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastrope import ISLock
+from fastrope.bench import RESULTS, report, runner, timing
+
+NUM_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class MatchCase:
+    """One host's matching problem: vocabulary, image tokens, codebook channels, sampling."""
+
+    name: str
+    batch: int
+    vocab: int
+    image: int
+    dim: int
+    top_k: int | None
+    lock: ISLock
+
+
+LLAMAGEN, LUMINA = ISLock(), ISLock(candidates=100, tau=0.4, metric="cosine")
+CASES = (
+    MatchCase("llamagen", 1, 16384, 16384, 8, 1000, LLAMAGEN),
+    MatchCase("llamagen, batch 8", 8, 16384, 16384, 8, 1000, LLAMAGEN),
+    MatchCase("llamagen, no top-k", 1, 16384, 16384, 8, None, LLAMAGEN),
+    MatchCase("lumina-mgpt", 1, 65536, 8192, 4096, 2000, LUMINA),
+    MatchCase("emu3", 1, 184622, 32768, 4, 2048, LLAMAGEN),
+)
+SMALL = (MatchCase("smoke", 2, 1000, 800, 8, 100, ISLock(candidates=20)),)
+
+
+def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Contestants by name; each returns a :class:`fastrope.islock.matcher.Match` of position 0."""
+    g = torch.Generator(device).manual_seed(0)
+    codebook = torch.randn(case.image, case.dim, generator=g, device=device)
+    codebook = codebook / codebook.norm(dim=1, keepdim=True)
+    if case.lock.metric == "cosine":  # token embeddings, kept as the model has them
+        codebook = codebook.to(torch.bfloat16 if device.type == "cuda" else torch.float16)
+    logits = 4 * torch.randn(case.batch, case.vocab, generator=g, device=device)
+    ids = torch.arange(case.vocab - case.image, case.vocab, device=device)
+    logits[:, : case.vocab - case.image] = -torch.inf
+    if case.top_k is not None:
+        logits.masked_fill_(logits < logits.topk(case.top_k).values[:, -1:], -torch.inf)
+    anchors = ids[torch.randint(case.image, (case.batch,), generator=g, device=device)]
+    runs = {}
+    for name in ("eager", "triton"):
+        matcher = case.lock.matcher(codebook, num_tokens=NUM_TOKENS, token_ids=ids, backend=name)
+        seeds = matcher.seeds(case.batch, torch.Generator(device).manual_seed(1))
+        runs[name] = lambda matcher=matcher, seeds=seeds: matcher(logits, anchors, 0, seeds=seeds)
+    if device.type == "cuda":
+        runs.update({f"{name}, graph": captured(run) for name, run in list(runs.items())})
+    return runs
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` as a CUDA graph that is replayed."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+def measure(case: MatchCase, device: torch.device, repeats: int) -> tuple[list[dict], list[str]]:
+    """Rows of one case, and what was wrong."""
+    runs = problem(case, device)
+    expected, problems = runs["eager"](), []
+    for name, run in list(runs.items()):
+        found = run()
+        if not (torch.equal(found.tokens, expected.tokens) and torch.equal(found.window, expected.window)):
+            problems.append(f"{case.name} / {name}: other tokens than the reference's")
+            del runs[name]
+    rows = []
+    for name, t in timing.interleaved(runs, device, repeats).items():
+        kernel, launches = timing.kernels(runs[name], device)
+        rows.append({
+            "workload": case.name, "case": f"islock {case.lock.metric} K={case.lock.candidates}", "impl": name,
+            "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds,
+            "peak_mem_mib": timing.peak_memory_mib(runs[name], device), "kernel": kernel, "launches": launches,
+            "dtype": "float32", "batch": case.batch, "vocab": case.vocab, "image_tokens": case.image, "dim": case.dim,
+            "top_k": case.top_k,
+        })  # fmt: skip
+        print(
+            f"{case.name:<22}{name:<16}{t.median:9.4f} ms [{t.p20:.4f}, {t.p80:.4f}]  launches {launches}", flush=True
+        )
+    return rows, problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 0, or 1 when a contestant chose other tokens than the reference."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to append to")
+    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="timed rounds (default 50)")
+    parser.add_argument("--rev", help="revision to record where there is no git history")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = runner.environment(device, options.rev)
+    small = device.type == "cpu"
+    folder = Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / report.slug(environment["gpu"])
+    out = options.out or folder / "match.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for case in SMALL if small else CASES:
+        rows, problems = measure(case, device, options.repeats)
+        failures += problems
+        with out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**row, **environment}) + "\n" for row in rows)
+    print(f"rows in {out}")
+    for failure in failures:
+        print(f"problem: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
