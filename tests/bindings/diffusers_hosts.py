@@ -78,7 +78,7 @@ class TinyHost:
 
 
 def positions_of(layout: fr.TokenLayout, convention: str) -> torch.Tensor:
-    """``(S, axes)``. LongCat and Ovis count text on the diagonal, LongCat its pictures from frame 1 and after the text."""
+    """``(S, axes)``. LongCat and Ovis count text on the diagonal, LongCat its pictures from frame 1 on."""
     if convention not in ("longcat", "ovis"):
         return layout.positions(convention)
     positions = layout.positions("flux")
