@@ -2,7 +2,7 @@
 
 ``python tests/compile_kernels.py --out table.json [--kernel K] [--arch A]`` runs in a process of its own, since
 ``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, registers,
-stack and spilled bytes, shared memory, whether wgmma was serialized.
+stack and spilled bytes, shared memory, whether wgmma was serialized, whether multiply-adds were fused.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def _nvidia_cost(binary, log: str) -> dict:
         int(re.search(rf"(\d+) bytes {name}", log).group(1)) for name in ("stack frame", "spill stores", "spill loads")
     )
     return dict(registers=int(re.search(r"Used (\d+) registers", log).group(1)), stack=stack, spills=stores + loads,
-                serialized="serialized" in log, wgmma="wgmma" in binary.asm["ptx"])  # fmt: skip
+                serialized="serialized" in log, wgmma="wgmma" in binary.asm["ptx"],
+                fused="fma.rn.f32" in binary.asm["ptx"])  # fmt: skip
 
 
 def _amd_cost(binary) -> dict:
