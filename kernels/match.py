@@ -269,6 +269,7 @@ def match_anchors(
     8 bytes per row and vocabulary entry.
     """
     batch, vocab = logits.shape
+    candidates = min(candidates, vocab)
     tokens, distance, window, accepted = (
         torch.empty(batch, dtype=dtype, device=logits.device)
         for dtype in (torch.int64, torch.float32, torch.int32, torch.bool)

@@ -52,8 +52,8 @@ class ISLock:
     metric: str = "l2"
 
     def __post_init__(self):
-        require(whole(self.candidates) and self.candidates >= 1, "ISLock.candidates", "a whole number from 1",
-                repr(self.candidates))  # fmt: skip
+        require(whole(self.candidates) and 1 <= self.candidates < 2**31, "ISLock.candidates",
+                "a whole number from 1, below 2**31", repr(self.candidates))  # fmt: skip
         require(_number(self.alpha) and 0 <= self.alpha <= 1, "ISLock.alpha", "a number from 0 to 1", repr(self.alpha))
         require(_number(self.tau) and self.tau >= 0, "ISLock.tau", "a number from 0, infinity included", repr(self.tau))
         require(self.metric in METRICS, "ISLock.metric", f"one of {METRICS}", repr(self.metric))
