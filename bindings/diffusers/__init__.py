@@ -3,7 +3,7 @@
 from .handle import Handle, bind
 from .hosts import Host, register_host
 from .inspection import Record
-from .processors import BoundProcessor
+from .processors import BoundProcessor, Stream
 from .sequences import JointSequence
 
-__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "bind", "register_host"]
+__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "Stream", "bind", "register_host"]

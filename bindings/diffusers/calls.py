@@ -148,7 +148,7 @@ class CallState:
 
     @property
     def _applied(self) -> bool:
-        return self.slots[0].applied
+        return self.slots[0].applied or self.slots[0].compiled
 
     def _work(self, key, sequence, rope, content: Hashable, modulations: tuple) -> Work:
         if (key, content) not in self._works:

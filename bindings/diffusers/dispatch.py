@@ -94,12 +94,14 @@ def to_device(m, device: torch.device):
 class Slot:
     """What one attention layer is to do in the current call.
 
-    ``work`` is None where nothing is modulated; ``probe(q, k, work, applied)``, if any, looks at the attention.
+    ``work`` is None where nothing is modulated; ``probe(q, k, work, applied)``, if any, looks at the attention. The
+    host rotates queries and keys if ``applied``, and always in a layer that is ``compiled``.
     """
 
     def __init__(self, backend: str, applied: bool):
         self.backend = backend
         self.applied = applied
+        self.compiled = False
         self.work: Work | None = None
         self.probe: Callable | None = None
         self.filled = False
@@ -163,6 +165,7 @@ def host_attention(
     found = _SLOTS.get(int(slot))
     if found is None:
         raise ValueError("handle: expected a bound handle, received compiled code of one that was removed")
+    found.compiled = True
     out = found.attend(q, k, v, mask, applied=True)
     if out is None:
         out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=found.original._attention_backend)

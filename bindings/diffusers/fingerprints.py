@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import torch
 
-KNOWN_TENSORS = 1024
+KNOWN_TENSORS = 256
 
 
 class Fingerprints:

@@ -1,19 +1,33 @@
 """Attention processors, one per shape of the hosts' own.
 
-A processor is a plain object: a module would enter the host's ``state_dict``. It projects and normalises as the host
-does, hands queries, keys and values to its :class:`~.dispatch.Slot`, and projects the result.
+A processor is a plain object: a module would enter the host's ``state_dict``. It projects as the host does, hands the
+streams to :meth:`BoundProcessor.attend`, which normalises, joins and attends, and projects the result.
 
 Every ``__call__`` names the arguments of the host's own, because attention modules pass on what they find in its
-signature. Prologues that fuse QK norm and rotation belong in :meth:`BoundProcessor.attend`, which gets normalised,
-unrotated queries and keys and knows whether the slot wants them rotated.
+signature.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from .dispatch import Slot, host_attention
+
+IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class Stream(NamedTuple):
+    """Tokens projected together: ``q, k, v (B, S, heads, D)`` as the projections leave them, the norms of q and k."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    norm_q: Callable | None
+    norm_k: Callable | None
 
 
 class BoundProcessor:
@@ -48,8 +62,8 @@ class BoundProcessor:
         """True when the host's own processor is to run. Compiled layers decide that later, inside the op."""
         return not torch.compiler.is_compiling() and self.slot.idle
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table, mask: torch.Tensor | None = None):
-        """Attention of normalised, unrotated ``q, k, v (B, S, H, D)``.
+    def attend(self, streams: list[Stream], table, mask: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Attention over the streams, joined in the order given.
 
         Args:
             table: the host's rotary table for the joint sequence.
@@ -58,21 +72,29 @@ class BoundProcessor:
         Returns:
             ``(B, S, heads * D)``, or None where the host's own processor is to run after all.
         """
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
         if table is None:
             raise NotImplementedError("rotary embedding: expected the host's table in a bound layer, received None")
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        q, k, v = self.prepare(streams, table if compiling or self.slot.applied else None)
+        if compiling:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 raise NotImplementedError(
                     "compiled transformer: expected torch.no_grad() while a fastrope handle is bound, received tensors "
                     "that require grad; gradients flow in the transformer that is not compiled"
                 )
-            out = host_attention(self.rotate(q, table), self.rotate(k, table), v, mask, self.slot.address)
-            return out.flatten(2)
-        if self.slot.applied:
-            q, k = self.rotate(q, table), self.rotate(k, table)
+            return host_attention(q, k, v, mask, self.slot.address).flatten(2)
         out = self.slot.attend(q, k, v, mask, self.slot.applied)
         return None if out is None else out.flatten(2)
+
+    def prepare(self, streams: list[Stream], table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """QK norm and concatenation, and the host's rotation where there is a ``table``: ``q, k, v (B, S, heads, D)``.
+
+        This is all that lies between the projections and the op, so a fused kernel replaces this method.
+        """
+        parts = [(q if nq is None else nq(q), k if nk is None else nk(k), v) for q, k, v, nq, nk in streams]
+        q, k, v = parts[0] if len(parts) == 1 else (torch.cat(some, dim=1) for some in zip(*parts, strict=True))
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
+        return (q, k, v) if table is None else (self.rotate(q, table), self.rotate(k, table), v)
 
     @staticmethod
     def rotate(x: torch.Tensor, table) -> torch.Tensor:
@@ -96,13 +118,11 @@ class FluxProcessor(BoundProcessor):
         given = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         if self.untouched():
             return self.original(*given)
-        q, k, v = _project(attn, hidden_states, "to_qkv", ("to_q", "to_k", "to_v"))
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        streams = [Stream(*_project(attn, hidden_states, "to_qkv", IMAGE), attn.norm_q, attn.norm_k)]
         if encoder_hidden_states is not None:
-            text = _project(attn, encoder_hidden_states, "to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj"))
-            text = attn.norm_added_q(text[0]), attn.norm_added_k(text[1]), text[2]
-            q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, (q, k, v), strict=True))
-        out = self.attend(q, k, v, image_rotary_emb, attention_mask)
+            text = _project(attn, encoder_hidden_states, "to_added_qkv", TEXT)
+            streams.insert(0, Stream(*text, attn.norm_added_q, attn.norm_added_k))
+        out = self.attend(streams, image_rotary_emb, attention_mask)
         if out is None:
             return self.original(*given)
         if encoder_hidden_states is None:
@@ -128,7 +148,7 @@ class Flux2SingleProcessor(BoundProcessor):
         heads, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
         width = joint.shape[-1] * heads // (heads + mlp)  # of a tensor-parallel shard, which keeps the proportion
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in joint[..., :width].chunk(3, dim=-1))
-        out = self.attend(attn.norm_q(q), attn.norm_k(k), v, image_rotary_emb, attention_mask)
+        out = self.attend([Stream(q, k, v, attn.norm_q, attn.norm_k)], image_rotary_emb, attention_mask)
         if out is None:
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(joint[..., width:])], dim=-1))
@@ -158,13 +178,10 @@ class QwenProcessor(BoundProcessor):
             image = text_mask.new_ones(hidden_states.shape[:2])
             mask = torch.cat([text_mask, image], dim=1)[:, None, None, :]
         dim = attn.inner_dim // attn.heads
-        image = _separate(attn, hidden_states, ("to_q", "to_k", "to_v"), dim)
-        text = _separate(attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"), dim)
-        image = _normalise(image, attn.norm_q, attn.norm_k)
-        text = _normalise(text, attn.norm_added_q, attn.norm_added_k)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        text = Stream(*_separate(attn, encoder_hidden_states, TEXT, dim), attn.norm_added_q, attn.norm_added_k)
+        image = Stream(*_separate(attn, hidden_states, IMAGE, dim), attn.norm_q, attn.norm_k)
         table = None if image_rotary_emb is None else torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
-        out = self.attend(q, k, v, table, mask)
+        out = self.attend([text, image], table, mask)
         if out is None:
             return self.original(*given)
         return _project_joint(attn, out, encoder_hidden_states.shape[1])
@@ -192,14 +209,11 @@ class ZImageProcessor(BoundProcessor):
         """``hidden_states (B, S, C)``, ``attention_mask (B, S)``, ``freqs_cis (B, S, D/2)`` complex."""
         if self.untouched():
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        q, k, v = (
-            getattr(attn, name)(hidden_states).unflatten(-1, (attn.heads, -1)) for name in ("to_q", "to_k", "to_v")
-        )
-        q, k, v = _normalise((q, k, v), attn.norm_q, attn.norm_k)
+        qkv = (getattr(attn, name)(hidden_states).unflatten(-1, (attn.heads, -1)) for name in IMAGE)
         mask = attention_mask
         if mask is not None and mask.ndim == 2:
             mask = mask[:, None, None, :]
-        out = self.attend(q, k, v, freqs_cis, mask)
+        out = self.attend([Stream(*qkv, attn.norm_q, attn.norm_k)], freqs_cis, mask)
         if out is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         out = attn.to_out[0](out)
@@ -215,11 +229,6 @@ def _project(attn, x: torch.Tensor, fused: str, separate: tuple[str, str, str]) 
 
 def _separate(attn, x: torch.Tensor, names: tuple[str, str, str], dim: int) -> tuple[torch.Tensor, ...]:
     return tuple(getattr(attn, name)(x).unflatten(-1, (-1, dim)) for name in names)
-
-
-def _normalise(qkv, norm_q, norm_k) -> tuple[torch.Tensor, ...]:
-    q, k, v = qkv
-    return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
 
 
 def _project_joint(attn, out: torch.Tensor, text: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,9 +50,9 @@ def identify_ids(model, call: Call) -> tuple:
     for name in ("txt_ids", "img_ids"):
         ids = call.get(name)
         require_tensor(name, ids, (2, 3), "(tokens, axes)")
-        found.append(ids[0] if ids.ndim == 3 else ids)  # the host, too, takes the first row for all
+        found.append(ids)
     text, image = found
-    require(text.shape[1] == image.shape[1], "txt_ids", f"{image.shape[1]} axes, as img_ids", tuple(text.shape))
+    require(text.shape[-1] == image.shape[-1], "txt_ids", f"{image.shape[-1]} axes, as img_ids", tuple(text.shape))
     return text, image
 
 
@@ -66,8 +66,9 @@ def identify_masked_ids(model, call: Call) -> tuple:
 
 def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | None = None) -> JointSequence:
     """Text first, then the grids that the image ids list, the first of them the target."""
-    # Through float64 before anything is computed: hosts hand ids over in the dtype of the model.
-    text, image = text.detach().cpu().double(), image.detach().cpu().double()
+    # Through float64 before anything is computed: hosts hand ids over in the dtype of the model. Where rows have ids of
+    # their own, the host takes the first row's for all.
+    text, image = (x.detach().cpu().double().reshape(-1, *x.shape[-2:])[0] for x in (text, image))
 
     def layout() -> fr.TokenLayout:
         grids = read_grids(image, (1, 2))

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from diffusers_formulas import Attention
 from diffusers_hosts import assert_differ, assert_same, grag_like, loose_like, run
 
-from fastrope.bindings.diffusers import BoundProcessor, Host, JointSequence, hosts, register_host
+from fastrope.bindings.diffusers import BoundProcessor, Host, JointSequence, Stream, hosts, register_host
 
 AXES, THETA, HEADS = (4, 6, 6), 100.0, 2
 LAYOUT = fr.TokenLayout(5, (3, 5), [(2, 3)], order="text-last")
@@ -57,7 +57,7 @@ class TheirProcessor(BoundProcessor):
         if self.untouched():
             return self.original(attn, x, angles)
         q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in attn.qkv(x).chunk(3, dim=-1))
-        out = self.attend(q, k, v, angles)
+        out = self.attend([Stream(q, k, v, None, None)], angles)
         return self.original(attn, x, angles) if out is None else attn.out(out)
 
     @staticmethod
