@@ -1,0 +1,181 @@
+"""docs/grag.md and docs/looserope.md run as they stand: published names lead to tiny random models, and commands with
+``--model tiny`` are carried out, the others parsed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from test_readme import blocks
+
+import fastrope as fr
+from fastrope.cli import main
+from fastrope.commands import edit
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "bindings"))
+import diffusers_hosts as hosts  # noqa: E402
+from methods import tiny_run  # noqa: E402
+
+from fastrope.demo import tiny  # noqa: E402
+from fastrope.methods.maps import as_pixels  # noqa: E402
+
+BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+STEPS: list[int] = []
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def words(prompt: str, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(zlib.crc32(prompt.encode())))
+
+
+def small_kontext():
+    pipe = tiny_run.pipeline()
+
+    class Small(type(pipe)):
+        def __call__(self, num_inference_steps, **arguments):
+            STEPS.append(num_inference_steps)
+            small = dict(width=32, height=32, max_area=1024, _auto_resize=False)
+            with tiny.quiet():
+                return super().__call__(num_inference_steps=num_inference_steps, **(arguments | small))
+
+        def encode_prompt(self, prompt=None, **arguments):
+            return words(prompt, 1, 8, 32), words(prompt, 1, 32), torch.zeros(8, 3)
+
+        def to(self, *args, **kwargs):
+            return self
+
+    pipe.__class__ = Small
+    return pipe
+
+
+def small_qwen():
+    pipe = hosts.qwen_pipeline()
+
+    class Small(type(pipe)):
+        def __call__(self, num_inference_steps, **arguments):
+            STEPS.append(num_inference_steps)
+            return super().__call__(num_inference_steps=num_inference_steps, width=10, height=6, **arguments)
+
+        def encode_prompt(self, prompt=None, prompt_embeds=None, **arguments):
+            return words(prompt, 1, 5, 32), torch.ones(1, 5, dtype=torch.bool)
+
+        def to(self, *args, **kwargs):
+            return self
+
+    pipe.__class__ = Small
+    return pipe
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path):
+    """Names of models, and the files that the pages open."""
+    monkeypatch.chdir(tmp_path)
+    scene = tiny_run.pasted()
+    from PIL import Image
+
+    for name, pixels in (("composite", scene.composite), ("original", scene.background), ("photo", scene.composite)):
+        picture = Image.fromarray(as_pixels(name, pixels)[0].byte().permute(1, 2, 0).numpy())
+        picture.resize((32, 32)).save(f"{name}.png")  # the tiny pipeline takes references as they are
+    known = {
+        ("FluxKontextPipeline", "black-forest-labs/FLUX.1-Kontext-dev"): small_kontext,
+        ("QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"): small_qwen,
+    }
+    for kind, model in known:
+        cls = getattr(diffusers, kind)
+        load = classmethod(
+            lambda cls, name, torch_dtype, build=known[kind, model], model=model: _checked(name, model, build)
+        )
+        monkeypatch.setattr(cls, "from_pretrained", load)
+    monkeypatch.setattr(
+        "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus.calculate_dimensions", lambda area, ratio: (10, 6)
+    )
+    STEPS.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _checked(name: str, model: str, build):
+    assert name == model
+    return build()
+
+
+def run(name: str) -> dict:
+    namespace = {"__name__": name}
+    for snippet in blocks(page(name)):
+        exec(compile(snippet, name, "exec", dont_inherit=True), namespace)
+    return namespace
+
+
+def test_grag(published):
+    found = run("grag.md")
+    assert STEPS == [24] * 6
+    assert all(Path(f"evening-{delta}.png").exists() for delta in (0.95, 1.0, 1.1, 1.2))
+    site = fr.Site(fr.TokenLayout(4, (2, 2), [(2, 2)] * 2), layer=45, step=23, num_steps=24)
+    assert found["ease_off"].modulations(site) == []
+    assert [m.delta for m in found["two_pictures"].modulations(site)] == [1.15, 0.9]
+    assert [m.delta for m in found["per_layer"].modulations(site)] == [1.2, 1.2]
+    assert not found["handle"].bound
+
+
+def test_looserope(published, monkeypatch):
+    from fastrope.bindings.transformers import judge
+
+    asked = []
+
+    def load(name):
+        assert name == "Qwen/Qwen3-VL-4B-Instruct"
+        return lambda composite, estimate: asked.append(estimate.size) or ("neglect" if len(asked) == 1 else "success")
+
+    monkeypatch.setattr(judge.ChatJudge, "from_pretrained", load)
+    found = run("looserope.md")
+    assert Path("blended.png").exists()
+    assert [t.verdict.kind for t in found["steered"].tries] == ["neglect", "success"]
+    assert asked == [(32, 32)] * 2
+    assert set(STEPS) == {28}
+
+
+def test_the_table_of_looserope_is_the_codes():
+    rows = re.findall(
+        r"^\| (range|crop) factor, (?:from )?steps? (\d+)\S*[^|]*\|(.*)\|$", page("looserope.md"), re.MULTILINE
+    )
+    assert len(rows) == 6
+    method = fr.LooseRoPE(torch.ones(1, 1), torch.ones(1, 1), boost=1.0)
+    centres = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    for kind, step, cells in rows:
+        factors = method.factors(centres, method.phase(int(step), 28))[kind == "crop"]
+        assert [float(c) for c in cells.split("|")] == pytest.approx(factors.tolist(), abs=5.1e-5)
+
+
+COMMANDS = [
+    line for name in ("grag.md", "looserope.md") for text in BASH.findall(page(name)) for line in text.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, tmp_path, monkeypatch, capsys):
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("fastrope", "edit")
+    options = edit._parser().parse_args(arguments)
+    if options.model == "tiny":
+        monkeypatch.chdir(tmp_path)
+        assert main([name, *arguments, "--steps", "4"]) == 0
+        for path in capsys.readouterr().out.split():
+            assert Path(path).stat().st_size > 0
+
+
+def test_commands_are_found():
+    assert sum("--model tiny" in command for command in COMMANDS) == 2
+    assert len(COMMANDS) == 6
