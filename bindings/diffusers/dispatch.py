@@ -30,8 +30,10 @@ class Work:
     def __init__(self, sequence: JointSequence, rope: fr.RoPE, modulations: tuple):
         self.masked = sequence.masked
         self._masks = {"seen": sequence.key_mask}
+        self._bonus: dict[torch.device, Tensor] = {}
         if sequence.bonus is not None:
             self._masks |= {"raised": sequence.bonus, "rest": ~sequence.bonus}
+            _check_groups(modulations, sequence.bonus)
         self._rope = rope
         self._modulations = modulations
         self._plans: dict[tuple, fr.Plan] = {}
@@ -50,27 +52,16 @@ class Work:
         if "raised" not in self._masks:
             return fr.attention(q, k, v, plan=self._plan("seen", applied, q.device), backend=backend)
         # Keys with and without the bonus apart, joined by their log-sum-exp: the bonus is added after any gain.
-        bonus = self._masks["raised"]
-        self._check_groups(bonus)
+        if q.device not in self._bonus:
+            self._bonus[q.device] = self._masks["raised"].to(q.device)[:, :, None, None]
         outs, lses = [], []
         for keys in ("raised", "rest"):
             plan = self._plan(keys, applied, q.device)
             out, lse = fr.attention(q, k, v, plan=plan, backend=backend, return_lse=True)
             outs.append(out)
             lses.append(lse.transpose(1, 2)[..., None])  # (B, S, H, 1)
-        share = torch.sigmoid(lses[0] + bonus.to(q.device)[:, :, None, None] - lses[1])
+        share = torch.sigmoid(lses[0] + self._bonus[q.device] - lses[1])
         return torch.lerp(outs[1].to(share.dtype), outs[0].to(share.dtype), share).to(q.dtype)
-
-    def _check_groups(self, bonus: Tensor) -> None:
-        for m in self._modulations:
-            if isinstance(m, fr.BiasDelta):
-                keys = m.keys if isinstance(m.keys, slice) else m.keys.cpu()
-                group = bonus[:, keys]
-                if bool(group.any() & ~group.all()):
-                    raise NotImplementedError(
-                        "BiasDelta.keys: expected tokens that the host's floating-point attention_mask treats alike, "
-                        "received some of both kinds; pass prompt_attention_mask.bool() to mask with it instead"
-                    )
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device
@@ -83,6 +74,17 @@ class Work:
                 key_mask=None if key_mask is None else key_mask.to(device),
             )
         return self._plans[key]
+
+
+def _check_groups(modulations: tuple, bonus: Tensor) -> None:
+    for m in modulations:
+        if isinstance(m, fr.BiasDelta):
+            group = bonus[:, m.keys if isinstance(m.keys, slice) else m.keys.cpu()]
+            if bool(group.any() & ~group.all()):
+                raise NotImplementedError(
+                    "BiasDelta.keys: expected tokens that the host's floating-point attention_mask treats alike, "
+                    "received some of both kinds; pass prompt_attention_mask.bool() to mask with it instead"
+                )
 
 
 def to_device(m, device: torch.device):
