@@ -90,7 +90,7 @@ def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | N
 
 def identify_shapes(model, call: Call) -> tuple:
     """``img_shapes``, the length of the text and its mask."""
-    if model.config.use_layer3d_rope:
+    if getattr(model.config, "use_layer3d_rope", False):
         raise NotImplementedError("use_layer3d_rope: expected a Qwen-Image without it, received a layered one")
     shapes, text = call.get("img_shapes"), call.get("encoder_hidden_states")
     require(isinstance(shapes, (list, tuple)) and len(shapes) > 0, "img_shapes", "a list of (1, rows, columns)", shapes)

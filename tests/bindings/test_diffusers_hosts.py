@@ -319,3 +319,28 @@ def test_tensors_are_read_at_most_once_a_call(host, monkeypatch):
         reads.clear()
         run(model, {name: value.clone() if name.endswith("ids") else value for name, value in call.items()})
         assert reads == ([2] if "img_ids" in call else [])
+
+
+@ALL
+@pytest.mark.parametrize("rotation", ["op", "host"])
+def test_half_precision_is_as_good_as_the_hosts(host, rotation):
+    """The error of a modulated bfloat16 model, against float64 on the same weights, is that of the stock one."""
+    low = host.build().to(torch.bfloat16)
+    exact = host.build().double()
+    exact.load_state_dict(low.state_dict())
+    call = host.call(host.layout, dtype=torch.bfloat16)
+    wide = {name: widen(value) for name, value in call.items()}
+    mods = grag_like(host.layout) + loose_like(host.layout)
+    stock = float((run(low, call).double() - run(exact, wide)).abs().max())
+    with host.by_formulas(exact, host.attend(mods)):
+        expected = run(exact, wide)
+    with fr.apply(low, mods, rotation=rotation):
+        error = float((run(low, call).double() - expected).abs().max())
+    print(f"stock {stock:.3g}, modulated {error:.3g}")
+    assert error < 2.5 * stock
+
+
+def widen(value):
+    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+        return [x.double() for x in value]
+    return value.double() if isinstance(value, torch.Tensor) else value
