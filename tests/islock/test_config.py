@@ -50,7 +50,8 @@ def test_defaults_are_those_for_llamagen():
 @pytest.mark.parametrize(
     "fields",
     [{"candidates": 0}, {"candidates": 2**31}, {"candidates": 1.5}, {"candidates": True}, {"alpha": -0.1},
-     {"alpha": 1.1}, {"alpha": "0.6"}, {"tau": -1}, {"tau": float("nan")}, {"tau": None}, {"metric": "L2"}, {"metric": None}],
+     {"alpha": 1.1}, {"alpha": "0.6"}, {"tau": -1}, {"tau": float("nan")}, {"tau": None}, {"metric": "L2"},
+     {"metric": None}],
     ids=str,
 )  # fmt: skip
 def test_fields_out_of_range(fields):

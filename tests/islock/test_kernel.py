@@ -117,6 +117,11 @@ def test_equal_codebook_rows_go_to_the_lowest_id():
         anchors = torch.tensor([7, 199, 100])
         fused = assert_parity(ISLock(candidates=30, tau=INF, metric=metric), torch.randn(3, 200), anchors, codebook)
         assert fused.accepted.all()
+        whole = ISLock(candidates=200, alpha=0, tau=INF, metric=metric)
+        logits = torch.randn(3, 200)
+        assert torch.equal(assert_parity(whole, logits, anchors, codebook).tokens, anchors)  # itself before its equals
+        logits.scatter_(1, anchors[:, None], -INF)
+        assert assert_parity(whole, logits, anchors, codebook).tokens.tolist() == [2, 4, 0]
 
 
 @interpreted
