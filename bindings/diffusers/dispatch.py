@@ -146,7 +146,12 @@ class Slot:
         return self.work.attend(q, k, v, applied, self.backend)
 
 
-@torch.library.custom_op("fastrope::host_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+# What the op does depends on the slot, so a graph must not replay it. Before torch had the tag, inductor kept ops with a
+# tensor on the CPU out of graphs anyway.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("fastrope::host_attention", mutates_args=(), tags=_TAGS)
 def host_attention(
     q: Tensor,
     k: Tensor,

@@ -201,3 +201,21 @@ def test_moved_to_another_dtype_while_bound():
         out = run(model, low)
     assert out.dtype == torch.bfloat16
     assert_same(out.double(), expected, 0.1)
+
+
+def test_gradient_checkpointing():
+    """Blocks run again in the backward pass, with the plans of the call."""
+    host = TINY_HOSTS["kontext"]
+    model, call = host.build().double(), host.call(host.layout)
+    leaf = call["hidden_states"].requires_grad_()
+    grads = []
+    with fr.apply(model, mods_of(host)):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            model.train()
+            model(**call, return_dict=False)[0].square().sum().backward()
+            grads.append(leaf.grad.clone())
+            leaf.grad = None
+    assert_same(grads[1], grads[0], 1e-12)
+    assert float(grads[0].abs().max()) > 0
