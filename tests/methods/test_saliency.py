@@ -132,6 +132,17 @@ def test_a_module_as_the_source():
     torch.testing.assert_close(method.on_grid((8, 6))[0][0, 2:6, 1:5], inside)
 
 
+def test_mask_rcnn_of_torchvision():
+    """Random weights: which map is taken does not depend on them."""
+    detection = pytest.importorskip("torchvision.models.detection", exc_type=ImportError)
+    detector = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
+    image, mask = torch.rand(3, 64, 96), torch.rand(64, 96) > 0.3
+    with torch.no_grad():
+        levels = detector.backbone(seen_by(image, mask)[None].float())
+    expected = levels["0"][0].double().abs().mean(0)  # float32, in whatever order convolutions sum
+    torch.testing.assert_close(feature_energy(image, mask, detector), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_errors():
     image, mask = torch.rand(3, 8, 8), torch.ones(8, 8, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"backbone: expected a torch.nn.Module, received str"):

@@ -1,5 +1,5 @@
-"""Both methods on a tiny FLUX Kontext pipeline: neutral is stock to the bit, and every dial moves the picture further
-from stock the further it is turned."""
+"""Both methods on a tiny FLUX Kontext pipeline: neutral is stock to the bit, and every dial moves, the further it is
+turned the more, the picture away from stock, and what attention looks at in the reference."""
 
 from __future__ import annotations
 
@@ -83,6 +83,37 @@ def test_crop_factor_alone_moves_the_picture(pipe, stock, loose):
     found = distances(pipe, stock, [replace(loose, range_curve=(1, 1, 0), crop_curve=c) for c in curves])
     assert found[0] == 0
     assert rising(found), found
+
+
+def look(pipe, method, queries=None):
+    """Attention of the first layer in the first step: mass on the reference, and how far into it queries look."""
+    arguments = tiny_run.arguments() | {"num_inference_steps": 1, "output_type": "latent"}
+    with fr.apply(pipe, method) as handle, handle.inspect(layers=0, queries=queries) as record, tiny_run.quiet():
+        pipe(**arguments)
+    (seen,) = record.looks
+    return seen.mass["reference 0"], seen.distance["reference 0"]
+
+
+def test_bias_is_the_weight_of_the_reference(pipe):
+    masses = [look(pipe, fr.GRAG(bias, 1.0))[0] for bias in (0.5, 0.7, 0.9, 1.0, 1.1)]
+    assert rising(masses), masses
+
+
+def test_delta_is_a_temperature_inside_the_reference(pipe):
+    """The higher, the closer queries look at what they match: in a model that looks near, at what is near."""
+    distances = [look(pipe, fr.GRAG(1.0, delta))[1] for delta in (1.6, 1.3, 1.1, 1.0, 0.9, 0.7, 0.5)]
+    assert rising(distances), distances
+
+
+@pytest.mark.parametrize("levels", [5, None])
+def test_boost_widens_the_view_of_the_paste(pipe, loose, levels):
+    """The lower, the farther queries of the paste look around in the reference."""
+    _, inside = loose.on_grid((16, 16))
+    text = tiny_run.SETTINGS.text
+    queries = torch.cat([torch.zeros(text, dtype=torch.bool), inside.flatten(), torch.zeros(256, dtype=torch.bool)])
+    methods = [replace(loose, boost=boost, levels=levels, crop_curve=None) for boost in (1.0, 0.83, 0.6, 0.3)]
+    distances = [look(pipe, method, queries)[1] for method in methods]
+    assert rising(distances), distances
 
 
 def test_layers_and_steps_reach_the_pipeline(pipe, stock):

@@ -7,6 +7,7 @@ import torch
 import fastrope as fr
 from fastrope.demo import kontext, scene, tiny
 
+quiet = tiny.quiet
 SETTINGS = kontext.Settings(pixels=32, steps=4)
 CPU = torch.device("cpu")
 
