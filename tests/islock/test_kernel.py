@@ -200,3 +200,12 @@ def test_no_length_is_compiled_in():
 def test_host_and_kernel_agree_on_constants():
     for name in ("LIMIT", "EPS", "SQRT_HALF_BITS"):
         assert getattr(match, name).value == getattr(reference, name)
+
+
+@interpreted
+def test_equal_maxima_fall_back_to_the_lowest_id():
+    """Also where they lie in different blocks of the vocabulary."""
+    logits = torch.full((1, 9001), -1.0)
+    logits[0, [300, 4396, 8492]] = 2.0  # one lane of three blocks
+    fused = assert_parity(ISLock(candidates=1, tau=0), logits, torch.tensor([9000]), torch.randn(9001, 2))
+    assert fused.tokens.tolist() == [300]
