@@ -146,8 +146,8 @@ class Slot:
         return self.work.attend(q, k, v, applied, self.backend)
 
 
-# What the op does depends on the slot, so a graph must not replay it. Before torch had the tag, inductor kept ops with a
-# tensor on the CPU out of graphs anyway.
+# What the op does changes from call to call, so no CUDA graph may replay it. Where torch has no such tag, the tensor on
+# the CPU keeps inductor from capturing it.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 

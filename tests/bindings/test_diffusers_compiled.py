@@ -132,8 +132,11 @@ def test_handles_of_one_model_share_its_graphs():
         with host.by_formulas(twin := host.build().double(), host.attend(mods)):
             twin.load_state_dict(model.state_dict())
             expected = run(twin, call)
-        with fr.apply(model, mods):
+        stock = run(twin, call)
+        with fr.apply(model, mods) as handle:
             assert_same(run(model, call), expected)
+            handle.update()
+            assert_same(run(model, call), stock)
         counts.append(counter.frame_count)
     assert counts[0] == counts[1] > 0
 
