@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -52,6 +53,7 @@ class CallState:
         self.inspector: Inspector | None = None
         self.installed: tuple[tuple[torch.nn.Module, object], ...] = ()
         self._kinds = tuple(kinds)
+        self._warned = False
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
         self._fingerprints = Fingerprints()
@@ -91,7 +93,7 @@ class CallState:
         """One site per layer; none where nobody asks."""
         if self.inspector is None and all(isinstance(m, MODULATIONS) for m in self.methods):
             return []
-        step, num_steps = self.told or self._step(call) or (0, fr.Site.num_steps)
+        step, num_steps = self.told or self._step(call) or self._first_step()
         tokens, count = sequence.layout(), len(self.slots)
         return [
             fr.Site(tokens, layer, step, num_steps, self.axes_dim, self.host.spatial_axes, count, kind)
@@ -101,6 +103,16 @@ class CallState:
     def _step(self, call: Call) -> tuple[int, int] | None:
         pipe = self._pipe()
         return pipe and find_step(pipe, call.get(self.host.timestep), self.host.model_time)
+
+    def _first_step(self) -> tuple[int, int]:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "fastrope: nothing tells the denoising step, so methods see step 0 in every call; apply to the "
+                "pipeline, or call handle.set_step(step, num_steps)",
+                stacklevel=2,
+            )
+        return 0, fr.Site.num_steps
 
     # ---- sequences --------------------------------------------------------------------------------------------------
 

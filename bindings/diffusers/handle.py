@@ -86,7 +86,7 @@ class Handle:
     def set_step(self, step: int | None, num_steps: int = 28) -> None:
         """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out.
 
-        Without a pipeline, and untold, methods see step 0.
+        Without a pipeline, and untold, methods see step 0, and a warning says so once.
 
         Raises:
             ValueError: a step outside ``[0, num_steps)``.

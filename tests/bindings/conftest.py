@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Most tests call a transformer without its pipeline and have no use for steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fastrope: nothing tells the denoising step")
+        yield
