@@ -60,6 +60,9 @@ def test_mask_on_a_grid():
     mask[0, 0, :4] = True  # a quarter of the first token
     mask[0, 4:, 4] = True  # a quarter of the last
     mask[0, 4, 0] = True  # a sixteenth: too little
+    whole = mask.clone()
+    whole[0, :4, 4:] = True
+    assert maps.resize_mask(whole, (2, 2))[0].tolist() == [[True, True], [False, True]]
     assert maps.resize_mask(mask, (2, 2))[0].tolist() == [[True, False], [False, True]]
     speck = torch.zeros(1, 8, 8, dtype=torch.bool)
     speck[0, 7, 1] = True
