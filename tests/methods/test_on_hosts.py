@@ -56,7 +56,8 @@ def check(host, method, mods) -> None:
     model, call = host.build().double(), host.call(host.layout)
     with host.by_formulas(model, host.attend(mods)):
         expected = hosts.run(model, call)
-    with fr.apply(model, method):
+    with fr.apply(model, method) as handle:
+        handle.set_step(0)
         out = hosts.run(model, call)
     hosts.assert_same(out, expected, 1e-10)
     hosts.assert_differ(out, hosts.run(model, call))
