@@ -222,6 +222,7 @@ class Explanation:
     keys_reordered: bool
     dropped: int
     plan_bytes: int
+    passes: int = 1
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -235,6 +236,8 @@ class Explanation:
             levels = ", ".join(f"{r:.4g}" for r in self.levels)
             lines.append(f"levels: 1{', ' if levels else ''}{levels}; queries with a scale of their own: "
                          f"{self.continuous_queries}")  # fmt: skip
+        if self.passes > 1:
+            lines.append(f"passes: {self.passes}, merged (more treatments than one launch holds)")
         if self.dropped:
             lines.append(f"neutral modulations dropped: {self.dropped}")
         lines.append(f"plan: {self.plan_bytes / 2**20:.1f} MiB of tables")
@@ -274,6 +277,7 @@ def explain(
         continuous_queries=sum(counts[0] for counts in plan.spec.level_counts),
         keys_reordered="key_order" in plan.tensors, dropped=max(len(tuple(modulations)) - kept, 0),
         plan_bytes=plan.nbytes,
+        passes={"eager": 1, "sdpa": len(sdpa.passes(plan)), "triton": max(len(plan.spec.passes), 1)}[choice.backend],
     )  # fmt: skip
 
 

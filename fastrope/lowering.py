@@ -7,6 +7,7 @@ once per plan.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ SLOT_TILE = 128  # query slots are padded per level to this; every kernel's BLOC
 MAX_LEVELS = 8  # key copies a plan may ask for: bounds memory at MAX_LEVELS times the covered keys
 MIN_LEVEL_QUERIES = SLOT_TILE  # with more distinct scales than MAX_LEVELS, a value shared by a full tile stays a level
 MAX_RUNS = 16  # runs of keys tolerated before keys are sorted by treatment (a run costs a partial tile, a sort a copy)
+MAX_VIEWS = 4  # prepared copies of the queries alive at once
+MAX_OWN_GROUPS = 4  # groups whose means are alive at once for queries that each have their own
 PATCH = 8  # keys of a patch along either axis
 PAIR_CHUNK = 16  # pairs the patch kernel multiplies at once
 PLAIN, CONTINUOUS = 0, -1  # level of a query at r = 1, and of one whose scale has no key copy
@@ -95,6 +98,32 @@ def segment_keys(treatments: Treatments) -> tuple[tuple[Segment, ...], torch.Ten
         scaled, weight, group, gain = signatures[start].tolist()
         segments.append(Segment(start, stop, bool(scaled), weight, group, gain))
     return tuple(segments), order
+
+
+def split_passes(
+    segments: Sequence[Segment], *limits: tuple[Callable[[Segment], Hashable], int]
+) -> tuple[tuple[int, int], ...]:
+    """Runs of segments such that no run has more than ``n`` distinct values of ``value(segment)``, for each
+    ``(value, n)``: bounds ``[first, last)`` of what may be held in memory at once."""
+    bounds, first = [], 0
+    seen: list[set] = [set() for _ in limits]
+    for i, segment in enumerate(segments):
+        values = [value(segment) for value, _ in limits]
+        full = any(len(s | {v}) > n for s, v, (_, n) in zip(seen, values, limits, strict=True))
+        if full:
+            bounds.append((first, i))
+            first, seen = i, [set() for _ in limits]
+        for s, v in zip(seen, values, strict=True):
+            s.add(v)
+    return (*bounds, (first, len(segments)))
+
+
+def launch_passes(segments: Sequence[Segment], continuous: bool) -> tuple[tuple[int, int], ...]:
+    """Passes of the fused kernels: prepared queries, row biases and per-query means are held for one at a time."""
+    limits = [(lambda s: s.view, MAX_VIEWS), (lambda s: s.start, MAX_RUNS)]
+    if continuous:
+        limits.append((lambda s: s.group, MAX_OWN_GROUPS))
+    return split_passes(segments, *limits)
 
 
 def _runs(rows: torch.Tensor) -> list[int]:

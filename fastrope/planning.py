@@ -28,7 +28,8 @@ class PlanSpec:
 
     ``batch``, ``num_queries``, ``num_keys`` and ``pairs`` are None where the plan fits any. ``continuous`` counts the
     leading query slots that may hold queries with a scale of their own. ``level_counts`` has, per row of the
-    scale, the number of queries with a scale of their own, at r = 1, and at each level.
+    scale, the number of queries with a scale of their own, at r = 1, and at each level. ``passes`` are runs of segments
+    the fused kernels hold at once; ``gain_sets`` the gains that segments multiply.
     """
 
     batch: int | None = None
@@ -43,7 +44,9 @@ class PlanSpec:
     num_levels: int = 0
     level_counts: tuple[tuple[int, ...], ...] = ()
     num_groups: int = 0
+    gain_sets: tuple[tuple[int, ...], ...] = ()
     continuous: int = 0
+    passes: tuple[tuple[int, int], ...] = ()
     tensor_names: tuple[str, ...] = ()
 
     @property
@@ -61,9 +64,17 @@ class PlanSpec:
         """Inverse of :meth:`to_string`."""
         fields = json.loads(text)
         fields["segments"] = tuple(Segment(**s) for s in fields["segments"])
-        fields["level_counts"] = tuple(tuple(c) for c in fields["level_counts"])
+        for name in ("level_counts", "gain_sets", "passes"):
+            fields[name] = tuple(tuple(row) for row in fields[name])
         fields["tensor_names"] = tuple(fields["tensor_names"])
         return PlanSpec(**fields)
+
+
+def gain_products(gains: torch.Tensor, sets, segments) -> torch.Tensor | None:
+    """``(Bg, n, Sq)`` float32: the product of each set of ``gains`` that one of ``segments`` uses, numbered as in their
+    rows of the segment table. None where none is used."""
+    used = [sets[n] for n in dict.fromkeys(s.gain for s in segments if s.gain >= 0)]
+    return torch.stack([gains[:, list(members)].prod(dim=1) for members in used], dim=1).float() if used else None
 
 
 @dataclass(frozen=True, eq=False)

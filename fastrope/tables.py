@@ -12,14 +12,14 @@ import torch
 from . import lowering
 from .checks import require
 from .lowering import Segment
-from .planning import PlanSpec
+from .planning import PlanSpec, gain_products
 from .resolve import Resolved
 from .rope import RoPE
 
 # Columns of tensors["segments"], read by the kernels.
 SEGMENT_FIELDS = (
     "start", "stop", "level_base", "scaled", "weight", "group", "gain", "patch_start", "patch_stop", "view",
-    "first_of_view",
+    "first_of_view", "own_group",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def lower(
     )  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
     if num_keys is not None:
-        treatments = _treat_keys(tensors, resolved, num_keys)
+        treatments, fields["gain_sets"] = _treat_keys(tensors, resolved, num_keys)
         segments, order = lowering.segment_keys(treatments)
         if order is not None:
             tensors["key_order"] = order
@@ -47,7 +47,7 @@ def lower(
             mask = key_mask.cpu()
             tensors["key_mask"] = mask if order is None else mask[:, order]
         if resolved.groups:
-            _group_tables(tensors, resolved, key_mask)
+            _group_tables(tensors, resolved, key_mask, segments)
         fields.update(segments=segments, num_groups=len(resolved.groups))
         levels = torch.empty(0, dtype=torch.float64)
         if resolved.scale is not None:
@@ -61,7 +61,11 @@ def lower(
         patch_bounds = [(0, 0)] * len(segments)
         if fields.get("continuous"):
             patch_bounds = _patch_tables(tensors, rope, key_rope, resolved, segments)
-        tensors["segments"] = _segment_table(segments, patch_bounds)
+        passes = lowering.launch_passes(segments, bool(fields.get("continuous")))
+        tensors["segments"] = _segment_table(segments, passes, patch_bounds)
+        fields["passes"] = passes
+        if resolved.gains and len(passes) == 1:
+            tensors["kernel_gains"] = gain_products(tensors["gains"], fields["gain_sets"], segments)
     return PlanSpec(tensor_names=tuple(tensors), **fields), tensors
 
 
@@ -86,8 +90,9 @@ def _batch(rope, key_rope, resolved: Resolved, key_mask) -> int | None:
     return batch
 
 
-def _treat_keys(tensors, resolved: Resolved, num_keys: int) -> lowering.Treatments:
-    """Distinct products of weights ``weights (W, P)`` and of gains ``gains (Bg, G, Sq)``, and who gets which."""
+def _treat_keys(tensors, resolved: Resolved, num_keys: int) -> tuple[lowering.Treatments, tuple]:
+    """Distinct products of weights ``weights (W, P)``, the gains ``gains (Bg, n, Sq)`` and the sets of them that are
+    multiplied somewhere, and which key gets which."""
     weight_sets, weight = lowering.distinct_sets([m.keys for m in resolved.weights], num_keys)
     if weight_sets:
         rows = [torch.stack([resolved.weights[i].w for i in members]).prod(0) for members in weight_sets]
@@ -95,24 +100,22 @@ def _treat_keys(tensors, resolved: Resolved, num_keys: int) -> lowering.Treatmen
         tensors["kernel_weights"] = tensors["weights"].float()
     gain_sets, gain = lowering.distinct_sets([m.keys for m in resolved.gains], num_keys)
     if gain_sets:
-        rows = []
-        for members in gain_sets:
-            product = resolved.gains[members[0]].g
-            for i in members[1:]:
-                product = product * resolved.gains[i].g
-            rows.append(product)
-        batch = max(r.shape[0] for r in rows)
-        tensors["gains"] = torch.stack([r.expand(batch, -1) for r in rows], dim=1)
-        tensors["kernel_gains"] = tensors["gains"].float()
+        batch = max(m.g.shape[0] for m in resolved.gains)
+        tensors["gains"] = torch.stack([m.g.expand(batch, -1) for m in resolved.gains], dim=1)
     group = torch.full((num_keys,), -1, dtype=torch.int64)
     for i, m in enumerate(resolved.groups):
         group[m.keys] = i
     scaled = resolved.scale.keys if resolved.scale is not None else torch.zeros(num_keys, dtype=torch.bool)
-    return lowering.Treatments(scaled, weight, group, gain)
+    return lowering.Treatments(scaled, weight, group, gain), tuple(gain_sets)
 
 
-def _group_tables(tensors, resolved: Resolved, key_mask) -> None:
-    """``groups (Bg, G, 3)``: lambda, delta and the number of unmasked keys."""
+def _group_tables(tensors, resolved: Resolved, key_mask, segments) -> None:
+    """``groups (Bg, G, 3)``: lambda, delta and the number of unmasked keys; the segments of group g are
+    ``group_members[group_bounds[g] : group_bounds[g + 1]]``."""
+    owner = np.array([s.group for s in segments])
+    members = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[members], np.arange(len(resolved.groups) + 1))
+    tensors["group_members"], tensors["group_bounds"] = (torch.from_numpy(x).int() for x in (members, bounds))
     counts = []
     for m in resolved.groups:
         mask = m.keys[None] if key_mask is None else m.keys[None] & key_mask.cpu()
@@ -230,20 +233,26 @@ def _class_tables(tensors, angles, rows, classes, segments) -> None:
         tensors[f"class_{name}_angles"] = angles[:, torch.from_numpy(first)][..., pairs]
 
 
-def _segment_table(segments: tuple[Segment, ...], patch_bounds) -> torch.Tensor:
+def _segment_table(segments: tuple[Segment, ...], passes, patch_bounds) -> torch.Tensor:
     """``(segments, len(SEGMENT_FIELDS))``. A scaled key's row at level l is ``level_base + l * scaled_keys``; segments
-    with one view read the same prepared queries."""
+    with one view read the same prepared queries. Views, gains and the groups of per-query means are numbered within a
+    pass."""
     total = segments[-1].stop
     scaled_keys = sum(len(s) for s in segments if s.scaled)
-    rows, seen, views = [], 0, []
-    for s, (patch_start, patch_stop) in zip(segments, patch_bounds, strict=True):
-        level_base = total - scaled_keys + seen if s.scaled else s.start
-        first = s.view not in views
-        if first:
-            views.append(s.view)
-        rows.append(
-            [s.start, s.stop, level_base, int(s.scaled), s.weight, s.group, s.gain, patch_start, patch_stop,
-             views.index(s.view), int(first)]
-        )  # fmt: skip
-        seen += len(s) if s.scaled else 0
+    rows, seen = [], 0
+    for first, last in passes:
+        here = segments[first:last]
+        views = list(dict.fromkeys(s.view for s in here))
+        gains = list(dict.fromkeys(s.gain for s in here if s.gain >= 0))
+        groups = list(dict.fromkeys(s.group for s in here if s.group >= 0))
+        met = set()
+        for s, (patch_start, patch_stop) in zip(here, patch_bounds[first:last], strict=True):
+            level_base = total - scaled_keys + seen if s.scaled else s.start
+            gain, group = (-1 if n < 0 else known.index(n) for n, known in ((s.gain, gains), (s.group, groups)))
+            rows.append(
+                [s.start, s.stop, level_base, int(s.scaled), s.weight, s.group, gain, patch_start, patch_stop,
+                 views.index(s.view), int(s.view not in met), group]
+            )  # fmt: skip
+            met.add(s.view)
+            seen += len(s) if s.scaled else 0
     return torch.tensor(rows, dtype=torch.int32)

@@ -176,6 +176,7 @@ def fused_attention(
     bias: torch.Tensor | None,
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     scale: float,
+    dtype: torch.dtype,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in one launch.
@@ -189,12 +190,13 @@ def fused_attention(
         tables, bias: modulations and the row bias of :func:`prepare_queries`, or None for plain attention.
         state: ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)`` float32 of the continuous slots, or None.
         scale: factor of the logits.
+        dtype: of the output.
 
     Returns:
-        out ``(B, Sq, H, D)`` in the dtype of q and lse ``(B, H, Sq)`` float32, natural log.
+        out ``(B, Sq, H, D)`` and lse ``(B, H, Sq)`` float32, natural log.
     """
     batch, heads, _, rows, dim = q.shape
-    out = torch.empty((batch, num_queries, heads, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, num_queries, heads, dim), dtype=dtype, device=q.device)
     lse = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
     t = tables or SegmentTables(lse)
     # Pointers of the right type stand in for tables whose loads are all masked off.

@@ -6,7 +6,7 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Columns of the segment table a plan hands over.
-SEGMENT_FIELDS = tl.constexpr(11)
+SEGMENT_FIELDS = tl.constexpr(12)
 START = tl.constexpr(0)
 STOP = tl.constexpr(1)
 LEVEL_BASE = tl.constexpr(2)
@@ -18,6 +18,7 @@ PATCH_START = tl.constexpr(7)
 PATCH_STOP = tl.constexpr(8)
 VIEW = tl.constexpr(9)
 FIRST_OF_VIEW = tl.constexpr(10)
+OWN_GROUP = tl.constexpr(11)
 
 
 @triton.jit

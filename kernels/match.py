@@ -185,7 +185,7 @@ def distances(
     return tl.where(s == s, tl.maximum(s, 0.0), float("inf"))
 
 
-MATCH_COUNTS = ("row_stride", "position_stride", "vocab", "known", "steps", "dim", "candidates")
+MATCH_COUNTS = ("row_stride", "anchor_stride", "position_stride", "vocab", "known", "steps", "dim", "candidates")
 # Positions and logits are often slices, and nothing here is read faster for being aligned.
 MATCH_SLICES = ("LOGITS", "ANCHORS", "POSITION", "SEEDS", "ACTIVE")
 
@@ -193,7 +193,7 @@ MATCH_SLICES = ("LOGITS", "ANCHORS", "POSITION", "SEEDS", "ACTIVE")
 @triton.jit(do_not_specialize=MATCH_COUNTS, do_not_specialize_on_alignment=MATCH_SLICES)
 def match_kernel(
     LOGITS, ANCHORS, POSITION, SEEDS, ACTIVE, CODEBOOK, ROWS, WINDOWS, KEYS, TOKENS, DISTANCE, WINDOW, ACCEPTED,
-    row_stride, stride_lv, position_stride, vocab, known, steps, dim, candidates, tau,
+    row_stride, stride_lv, anchor_stride, position_stride, vocab, known, steps, dim, candidates, tau,
     BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COSINE: tl.constexpr, HAS_ACTIVE: tl.constexpr,
 ):  # fmt: skip
     """One row: the token nearest to its anchor in the window, the likeliest where that is further than tau."""
@@ -208,7 +208,7 @@ def match_kernel(
     count = draw(logits, drawn, peak, seed, position, vocab, stride_lv, BLOCK_V)
     tl.debug_barrier()  # keys travel between threads through memory
 
-    anchor = tl.load(ANCHORS + b)
+    anchor = tl.load(ANCHORS + b * anchor_stride)
     anchor_row = tl.load(ROWS + anchor, mask=(anchor >= 0) & (anchor < known), other=-1).to(tl.int64)
     free = anchor_row < 0
     if HAS_ACTIVE:
@@ -265,8 +265,8 @@ def match_anchors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments and results of :func:`fastrope.islock.reference.match`; a vocabulary below 2**31.
 
-    ``logits`` may have any strides and ``position`` may be expanded; everything else is contiguous. Scratch memory is
-    8 bytes per row and vocabulary entry.
+    ``logits``, ``anchors`` (a column of ``(B, N)``) and ``position`` may have any strides; ``codebook``, ``rows`` and
+    ``windows`` are contiguous. Scratch memory is 8 bytes per row and vocabulary entry.
     """
     batch, vocab = logits.shape
     candidates = min(candidates, vocab)
@@ -276,10 +276,10 @@ def match_anchors(
     )
     keys = torch.empty((batch, vocab + candidates), dtype=torch.int64, device=logits.device)
     match_kernel[(batch,)](
-        logits, anchors, position, seeds, anchors if active is None else active, codebook, rows, windows, keys,
-        tokens, distance, window, accepted,
-        *logits.stride(), position.stride(0), vocab, rows.shape[0], windows.shape[0], codebook.shape[1], candidates,
-        tau, BLOCK_V=config.block_v, BLOCK_K=config.block_k, BLOCK_D=config.block_d, COSINE=metric == "cosine",
+        logits, anchors, position, seeds.contiguous(), anchors if active is None else active.contiguous(), codebook,
+        rows, windows, keys, tokens, distance, window, accepted, *logits.stride(), anchors.stride(0),
+        position.stride(0), vocab, rows.shape[0], windows.shape[0], codebook.shape[1], candidates, tau,
+        BLOCK_V=config.block_v, BLOCK_K=config.block_k, BLOCK_D=config.block_d, COSINE=metric == "cosine",
         HAS_ACTIVE=active is not None, **config.options,
     )  # fmt: skip
     return tokens, distance, window, accepted

@@ -4,19 +4,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import GROUP, LEVEL_BASE, SCALED, SEGMENT_FIELDS, START, STOP
+from .common import LEVEL_BASE, SCALED, SEGMENT_FIELDS, START, STOP
 from .config import LaunchConfig
 
 MEANS_COUNTS = (
-    "num_segments", "heads", "num_groups", "num_levels", "scaled_keys", "groups_batch_stride", "mask_batch_stride",
+    "heads", "num_groups", "num_levels", "scaled_keys", "groups_batch_stride", "mask_batch_stride",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=MEANS_COUNTS)
 def means_kernel(
-    K, OUT, SEGMENTS, GROUPS, KEY_MASK,
+    K, OUT, SEGMENTS, GROUPS, MEMBERS, MEMBER_BOUNDS, KEY_MASK,
     stride_kb, stride_kh, stride_ks, stride_kd,
-    num_segments, heads, num_groups, num_levels, scaled_keys, groups_batch_stride, mask_batch_stride,
+    heads, num_groups, num_levels, scaled_keys, groups_batch_stride, mask_batch_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, g, l] = sum of the group's unmasked keys at level l / their number, for BLOCK_D channels."""
@@ -29,11 +29,10 @@ def means_kernel(
     base = K + b * stride_kb + (bh % heads).to(tl.int64) * stride_kh
     offs_d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for s in range(num_segments):
-        row = SEGMENTS + s * SEGMENT_FIELDS
+    for i in range(tl.load(MEMBER_BOUNDS + g), tl.load(MEMBER_BOUNDS + g + 1)):
+        row = SEGMENTS + tl.load(MEMBERS + i) * SEGMENT_FIELDS
         start = tl.load(row + START)
         stop = tl.load(row + STOP)
-        stop = tl.where(tl.load(row + GROUP) == g, stop, start)
         copy = tl.load(row + LEVEL_BASE) + level * scaled_keys
         shift = tl.where((tl.load(row + SCALED) != 0) & (level > 0), copy - start, 0)
         for start_n in range(start, stop, BLOCK_N):
@@ -54,6 +53,8 @@ def group_means(
     keys: torch.Tensor,
     segments: torch.Tensor,
     groups: torch.Tensor,
+    members: torch.Tensor,
+    member_bounds: torch.Tensor,
     key_mask: torch.Tensor | None,
     num_levels: int,
     scaled_keys: int,
@@ -65,6 +66,8 @@ def group_means(
         keys: ``(B, Hkv, R, D)`` rotated keys in key order, then the scaled keys once per level; any strides.
         segments: the plan's table, int32.
         groups: ``(1 or B, G, 3)`` float32: lambda, delta, number of unmasked keys.
+        members, member_bounds: ``(n,)`` and ``(G + 1,)`` int32: the segments of group g are
+            ``members[member_bounds[g] : member_bounds[g + 1]]``.
         key_mask: ``(1 or B, Sk)`` bool in key order, True = attend.
         num_levels: levels beside r = 1.
 
@@ -76,8 +79,8 @@ def group_means(
     out = torch.empty((batch, heads, count, 1 + num_levels, dim), dtype=torch.float32, device=keys.device)
     grid = (triton.cdiv(dim, config.block_d) * batch * heads, count * (1 + num_levels))
     means_kernel[grid](
-        keys, out, segments, groups, key_mask, *keys.stride(),
-        segments.shape[0], heads, count, 1 + num_levels, scaled_keys,
+        keys, out, segments, groups, members, member_bounds, key_mask, *keys.stride(),
+        heads, count, 1 + num_levels, scaled_keys,
         groups.stride(0) if groups.shape[0] > 1 else 0,
         key_mask.stride(0) if key_mask is not None and key_mask.shape[0] > 1 else 0,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, HAS_MASK=key_mask is not None,

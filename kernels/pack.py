@@ -11,6 +11,7 @@ import triton.language as tl
 from .common import (
     FIRST_OF_VIEW,
     GROUP,
+    OWN_GROUP,
     SCALED,
     SEGMENT_FIELDS,
     VIEW,
@@ -90,7 +91,7 @@ def pack_rows(
 
 QUERIES_COUNTS = (
     "num_segments", "num_views", "num_rows", "num_slots", "heads", "key_heads", "num_groups", "num_levels",
-    "continuous", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride", "slots_batch_stride",
+    "own_groups", "continuous", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride", "slots_batch_stride",
     "level_batch_stride", "half",
 )  # fmt: skip
 
@@ -99,8 +100,9 @@ QUERIES_COUNTS = (
 def queries_kernel(
     Q, OUT, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
     stride_qb, stride_qs, stride_qh, stride_qd,
-    num_segments, num_views, num_rows, num_slots, heads, key_heads, num_groups, num_levels, continuous,
-    cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride, level_batch_stride, half,
+    num_segments, num_views, num_rows, num_slots, heads, key_heads, num_groups, num_levels,
+    own_groups, continuous, cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride,
+    level_batch_stride, half,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLOT_TILE: tl.constexpr,
     ROTATE: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +147,8 @@ def queries_kernel(
         tl.store(OUT + out, x.to(OUT.dtype.element_ty), mask=when(first, in_range)[:, None] & channel[None, :])
         means = (kv * num_groups + group) * num_levels + tl.maximum(level, 0)
         mu = tl.load(MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (level >= 0), channel), other=0.0)
-        own = ((kv * num_groups + group) * continuous + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
+        own_group = kv * own_groups + tl.load(row + OWN_GROUP)
+        own = (own_group * continuous + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
         own_mask = when((group >= 0) & (level < 0), row_mask)[:, None] & channel[None, :]
         own_mu = tl.load(ROW_MEANS + own, mask=own_mask, other=0.0)
         shift = tl.load(groups + group * 3, mask=group >= 0, other=1.0)
@@ -186,7 +189,8 @@ def prepare_queries(
         q, out, bias, t.segments, cos, sin, bias if t.weights is None else t.weights, groups, means, row_means,
         t.segments if t.slots is None else t.slots, t.segments if t.slots is None else t.slot_level,
         *q.stride(), segments, t.num_views, rows, num_slots, heads, t.key_heads,
-        0 if t.groups is None else t.groups.shape[1], 1 + t.num_levels, t.continuous,
+        0 if t.groups is None else t.groups.shape[1], 1 + t.num_levels,
+        0 if t.row_means is None else t.row_means.shape[2], t.continuous,
         batch_stride(rotation and cos), cos.stride(1) if rotation and cos.shape[1] > 1 else 0, batch_stride(t.groups),
         batch_stride(t.slots), batch_stride(t.slot_level), int(half),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, SLOT_TILE=SLOT_TILE, ROTATE=rotation is not None,

@@ -175,8 +175,8 @@ def patch_kernel(
             across = turned_product(
                 tl.zeros([PATCH, BLOCK_M, PATCH], dtype=tl.float32),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
-                k_base, key_phase, phase_low, tl.load(PATCH_B + patch * PATCH + offs_u), tl.trans(keys), tl.trans(present),
-                stride_ks, stride_kd, COLUMNS_B, columns_b, half, PAIRS, PRECISION,
+                k_base, key_phase, phase_low, tl.load(PATCH_B + patch * PATCH + offs_u), tl.trans(keys),
+                tl.trans(present), stride_ks, stride_kd, COLUMNS_B, columns_b, half, PAIRS, PRECISION,
             )  # [N, M, U]  # fmt: skip
             qk = turned_product(
                 tl.permute(across, (2, 1, 0)),

@@ -12,10 +12,11 @@ SLOT_TILE = 128  # query slots that share a level; every BLOCK_M divides it
 class SegmentTables:
     """What a plan says of a modulated call, as device tensors. Batches ``Bx`` are 1 or B; None where unused.
 
-    segments ``(n, 11)`` int32; weights ``(W, D/2)``, groups ``(Bx, G, 3)`` (lambda, delta, unmasked keys), gains
+    segments ``(n, 12)`` int32; weights ``(W, D/2)``, groups ``(Bx, G, 3)`` (lambda, delta, unmasked keys), gains
     ``(Bx, N, Sq)`` float32; means ``(B, Hkv, G, 1 + L, D)`` of the groups per level and row_means
-    ``(B, Hkv, G, C, D)`` per continuous slot, float32; slots ``(Bx, T * SLOT_TILE)`` query index or -1 and slot_level
-    ``(Bx, T)`` int32, -1 for tiles of continuous queries, which come first and fill C slots.
+    ``(B, Hkv, G', C, D)`` per continuous slot, of the G' groups among these segments, float32; slots
+    ``(Bx, T * SLOT_TILE)`` query index or -1 and slot_level ``(Bx, T)`` int32, -1 for tiles of continuous queries,
+    which come first and fill C slots.
     """
 
     segments: torch.Tensor

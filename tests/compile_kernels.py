@@ -51,7 +51,7 @@ MORE_MATCH_DIMS = (1, 4, 64)
 DTYPES = (torch.bfloat16, torch.float32)
 INT_POINTERS = {
     "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
-    "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
+    "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "OUT", "LOGITS", "CODEBOOK"}
@@ -62,7 +62,8 @@ NUMBERS = {"log2_scale", "tau"}
 
 FLAGS = {
     "attention": {"MODULATED": (False,), "HAS_MASK": (False, True)},
-    "attention_modulated": {"MODULATED": (True,), "HAS_MASK": (False, True)},
+    # Parts of a call that are merged stay float32 ("WIDE_OUT" names a pointer's type, not a flag of the kernel).
+    "attention_modulated": {"MODULATED": (True,), "HAS_MASK": (False, True), "WIDE_OUT": (False, True)},
     "patches": {"HAS_MASK": (False, True)},
     "pack": {"GATHER": (False, True), "ROTATE": (False, True)},
     "queries": {"ROTATE": (False, True)},
@@ -86,7 +87,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
         if kernel == "means":  # works on blocks of 32 channels whatever the head dim
             dims = [d for d in dims if d <= 64]
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
-            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
+            chosen = [v for v in variants(kernel) if dtype != torch.float32 or not v.get("WIDE_OUT")]
+            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in chosen]
     return found
 
 
@@ -107,6 +109,7 @@ def compile_one(job: tuple) -> dict:
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
         options = {"num_warps": launch.num_warps, "num_stages": num_stages}
+    wide_out = constants.pop("WIDE_OUT", kernel == "means")
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants or name in UNIT_STRIDES:
@@ -115,9 +118,8 @@ def compile_one(job: tuple) -> dict:
         elif name.isupper():
             kind = "i32" if name in INT_POINTERS else "i1" if name in BOOL_POINTERS else "fp32"
             kind = "i64" if name in LONG_POINTERS else kind
-            signature[name] = "*" + (
-                "fp32" if (kernel, name) == ("means", "OUT") else element if name in DATA_POINTERS else kind
-            )
+            own = name in DATA_POINTERS and not (name == "OUT" and wide_out)
+            signature[name] = "*" + (element if own else kind)
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in NUMBERS else "i32"

@@ -306,6 +306,22 @@ def every_modulation(
     ]  # fmt: skip
 
 
+def many_treatments(g: torch.Generator, queries: int, keys: int, dim: int, kind: str | None) -> list:
+    """More views, groups and products of gains than one launch holds: nearly every key is treated in its own way."""
+    modulations = [
+        fr.LogitGain(uniform(g, queries, low=0.5, high=1.5), keys=key_set(g, "mask", keys)) for _ in range(4)
+    ]
+    modulations += [
+        fr.BandWeight(uniform(g, dim // 2, low=0.5, high=1.5), keys=key_set(g, "mask", keys)) for _ in range(3)
+    ]
+    modulations += [
+        fr.BiasDelta(1.1, 0.8, keys=torch.tensor([n, (n + keys // 2) % keys])) for n in range(0, keys // 2, 2)
+    ]
+    if kind is not None:
+        modulations.append(fr.QueryScale(scales(g, kind, queries), keys=slice(keys // 4, None)))
+    return modulations
+
+
 def key_masks(g: torch.Generator, kind: str | None, batch: int, keys: int) -> torch.Tensor | None:
     """``random`` about three quarters of the keys; ``row`` also one batch row without any key; ``shared`` one row."""
     if kind is None:

@@ -23,6 +23,7 @@ from numerics import (
     key_masks,
     key_set,
     lay_out,
+    many_treatments,
     scales,
     scatter,
     skip_unless_runnable,
@@ -269,3 +270,15 @@ def test_one_axis_and_axes_without_channels(backend, dtype):
     flat = fr.RoPE.axial(grid(60), (32, 0, 0))  # every position of axis 0 is the same: nothing to patch
     check(Call(q, k, v, flat, modulations=modulations, label="flat"), backend)
     assert axes_of(32)[0] > 0
+
+
+@targets
+@pytest.mark.parametrize("kind", ["levels", "distinct", None])
+def test_more_treatments_than_one_launch_holds(backend, dtype, kind):
+    g = generator(11)
+    tokens = 40 if INTERPRETED else 300
+    q, k, v = tensors(g, batch=2, queries=tokens, heads=4, key_heads=2, dim=16, dtype=dtype)
+    modulations = many_treatments(g, tokens, tokens, 16, kind)
+    call = Call(q, k, v, axial(grid(tokens, 4), 16), None, modulations, key_masks(g, "row", 2, tokens), label=f"{kind}")
+    assert len(call.planned().spec.passes) > 2
+    check(call, backend)

@@ -30,6 +30,26 @@ def test_segments_partition_the_keys(num_keys, seed, run):
     assert len(segments) <= max(lowering.MAX_RUNS, distinct)
 
 
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 4))
+def test_passes_partition_the_segments_and_hold_what_they_may(values, most):
+    segments = [lowering.Segment(n, n + 1, weight=w, group=g) for n, (w, g) in enumerate(values)]
+    limits = ((lambda s: s.weight, most), (lambda s: s.group, most + 1))
+    bounds = lowering.split_passes(segments, *limits)
+    assert [first for first, _ in bounds] == [0, *(last for _, last in bounds[:-1])]
+    assert bounds[-1][1] == len(segments)
+    holds = lambda first, last: all(len({value(s) for s in segments[first:last]}) <= n for value, n in limits)  # noqa: E731
+    for first, last in bounds:
+        assert last > first
+        assert holds(first, last)
+        assert last == len(segments) or not holds(first, last + 1)
+
+
+def test_a_usual_call_is_one_pass():
+    segments = [lowering.Segment(n, n + 1, bool(n % 2), weight=n % 2, group=n % 3) for n in range(lowering.MAX_RUNS)]
+    assert lowering.launch_passes(segments, continuous=True) == ((0, lowering.MAX_RUNS),)
+    assert len(lowering.launch_passes([*segments, lowering.Segment(16, 17)], continuous=True)) == 2
+
+
 def test_sorted_keys_keep_their_order_within_a_treatment():
     even = torch.arange(60) % 2 == 0
     none = torch.full((60,), -1)

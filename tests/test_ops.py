@@ -17,7 +17,9 @@ from numerics import (
     generator,
     grid,
     key_masks,
+    many_treatments,
     scales,
+    skip_unless_runnable,
     tensors,
     uniform,
 )
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrope as fr
 from fastrope import ops
+from fastrope.backends import sdpa
 
 SCALE = 0.25
 
@@ -414,6 +417,36 @@ def test_sdpa_stacks_few_key_copies_for_queries_of_their_own():
     with Watch() as watch:
         fr.attention(q, k, v, plan=plan, backend="sdpa")
     assert watch.largest <= 16 * k.numel() * 4, watch.where
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("sdpa", "levels"), ("sdpa", None), ("triton", None)])
+def test_memory_does_not_grow_with_the_treatments(backend, kind):
+    """A group for every other key: what is held at once stays a small multiple of the keys, and no table is N x N."""
+    tokens, dim = 256, 16
+    skip_unless_runnable(backend)
+    g = generator(8)
+    q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
+    plan = fr.plan(rope=axial(grid(tokens), dim), modulations=many_treatments(g, tokens, tokens, dim, kind))
+    assert len(plan.spec.passes) > 8
+    with Watch() as watch:
+        fr.attention(q, k, v, plan=plan, backend=backend)
+    assert watch.largest <= 12 * k.numel() * 4, watch.where
+    assert max(t.numel() for t in plan.tensors.values()) <= 12 * k.numel()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_log_sum_exp_differentiates_block_by_block(masked, monkeypatch):
+    monkeypatch.setattr(sdpa, "BLOCK_ROWS", 4)
+    g = generator(9)
+    q, k = (draw(g, 2, 2, n, 8, dtype=torch.float64).requires_grad_() for n in (10, 7))
+    mask = key_masks(g, "random", 2, 7)[:, None, None] if masked else None
+
+    def lse(q, k):
+        return sdpa._LogSumExp.apply(q, k, mask, 0.3)
+
+    s = (q @ k.transpose(-1, -2)) * 0.3
+    torch.testing.assert_close(lse(q, k), s.masked_fill(~mask, -torch.inf).logsumexp(-1) if masked else s.logsumexp(-1))
+    assert torch.autograd.gradcheck(lse, (q, k), check_forward_ad=True)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

@@ -7,7 +7,8 @@ in all but its own, so that one call computes ``<q_view, k>`` for every segment:
     q = [ R(phi_i) q | R(r_i phi_i) q | g_i R(r_i phi_i) q ]       k_j = [ 0 | k_j | 0 ]
 
 A gain belongs to the logits, and a query rounded once more for it would cost precision the specification does not. In
-half precision such a view is two: the product rounded, and what the rounding left.
+half precision such a view is two: the product rounded, and what the rounding left. Where segments have more views than
+``MAX_VIEWS``, they are attended a few views at a time, in float32, and merged.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..lowering import Segment
+from ..lowering import MAX_VIEWS, Segment, split_passes
 from ..planning import Plan
 from ..rope import rotate
+from .merging import merge
 
 BLOCK_ROWS = 256  # query rows per step wherever logits must be materialised (lse, and devices without a fused kernel)
 COPY_KEYS = 4  # key copies alive at once for queries with a scale of their own
@@ -62,19 +64,28 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`fastrope.backends.eager.run`. ``lse`` costs a second pass over the logits, in blocks."""
-    t = plan.tensors
+    t, dtype = plan.tensors, q.dtype
+    if len(passes(plan)) > 1:  # parts are merged before they are rounded
+        q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     if "key_order" in t:
         k, v = k[:, t["key_order"]], v[:, t["key_order"]]
     if "key_mask" in t:  # what a masked key holds must not matter, not even a NaN
         masked = ~t["key_mask"][:, :, None, None]
         k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
-    if not plan.spec.level_counts:
-        return _attend(q, k, v, plan, scale, return_lse, _Rows())
     everyone = torch.arange(q.shape[0], device=q.device)
-    if len(plan.spec.level_counts) == 1:
-        return _by_level(q, k, v, plan, scale, return_lse, everyone, 0)
-    parts = [_by_level(q, k, v, plan, scale, return_lse, everyone[b : b + 1], b) for b in range(q.shape[0])]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]) if return_lse else None
+    if not plan.spec.level_counts:
+        out, lse = _attend(q, k, v, plan, scale, return_lse, _Rows())
+    elif len(plan.spec.level_counts) == 1:
+        out, lse = _by_level(q, k, v, plan, scale, return_lse, everyone, 0)
+    else:
+        parts = [_by_level(q, k, v, plan, scale, return_lse, everyone[b : b + 1], b) for b in range(q.shape[0])]
+        out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]) if return_lse else None
+    return out.to(dtype), lse
+
+
+def passes(plan: Plan) -> tuple[tuple[int, int], ...]:
+    """Runs of segments whose views are laid side by side in one call."""
+    return split_passes(plan.spec.segments, (lambda s: (s.scaled, s.gain), MAX_VIEWS))
 
 
 def _by_level(q, k, v, plan: Plan, scale, return_lse, batch: torch.Tensor, b: int):
@@ -108,10 +119,25 @@ def _attend(q, k, v, plan: Plan, scale: float, return_lse: bool, rows: _Rows):
     """Attention of some queries against all keys: ``(B', n, H, D)``, ``(B', H, n)``."""
     q, k, v = rows.of_queries(q), rows.of_input(k), rows.of_input(v)
     mask = rows.of_batch(plan.tensors["key_mask"]) if "key_mask" in plan.tensors else None
-    views = sorted({_view(s, rows) for s in plan.spec.segments}) or [(False, -1)]
+    segments = plan.spec.segments or (Segment(0, k.shape[1]),)
+    keys, bounds, result = _keys(k, plan, mask, rows, segments), passes(plan), None
+    if len(bounds) == 1:
+        return _attend_pass(q, keys, v, plan, segments, mask, scale, return_lse, rows)
+    for first, last in bounds:
+        here = segments[first:last]
+        tokens = slice(here[0].start, here[-1].stop)
+        seen = None if mask is None else mask[:, tokens]
+        part = _attend_pass(q, keys[first:last], v[:, tokens], plan, here, seen, scale, True, rows)
+        result = part if result is None else merge(result, part)
+    return result
+
+
+def _attend_pass(q, keys, v, plan: Plan, segments, mask, scale: float, return_lse: bool, rows: _Rows):
+    """Attention against ``keys``, one tensor ``(B', n, Hkv, D)`` for each of ``segments``."""
+    views = sorted({_view(s, rows) for s in segments})
     queries = torch.cat([x for view in views for x in _query_view(q, plan, rows, view)], dim=-1)
-    keys = _keys(k, plan, mask, rows, views)
-    heads, key_heads, dim = q.shape[2], k.shape[2], v.shape[3]
+    keys = _lay_out(keys, segments, rows, views)
+    heads, key_heads, dim = q.shape[2], v.shape[2], v.shape[3]
     # Grouped heads become more rows of the same key head: no copy of the keys.
     queries = queries.unflatten(2, (key_heads, heads // key_heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     keys, values = keys.transpose(1, 2), v.transpose(1, 2)
@@ -137,7 +163,8 @@ def _query_view(q, plan: Plan, rows: _Rows, view: tuple[bool, int]) -> list[torc
     if gain < 0:
         return [q]
     wide = torch.promote_types(q.dtype, torch.float32)
-    product = q.to(wide) * rows.of_queries(plan.tensors["gains"][:, gain]).to(wide)[:, :, None, None]
+    gains = [rows.of_queries(plan.tensors["gains"][:, n]) for n in plan.spec.gain_sets[gain]]
+    product = q.to(wide) * torch.stack(gains).prod(dim=0).to(wide)[:, :, None, None]
     rounded = product.to(q.dtype)
     return [rounded] if _blocks(view, q.dtype) == 1 else [rounded, (product - rounded.to(wide)).to(q.dtype)]
 
@@ -146,11 +173,10 @@ def _blocks(view: tuple[bool, int], dtype: torch.dtype) -> int:
     return 2 if view[1] >= 0 and dtype.itemsize < 4 else 1
 
 
-def _keys(k, plan: Plan, mask, rows: _Rows, views) -> torch.Tensor:
-    """``ktt`` at this level, each key in the columns of its segment's view: ``(B', Sk, Hkv, blocks * D)``."""
-    t, spec, dim = plan.tensors, plan.spec, k.shape[3]
+def _keys(k, plan: Plan, mask, rows: _Rows, segments) -> list[torch.Tensor]:
+    """``ktt`` at this level, ``(B', n, Hkv, D)`` for each segment."""
+    t, spec = plan.tensors, plan.spec
     wide = torch.promote_types(k.dtype, torch.float32)
-    segments = spec.segments or (Segment(0, k.shape[1]),)
     parts = [k[:, s.start : s.stop] for s in segments]
     if "key_angles" in t:
         angles = t["key_angles"] if "key_order" not in t else t["key_angles"][:, t["key_order"]]
@@ -159,28 +185,30 @@ def _keys(k, plan: Plan, mask, rows: _Rows, views) -> torch.Tensor:
             _rotate(part, angles[:, s.start : s.stop], s.scaled and rows.r is not None, plan, rows, spec.keys_applied)
             for s, part in zip(segments, parts, strict=True)
         ]
-    for g in range(spec.num_groups):  # kt = lambda mu + delta (khat - mu)
-        bias, delta, count = rows.of_batch(t["groups"])[:, g].to(wide).unbind(1)
-        total = 0
-        for s, part in zip(segments, parts, strict=True):
-            if s.group == g:
-                member = part.to(wide) if mask is None else part.to(wide) * mask[:, s.start : s.stop, None, None]
-                total = total + member.sum(dim=1, keepdim=True)
-        mu = total / count.clamp(min=1)[:, None, None, None]
-        shift = (bias - delta)[:, None, None, None] * mu
-        parts = [
-            (shift + delta[:, None, None, None] * part.to(wide)).to(k.dtype) if s.group == g else part
-            for s, part in zip(segments, parts, strict=True)
-        ]
-    laid = []
+    sums: dict[int, torch.Tensor] = {}
     for s, part in zip(segments, parts, strict=True):
+        if s.group >= 0:
+            member = part.to(wide) if mask is None else part.to(wide) * mask[:, s.start : s.stop, None, None]
+            sums[s.group] = sums.get(s.group, 0) + member.sum(dim=1, keepdim=True)
+    for n, s in enumerate(segments):
+        if s.group >= 0:  # kt = lambda mu + delta (khat - mu)
+            bias, delta, count = rows.of_batch(t["groups"])[:, s.group, :, None, None, None].to(wide).unbind(1)
+            mu = sums[s.group] / count.clamp(min=1)
+            parts[n] = ((bias - delta) * mu + delta * parts[n].to(wide)).to(k.dtype)
         if s.weight >= 0:  # ktt = w_c kt
             w = t["weights"][s.weight].to(wide)
             w = w.repeat_interleave(2) if spec.pairing == "interleaved" else torch.cat((w, w))
-            part = (w * part.to(wide)).to(k.dtype)
-        n = views.index(_view(s, rows))
-        own = _blocks(views[n], k.dtype)
-        before, after = (sum(_blocks(x, k.dtype) for x in some) for some in (views[:n], views[n + 1 :]))
+            parts[n] = (w * parts[n].to(wide)).to(k.dtype)
+    return parts
+
+
+def _lay_out(keys, segments, rows: _Rows, views) -> torch.Tensor:
+    """Each key in the columns of its segment's view: ``(B', n, Hkv, blocks * D)``."""
+    laid = []
+    for s, part in zip(segments, keys, strict=True):
+        n, dim = views.index(_view(s, rows)), part.shape[3]
+        own = _blocks(views[n], part.dtype)
+        before, after = (sum(_blocks(x, part.dtype) for x in some) for some in (views[:n], views[n + 1 :]))
         laid.append(F.pad(torch.cat([part] * own, dim=-1), (before * dim, after * dim)))
     return torch.cat(laid, dim=1)
 
@@ -208,10 +236,50 @@ def _fused(q, k, v, mask, scale: float) -> torch.Tensor:
 
 def _log_sum_exp(q, k, mask, scale: float, alive) -> torch.Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(wide).transpose(-1, -2)
-    blocks = []
-    for block in q.split(BLOCK_ROWS, dim=2):
-        s = (block.to(wide) @ keys) * scale
-        blocks.append((s if mask is None else s.masked_fill(~mask, -torch.inf)).logsumexp(dim=-1))
-    lse = torch.cat(blocks, dim=2)
+    lse = _LogSumExp.apply(q.to(wide), k.to(wide), mask, scale)
     return lse if alive is None else lse.masked_fill(~alive[:, None, None], -torch.inf)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """``lse (B, H, Sq)`` of ``q (B, H, Sq, D)`` and ``k (B, H, Sk, D)`` in blocks of queries, also in its derivatives:
+    ``d lse_i = sum_j p_ij d s_ij``."""
+
+    @staticmethod
+    def forward(q, k, mask, scale):
+        return torch.cat([s.logsumexp(dim=-1) for _, s in _blocks_of_logits(q, k, mask, scale)], dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, mask, ctx.scale = inputs
+        ctx.save_for_backward(q, k, mask)
+        ctx.save_for_forward(q, k, mask)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, mask = ctx.saved_tensors
+        grad_q, grad_k = [], torch.zeros_like(k)
+        for rows, s in _blocks_of_logits(q, k, mask, ctx.scale):
+            grad_s = s.softmax(dim=-1) * (ctx.scale * grad[:, :, rows, None])
+            grad_q.append(grad_s @ k)
+            grad_k = grad_k + grad_s.transpose(-1, -2) @ q[:, :, rows]
+        return torch.cat(grad_q, dim=2), grad_k, None, None
+
+    @staticmethod
+    def jvp(ctx, q_tangent, k_tangent, *_):
+        q, k, mask = ctx.saved_tensors
+        tangents = []
+        for rows, s in _blocks_of_logits(q, k, mask, ctx.scale):
+            change = torch.zeros_like(s)
+            if q_tangent is not None:
+                change = change + q_tangent[:, :, rows] @ k.transpose(-1, -2)
+            if k_tangent is not None:
+                change = change + q[:, :, rows] @ k_tangent.transpose(-1, -2)
+            tangents.append((s.softmax(dim=-1) * change).sum(dim=-1) * ctx.scale)
+        return torch.cat(tangents, dim=2)
+
+
+def _blocks_of_logits(q, k, mask, scale: float):
+    for start in range(0, q.shape[2], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        s = (q[:, :, rows] @ k.transpose(-1, -2)) * scale
+        yield rows, s if mask is None else s.masked_fill(~mask, -torch.inf)

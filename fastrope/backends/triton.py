@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from ..planning import Plan
+from ..planning import Plan, gain_products
+from .merging import merge
 
 ROW_MEAN_BLOCK = 2**21  # elements of the float64 tables of one block of row means
 INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
@@ -59,24 +60,20 @@ def _arch(device: torch.device) -> str:
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`fastrope.backends.eager.run`; forward only. Extra memory: the packed keys, at most
-    ``1 + MAX_LEVELS`` times k, and float32 state of the queries with a scale of their own."""
+    """See :func:`fastrope.backends.eager.run`; forward only. Extra memory: the packed keys, at most ``1 + MAX_LEVELS``
+    times k, at most ``MAX_VIEWS`` copies of q, and float32 state of the queries with a scale of their own."""
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        return _run(q, k, v, plan, scale, return_lse)
+        out, lse = _run(q, k, v, plan, scale)
+    return out, lse if return_lse else None
 
 
-def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
+def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     from .. import kernels
 
     t, spec = plan.tensors, plan.spec
-    arch, half, mask = _arch(q.device), spec.pairing == "half", t.get("key_mask")
-    rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
-
-    def config(kernel: str) -> kernels.LaunchConfig:
-        return kernels.select(kernel, arch, q.dtype, q.shape[3])
-
+    half, mask, config = spec.pairing == "half", t.get("key_mask"), _configs(q)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
@@ -87,26 +84,69 @@ def _run(q, k, v, plan: Plan, scale: float, return_lse: bool):
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
     if spec.continuous and _far_apart(q):
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    tables = bias = state = None
     if not spec.modulated:
         queries = q.transpose(1, 2)
-        if rotation is not None or _far_apart(q):
-            cos, sin = (x[:, 0] for x in rotation) if rotation is not None else (None, None)
+        if "query_cos" in t or _far_apart(q):
+            cos, sin = (t[name][:, 0] if name in t else None for name in ("query_cos", "query_sin"))
             queries = kernels.pack_rows(q, None, cos, sin, half, config("pack"))
-        queries = queries.unsqueeze(2)
-    else:
-        tables = _tables(keys, plan, mask, config)
-        queries, bias = kernels.prepare_queries(q, rotation, half, tables, config("queries"))
+        return kernels.fused_attention(
+            queries.unsqueeze(2), keys, values, q.shape[1], k.shape[1], mask, None, None, None, scale, q.dtype,
+            config("attention"),
+        )  # fmt: skip
+    means = None
+    if spec.num_groups:
+        means = kernels.group_means(
+            keys,
+            t["segments"],
+            t["kernel_groups"],
+            t["group_members"],
+            t["group_bounds"],
+            mask,
+            spec.num_levels,
+            spec.scaled_keys,
+            config("means"),
+        )
+    if len(spec.passes) == 1:
+        return _attend(q, keys, values, plan, means, spec.passes[0], scale, q.dtype)
+    result = None
+    for bounds in spec.passes:
+        part = _attend(q, keys, values, plan, means, bounds, scale, torch.float32)
+        result = part if result is None else merge(result, part)
+    return result[0].to(q.dtype), result[1]
+
+
+def _configs(q: torch.Tensor):
+    """Launch configurations for tensors like ``q``, by kernel."""
+    from .. import kernels
+
+    arch = _arch(q.device)
+    return lambda kernel: kernels.select(kernel, arch, q.dtype, q.shape[3])
+
+
+def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: float, dtype: torch.dtype):
+    """Attention over the segments of one pass: ``(B, Sq, H, D)`` in ``dtype``, ``(B, H, Sq)``.
+
+    Args:
+        q: ``(B, Sq, H, D)``; keys ``(B, Hkv, R, D)`` packed; values ``(B, Hkv, Sk, D)``.
+        means: of all groups, or None.
+    """
+    from .. import kernels
+
+    t, spec, config = plan.tensors, plan.spec, _configs(q)
+    half, mask = spec.pairing == "half", t.get("key_mask")
+    rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
+    tables = _tables(keys, plan, means, bounds)
+    queries, bias = kernels.prepare_queries(q, rotation, half, tables, config("queries"))
+    state = None
     if spec.continuous:
         patches = {name: t[f"patch_{name}"] for name in _PATCH_TABLES}
         state = kernels.patch_attention(
             q, keys, values, rotation, half, mask, tables, bias, patches, scale, config("patches")
         )
-    out, lse = kernels.fused_attention(
-        queries, keys, values, q.shape[1], k.shape[1], mask, tables, bias, state, scale,
-        config("attention" if tables is None else "attention_modulated"),
+    return kernels.fused_attention(
+        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
+        config("attention_modulated"),
     )  # fmt: skip
-    return out, lse if return_lse else None
 
 
 def _far_apart(x: torch.Tensor) -> bool:
@@ -114,21 +154,22 @@ def _far_apart(x: torch.Tensor) -> bool:
     return (x.shape[1] - 1) * x.stride(1) + (x.shape[3] - 1) * x.stride(3) >= 2**31
 
 
-def _tables(keys, plan: Plan, mask, config):
-    """The plan's own tables and the means of its groups."""
+def _tables(keys, plan: Plan, means, bounds: tuple[int, int]):
+    """The plan's own tables and the means of its groups, for the segments of one pass."""
     from .. import kernels
 
-    t, spec = plan.tensors, plan.spec
-    groups = t.get("kernel_groups")
-    means = row_means = None
-    if groups is not None:
-        arguments = t["segments"], groups, mask, spec.num_levels, spec.scaled_keys
-        means = kernels.group_means(keys, *arguments, config("means"))
-        if spec.continuous:
-            row_means = _row_means(keys, plan, mask, means)
+    t, spec, here = plan.tensors, plan.spec, slice(*bounds)
+    segments = spec.segments[here]
+    gains = t.get("kernel_gains")
+    if gains is None and "gains" in t:
+        gains = gain_products(t["gains"], spec.gain_sets, segments)
+    row_means = None
+    groups = list(dict.fromkeys(s.group for s in segments if s.group >= 0))
+    if groups and spec.continuous:
+        row_means = _row_means(keys, plan, means, groups)
     return kernels.SegmentTables(
-        t["segments"], t.get("kernel_weights"), groups, t.get("kernel_gains"), means, row_means,
-        t.get("slots"), t.get("slot_level"), keys.shape[1], len({s.view for s in spec.segments}), spec.num_levels,
+        t["segments"][here], t.get("kernel_weights"), t.get("kernel_groups"), gains, means, row_means,
+        t.get("slots"), t.get("slot_level"), keys.shape[1], len({s.view for s in segments}), spec.num_levels,
         spec.scaled_keys, spec.continuous,
     )  # fmt: skip
 
@@ -138,8 +179,8 @@ _PATCH_TABLES = (
 )  # fmt: skip
 
 
-def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
-    """``mu_i`` of queries that each turn the scaled keys by their own scale: ``(B, Hkv, G, C, D)`` float32.
+def _row_means(keys, plan: Plan, means, groups: list[int]) -> torch.Tensor:
+    """``mu_i`` of queries that each turn the scaled keys by their own scale: ``(B, Hkv, groups, C, D)`` float32.
 
     ``mu_i = mu + sum_j (R((r_i - 1) phi_j) - 1) k_j / count`` over the group's scaled keys. Keys that share ``phi_j``
     on a pair class are summed first, so the work is (queries x coordinates), not (queries x keys). In float64, which no
@@ -150,8 +191,8 @@ def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
     scale = t["scale"].expand(slots.shape[0], -1)
     r = torch.where(slots >= 0, scale.gather(1, slots.clamp(min=0)), 1.0)  # (Bs, C)
     channels = _channels(spec.pairing, spec.pairs, keys.device)
-    out = means[:, :, :, :1].repeat(1, 1, 1, spec.continuous, 1)
-    rows = t["scaled_rows"]
+    out = means[:, :, groups, :1].repeat(1, 1, 1, spec.continuous, 1)
+    rows, mask = t["scaled_rows"], t.get("key_mask")
     scaled = keys[:, :, rows]  # (B, Hkv, n, D)
     if mask is not None:  # zero rather than multiply: a masked key may hold NaN
         scaled = scaled.masked_fill(~mask[:, None, rows, None], 0.0)
@@ -163,7 +204,7 @@ def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
         if not len(pairs):
             continue
         first, second = (x[pairs] for x in channels)
-        for g in range(spec.num_groups):
+        for n, g in enumerate(groups):
             member = (t["scaled_group"] == g)[order, None, None, None]
             x, y = (
                 torch.segment_reduce(
@@ -178,8 +219,8 @@ def _row_means(keys, plan: Plan, mask, means) -> torch.Tensor:
                 cos, sin = turn.cos() - 1, turn.sin()
                 turned_x = torch.einsum("biuc,bhuc->bhic", cos, x) - torch.einsum("biuc,bhuc->bhic", sin, y)
                 turned_y = torch.einsum("biuc,bhuc->bhic", cos, y) + torch.einsum("biuc,bhuc->bhic", sin, x)
-                out[:, :, g, i : i + step, first] += turned_x.float()
-                out[:, :, g, i : i + step, second] += turned_y.float()
+                out[:, :, n, i : i + step, first] += turned_x.float()
+                out[:, :, n, i : i + step, second] += turned_y.float()
     return out
 
 
