@@ -149,6 +149,25 @@ def test_buffers_start_as_garbage(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["anchors", "position", "seeds", "active"])
+@pytest.mark.parametrize("layout", ["column", "expanded"])
+def test_a_value_per_row_may_have_any_stride(name, layout):
+    """Hosts pass columns of ``(B, N)``: ``anchors[:, i]``. Compared with a contiguous call of the same kernel."""
+    call = {
+        "anchors": torch.randint(50, (4,)), "position": torch.randint(9, (4,)), "seeds": torch.randint(2**62, (4,)),
+        "active": torch.tensor([True, False, True, True]),
+    }  # fmt: skip
+    x = call[name]
+    strided = x[:1].expand(4) if layout == "expanded" else x[:, None].repeat(1, 3)[:, 1]
+    call[name] = strided.clone(memory_format=torch.contiguous_format)
+    matcher = ISLock(candidates=40, tau=INF).matcher(torch.randn(50, 4), num_tokens=9, backend="triton")
+    logits = torch.randn(4, 50)
+    expected, found = matcher(logits, **call), matcher(logits, **{**call, name: strided})
+    assert not strided.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@interpreted
 def test_offsets_beyond_32_bits():
     """Rows and tokens so far apart that index * stride leaves int32, in lazily allocated memory."""
     vocab, far = 6, 2**30
