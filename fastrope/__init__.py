@@ -7,17 +7,18 @@
 from .activity import At
 from .api import attention, explain
 from .islock import ISLock
-from .methods import GRAG, LooseRoPE
+from .methods import GRAG, LooseRoPE, UntwistingRoPE
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
 from .planning import Plan, plan
 from .rope import RoPE
+from .sharing import Reference, ReferenceCache
 from .tokens import Site, TokenLayout
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "RoPE", "Site",
-    "TokenLayout", "apply", "attention", "explain", "plan", "steer",
+    "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "Reference",
+    "ReferenceCache", "RoPE", "Site", "TokenLayout", "UntwistingRoPE", "apply", "attention", "explain", "plan", "steer",
 ]  # fmt: skip
 
 

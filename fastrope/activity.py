@@ -75,6 +75,15 @@ class At:
             return []
         return [m for each in self.what for m in ([each] if isinstance(each, MODULATIONS) else each.modulations(site))]
 
+    def sharings(self, site: Site) -> list:
+        """What is asked of shared attention at a site, see :mod:`fastrope.sharing`; empty where inactive."""
+        return sharings_of(self.what, site) if site in self.where else []
+
+
+def sharings_of(methods, site: Site) -> list:
+    """All that methods which have ``sharings(site) -> list`` ask for at a site."""
+    return [sharing for m in methods if hasattr(m, "sharings") for sharing in m.sharings(site)]
+
 
 def flat_methods(values, argument: str) -> tuple:
     """Modulations and methods out of lists of them.

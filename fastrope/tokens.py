@@ -27,11 +27,14 @@ class TokenLayout:
         references: ``(rows, columns)`` of each reference image, in sequence order.
         order: ``"text-first"`` or ``"text-last"``.
         padding: filler tokens after the target that no span covers (Z-Image rounds an image up to 32 tokens).
+        shared: ``(rows, columns)`` of each reference image that is no part of the sequence (shared attention): the
+            target's queries see its tokens as further keys, behind the sequence.
 
     Raises:
         ValueError: counts that are not integers, an empty grid, an unknown order.
 
-    ``len()`` of a layout is the sequence length ``S``. Layouts compare and hash by value.
+    ``len()`` of a layout is the sequence length ``S``; with shared references there are :attr:`num_keys` keys. Layouts
+    compare and hash by value.
     """
 
     text_tokens: int
@@ -39,6 +42,7 @@ class TokenLayout:
     reference_grids: tuple[tuple[int, int], ...]
     order: str
     padding: int
+    shared_grids: tuple[tuple[int, int], ...]
 
     def __init__(
         self,
@@ -47,15 +51,14 @@ class TokenLayout:
         references: Sequence[tuple[int, int]] = (),
         order: str = "text-first",
         padding: int = 0,
+        shared: Sequence[tuple[int, int]] = (),
     ):
         _require_count("text", text)
         _require_count("padding", padding)
         require(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
-        grids = isinstance(references, Sequence) and not isinstance(references, str)
-        require(grids, "references", "a list of (rows, columns)", repr(references))
         values = {
             "text_tokens": text, "target_grid": _grid("target", target), "order": order, "padding": padding,
-            "reference_grids": tuple(_grid(f"references[{i}]", g) for i, g in enumerate(references)),
+            "reference_grids": _grids("references", references), "shared_grids": _grids("shared", shared),
         }  # fmt: skip
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -63,6 +66,7 @@ class TokenLayout:
     def __repr__(self) -> str:
         extra = f", order={self.order!r}" if self.order != ORDERS[0] else ""
         extra += f", padding={self.padding}" if self.padding else ""
+        extra += f", shared={list(self.shared_grids)}" if self.shared_grids else ""
         references = list(self.reference_grids)
         return f"TokenLayout(text={self.text_tokens}, target={self.target_grid}, references={references}{extra})"
 
@@ -99,6 +103,16 @@ class TokenLayout:
         require(known, "i", f"a reference in [0, {count})", repr(i))
         start = self.references.start + sum(_size(g) for g in self.reference_grids[:i])
         return slice(start, start + _size(self.reference_grids[i]))
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that the target's queries see: the sequence and the tokens of all shared references."""
+        return self.shared.stop
+
+    @property
+    def shared(self) -> slice:
+        """The tokens of all shared references, among the keys; empty when there is none."""
+        return slice(len(self), len(self) + sum(_size(g) for g in self.shared_grids))
 
     def positions(self, convention: str, device: torch.device | str | None = None) -> torch.Tensor:
         """Position ids of every token as a host model gives them.
@@ -214,6 +228,12 @@ def _grid(name: str, grid: object) -> tuple[int, int]:
     for side in grid:
         _require_count(name, side, least=1)
     return tuple(grid)
+
+
+def _grids(name: str, grids: object) -> tuple[tuple[int, int], ...]:
+    several = isinstance(grids, Sequence) and not isinstance(grids, str)
+    require(several, name, "a list of (rows, columns)", repr(grids))
+    return tuple(_grid(f"{name}[{i}]", grid) for i, grid in enumerate(grids))
 
 
 def _size(grid: tuple[int, int]) -> int:

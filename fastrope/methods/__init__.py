@@ -3,5 +3,6 @@
 from .grag import GRAG
 from .looserope import Curve, LooseRoPE
 from .schedules import Linear, PerLayer, PerStep
+from .untwisting import UntwistingRoPE
 
-__all__ = ["GRAG", "Curve", "Linear", "LooseRoPE", "PerLayer", "PerStep"]
+__all__ = ["GRAG", "Curve", "Linear", "LooseRoPE", "PerLayer", "PerStep", "UntwistingRoPE"]

@@ -1,0 +1,166 @@
+"""Untwisting RoPE (arXiv 2602.05013): style from a reference image, without a copy of where things are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import lru_cache
+from numbers import Integral, Real
+
+import torch
+
+from ..activity import Indices, Where
+from ..checks import require
+from ..modulations import BandWeight
+from ..sharing import SHARED, Sharing
+from ..tokens import Site
+from .schedules import Activity, Linear, Schedule, Steps, check_schedule, require_number, value_at
+
+AXIS0 = ("low", "match")
+Dial = Schedule | tuple[float, float]
+
+PRESETS = {
+    "paper": {"s_hf": (0.25, 0.75), "s_lf": (1.0, 1.4), "beta": 2.0, "adain": 0.5, "axis0": "low"},
+    "community": {"s_hf": (1.0, 0.0), "s_lf": (1.0, 1.4), "beta": 2.5, "adain": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class UntwistingRoPE:
+    """Keys of a reference image weighted per frequency band (Untwisting RoPE, arXiv 2602.05013).
+
+    Pair d of an axis with n pairs, d = 0 the highest frequency, is multiplied by
+    ``s_d = s_hf + (s_lf - s_hf) (d / (n - 1)) ** beta``; d starts anew on every axis. High frequencies lock a query
+    onto the same place in the reference, which copies it; low ones find what looks alike, which carries its style.
+    Values, queries and the keys of text and target stay as they are.
+
+    Args:
+        s_hf: weight of the highest frequency: ``(first step, last step)``, linear in between by step index, or a number
+            or schedule of :mod:`fastrope.methods`. Below 1 copies less.
+        s_lf: weight of the lowest frequency, likewise. Above 1 takes more style. Sweep 0.6 to 1.5.
+        beta: the curve's exponent, above 0.
+        axis0: weights of axes without spatial meaning (axis 0; on FLUX.2 axes 0 and 3): ``"low"`` is flat ``s_lf``,
+            ``"match"`` the curve of the other axes (Z-Image, where flat weights are too strong), a number is itself.
+        blocks: kinds of block, ``"double"``, ``"single"``, ``"joint"`` or several; None means all.
+        layers, steps: where in the run, as in :class:`fastrope.GRAG`; None means all.
+        adain: strength in 0..1 (or a schedule of it) with which queries and keys of the target's image tokens take on
+            the mean and deviation of the reference's in the same layer, see :func:`fastrope.sharing.adain`; 0 is none.
+        reference: ``"shared"``: the reference is given to ``fr.apply(..., reference=...)`` and is no part of the
+            sequence; the target's queries see its image keys as well, in one softmax. Or the index of one of the
+            host's own references (Kontext, FLUX.2, Qwen-Image-Edit).
+
+    The defaults are the paper's, :meth:`from_preset` has others. Where it is inactive the target does not see a shared
+    reference; with all weights 1 and ``adain=0`` it is plain shared attention.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; when asked for modulations also where the site
+            has no such reference.
+    """
+
+    s_hf: Dial = PRESETS["paper"]["s_hf"]
+    s_lf: Dial = PRESETS["paper"]["s_lf"]
+    beta: float = PRESETS["paper"]["beta"]
+    axis0: str | float = PRESETS["paper"]["axis0"]
+    blocks: str | Collection[str] | None = None
+    layers: Indices | None = None
+    steps: Steps = None
+    adain: Schedule = PRESETS["paper"]["adain"]
+    reference: str | int = SHARED
+    _active: Activity = field(init=False, repr=False, compare=False)
+    _kinds: Where = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        for name in ("s_hf", "s_lf"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, list)):
+                require(len(value) == 2, f"UntwistingRoPE.{name}", "(first step, last step)", repr(value))
+                for n in value:
+                    require_number(f"UntwistingRoPE.{name}", n)
+                object.__setattr__(self, name, tuple(value))
+            else:
+                check_schedule(f"UntwistingRoPE.{name}", value)
+        require_number("UntwistingRoPE.beta", self.beta)
+        require(self.beta > 0, "UntwistingRoPE.beta", "a number above 0", self.beta)
+        if isinstance(self.axis0, str) or not isinstance(self.axis0, Real):
+            require(self.axis0 in AXIS0, "UntwistingRoPE.axis0", f"one of {AXIS0}, or a number", repr(self.axis0))
+        else:
+            require_number("UntwistingRoPE.axis0", self.axis0)
+        check_schedule("UntwistingRoPE.adain", self.adain)
+        if not callable(self.adain):
+            _require_strength(self.adain)
+        known = isinstance(self.reference, Integral) and not isinstance(self.reference, bool) and self.reference >= 0
+        known = known or (isinstance(self.reference, str) and self.reference == SHARED)
+        require(known, "UntwistingRoPE.reference", f'"{SHARED}" or an index from 0', repr(self.reference))
+        object.__setattr__(self, "_active", Activity(self.layers, self.steps))
+        object.__setattr__(self, "_kinds", Where(kinds=self.blocks))
+
+    @classmethod
+    def from_preset(cls, name: str = "paper", **dials) -> UntwistingRoPE:
+        """``"paper"``, or ``"community"`` (FLUX.2, Qwen-Image and Z-Image nodes; s_hf *falls*); ``dials`` override.
+
+        Raises:
+            ValueError: another name.
+        """
+        require(name in PRESETS, "preset", f"one of {tuple(PRESETS)}", repr(name))
+        return cls(**{**PRESETS[name], **dials})
+
+    def weights(self, site: Site) -> torch.Tensor:
+        """``s_d`` of all pairs, ``(D/2,)`` float64, in the order of the RoPE's pairs; whether active here or not."""
+        high, low = (_value(name, getattr(self, name), site) for name in ("s_hf", "s_lf"))
+        curves = []
+        for axis, dim in enumerate(site.axes_dim):
+            pairs = dim // 2
+            if axis in site.spatial_axes or self.axis0 == "match":
+                band = torch.arange(pairs, dtype=torch.float64) / max(pairs - 1, 1)
+                curves.append(high + (low - high) * band**self.beta)
+            else:
+                flat = low if self.axis0 == "low" else float(self.axis0)
+                curves.append(torch.full((pairs,), flat, dtype=torch.float64))
+        return torch.cat(curves)
+
+    def modulations(self, site: Site) -> list[BandWeight]:
+        """One :class:`fastrope.BandWeight` on the reference's keys, unless neutral; the same for equal values."""
+        if not self._acts(site):
+            return []
+        span = self._span(site)
+        weights = tuple(self.weights(site).tolist())
+        return [_band_weight(weights, span.start, span.stop)] if set(weights) != {1.0} else []
+
+    def sharings(self, site: Site) -> list[Sharing]:
+        """That the reference is shared, and how much of its statistics; see :mod:`fastrope.sharing`."""
+        if not self._acts(site):
+            return []
+        strength = value_at("UntwistingRoPE.adain", self.adain, site)
+        _require_strength(strength)
+        self._span(site)
+        return [Sharing(self.reference, strength)] if self.reference == SHARED or strength > 0 else []
+
+    def _acts(self, site: Site) -> bool:
+        return site in self._active and site in self._kinds
+
+    def _span(self, site: Site) -> slice:
+        tokens = site.tokens
+        if self.reference == SHARED:
+            expected = "a site with a shared reference: fr.apply(pipe, ..., reference=...)"
+            require(len(tokens.shared_grids) > 0, "UntwistingRoPE.reference", expected, repr(tokens))
+            return tokens.shared
+        count = len(tokens.reference_grids)
+        require(count > 0, "UntwistingRoPE", "a sequence with at least one reference picture", repr(tokens))
+        known = self.reference < count
+        require(known, "UntwistingRoPE.reference", f"a reference in [0, {count})", self.reference)
+        return tokens.reference(self.reference)
+
+
+def _value(name: str, dial: Dial, site: Site) -> float:
+    schedule = Linear(*dial) if isinstance(dial, tuple) else dial
+    return value_at(f"UntwistingRoPE.{name}", schedule, site)
+
+
+def _require_strength(value: float) -> None:
+    require(0 <= value <= 1, "UntwistingRoPE.adain", "a strength in 0..1", value)
+
+
+@lru_cache(maxsize=512)
+def _band_weight(weights: tuple[float, ...], start: int, stop: int) -> BandWeight:
+    """Cached, because a binding that meets the same object again reuses its plan."""
+    return BandWeight(torch.tensor(weights, dtype=torch.float64), keys=slice(start, stop))
