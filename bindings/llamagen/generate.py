@@ -54,6 +54,8 @@ def generate(
     batch, num_tokens = condition.shape[0], model.config.num_tokens
     require(batch > 0, "condition", "at least one row", batch)
     check_warping(temperature, top_k, top_p)
+    fits = matcher is None or matcher.num_tokens == num_tokens
+    require(fits, "matcher", f"one for the model's {num_tokens} tokens", getattr(matcher, "num_tokens", None))
     sampled = matcher is None
     if sampled:
         matcher = plain_matcher(num_tokens, device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import ISLock, __version__
+from ..checks import require
 
 MODELS = ("llamagen", "emu3", "janus", "tiny")
 
@@ -87,7 +89,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..demo.build import choose_device
     from . import ar_hosts, ar_report
 
-    device = choose_device(arguments.device)
+    try:
+        device = choose_device(arguments.device)
+    except (RuntimeError, ValueError) as error:
+        raise ar_hosts.Missing(f"--device: {error}") from error
+    guidance, seed, out = arguments.guidance, arguments.seed, arguments.out
+    require(guidance is None or math.isfinite(guidance), "--guidance", "a finite number", guidance)
+    require(-(2**63) <= seed < 2**64, "--seed", "a number of 64 bits", seed)
+    require(out.is_dir() or not out.exists(), "--out", "a folder", out)
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, arguments.dtype or default)
     defaults = ar_hosts.DEFAULTS[arguments.model]
@@ -116,6 +125,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plain:
         plain = host.decode(host.generate(prompts, generator, label="without anchors").tokens)
     made = host.generate(prompts, generator, matcher=matcher, anchors=anchors, label="edit")
+    # Every anchor is a token of the model, so only logits that are not numbers leave nothing to draw.
+    empty = int(made.record.free.sum())
+    require(empty == 0, "--dtype", "one in which the model's logits are numbers",
+            f"{str(dtype).removeprefix('torch.')}, which gives no probabilities at {empty} token(s)")  # fmt: skip
     edits = host.decode(made.tokens)
     conditions = (
         f"model {host.name}, device {device}, {str(dtype).removeprefix('torch.')}, {host.sampling}, "

@@ -220,6 +220,7 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     """
     model, defaults = arguments.model, DEFAULTS[arguments.model]
     size = defaults.size if arguments.size is None else arguments.size
+    require(size >= 1, "--size", "a whole number from 1", size)
     settings = {
         "guidance": defaults.guidance if arguments.guidance is None else arguments.guidance,
         "temperature": arguments.temperature,

@@ -130,7 +130,11 @@ def test_wrong_usage_is_explained(tmp_path, capsys):
         (["--model", "tiny", "--tau", "-1"], "ISLock.tau"),
         (["--model", "tiny", "--image", "absent.png"], "--image: no picture at absent.png"),
         (["--model", "tiny", "--top-p", "2"], "top_p"),
-        (["--model", "tiny", "--device", "mps"], "expected cpu or cuda"),
+        (["--model", "tiny", "--device", "mps"], "--device: expected cpu or cuda"),
+        (["--model", "tiny", "--device", "nonsense"], "--device: Expected one of cpu, cuda"),
+        (["--model", "tiny", "--guidance", "nan"], "--guidance: expected a finite number, received nan"),
+        (["--model", "tiny", "--seed", 2**70], "--seed: expected a number of 64 bits"),
+        (["--model", "tiny", "--size", 0], "--size: expected a whole number from 1, received 0"),
         (["--model", "llamagen"], "--weights is needed; LlamaGen takes t2i_XL_stage2_512.pt"),
         (["--model", "llamagen", "--weights", "absent.pt"], "--weights names no file: absent.pt; LlamaGen takes"),
         (["--model", "janus", "--weights", "absent/of/folders"], "cannot load absent/of/folders"),
@@ -143,6 +147,28 @@ def test_what_is_missing_is_named(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("fastrope ar-edit: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way_is_named_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "out").write_text("x")
+    assert run("--model", "tiny", "--prompt", "x", *EDIT, out=tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "--out: expected a folder" in error
+    assert "token/s" not in error
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_no_picture(tmp_path, capsys, monkeypatch):
+    build = ar_tiny.tiny_host
+
+    def overflowing(*args):
+        host = build(*args)
+        torch.nn.init.constant_(host.model.output.weight, torch.inf)
+        return host
+
+    monkeypatch.setattr(ar_tiny, "tiny_host", overflowing)
+    assert run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 3, out=tmp_path / "out") == 2
+    assert "--dtype: expected one in which the model's logits are numbers, received float32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

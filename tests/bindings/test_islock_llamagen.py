@@ -355,6 +355,14 @@ def test_bad_calls_are_named(model, features, change, message):
         llamagen.generate(model, arguments.pop("condition"), **arguments)
 
 
+def test_a_matcher_of_another_size_is_refused(model, features):
+    """Its window would shrink at another pace."""
+    anchors = torch.zeros(1, N, dtype=torch.long)
+    wrong = fr.ISLock().matcher(torch.zeros(TINY.vocabulary, 8), num_tokens=2 * N)
+    with pytest.raises(ValueError, match="matcher: expected one for the model's 16 tokens, received 32"):
+        llamagen.generate(model, features, matcher=wrong, anchors=anchors)
+
+
 def test_impossible_configurations_are_refused():
     for change, name in [
         (dict(condition="video"), "condition"), (dict(heads=3), "dim"), (dict(kv_heads=4), "kv_heads"),
