@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -34,6 +35,13 @@ class Where:
             object.__setattr__(self, "kinds", kinds)
 
     def __contains__(self, site: Site) -> bool:
+        """True when the site is among them.
+
+        Raises:
+            ValueError: layers of which the model has none: it would silently stay as it is.
+        """
+        require(_meets(self.layers, site.num_layers), "layers", f"some of the model's {site.num_layers} layers",
+                repr(self.layers))  # fmt: skip
         inside = _among(self.layers, site.layer, site.num_layers) and _among(self.steps, site.step, site.num_steps)
         return inside and (self.kinds is None or site.kind in self.kinds)
 
@@ -45,7 +53,8 @@ class At:
     Args:
         what: modulations, objects with ``modulations(site) -> list``, lists of such.
         layers: indices of attention calls, in order of execution: a slice, a range, one integer or a set of integers.
-            Negative ones count from the last layer, as in a list. None: all.
+            Negative ones count from the last layer, as in a list. None: all. A model that has none of those named
+            is an error when it is called.
         steps: indices of denoising steps, likewise.
         kinds: ``"double"``, ``"single"`` or ``"joint"``, or several; see :class:`fastrope.Site`. None: all.
 
@@ -100,6 +109,16 @@ def flat_methods(values, argument: str) -> tuple:
             raise ValueError(f"{argument}: expected modulations, or objects with modulations(site), received {m!r}")
         found.append(m)
     return tuple(found)
+
+
+def _meets(indices: Indices | None, count: int) -> bool:
+    """False when indices name things, but none of ``count``."""
+    if indices is None:
+        return True
+    if isinstance(indices, slice):
+        return len(range(*indices.indices(count))) > 0 or len(range(*indices.indices(sys.maxsize))) == 0
+    several = (indices,) if isinstance(indices, int) else indices
+    return len(several) == 0 or any(-count <= n < count for n in several)
 
 
 def _among(indices: Indices | None, index: int, count: int) -> bool:

@@ -44,6 +44,18 @@ def test_layers_and_steps_are_indices(indices, expected):
     assert {n for n in range(6) if active(fr.At(M, steps=indices), step=n, num_steps=6)} == expected
 
 
+@pytest.mark.parametrize("indices", [slice(6, None), range(6, 9), [6], 6, -7, {-9, 8}], ids=str)
+def test_layers_that_the_model_does_not_have_are_refused(indices):
+    with pytest.raises(ValueError, match=r"^layers: expected some of the model's 6 layers, received"):
+        active(fr.At(M, layers=indices))
+    assert not active(fr.At(M, steps=indices))  # runs differ in length
+
+
+@pytest.mark.parametrize("nothing", [slice(0, 0), slice(3, 2), range(0), [], slice(-2, -4)], ids=str)
+def test_no_layers_at_all_is_a_choice(nothing):
+    assert not active(fr.At(M, layers=nothing))
+
+
 def test_all_conditions_must_hold():
     at = fr.At(M, layers=range(3), steps={1}, kinds="double")
     assert active(at, layer=1, step=1, kind="double")

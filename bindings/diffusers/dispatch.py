@@ -116,6 +116,13 @@ class Slot:
         """Make the op refuse this slot from now on."""
         _SLOTS.pop(self.number, None)
 
+    def __reduce_ex__(self, protocol):
+        """A copy would be filled by nobody: it would go on with the work of the call before."""
+        raise NotImplementedError(
+            "copy: expected a transformer that no fastrope handle is bound to; call handle.remove() before copying or "
+            "pickling it"
+        )
+
     @property
     def idle(self) -> bool:
         """True when the host's own processor can run unobserved.

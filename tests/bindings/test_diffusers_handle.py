@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -90,6 +91,14 @@ def test_leaving_the_block_removes_even_after_an_error(transformer):
     assert all(transformer.attn_processors[name] is p for name, p in before.items())
     with fr.apply(transformer) as handle:
         handle.remove()  # leaving the block afterwards is no second removal
+
+
+def test_copies_are_refused_while_bound(transformer):
+    with fr.apply(transformer, modulations()):
+        for each in (transformer, transformer.transformer_blocks[0], transformer.attn_processors):
+            with pytest.raises(NotImplementedError, match=r"^copy: expected .* handle\.remove\(\)"):
+                copy.deepcopy(each)
+    copy.deepcopy(transformer)
 
 
 def test_removing_twice_is_refused(transformer):
