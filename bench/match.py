@@ -4,7 +4,8 @@
 ``python bench/match.py`` on a GPU writes ``bench/results/<gpu>/match.jsonl``; on a CPU it is a smoke test that leaves
 its rows in a temporary folder. A contestant whose tokens differ from the reference's is not timed. The vocabularies
 and codebooks have the sizes of the hosts; logits are random, with all but the top k masked. Both contestants also run
-as CUDA graphs, which take the host's launches out of the comparison.
+as CUDA graphs, which take the host's launches out of the comparison. Where the model itself is at hand (LlamaGen XL in
+bfloat16, random weights), its decode step is timed beside them, and ``share`` is matching's part of step and matching.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import torch
 
 from fastrope import ISLock
 from fastrope.bench import RESULTS, report, runner, timing
+from fastrope.bindings.anchors import guide
+from fastrope.bindings.llamagen import LlamaGen, LlamaGenConfig
+from fastrope.bindings.llamagen.generate import warp
+from fastrope.bindings.llamagen.model import Cache
 
 NUM_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class MatchCase:
-    """One host's matching problem: vocabulary, image tokens, codebook channels, sampling."""
+    """One host's matching problem: vocabulary, image tokens, codebook channels, sampling; its model, where at hand."""
 
     name: str
     batch: int
@@ -36,17 +41,22 @@ class MatchCase:
     dim: int
     top_k: int | None
     lock: ISLock
+    model: LlamaGenConfig | None = None
 
 
+STEP, GRAPH = "decode step", ", graph"
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # of the step
+XL = LlamaGenConfig.published("XL")
 LLAMAGEN, LUMINA = ISLock(), ISLock(candidates=100, tau=0.4, metric="cosine")
 CASES = (
-    MatchCase("llamagen", 1, 16384, 16384, 8, 1000, LLAMAGEN),
-    MatchCase("llamagen, batch 8", 8, 16384, 16384, 8, 1000, LLAMAGEN),
-    MatchCase("llamagen, no top-k", 1, 16384, 16384, 8, None, LLAMAGEN),
+    MatchCase("llamagen", 1, 16384, 16384, 8, 1000, LLAMAGEN, XL),
+    MatchCase("llamagen, batch 8", 8, 16384, 16384, 8, 1000, LLAMAGEN, XL),
+    MatchCase("llamagen, no top-k", 1, 16384, 16384, 8, None, LLAMAGEN, XL),
     MatchCase("lumina-mgpt", 1, 65536, 8192, 4096, 2000, LUMINA),
     MatchCase("emu3", 1, 184622, 32768, 4, 2048, LLAMAGEN),
 )
-SMALL = (MatchCase("smoke", 2, 1000, 800, 8, 100, ISLock(candidates=20)),)
+TINY = LlamaGenConfig(dim=32, layers=1, heads=2, grid=4, vocabulary=1000, prefix=3, caption_dim=4, hidden=32)
+SMALL = (MatchCase("smoke", 2, 1000, 800, 8, 100, ISLock(candidates=20), TINY),)
 
 
 def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -67,9 +77,32 @@ def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], obj
         matcher = case.lock.matcher(codebook, num_tokens=NUM_TOKENS, token_ids=ids, backend=name)
         seeds = matcher.seeds(case.batch, torch.Generator(device).manual_seed(1))
         runs[name] = lambda matcher=matcher, seeds=seeds: matcher(logits, anchors, 0, seeds=seeds)
-    if device.type == "cuda":
-        runs.update({f"{name}, graph": captured(run) for name, run in list(runs.items())})
-    return runs
+    return with_graphs(runs, device)
+
+
+def decode_step(case: MatchCase, device: torch.device) -> Callable[[], object]:
+    """A step of the case's model in the middle of an image: both halves of guidance, then guidance and top-k."""
+    config, batch = case.model, 2 * case.batch
+    with device:
+        model = LlamaGen(config).to(getattr(torch, DTYPES[device.type])).eval()
+        x = model.tok_embeddings(torch.zeros(batch, 1, dtype=torch.long)).detach()
+        visible = torch.ones(batch, config.prefix + config.num_tokens, dtype=torch.bool)
+    cache = Cache(config, batch, config.prefix + config.num_tokens - 1, x)
+    for part in (cache.keys, cache.values):
+        part.normal_()
+    start = config.prefix + config.num_tokens // 2
+
+    @torch.no_grad()
+    def run():
+        logits = model.run(x, start, visible, cache)[:, -1]
+        return warp(guide(logits, 7.5), 1.0, case.top_k or 0, 1.0)
+
+    return run
+
+
+def with_graphs(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """``runs``, and each once more as a CUDA graph where there is a GPU."""
+    return {**runs, **{name + GRAPH: captured(run) for name, run in runs.items() if device.type == "cuda"}}
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -97,18 +130,24 @@ def measure(case: MatchCase, device: torch.device, repeats: int) -> tuple[list[d
         if not (torch.equal(found.tokens, expected.tokens) and torch.equal(found.window, expected.window)):
             problems.append(f"{case.name} / {name}: other tokens than the reference's")
             del runs[name]
-    rows = []
-    for name, t in timing.interleaved(runs, device, repeats).items():
+    if case.model is not None:
+        runs |= with_graphs({STEP: decode_step(case, device)}, device)
+    rows, times = [], timing.interleaved(runs, device, repeats)
+    for name, t in times.items():
+        step = times.get(STEP + GRAPH if name.endswith(GRAPH) else STEP)
+        share = None if step is None or name.startswith(STEP) else t.median / (t.median + step.median)
         kernel, launches = timing.kernels(runs[name], device)
         rows.append({
             "workload": case.name, "case": f"islock {case.lock.metric} K={case.lock.candidates}", "impl": name,
             "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds,
             "peak_mem_mib": timing.peak_memory_mib(runs[name], device), "kernel": kernel, "launches": launches,
-            "dtype": "float32", "batch": case.batch, "vocab": case.vocab, "image_tokens": case.image, "dim": case.dim,
-            "top_k": case.top_k,
+            "share": share, "dtype": DTYPES[device.type] if name.startswith(STEP) else "float32", "batch": case.batch,
+            "vocab": case.vocab, "image_tokens": case.image, "dim": case.dim, "top_k": case.top_k,
         })  # fmt: skip
+        part = "" if share is None else f"  {share:.1%} of a step"
         print(
-            f"{case.name:<22}{name:<16}{t.median:9.4f} ms [{t.p20:.4f}, {t.p80:.4f}]  launches {launches}", flush=True
+            f"{case.name:<22}{name:<20}{t.median:9.4f} ms [{t.p20:.4f}, {t.p80:.4f}]  launches {launches}{part}",
+            flush=True,
         )
     return rows, problems
 

@@ -17,8 +17,8 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features ``(B, length, channels)`` and mask ``(B, length)`` bool of prompts, as ``generate`` takes them.
 
-    Prompts are lowercased and their white space is squeezed; the training's further cleaning (links, markup, runs of
-    punctuation) leaves ordinary prompts as they are and is not repeated here.
+    Prompts are lowercased and their white space is squeezed; the training's further cleaning (links, markup, brackets,
+    slashes, symbols) leaves prompts in plain words as they are and is not repeated here.
 
     Args:
         prompts: one per image.
