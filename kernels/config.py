@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-KERNELS = ("attention", "attention_modulated", "patches", "pack", "queries", "means")
+KERNELS = ("attention", "attention_modulated", "attention_parts", "patches", "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 # Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
@@ -128,6 +128,13 @@ _MODULATED_16_BIT = {
     "sm_100": ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
 }
+# Float32 outputs, parts that are merged, hold the registers of a longer epilogue.
+_PARTS_16_BIT = {
+    **_MODULATED_16_BIT,
+    "sm_80": ((64, 64, 8, 2), *_MODULATED_16_BIT["sm_80"][1:]),
+    "sm_89": ((128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+    "sm_100": ((128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+}
 # float32 products run on CUDA cores and keep their operands in registers.
 _FLOAT32 = {
     **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1))),
@@ -170,5 +177,6 @@ def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 _SELECTORS = {
     "attention": partial(_fused, _PLAIN_16_BIT), "attention_modulated": partial(_fused, _MODULATED_16_BIT),
+    "attention_parts": partial(_fused, _PARTS_16_BIT),
     "patches": _patches, "pack": _pack, "queries": _queries, "means": _means,
 }  # fmt: skip

@@ -36,6 +36,7 @@ TARGETS = {
 }  # fmt: skip
 FUNCTIONS = {
     "attention": attention.attention_kernel, "attention_modulated": attention.attention_kernel,
+    "attention_parts": attention.attention_kernel,
     "patches": patches.patch_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
     "means": means.means_kernel, "match": match.match_kernel,
 }  # fmt: skip
@@ -62,8 +63,8 @@ NUMBERS = {"log2_scale", "tau"}
 
 FLAGS = {
     "attention": {"MODULATED": (False,), "HAS_MASK": (False, True)},
-    # Parts of a call that are merged stay float32 ("WIDE_OUT" names a pointer's type, not a flag of the kernel).
-    "attention_modulated": {"MODULATED": (True,), "HAS_MASK": (False, True), "WIDE_OUT": (False, True)},
+    "attention_modulated": {"MODULATED": (True,), "HAS_MASK": (False, True)},
+    "attention_parts": {"MODULATED": (True,), "HAS_MASK": (False, True)},
     "patches": {"HAS_MASK": (False, True)},
     "pack": {"GATHER": (False, True), "ROTATE": (False, True)},
     "queries": {"ROTATE": (False, True)},
@@ -87,8 +88,9 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
         if kernel == "means":  # works on blocks of 32 channels whatever the head dim
             dims = [d for d in dims if d <= 64]
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
-            chosen = [v for v in variants(kernel) if dtype != torch.float32 or not v.get("WIDE_OUT")]
-            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in chosen]
+            if kernel == "attention_parts" and dtype == torch.float32:  # the same as attention_modulated
+                continue
+            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
     return found
 
 
@@ -109,7 +111,7 @@ def compile_one(job: tuple) -> dict:
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
         options = {"num_warps": launch.num_warps, "num_stages": num_stages}
-    wide_out = constants.pop("WIDE_OUT", kernel == "means")
+    wide_out = kernel in ("means", "attention_parts")
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants or name in UNIT_STRIDES:

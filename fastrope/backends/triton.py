@@ -145,7 +145,7 @@ def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: 
         )
     return kernels.fused_attention(
         queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
-        config("attention_modulated"),
+        config("attention_modulated" if dtype == q.dtype else "attention_parts"),
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def build(out: Path, device: torch.device, quick: bool) -> int:
 def _build(out: Path, device: torch.device, quick: bool) -> int:
     from tqdm import tqdm
 
-    small = Settings(pixels=16, steps=1) if quick else Settings(pixels=32)
+    small = Settings(pixels=16, steps=1) if quick else Settings(pixels=32, steps=2)
     large = Settings(pixels=32, steps=2) if quick else Settings(pixels=64)
     where = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
     conditions = f"device {where}, torch {torch.__version__}, fastrope {fr.__version__}"
