@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def apply(pipe, *methods, backend: str = "auto", rotation: str = "op"):
+def apply(pipe, *methods, backend: str = "auto", rotation: str = "op", reference=None):
     """Bind methods and modulations to a diffusers pipeline or transformer, in place and on this instance alone.
 
     Args:
@@ -16,6 +16,10 @@ def apply(pipe, *methods, backend: str = "auto", rotation: str = "op"):
         rotation: who rotates queries and keys in modulated layers: ``"op"`` hands them over as they come out of the QK
             norm, ``"host"`` after the host's own rotary embedding. Same result up to rounding (the host rotates in
             float32). Compiled layers always let the host rotate.
+        reference: whom methods share attention with (:class:`fastrope.UntwistingRoPE`): a :class:`fastrope.Reference`,
+            which joins every call as further rows of the batch, on the target's grid, or a
+            :class:`fastrope.ReferenceCache` around one. It has its own text in all calls, also in those of a negative
+            prompt.
 
     Returns:
         A :class:`fastrope.bindings.diffusers.Handle`: a context manager; ``remove()`` restores the very same
@@ -28,4 +32,4 @@ def apply(pipe, *methods, backend: str = "auto", rotation: str = "op"):
     """
     from .diffusers import bind  # imports diffusers
 
-    return bind(pipe, methods, backend, rotation)
+    return bind(pipe, methods, backend, rotation, reference)

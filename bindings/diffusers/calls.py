@@ -6,11 +6,12 @@ import inspect
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 import fastrope as fr
+from fastrope.activity import sharings_of
 from fastrope.checks import require
 from fastrope.modulations import MODULATIONS, Modulation
 
@@ -19,6 +20,7 @@ from .fingerprints import Fingerprints
 from .hosts import Host
 from .inspection import Inspector
 from .sequences import Call, JointSequence
+from .shared import SharedAttention, SharedWork, combine
 from .steps import find_step
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
@@ -46,11 +48,13 @@ class CallState:
         pipe=None,
     ):
         self.host = host
+        self.model = model
         self.methods = tuple(methods)
         self.slots = tuple(slots)
         self.axes_dim = host.axes_dim(model)
         self.told: tuple[int, int] | None = None
         self.inspector: Inspector | None = None
+        self.shared: SharedAttention | None = None
         self.installed: tuple[tuple[torch.nn.Module, object], ...] = ()
         self._kinds = tuple(kinds)
         self._warned = False
@@ -60,30 +64,41 @@ class CallState:
         self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
         self._works: OrderedDict[Hashable, Work] = OrderedDict()
 
-    def before_forward(self, module, args, kwargs) -> None:
-        """Forward pre-hook of the transformer."""
+    @property
+    def pipe(self):
+        """The pipeline the handle was made for, if it is still there."""
+        return self._pipe()
+
+    def reset(self) -> None:
+        """Empty all slots."""
         for slot in self.slots:
             slot.filled, slot.work, slot.probe = False, None, None
+
+    def before_forward(self, module, args, kwargs) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
+        self.reset()
         for attn, processor in self.installed:
             if attn.processor is not processor:  # by an IP-Adapter, say; the layer would go without its modulations
                 raise NotImplementedError(
                     f"attention processors: expected those that fastrope.apply installed, received "
                     f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
                 )
+        changed = None
         if self.methods or self.inspector is not None:
-            self._fill(module, self._signature.bind_partial(module, *args, **kwargs).arguments)
+            call = self._signature.bind_partial(module, *args, **kwargs).arguments
+            changed = self._fill(module, call) if self.shared is None else self.shared.fill(module, call)
         for slot in self.slots:
             slot.filled = True
+        return None if changed is None else ((), changed)
 
     def _fill(self, module, call: Call) -> None:
-        identified = self.host.identify(module, call)
+        key, sequence, rope = self.sequence_of(module, call)
         device = device_of(call.get(self.host.hidden))
-        key = self._fingerprints.key((*identified, self.host.theta(module)))
-        sequence, rope = self._sequence(module, key, identified, device)
         sites = self._sites(call, sequence)
-        layers = [ask(self.methods, site) for site in sites] if sites else [list(self.methods)] * len(self.slots)
+        layers = [self.ask(site) for site in sites] if sites else [list(self.methods)] * len(self.slots)
         for slot, work in zip(self.slots, self._works_for(key, sequence, rope, layers, device), strict=True):
             slot.work = work
+        self._normalise(key, sequence, rope, sites, layers)
         if self.inspector is not None:
             plain = self._work(key, sequence, rope, (), ())
             for slot, site in zip(self.slots, sites, strict=True):
@@ -93,12 +108,23 @@ class CallState:
         """One site per layer; none where nobody asks."""
         if self.inspector is None and all(isinstance(m, MODULATIONS) for m in self.methods):
             return []
-        step, num_steps = self.told or self._step(call) or self._first_step()
-        tokens, count = sequence.layout(), len(self.slots)
+        return self.sites(*self.step(call), sequence.layout())
+
+    def sites(self, step: int, num_steps: int, tokens: fr.TokenLayout) -> list[fr.Site]:
+        """One site per layer."""
+        count = len(self.slots)
         return [
             fr.Site(tokens, layer, step, num_steps, self.axes_dim, self.host.spatial_axes, count, kind)
             for layer, kind in enumerate(self._kinds)
         ]
+
+    def ask(self, site: fr.Site) -> list[Modulation]:
+        """All modulations at a site."""
+        return ask(self.methods, site)
+
+    def step(self, call: Call) -> tuple[int, int]:
+        """The step a call belongs to, and how many there are."""
+        return self.told or self._step(call) or self._first_step()
 
     def _step(self, call: Call) -> tuple[int, int] | None:
         pipe = self._pipe()
@@ -115,6 +141,16 @@ class CallState:
         return 0, fr.Site.num_steps
 
     # ---- sequences --------------------------------------------------------------------------------------------------
+
+    def sequence_of(self, module, call: Call) -> tuple[Hashable, JointSequence, fr.RoPE]:
+        """The sequence of a call, its rotation, and what identifies both."""
+        identified = self.host.identify(module, call)
+        key = self._fingerprints.key((*identified, self.host.theta(module)))
+        return key, *self._sequence(module, key, identified, device_of(call.get(self.host.hidden)))
+
+    def digest(self, parts) -> Hashable:
+        """The content of tensors, modulations and values as something to compare."""
+        return self._fingerprints.key(parts)
 
     def _sequence(
         self, module, key: Hashable, identified: tuple, device: torch.device
@@ -155,20 +191,31 @@ class CallState:
         for modulations, content in zip(distinct, contents, strict=True):
             work = self._work(key, sequence, rope, content, tuple(modulations)) if modulations else None
             works.append(work if work is not None and work.modulates(self._applied, device) else None)
-        self._forget()
+        self.forget()
         return [works[n] for n in index]
+
+    def _normalise(self, key, sequence, rope, sites: list[fr.Site], layers: list[list[Modulation]]) -> None:
+        """Where a method wants the statistics of a reference in the sequence itself."""
+        for slot, site, modulations in zip(self.slots, sites, layers, strict=False):
+            if found := combine(sharings_of(self.methods, site)):
+                base = self._work(key, sequence, rope, self.digest(modulations), tuple(modulations))
+                slot.work = SharedWork(base, found, site.tokens, rope)
 
     @property
     def _applied(self) -> bool:
         return self.slots[0].applied or self.slots[0].compiled
 
     def _work(self, key, sequence, rope, content: Hashable, modulations: tuple) -> Work:
-        if (key, content) not in self._works:
-            self._works[key, content] = Work(sequence, rope, modulations)
-        self._works.move_to_end((key, content))
-        return self._works[key, content]
+        return self.remember((key, content), lambda: Work(sequence, rope, modulations))
 
-    def _forget(self) -> None:
+    def remember(self, key: Hashable, make: Callable[[], Work]) -> Work:
+        """The work of an earlier call under the same key, or a new one."""
+        if key not in self._works:
+            self._works[key] = make()
+        self._works.move_to_end(key)
+        return self._works[key]
+
+    def forget(self) -> None:
         """Drop what was used longest ago, until the plans left fit into ``PLAN_BYTES``."""
         while len(self._works) > 1 and sum(work.nbytes for work in self._works.values()) > PLAN_BYTES:
             self._works.popitem(last=False)

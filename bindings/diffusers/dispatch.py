@@ -27,7 +27,7 @@ _NUMBERS = itertools.count()
 class Work:
     """What modulated layers do: the same modulations over the same sequence. Plans are built when first asked for."""
 
-    def __init__(self, sequence: JointSequence, rope: fr.RoPE, modulations: tuple):
+    def __init__(self, sequence: JointSequence, rope: fr.RoPE, modulations: tuple, key_rope: fr.RoPE | None = None):
         self.masked = sequence.masked
         self._masks = {"seen": sequence.key_mask}
         self._bonus: dict[torch.device, Tensor] = {}
@@ -35,6 +35,7 @@ class Work:
             self._masks |= {"raised": sequence.bonus, "rest": ~sequence.bonus}
             _check_groups(modulations, sequence.bonus)
         self._rope = rope
+        self._key_rope = key_rope
         self._modulations = modulations
         self._plans: dict[tuple, fr.Plan] = {}
 
@@ -67,9 +68,13 @@ class Work:
         key = keys, applied, device
         if key not in self._plans:
             key_mask = self._masks[keys]
-            rope = fr.RoPE(self._rope.angles.to(device), self._rope.axis.to(device), self._rope.pairing, applied)
+            rope, key_rope = (
+                r and fr.RoPE(r.angles.to(device), r.axis.to(device), r.pairing, applied)
+                for r in (self._rope, self._key_rope)
+            )
             self._plans[key] = fr.plan(
                 rope=rope,
+                key_rope=key_rope,
                 modulations=[to_device(m, device) for m in self._modulations],
                 key_mask=None if key_mask is None else key_mask.to(device),
             )

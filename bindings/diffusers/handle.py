@@ -17,6 +17,7 @@ from .dispatch import Slot
 from .hosts import Host, find_host
 from .inspection import Inspector, Record
 from .processors import BoundProcessor
+from .shared import SharedAttention
 
 ROTATIONS = ("op", "host")
 
@@ -24,14 +25,14 @@ ROTATIONS = ("op", "host")
 class Handle:
     """Methods bound to a transformer. A context manager: leaving the block removes them."""
 
-    def __init__(self, state: CallState, hook):
+    def __init__(self, state: CallState, hooks: list):
         self._state = state
-        self._hook = hook
+        self._hooks = hooks
 
     @property
     def bound(self) -> bool:
         """True until :meth:`remove`."""
-        return self._hook is not None
+        return bool(self._hooks)
 
     @property
     def methods(self) -> tuple:
@@ -71,9 +72,12 @@ class Handle:
 
         Raises:
             ValueError: a handle that was removed, or that another record looks at.
+            NotImplementedError: a handle with a shared reference, whose keys are in no group of the sequence.
         """
         require(self.bound, "handle", "a bound handle", "one that was removed already")
         require(self._state.inspector is None, "handle", "one record at a time: stop() the other", "an open record")
+        if self._state.shared is not None:
+            raise NotImplementedError("inspect: expected a handle without a shared reference, received one with it")
         record = Record(lambda: self._stop(inspector))
         inspector = Inspector(record, Where(layers, steps), queries)
         self._state.inspector = inspector
@@ -97,14 +101,15 @@ class Handle:
         self._state.told = None if step is None else (step, num_steps)
 
     def remove(self) -> None:
-        """Put the previous processors back, the very same objects, and take the hook away.
+        """Put the previous processors back, the very same objects, and take the hooks away.
 
         Raises:
             ValueError: the handle was removed before.
         """
         require(self.bound, "handle", "a bound handle", "one that was removed already")
-        self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._state.inspector = None
         replaced = 0
         for attn, processor in self._state.installed:
@@ -134,7 +139,7 @@ class Handle:
         return f"<fastrope.Handle on {self._state.host.transformer}: {what}, [{names}]>"
 
 
-def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op") -> Handle:
+def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op", reference=None) -> Handle:
     """See :func:`fastrope.bindings.apply`. Everything is checked before anything is touched."""
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
@@ -154,15 +159,18 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op")
     slots = [Slot(backend, applied=rotation == "host") for _ in layers]
     kinds = [host.blocks[name.partition(".")[0]] for name, _ in layers]
     state = CallState(host, model, methods, slots, kinds, pipe)
+    state.shared = None if reference is None else SharedAttention(state, reference)
     # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
-    hook = called.register_forward_pre_hook(torch.compiler.disable(state.before_forward), with_kwargs=True)
+    hooks = [called.register_forward_pre_hook(torch.compiler.disable(state.before_forward), with_kwargs=True)]
+    if state.shared is not None:
+        hooks.append(called.register_forward_hook(torch.compiler.disable(state.shared.after_forward)))
     installed = []
     for (_, attn), slot in zip(layers, slots, strict=True):
         processor = host.processors[type(attn.processor).__name__](attn.processor, slot)
         attn.set_processor(processor)
         installed.append((attn, processor))
     state.installed = tuple(installed)
-    return Handle(state, hook)
+    return Handle(state, hooks)
 
 
 def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn.Module]]:

@@ -11,6 +11,7 @@ from fastrope.checks import require
 from fastrope.tokens import KINDS
 
 from .processors import BoundProcessor, Flux2SingleProcessor, FluxProcessor, QwenProcessor, ZImageProcessor
+from .rows import ListRows, TensorRows
 from .sequences import (
     JointSequence,
     describe_ids,
@@ -46,6 +47,7 @@ class Host:
         model_time: the scheduler's timesteps as the model is given them.
         skipped: lists of blocks with attention that is not over the joint sequence; it stays as it is.
         package: the top-level package that defines the transformer and its processors.
+        rows: how a shared reference is put into a call, see :mod:`.rows`; None where there can be none.
     """
 
     transformer: str
@@ -63,6 +65,7 @@ class Host:
     model_time: Callable[[torch.Tensor], torch.Tensor] = lambda timesteps: timesteps / 1000
     skipped: tuple[str, ...] = ()
     package: str = "diffusers"
+    rows: TensorRows | ListRows | None = None
 
     def __post_init__(self):
         known = all(isinstance(c, type) and issubclass(c, BoundProcessor) for c in self.processors.values())
@@ -98,21 +101,34 @@ FLUX = Host(
     axes_dim=lambda model: tuple(model.config.axes_dims_rope),
     theta=lambda model: float(model.pos_embed.theta),
     cosines=_flux_cosines,
+    rows=TensorRows(own=("pooled_projections",)),
 )
 
 HOSTS: list[Host] = [
     FLUX,
-    replace(FLUX, transformer="ChromaTransformer2DModel", identify=identify_masked_ids),
+    replace(
+        FLUX,
+        transformer="ChromaTransformer2DModel",
+        identify=identify_masked_ids,
+        rows=TensorRows(joint_mask="attention_mask"),
+    ),
     replace(
         FLUX,
         transformer="LongCatImageTransformer2DModel",
         processors={"LongCatImageAttnProcessor": FluxProcessor},
+        rows=TensorRows(movable=False),
     ),
-    replace(FLUX, transformer="OvisImageTransformer2DModel", processors={"OvisImageAttnProcessor": FluxProcessor}),
+    replace(
+        FLUX,
+        transformer="OvisImageTransformer2DModel",
+        processors={"OvisImageAttnProcessor": FluxProcessor},
+        rows=TensorRows(),
+    ),
     replace(
         FLUX,
         transformer="Flux2Transformer2DModel",
         processors={"Flux2AttnProcessor": FluxProcessor, "Flux2ParallelSelfAttnProcessor": Flux2SingleProcessor},
+        rows=TensorRows(),
     ),
     Host(
         transformer="QwenImageTransformer2DModel",
@@ -123,6 +139,7 @@ HOSTS: list[Host] = [
         axes_dim=lambda model: tuple(model.config.axes_dims_rope),
         theta=lambda model: float(model.pos_embed.theta),
         cosines=_qwen_cosines,
+        rows=TensorRows(text_mask="encoder_hidden_states_mask"),
     ),
     Host(
         transformer="ZImageTransformer2DModel",
@@ -137,6 +154,7 @@ HOSTS: list[Host] = [
         hidden="x",
         timestep="t",
         model_time=lambda timesteps: (1000 - timesteps) / 1000,
+        rows=ListRows(),
     ),
 ]
 

@@ -6,6 +6,33 @@ from collections.abc import Callable
 
 import torch
 
+from fastrope.checks import require
+
+
+def find_sigma(
+    sigmas: list[float] | None,
+    timestep: torch.Tensor | None,
+    step: int,
+    model_time: Callable[[torch.Tensor], torch.Tensor],
+) -> float:
+    """Noise level of a step: the scheduler's, or read off the timestep the model is given.
+
+    Args:
+        sigmas: of the scheduler, where the step is an index into them; None elsewhere.
+        timestep: what the model was given.
+        step: index of the step.
+        model_time: the scheduler's timesteps as the model is given them, affine.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    if sigmas is not None and step < len(sigmas):
+        return sigmas[step]
+    known = isinstance(timestep, torch.Tensor) and timestep.numel() > 0
+    require(known, "timestep", "a tensor, as nothing else tells the noise level", type(timestep).__name__)
+    clean, noise = (float(model_time(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1000.0))
+    return (float(timestep.flatten()[0]) - clean) / (noise - clean)
+
 
 def find_step(
     pipe, timestep: torch.Tensor | None, model_time: Callable[[torch.Tensor], torch.Tensor]

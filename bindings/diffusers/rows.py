@@ -1,0 +1,301 @@
+"""A reference as further rows of a transformer's call, or as a call of its own: which arguments it has, and whose.
+
+One class per way of calling: tensors with a batch dimension, and Z-Image's lists. ``alone`` makes the call that runs
+the reference by itself, ``together`` appends its rows to the target's. Neither changes the target's arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastrope.checks import require, require_tensor
+
+Call = Mapping[str, object]
+INERT = ("return_dict", "joint_attention_kwargs", "attention_kwargs", "controlnet_blocks_repeat")
+
+
+class Joined(NamedTuple):
+    """A call with the reference's rows behind the target's.
+
+    Args:
+        call: its arguments.
+        rows: how many rows are the reference's.
+        text_mask: ``(B, S_text)`` bool where a text had to be filled up and the host itself masks nothing.
+    """
+
+    call: dict[str, object]
+    rows: int
+    text_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Arguments ``(B, ...)``: FLUX.1 and its kin, FLUX.2, Qwen-Image.
+
+    Args:
+        own: arguments of the text besides ``encoder_hidden_states`` that the reference must bring.
+        text_mask: the host's mask over the text, ``(B, S_text)``.
+        joint_mask: the host's mask over text and image, ``(B, S)``.
+        movable: False where the positions of the image depend on the length of the text.
+    """
+
+    own: tuple[str, ...] = ()
+    text_mask: str | None = None
+    joint_mask: str | None = None
+    movable: bool = True
+
+    image, text = "hidden_states", "encoder_hidden_states"
+    repeated = ("timestep", "guidance")
+    placed = ("img_ids", "txt_ids", "img_shapes")
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Names of the masks this host takes."""
+        return tuple(name for name in (self.text_mask, self.joint_mask) if name)
+
+    def count(self, call: Call) -> int:
+        """Rows of a call."""
+        require_tensor(self.image, call.get(self.image), (3,), "(B, tokens, C)")
+        return len(call[self.image])
+
+    def alone(self, call: Call, latents: Tensor, given: Call) -> dict[str, object]:
+        """The reference's own call, beside the target's ``call``.
+
+        Args:
+            latents: ``(R, tokens, C)``.
+            given: the reference's arguments.
+
+        Raises:
+            ValueError: naming the argument that is missing or of another shape.
+        """
+        target = call[self.image]
+        require_tensor("reference.latents", latents, (3,), "(R, tokens, C)")
+        width = target.shape[2]
+        require(latents.shape[2] == width, "reference.latents", f"(R, tokens, {width})", tuple(latents.shape))
+        rows, known = len(latents), (self.text, *self.own, *self.masks, *self.repeated, *self.placed)
+        for name in given:
+            require(name in known, "reference.arguments", f"some of {known}", repr(name))
+        alone: dict[str, object] = {self.image: latents.to(target)}
+        for name in (self.text, *self.own):
+            value = given.get(name)
+            require(isinstance(value, Tensor), f"reference.arguments[{name!r}]", "a tensor", type(value).__name__)
+            alone[name] = _rows_of(name, value, rows).to(target)
+        for name in self.masks:
+            if given.get(name) is not None:
+                alone[name] = _rows_of(name, given[name], rows).to(target.device)
+        for name in self.repeated:
+            value = given[name] if given.get(name) is not None else call.get(name)
+            if isinstance(value, Tensor) and value.ndim:
+                alone[name] = value[:1].expand(rows, *value.shape[1:]).to(target.device)
+            elif value is not None:
+                alone[name] = value
+        self._place(alone, call, given)
+        alone.update({name: call[name] for name in INERT if call.get(name) is not None}, return_dict=False)
+        return alone
+
+    def _place(self, alone: dict, call: Call, given: Call) -> None:
+        """Ids or shapes: the reference's own, or the target's where they fit."""
+        tokens, text = alone[self.image].shape[1], alone[self.text].shape[1]
+        device = alone[self.image].device
+        if call.get("img_shapes") is not None:
+            shapes = given.get("img_shapes")
+            if shapes is None:
+                first = call["img_shapes"][0]
+                shapes = [[tuple(image) for image in (first if isinstance(first, list) else [first])][:1]]
+            first = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
+            size = sum(image[0] * image[1] * image[2] for image in first)
+            require(
+                size == tokens, 'reference.arguments["img_shapes"]', f"shapes of {tokens} tokens, as latents", first
+            )
+            alone["img_shapes"] = [first] * len(alone[self.image])
+            return
+        for name, length in (("img_ids", tokens), ("txt_ids", text)):
+            ids, theirs = given.get(name), call.get(name)
+            require_tensor(name, theirs, (2, 3), "(tokens, axes)")
+            if ids is None:
+                ids = theirs if name == "img_ids" else _lengthened(theirs, length)
+                ids = ids[..., :length, :]
+            what = f'reference.arguments["{name}"]'
+            fits = isinstance(ids, Tensor) and ids.shape[-2] == length
+            expected = f"({length}, axes), one id for each of the reference's tokens"
+            require(fits, what, expected, tuple(getattr(ids, "shape", ())))
+            ids = ids if ids.ndim == 2 else ids[0]
+            alone[name] = (ids if theirs.ndim == 2 else ids[None]).to(device, theirs.dtype)
+
+    def together(self, call: Call, alone: Call) -> Joined:
+        """Both in one call.
+
+        Raises:
+            ValueError: grids or ids that differ from the target's.
+            NotImplementedError: arguments that no reference has (ControlNet's), masks that are not bool.
+        """
+        known = (self.image, self.text, *self.own, *self.masks, *self.repeated, *self.placed, *INERT)
+        for name, value in call.items():
+            if value is not None and name not in known:
+                raise NotImplementedError(
+                    f"{name}: expected None beside a reference in the same batch, received {type(value).__name__}; a "
+                    "fastrope.ReferenceCache leaves the target's call as it is"
+                )
+        target, reference = call[self.image], alone[self.image]
+        rows = len(reference)
+        advice = "or a fastrope.ReferenceCache, which takes any grid"
+        fits = reference.shape[1] == target.shape[1]
+        require(fits, "reference.latents", f"(R, {target.shape[1]}, C), {advice}", tuple(reference.shape))
+        joined = {name: value for name, value in call.items() if name in INERT}
+        for name in (self.image, *self.own):
+            joined[name] = torch.cat([call[name], alone[name].to(call[name])])
+        for name in self.repeated:
+            value = call.get(name)
+            batched = isinstance(value, Tensor) and value.ndim and name in alone
+            joined[name] = torch.cat([value.expand(len(target)), alone[name].to(value)]) if batched else value
+        for name in self.placed:
+            joined[name] = self._placed(name, call, alone, rows, advice)
+        texts = [call[self.text], alone[self.text].to(call[self.text])]
+        length = max(text.shape[1] for text in texts)
+        joined[self.text] = torch.cat([pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
+        if not self.movable and texts[0].shape[1] != texts[1].shape[1]:
+            raise NotImplementedError(
+                f"{self.text}: expected texts of one length where positions depend on it, received "
+                f"{[text.shape[1] for text in texts]} tokens; use a fastrope.ReferenceCache"
+            )
+        mask = self._masks(call, alone, texts)
+        if mask is None or not self.masks:
+            return Joined(joined, rows, mask)
+        if self.joint_mask:
+            mask = torch.cat([mask, mask.new_ones(len(mask), target.shape[1])], dim=1)
+        joined[self.masks[0]] = mask
+        return Joined(joined, rows)
+
+    def _placed(self, name: str, call: Call, alone: Call, rows: int, advice: str):
+        theirs, own = call.get(name), alone.get(name)
+        if theirs is None:
+            return None
+        if name == "img_shapes":
+            first = theirs[0] if isinstance(theirs[0], list) else [theirs[0]]
+            same = [tuple(s) for s in first] == [tuple(s) for s in own[0]]
+            require(same, 'reference.arguments["img_shapes"]', f"those of the target, {first}, {advice}", own[0])
+            return [*theirs, *own] if isinstance(theirs[0], list) else theirs
+        shared = min(theirs.shape[-2], own.shape[-2])
+        same = theirs is own or torch.equal(theirs.reshape(-1, *theirs.shape[-2:])[0, :shared],
+                                            own.reshape(-1, *own.shape[-2:])[0, :shared])  # fmt: skip
+        require(same, f'reference.arguments["{name}"]', f"ids of the target, {advice}", "others")
+        longest = theirs if theirs.shape[-2] >= own.shape[-2] else own
+        if longest.ndim == 2:
+            return longest
+        return longest[:1].expand(len(call[self.image]) + rows, *longest.shape[1:])
+
+    def _masks(self, call: Call, alone: Call, texts: list[Tensor]) -> Tensor | None:
+        """``(B + R, S_text)`` bool; None where nothing is to be masked."""
+        length = max(text.shape[1] for text in texts)
+        given = [next((each[m] for m in self.masks if each.get(m) is not None), None) for each in (call, alone)]
+        if all(m is None for m in given) and texts[0].shape[1] == texts[1].shape[1]:
+            return None
+        found = []
+        for mask, text in zip(given, texts, strict=True):
+            if mask is None:
+                mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            elif self.joint_mask and mask.is_floating_point():
+                raise NotImplementedError(
+                    f"{self.joint_mask}: expected a bool mask beside a reference in the same batch, received "
+                    f"{mask.dtype}, which the host adds to the logits; pass prompt_attention_mask.bool(), or use a "
+                    "fastrope.ReferenceCache"
+                )
+            mask = mask[:, : text.shape[1]].to(text.device).bool()
+            found.append(pad(mask, (0, length - mask.shape[1])))
+        return torch.cat(found)
+
+    @staticmethod
+    def cut(sample: Tensor, rows: int) -> Tensor:
+        """The target's part of the output."""
+        return sample[: len(sample) - rows]
+
+
+@dataclass(frozen=True)
+class ListRows:
+    """Lists of pictures and captions: Z-Image."""
+
+    image, text = "x", "cap_feats"
+    inert = (*INERT, "patch_size", "f_patch_size")
+
+    def count(self, call: Call) -> int:
+        """Rows of a call."""
+        return len(call[self.image])
+
+    def alone(self, call: Call, latents, given: Call) -> dict[str, object]:
+        """The reference's own call; ``latents (R, C, 1, rows, columns)`` or a list of R such pictures.
+
+        Raises:
+            ValueError: naming the argument that is missing or of another shape.
+        """
+        first = call[self.image][0]
+        pictures = list(latents)
+        fits = all(isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == first.shape[:2] for x in pictures)
+        shapes = [tuple(getattr(x, "shape", ())) for x in pictures]
+        expected = f"(R, {first.shape[0]}, {first.shape[1]}, rows, columns)"
+        require(fits and bool(pictures), "reference.latents", expected, f"rows of {shapes}")
+        for name in given:
+            require(name == self.text, "reference.arguments", f"{self.text!r} alone", repr(name))
+        captions = given.get(self.text)
+        captions = [captions] if isinstance(captions, Tensor) and captions.ndim == 2 else captions
+        what = f"1 or {len(pictures)} captions (text, C)"
+        ok = isinstance(captions, (list, tuple, Tensor)) and len(captions) in (1, len(pictures))
+        require(ok, f'reference.arguments["{self.text}"]', what, type(captions).__name__)
+        captions = list(captions) * (len(pictures) // len(captions))
+        time = call["t"]
+        alone = {
+            self.image: [x.to(first) for x in pictures],
+            "t": time[:1].expand(len(pictures)) if time.ndim else time,
+            self.text: [c.to(call[self.text][0]) for c in captions],
+        }
+        alone.update({name: call[name] for name in self.inert if call.get(name) is not None}, return_dict=False)
+        return alone
+
+    def together(self, call: Call, alone: Call) -> Joined:
+        """Both in one call.
+
+        Raises:
+            ValueError: another grid than the target's.
+            NotImplementedError: arguments that no reference has (ControlNet's).
+        """
+        for name, value in call.items():
+            if value is not None and name not in (self.image, self.text, "t", *self.inert):
+                raise NotImplementedError(
+                    f"{name}: expected None beside a reference in the same batch, received {type(value).__name__}; a "
+                    "fastrope.ReferenceCache leaves the target's call as it is"
+                )
+        shapes = [tuple(each[self.image][0].shape) for each in (call, alone)]
+        advice = "or a fastrope.ReferenceCache, which takes any grid"
+        require(shapes[0] == shapes[1], "reference.latents", f"rows of {shapes[0]}, {advice}", shapes[1])
+        joined = {name: value for name, value in call.items() if name in self.inert}
+        for name in (self.image, self.text):
+            joined[name] = [*call[name], *alone[name]]
+        time = call["t"]
+        joined["t"] = torch.cat([time.expand(len(call[self.image])), alone["t"].to(time)]) if time.ndim else time
+        return Joined(joined, len(alone[self.image]))
+
+    @staticmethod
+    def cut(sample: list[Tensor], rows: int) -> list[Tensor]:
+        """The target's part of the output."""
+        return sample[: len(sample) - rows]
+
+
+def _rows_of(name: str, value: Tensor, rows: int) -> Tensor:
+    """One row for each reference image."""
+    require(len(value) in (1, rows), f"reference.arguments[{name!r}]", f"1 or {rows} rows", tuple(value.shape))
+    return value if len(value) == rows else value.expand(rows, *value.shape[1:])
+
+
+def _lengthened(ids: Tensor, length: int) -> Tensor:
+    """Text ids that go on as they end: all zeros, or counting."""
+    more = length - ids.shape[-2]
+    if more <= 0:
+        return ids
+    stride = ids[..., -1:, :] - ids[..., -2:-1, :] if ids.shape[-2] > 1 else torch.zeros_like(ids[..., -1:, :])
+    count = torch.arange(1, more + 1, device=ids.device)[:, None].to(ids.dtype)
+    return torch.cat([ids, ids[..., -1:, :] + stride * count], dim=-2)

@@ -1,0 +1,406 @@
+"""Shared attention in a bound transformer: the target's rows, the reference's rows or kept keys, one softmax.
+
+The reference is either further rows of the call, which :class:`SharedAttention` appends before the transformer runs and
+drops from its output, or it is run alone once per step and its keys and values are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import fastrope as fr
+from fastrope.activity import sharings_of
+from fastrope.checks import require
+from fastrope.rope import rotate
+from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain, check_reference
+
+from .dispatch import Work
+from .rows import Joined
+from .sequences import Call, JointSequence
+from .steps import find_sigma
+
+if TYPE_CHECKING:
+    from .calls import CallState
+
+
+class SharedWork:
+    """What a layer does that shares, or whose target takes on a reference's statistics.
+
+    Args:
+        targets: the target's attention; its keys are the sequence and the shared tokens.
+        sharings: what the methods ask for in this layer, see :func:`combine`.
+        tokens: the layout of the sequence.
+        rope: of the sequence, before anything is appended.
+        reference: the plain attention of the last ``rows`` rows of the batch, if there are any.
+    """
+
+    def __init__(
+        self,
+        targets: Work,
+        sharings: tuple[Sharing, ...],
+        tokens: fr.TokenLayout,
+        rope: fr.RoPE,
+        reference: Work | None = None,
+        rows: int = 0,
+    ):
+        self.masked = targets.masked
+        self._targets = targets
+        self._shares = any(s.reference == SHARED for s in sharings)
+        self._normalising = next((s for s in sharings if s.adain > 0), None)
+        self._tokens = tokens
+        self._rope = rope
+        self._reference = reference
+        self._rows = rows
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the plans built so far, bytes."""
+        return self._targets.nbytes + (self._reference.nbytes if self._reference is not None else 0)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        applied: bool,
+        backend: str = "auto",
+        kept: SharedKeys | None = None,
+        kept_angles: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of ``q, k, v (B, S, H, D)``, the reference's rows last, rotated already (``applied``) or not.
+
+        Args:
+            kept: the reference's keys, where it is no row of the batch, and the angles ``(tokens, D/2)`` they have.
+        """
+        own = None
+        if self._rows:
+            count = len(q) - self._rows
+            (q, q_own), (k, k_own), (v, v_own) = ((x[:count], x[count:]) for x in (q, k, v))
+            own = self._reference.attend(q_own, k_own, v_own, applied, backend)
+            if self._shares:
+                angles = self._angles(q.device)
+                angles = angles if angles.ndim == 2 else angles[count:]
+                statistics = self._normalising is not None and self._normalising.reference == SHARED
+                kept = share(q_own, k_own, v_own, self._tokens.target, angles if applied else None, statistics)
+        keys, values = [k], [v]
+        if self._normalising is not None:
+            q, keys = self._normalised(q, k, applied, kept)
+        if self._shares:
+            kept_keys, kept_values = (x.to(k.device, non_blocking=True) for x in (kept.k, kept.v))
+            if kept.applied != applied:
+                kept_angles = kept_angles.to(k.device)
+                kept_keys = rotate(kept_keys, kept_angles if applied else -kept_angles, self._rope.pairing)
+            keys.append(kept_keys.expand(len(k), -1, -1, -1))
+            values.append(kept_values.expand(len(k), -1, -1, -1))
+        k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (keys, values))
+        out = self._targets.attend(q, k, v, applied, backend)
+        return out if own is None else torch.cat([out, own])
+
+    def _normalised(self, q: Tensor, k: Tensor, applied: bool, kept: SharedKeys | None) -> tuple[Tensor, list[Tensor]]:
+        """Queries, and the parts of the keys, after AdaIN of the target's image tokens."""
+        at, strength = self._normalising.reference, self._normalising.adain
+        span, angles = self._tokens.target, None
+        if applied:
+            angles = self._angles(q.device)
+            angles = angles if angles.ndim == 2 else angles[: len(q)]
+        found = []
+        for x, statistics in ((q, kept and kept.queries), (k, kept and kept.keys)):
+            inner = x[:, span] if angles is None else rotate(x[:, span], -angles[..., span, :], self._rope.pairing)
+            if at != SHARED:
+                own = self._tokens.reference(at)
+                theirs = x[:, own] if angles is None else rotate(x[:, own], -angles[..., own, :], self._rope.pairing)
+                statistics = Statistics.of(theirs)
+            statistics = Statistics(*(s.to(x.device, non_blocking=True) for s in statistics))
+            inner = adain(inner, statistics, strength)
+            inner = inner if angles is None else rotate(inner, angles[..., span, :], self._rope.pairing)
+            found.append([x[:, : span.start], inner, x[:, span.stop :]])
+        return torch.cat(found[0], dim=1), found[1]
+
+    def _angles(self, device: torch.device) -> Tensor:
+        if self._rope.angles.device != device:
+            self._rope = replace(self._rope, angles=self._rope.angles.to(device), axis=None)
+        return self._rope.angles
+
+
+class _Layer:
+    """A :class:`SharedWork` and the keys one layer keeps."""
+
+    def __init__(self, work: SharedWork, kept: SharedKeys, angles: Tensor):
+        self.masked = work.masked
+        self._work = work
+        self._kept = kept, angles
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
+        """As :meth:`SharedWork.attend`."""
+        return self._work.attend(q, k, v, applied, backend, *self._kept)
+
+
+class _Recorder:
+    """Plain attention of a reference alone, whose keys and values are put into a snapshot."""
+
+    def __init__(self, plain: Work, cache: fr.ReferenceCache, snapshot: Snapshot, layer: int, tokens, rope: fr.RoPE):
+        self.masked = plain.masked
+        self._plain = plain
+        self._cache = cache
+        self._snapshot = snapshot
+        self._layer = layer
+        self._tokens = tokens
+        self._rope = rope
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
+        """As :meth:`Work.attend`."""
+        angles = self._rope.angles.to(q.device) if applied else None
+        found = share(q, k, v, self._tokens.target, angles, statistics=True, pairing=self._rope.pairing)
+        keep = self._cache.keep
+        queries, keys = (Statistics(*map(keep, s)) for s in (found.queries, found.keys))
+        self._snapshot.layers[self._layer] = SharedKeys(keep(found.k), keep(found.v), applied, queries, keys)
+        return self._plain.attend(q, k, v, applied, backend)
+
+
+def share(
+    q: Tensor, k: Tensor, v: Tensor, span: slice, angles: Tensor | None, statistics: bool, pairing: str = "interleaved"
+) -> SharedKeys:
+    """The image tokens of all reference rows as one run of keys.
+
+    Args:
+        q, k, v: ``(R, S, heads, D)`` of the reference.
+        span: its image tokens.
+        angles: ``(S, D/2)`` or ``(R, S, D/2)`` that q and k are rotated by; None where they are not.
+        statistics: whether to take those of queries and keys, over the tokens of all rows, unrotated.
+    """
+    found = [None, None]
+    if statistics:
+        for n, x in enumerate((q, k)):
+            x = x[:, span] if angles is None else rotate(x[:, span], -angles[..., span, :], pairing)
+            found[n] = Statistics.of(x.flatten(0, 1)[None])
+    k, v = (x[:, span].flatten(0, 1)[None] for x in (k, v))
+    return SharedKeys(k, v, angles is not None, *found)
+
+
+def combine(sharings: Sequence[Sharing]) -> tuple[Sharing, ...]:
+    """What all methods together ask of a layer.
+
+    Raises:
+        ValueError: two methods that both normalise the target.
+    """
+    normalising = sum(s.adain > 0 for s in sharings)
+    require(normalising <= 1, "adain", "one method with adain above 0 per layer and step", normalising)
+    return tuple(dict.fromkeys(sharings))
+
+
+def over_sequence(m, length: int):
+    """A modulation whose keys count over the host's sequence of ``length`` tokens, where further keys follow it: open
+    and negative bounds mean the sequence's own end."""
+    keys = m.keys
+    if isinstance(keys, slice):
+        start, stop = (n if n is None or n >= 0 else n + length for n in (keys.start, keys.stop))
+        stop = length if stop is None and (start or 0) < length else stop
+        return m if (start, stop) == (keys.start, keys.stop) else replace(m, keys=slice(start, stop, keys.step))
+    if keys.dtype == torch.bool and len(keys) == length:
+        return replace(m, keys=keys.nonzero().flatten())
+    return m
+
+
+class SharedAttention:
+    """The reference of one handle.
+
+    Args:
+        state: of the handle.
+        reference: a :class:`fastrope.Reference` or the like, or a :class:`fastrope.ReferenceCache`.
+
+    Raises:
+        ValueError: something else.
+        NotImplementedError: a host without rows for a reference.
+    """
+
+    def __init__(self, state: CallState, reference):
+        self._state = state
+        self._cache = reference if isinstance(reference, fr.ReferenceCache) else None
+        self._source = reference if self._cache is None else self._cache.source
+        check_reference(self._source)
+        self._arguments = state.host.rows
+        if self._arguments is None:
+            raise NotImplementedError(f"reference: expected a host with shared attention, received "
+                                      f"{state.host.transformer}, whose row says nothing of it")  # fmt: skip
+        self._recording: tuple[Snapshot, set[int]] | None = None
+        self._dropped = 0
+        self._schedule: tuple[Tensor, int, list[float]] | None = None
+
+    # ---- hooks ------------------------------------------------------------------------------------------------------
+
+    def fill(self, module, call: Call) -> dict[str, object] | None:
+        """Fill the slots for one forward; arguments to call it with instead, if others."""
+        self._dropped = 0
+        if self._recording is not None:
+            return self._record(module, call)
+        step, num_steps = self._state.step(call)
+        host = self._state.host
+        sigma = find_sigma(self._sigmas(), call.get(host.timestep), step, host.model_time)
+        latents = self._source.latents(step, sigma)
+        alone = self._arguments.alone(call, latents, self._source.arguments)
+        if self._cache is None:
+            return self._fill_rows(module, self._arguments.together(call, alone), step, num_steps)
+        self._fill_kept(module, call, alone, (step, num_steps, sigma))
+        return None
+
+    def after_forward(self, module, args, output):
+        """Forward hook: the reference's rows are dropped from the output."""
+        rows, self._dropped = self._dropped, 0
+        if not rows:
+            return None
+        if isinstance(output, tuple):
+            return self._arguments.cut(output[0], rows), *output[1:]
+        return replace(output, sample=self._arguments.cut(output.sample, rows))
+
+    def _sigmas(self) -> list[float] | None:
+        """The scheduler's, read once; None where the step is no index into them."""
+        scheduler = getattr(self._state.pipe, "scheduler", None)
+        sigmas = getattr(scheduler, "sigmas", None)
+        if self._state.told is not None or not isinstance(sigmas, Tensor):
+            return None
+        if self._schedule is None or self._schedule[0] is not sigmas or self._schedule[1] != sigmas._version:
+            self._schedule = sigmas, sigmas._version, sigmas.tolist()
+        return self._schedule[2]
+
+    # ---- rows of one batch ------------------------------------------------------------------------------------------
+
+    def _fill_rows(self, module, joined: Joined, step: int, num_steps: int) -> dict[str, object]:
+        state, (call, rows, text_mask) = self._state, joined
+        key, sequence, rope = state.sequence_of(module, call)
+        if text_mask is not None:
+            layout = sequence.layout()
+            image = text_mask.new_ones(len(text_mask), len(layout) - layout.text_tokens)
+            sequence = replace(sequence, key_mask=torch.cat([text_mask, image], dim=1).cpu())
+            key = key, state.digest((text_mask,))
+        count = self._arguments.count(call) - rows
+        whole = sequence.layout()
+        tokens = with_shared(whole, (whole.target_grid,) * rows)
+        sites = state.sites(step, num_steps, tokens)
+        mine, theirs = _rows(sequence, slice(count)), _rows(sequence, slice(count, None))
+        angles = rope.angles
+        angles = (angles, angles) if angles.ndim == 2 else (angles[:count], angles[count:])
+        shared = angles[1][..., whole.target, :]
+        shared = shared.repeat(rows, 1) if shared.ndim == 2 else shared.flatten(0, 1)
+        own = replace(rope, angles=angles[0])
+        plain = state.remember((key, rows, "reference"), lambda: Work(theirs, replace(rope, angles=angles[1]), ()))
+        every = None if text_mask is None else state.remember((key, rows, "all"), lambda: Work(sequence, rope, ()))
+        for slot, (modulations, sharings) in zip(state.slots, self._asked(sites), strict=True):
+            if not modulations and not sharings:
+                slot.work = every
+                continue
+            content = key, rows, state.digest(modulations), sharings
+            slot.work = state.remember(
+                content,
+                lambda m=tuple(modulations), s=sharings: SharedWork(
+                    self._targets(mine, own, m, s, shared), s, tokens, rope, plain, rows
+                ),
+            )
+        state.forget()
+        self._dropped = rows
+        return call
+
+    # ---- kept keys --------------------------------------------------------------------------------------------------
+
+    def _fill_kept(self, module, call: Call, alone: dict, moment: tuple[int, int, float]) -> None:
+        state, (step, num_steps, sigma) = self._state, moment
+        own_key, own_sequence, own_rope = state.sequence_of(module, alone)
+        layout = own_sequence.layout()
+        hidden = alone[self._arguments.image]
+        rows = self._arguments.count(alone)
+        grids = (layout.target_grid,) * rows
+        key, sequence, rope = state.sequence_of(module, call)
+        tokens = with_shared(sequence.layout(), grids)
+        asked = self._asked(state.sites(step, num_steps, tokens))
+        wanted = {n for n, (_, sharings) in enumerate(asked) if any(s.reference == SHARED for s in sharings)}
+        dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
+        guidance = alone.get("guidance")
+        name = step, sigma, dtype, own_key, None if guidance is None else state.digest((guidance,))
+        self._cache.claim(state.model)
+        snapshot = self._cache.find(name)
+        if wanted and (snapshot is None or not wanted <= set(snapshot.layers)):
+            angles = own_rope.angles[..., layout.target, :]
+            angles = angles.repeat(rows, 1) if angles.ndim == 2 else angles.flatten(0, 1)
+            snapshot = self._run_alone(module, alone, name, Snapshot(angles, grids), wanted)
+        for n, (slot, (modulations, sharings)) in enumerate(zip(state.slots, asked, strict=True)):
+            slot.work = None
+            if not modulations and not sharings:
+                continue
+            content = key, (own_key, rows) if n in wanted else None, state.digest(modulations), sharings
+            work = state.remember(
+                content,
+                lambda m=tuple(modulations), s=sharings: SharedWork(
+                    self._targets(sequence, rope, m, s, snapshot and snapshot.angles), s, tokens, rope
+                ),
+            )
+            slot.work = _Layer(work, snapshot.layers[n], snapshot.angles) if n in wanted else work
+        state.forget()
+
+    def _run_alone(self, module, alone: dict, name: Hashable, fresh: Snapshot, wanted: set[int]) -> Snapshot:
+        known = self._cache.find(name)
+        missing = wanted - set(known.layers if known else ())
+        self._recording = fresh, missing
+        try:
+            with torch.no_grad():
+                module(**alone)
+        finally:
+            self._recording = None
+        self._state.reset()
+        return self._cache.put(name, fresh)
+
+    def _record(self, module, call: Call) -> None:
+        snapshot, wanted = self._recording
+        state = self._state
+        key, sequence, rope = state.sequence_of(module, call)
+        plain = state.remember((key, "alone"), lambda: Work(sequence, rope, ()))
+        tokens = sequence.layout()
+        for n in wanted:
+            state.slots[n].work = _Recorder(plain, self._cache, snapshot, n, tokens, rope)
+
+    # ---- both -------------------------------------------------------------------------------------------------------
+
+    def _asked(self, sites: list[fr.Site]) -> list[tuple[list, tuple[Sharing, ...]]]:
+        """Per layer, the modulations and what is shared."""
+        methods = self._state.methods
+        return [(self._state.ask(site), combine(sharings_of(methods, site))) for site in sites]
+
+    @staticmethod
+    def _targets(
+        sequence: JointSequence, rope: fr.RoPE, modulations: tuple, sharings: tuple[Sharing, ...], shared: Tensor
+    ) -> Work:
+        """The target's attention, over the sequence and, where it is shared, the reference."""
+        if not any(s.reference == SHARED for s in sharings):
+            return Work(sequence, rope, modulations)
+        if sequence.bonus is not None:
+            raise NotImplementedError(
+                "attention_mask: expected a bool mask with a shared reference, received a floating-point one, which "
+                "the host adds to the logits; pass prompt_attention_mask.bool()"
+            )
+        length = rope.tokens
+        shared = shared.to(rope.angles)
+        if rope.angles.ndim == 3:
+            shared = shared.expand(len(rope.angles), -1, -1)
+        keys = fr.RoPE(torch.cat([rope.angles, shared], dim=-2), rope.axis, rope.pairing)
+        mask = sequence.key_mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), shared.shape[-2])], dim=1)
+        modulations = tuple(over_sequence(m, length) for m in modulations)
+        return Work(replace(sequence, key_mask=mask), rope, modulations, key_rope=keys)
+
+
+def with_shared(tokens: fr.TokenLayout, grids: Sequence[tuple[int, int]]) -> fr.TokenLayout:
+    """The same layout with shared references."""
+    return fr.TokenLayout(
+        tokens.text_tokens, tokens.target_grid, tokens.reference_grids, tokens.order, tokens.padding, grids
+    )
+
+
+def _rows(sequence: JointSequence, rows: slice) -> JointSequence:
+    """Some rows of a batch."""
+    positions = sequence.positions if sequence.positions.ndim == 2 else sequence.positions[rows]
+    mask, bonus = (None if m is None else m[rows] for m in (sequence.key_mask, sequence.bonus))
+    return replace(sequence, positions=positions, key_mask=mask, bonus=bonus)
