@@ -86,6 +86,7 @@ class CallState:
         changed = None
         if self.methods or self.inspector is not None:
             call = self._signature.bind_partial(module, *args, **kwargs).arguments
+            call.pop(next(iter(self._signature.parameters)))  # self
             changed = self._fill(module, call) if self.shared is None else self.shared.fill(module, call)
         for slot in self.slots:
             slot.filled = True

@@ -150,11 +150,11 @@ class TensorRows:
         joined = {name: value for name, value in call.items() if name in INERT}
         for name in (self.image, *self.own):
             joined[name] = torch.cat([call[name], alone[name].to(call[name])])
-        for name in self.repeated:
-            value = call.get(name)
+        for name in (n for n in self.repeated if n in call):
+            value = call[name]
             batched = isinstance(value, Tensor) and value.ndim and name in alone
             joined[name] = torch.cat([value.expand(len(target)), alone[name].to(value)]) if batched else value
-        for name in self.placed:
+        for name in (n for n in self.placed if n in call):
             joined[name] = self._placed(name, call, alone, rows, advice)
         texts = [call[self.text], alone[self.text].to(call[self.text])]
         length = max(text.shape[1] for text in texts)

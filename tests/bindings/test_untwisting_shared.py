@@ -1,0 +1,289 @@
+"""Shared attention in every host: batched and kept references against processors written from the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from diffusers_hosts import TARGET, TEXT, TINY_HOSTS, assert_differ, assert_same, run
+from shared_formulas import Row, band, sharing, watching
+
+NAMES = ("flux", "chroma", "longcat", "ovis", "flux2", "qwen", "z-image")
+ALL = pytest.mark.parametrize("host", [TINY_HOSTS[name] for name in NAMES], ids=NAMES)
+CARRIED = pytest.mark.parametrize("carried", ["batched", "kept"])
+DIALS = dict(s_hf=(0.3, 0.9), s_lf=(0.8, 1.5), beta=1.7, adain=0.4)
+STEP, STEPS = 3, 7
+
+
+def plain_layout(host, text=TEXT, grid=TARGET) -> fr.TokenLayout:
+    """A target of odd sides, no references. Z-Image fills texts and pictures up to 32 tokens."""
+    if host.name == "z-image":
+        return fr.TokenLayout(text + -text % 32, grid, order="text-last", padding=-grid[0] * grid[1] % 32)
+    return fr.TokenLayout(text, grid)
+
+
+def call_of(host, text: int, batch: int, grid=TARGET) -> dict:
+    more = {"captions": [text] * batch} if host.name == "z-image" else {}
+    return host.call(plain_layout(host, text, grid), batch=batch, **more)
+
+
+def source_of(host, call: dict) -> fr.Reference:
+    """A reference whose own call this is."""
+    image = "x" if host.name == "z-image" else "hidden_states"
+    latents = torch.stack(call[image]) if host.name == "z-image" else call[image]
+    own = ("encoder_hidden_states", "pooled_projections", "cap_feats", "attention_mask", "img_ids", "txt_ids",
+           "img_shapes", "encoder_hidden_states_mask")  # fmt: skip
+    given = {name: value for name, value in call.items() if name in own}
+    if not host.name.startswith("longcat"):  # what can be told from the target need not be said
+        given = {name: value for name, value in given.items() if name not in ("img_ids", "txt_ids", "img_shapes")}
+    return fr.Reference(lambda step, sigma: latents, given)
+
+
+def lengths(host, carried: str) -> tuple[int, int]:
+    """Texts of target and reference; LongCat's positions depend on them, so a batch has one length."""
+    short, long = (20, 40) if host.name == "z-image" else (TEXT, TEXT + 3)
+    return (short, short) if host.name == "longcat" and carried == "batched" else (short, long)
+
+
+def apply(model, carried: str, source, *methods, **options):
+    reference = source if carried == "batched" else fr.ReferenceCache(source)
+    handle = fr.apply(model, *methods, reference=reference, **options)
+    handle.set_step(STEP, STEPS)
+    return handle
+
+
+def dial(name: str) -> float:
+    start, end = DIALS[name]
+    return start + (end - start) * STEP / (STEPS - 1)
+
+
+def weights_of(host, axis0="low") -> torch.Tensor:
+    return band(dial("s_hf"), dial("s_lf"), DIALS["beta"], host.axes, axis0=axis0)
+
+
+def expected_of(host, model, call, reference, texts, rows=1, **dials) -> torch.Tensor:
+    own, theirs = (Row.of(host, plain_layout(host, n)) for n in texts)
+    with watching(host, model, theirs) as seen:
+        run(model, reference)
+    with sharing(host, model, own, seen, theirs, **dials):
+        return run(model, call)
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+@ALL
+@CARRIED
+@pytest.mark.parametrize("rotation", ["op", "host"])
+def test_shared_attention_follows_the_formulas(host, carried, rotation):
+    """Two targets, one reference, texts of different length either way round, an odd grid, every dial at work."""
+    model = host.build().double()
+    for texts in (lengths(host, carried), lengths(host, carried)[::-1]):
+        call, reference = call_of(host, texts[0], 2), call_of(host, texts[1], 1)
+        stock = run(model, call)
+        expected = expected_of(host, model, call, reference, texts, weights=weights_of(host), adain=DIALS["adain"])
+        with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS), rotation=rotation):
+            out = run(model, call)
+            assert out.shape == stock.shape
+        assert_same(out, expected, 1e-10 if rotation == "op" else 1e-5)
+        assert_differ(out, stock)
+        assert torch.equal(run(model, call), stock)
+
+
+@ALL
+@CARRIED
+def test_all_weights_one_is_plain_shared_attention(host, carried):
+    """Three targets see two references, in some layers."""
+    model, texts = host.build().double(), lengths(host, carried)
+    call, reference = call_of(host, texts[0], 3), call_of(host, texts[1], 2)
+    expected = expected_of(host, model, call, reference, texts, layers={0, 2})
+    method = fr.UntwistingRoPE(s_hf=1.0, s_lf=1.0, axis0=1.0, adain=0.0, layers={0, 2})
+    site = fr.Site(fr.TokenLayout(5, (3, 5), shared=[(3, 5)]))
+    assert method.modulations(site) == []
+    with apply(model, carried, source_of(host, reference), method):
+        assert_same(run(model, call), expected)  # other layers are the host's own, which rotates in float32
+
+
+@ALL
+def test_the_references_rows_are_what_it_is_alone(host):
+    model, texts = host.build().double(), lengths(host, "batched")
+    call, reference = call_of(host, texts[0], 2), call_of(host, texts[1], 2)
+    whole = []
+
+    def see(module, args, output):
+        whole.append(torch.stack(output[0]) if isinstance(output[0], list) else output[0])
+
+    alone = run(model, reference)
+    watch = model.register_forward_hook(see)
+    with apply(model, "batched", source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
+        out = run(model, call)
+    watch.remove()
+    assert len(whole[0]) == 4
+    assert torch.equal(whole[0][:2], out)
+    assert_same(whole[0][2:], alone)
+
+
+@ALL
+def test_kept_equals_batched_and_is_made_once(host):
+    """Also for other targets, batch sizes, texts and dials: nothing runs again."""
+    model, texts = host.build().double(), lengths(host, "batched")
+    reference = call_of(host, texts[1], 1)
+    source, calls = source_of(host, reference), []
+    cache = fr.ReferenceCache(source)
+    watch = model.register_forward_hook(lambda *_: calls.append(1))
+    for batch, dials in ((2, DIALS), (1, DIALS), (3, {"adain": 0.0, "axis0": "match"})):
+        call = call_of(host, texts[0], batch)
+        with apply(model, "batched", source, fr.UntwistingRoPE(**dials)):
+            expected = run(model, call)
+        calls.clear()
+        with fr.apply(model, fr.UntwistingRoPE(**dials), reference=cache) as handle:
+            handle.set_step(STEP, STEPS)
+            assert_same(run(model, call), expected, 1e-10)
+        assert len(calls) == (2 if batch == 2 else 1)
+    watch.remove()
+    assert len(cache) == 1
+    count, tokens, width = len(host.attentions(model)), TARGET[0] * TARGET[1], 2 * 16
+    assert cache.nbytes == 8 * count * (2 * tokens * width + 4 * width)
+
+
+def test_kept_for_more_layers_when_more_are_asked_for():
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 1), call_of(host, 5, 1)
+    cache = fr.ReferenceCache(source_of(host, reference))
+    both = []
+    for blocks in ("single", None):
+        with fr.apply(model, fr.UntwistingRoPE(blocks=blocks), reference=cache) as handle:
+            handle.set_step(0, 2)
+            both.append(run(model, call))
+            both.append(len(next(iter(cache._snapshots.values())).layers))
+    assert both[1::2] == [2, 4]
+    fresh = fr.ReferenceCache(cache.source)
+    with fr.apply(model, fr.UntwistingRoPE(), reference=fresh) as handle:
+        handle.set_step(0, 2)
+        assert_same(both[2], run(model, call))  # the first layers kept ran after the host's own, in float32
+    cache.clear()
+    assert (len(cache), cache.nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
+def test_a_kept_reference_of_another_grid(name):
+    host, grid = TINY_HOSTS[name], (5, 2)
+    model = host.build().double()
+    call, reference = call_of(host, 7, 2), call_of(host, 7, 1, grid)
+    own, theirs = (Row.of(host, plain_layout(host, 7, g)) for g in (TARGET, grid))
+    with watching(host, model, theirs) as seen:
+        run(model, reference)
+    with sharing(host, model, own, seen, theirs, weights=weights_of(host), adain=DIALS["adain"]):
+        expected = run(model, call)
+    source = source_of(host, reference)
+    placed = {key: reference[key] for key in ("img_ids", "img_shapes") if key in reference}
+    source = fr.Reference(source.latents, {**source.arguments, **placed})
+    with apply(model, "kept", source, fr.UntwistingRoPE(**DIALS)):
+        assert_same(run(model, call), expected, 1e-10)
+    with (
+        apply(model, "batched", source, fr.UntwistingRoPE(**DIALS)),
+        pytest.raises(ValueError, match=r"^reference\.latents: expected .* or a fastrope\.ReferenceCache"),
+    ):
+        run(model, call)
+
+
+@CARRIED
+def test_a_kept_reference_serves_either_rotation(carried):
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 2), call_of(host, 6, 1)
+    cache, found = fr.ReferenceCache(source_of(host, reference), device="cpu"), []
+    for rotation in ("op", "host", "op"):
+        with fr.apply(model, fr.UntwistingRoPE(), reference=cache, rotation=rotation) as handle:
+            handle.set_step(0, 2)
+            found.append(run(model, call))
+    assert_same(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("name", ["qwen", "chroma"])
+@CARRIED
+def test_masked_texts(name, carried):
+    """A target's prompt and the reference's are shorter than their neighbours in the batch."""
+    host = TINY_HOSTS[name]
+    model = host.build().double()
+    texts = (TEXT, TEXT + 3)
+    call, reference = call_of(host, texts[0], 2), call_of(host, texts[1], 2)
+    rows = []
+    for each, length, hidden in ((call, texts[0], 2), (reference, texts[1], 1)):
+        layout = plain_layout(host, length)
+        mask = torch.ones(2, len(layout), dtype=torch.bool)
+        mask[1, length - hidden : length] = False
+        joint = name == "chroma"
+        each["attention_mask" if joint else "encoder_hidden_states_mask"] = mask if joint else mask[:, :length]
+        rows.append(Row(layout, Row.of(host, layout).positions, mask))
+    with watching(host, model, rows[1]) as seen:
+        run(model, reference)
+    with sharing(host, model, rows[0], seen, rows[1], weights=weights_of(host), adain=DIALS["adain"]):
+        expected = run(model, call)
+    with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
+        assert_same(run(model, call), expected, 1e-10)
+
+
+@CARRIED
+def test_captions_of_different_length_in_a_batch(carried):
+    """Z-Image: positions of the target's picture differ from row to row, and from the reference's."""
+    host = TINY_HOSTS["z-image"]
+    model = host.build().double()
+    captions = [40, 7, 33]
+    call = host.call(plain_layout(host, 40), batch=3, captions=captions)
+    reference = call_of(host, 70, 1)
+    layout, theirs = plain_layout(host, 64), Row.of(host, plain_layout(host, 96))
+    positions, mask = torch.zeros(3, len(layout), 3), torch.zeros(3, len(layout), dtype=torch.bool)
+    for n, length in enumerate(captions):
+        own = plain_layout(host, length).positions("z-image")
+        positions[n, : len(own)], mask[n, : len(own)] = own, True
+    with watching(host, model, theirs) as seen:
+        run(model, reference)
+    own = Row(layout, positions, mask)
+    with sharing(host, model, own, seen, theirs, weights=weights_of(host), adain=DIALS["adain"]):
+        expected = run(model, call)
+    with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
+        assert_same(run(model, call), expected, 1e-10)
+
+
+@CARRIED
+def test_other_modulations_keep_to_the_targets_own_sequence(carried):
+    """Open and negative bounds end where the sequence ends; the reference's rows stay plain."""
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 2), call_of(host, 5, 1)
+    layout = plain_layout(host)
+    written = [fr.BiasDelta(1.2, 0.6, keys=layout.text), fr.LogitGain(torch.full((20,), 1.3), keys=slice(10, 20))]
+    open_ended = [
+        fr.BiasDelta(1.2, 0.6, keys=slice(-20, 5)),
+        fr.LogitGain(torch.full((20,), 1.3), keys=slice(-10, None)),
+    ]
+    boolean = torch.arange(20) >= 10
+    masked = [written[0], fr.LogitGain(torch.full((20,), 1.3), keys=boolean)]
+    source, found = source_of(host, reference), []
+    for mods in (written, open_ended, masked, []):
+        with apply(model, carried, source, fr.UntwistingRoPE(**DIALS), mods):
+            found.append(run(model, call))
+    assert_same(found[1], found[0], 1e-12)
+    assert_same(found[2], found[0], 1e-12)
+    assert_differ(found[3], found[0])
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_a_target_takes_on_the_references_statistics():
+    """Strength 1 gives the reference's mean and deviation, up to the epsilon; 0 changes nothing."""
+    x, y = torch.randn(2, 30, 2, 8).double() * 3 + 1, torch.randn(1, 50, 2, 8).double() - 2
+    goal = fr.sharing.Statistics.of(y)
+    out = fr.sharing.adain(x, goal, 1.0)
+    torch.testing.assert_close(out.mean(dim=1, keepdim=True), goal.mean.expand(2, -1, -1, -1))
+    torch.testing.assert_close(
+        out.std(dim=1, correction=0, keepdim=True), goal.std.expand(2, -1, -1, -1), rtol=1e-5, atol=0
+    )
+    assert torch.equal(fr.sharing.adain(x, goal, 0.0), x)
+    half = fr.sharing.adain(x.bfloat16(), goal, 0.5)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), (x + out) / 2, rtol=0.02, atol=0.05)
