@@ -16,9 +16,10 @@ from functools import lru_cache
 
 import torch
 
+from .checks import require
 from .lowering import Segment
 from .modulations import MODULATIONS, Modulation
-from .resolve import Resolved, check_arguments, common_device, lengths, resolve
+from .resolve import Group, Resolved, check_arguments, common_device, group_values, lengths, resolve
 from .rope import RoPE
 
 
@@ -104,6 +105,36 @@ class Plan:
     def nbytes(self) -> int:
         """Memory the plan holds, bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def with_groups(self, numbers: Sequence[tuple[float | torch.Tensor, float | torch.Tensor]]) -> Plan:
+        """This plan with other numbers in its BiasDelta groups. Everything else is shared, so that a schedule with a
+        lambda and delta of its own in every layer and step costs next to nothing.
+
+        Args:
+            numbers: ``(bias, delta)`` per group, in the order of the modulations the plan was made of; numbers or
+                tensors, ``()`` or ``(B,)``. Neutral ones stay groups: the result is then that of none up to rounding.
+
+        Raises:
+            ValueError: not one pair per group of the plan (neutral modulations are no groups), values that are not
+                finite, a batch that the plan does not have.
+        """
+        from .tables import group_table
+
+        held = self.resolved.groups
+        require(len(numbers) == len(held), "numbers", f"{len(held)} pairs, one per group", len(numbers))
+        if not held:
+            return self
+        with torch.inference_mode(False), torch.device("cpu"):
+            found = [group_values(bias, delta) for bias, delta in numbers]
+            batch = max(len(x) for pair in found for x in pair)
+            require(batch in (1, self.spec.batch), "numbers", f"batch {self.spec.batch or 1}", batch)
+            groups = tuple(
+                Group(bias.to(group.bias), delta.to(group.delta), group.keys)
+                for group, (bias, delta) in zip(held, found, strict=True)
+            )
+            table = group_table(groups, self.tensors["groups"][..., 2])
+            tensors = {**self.tensors, "groups": table, "kernel_groups": table.float()}
+        return replace(self, tensors=tensors, resolved=replace(self.resolved, groups=groups))
 
 
 def plan(

@@ -174,6 +174,11 @@ def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> t
     return values
 
 
+def group_values(bias: float | torch.Tensor, delta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lambda and delta of a BiasDelta, ``(Bg,)`` each."""
+    return tuple(_values(f"BiasDelta.{name}", x, ("batch row",)) for name, x in (("bias", bias), ("delta", delta)))
+
+
 def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
     """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped."""
     scale, weights, groups, gains = None, [], [], []
@@ -194,7 +199,7 @@ def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
             overlap = bool((grouped & keys).any())
             require(not overlap, "BiasDelta.keys", "groups that share no key", "overlapping groups")
             grouped |= keys
-            bias, delta = (_values(f"BiasDelta.{n}", getattr(m, n), ("batch row",)) for n in ("bias", "delta"))
+            bias, delta = group_values(m.bias, m.delta)
             if bool((bias != 1).any()) or bool((delta != 1).any()):
                 groups.append(Group(bias, delta, keys))
         else:

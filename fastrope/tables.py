@@ -13,7 +13,7 @@ from . import lowering
 from .checks import require
 from .lowering import Segment
 from .planning import PlanSpec, gain_products
-from .resolve import Resolved
+from .resolve import Group, Resolved
 from .rope import RoPE
 
 # Columns of tensors["segments"], read by the kernels.
@@ -110,7 +110,7 @@ def _treat_keys(tensors, resolved: Resolved, num_keys: int) -> tuple[lowering.Tr
 
 
 def _group_tables(tensors, resolved: Resolved, key_mask, segments) -> None:
-    """``groups (Bg, G, 3)``: lambda, delta and the number of unmasked keys; the segments of group g are
+    """``groups (Bg, G, 3)`` (see :func:`group_table`); the segments of group g are
     ``group_members[group_bounds[g] : group_bounds[g + 1]]``."""
     owner = np.array([s.group for s in segments])
     members = np.argsort(owner, kind="stable")
@@ -120,13 +120,15 @@ def _group_tables(tensors, resolved: Resolved, key_mask, segments) -> None:
     for m in resolved.groups:
         mask = m.keys[None] if key_mask is None else m.keys[None] & key_mask.cpu()
         counts.append(mask.sum(1).double())
-    batch = max(max(len(m.bias), len(m.delta), len(c)) for m, c in zip(resolved.groups, counts, strict=True))
-    rows = [
-        torch.stack([x.expand(batch) for x in (m.bias, m.delta, c)], dim=1)
-        for m, c in zip(resolved.groups, counts, strict=True)
-    ]
-    tensors["groups"] = torch.stack(rows, dim=1)
+    tensors["groups"] = group_table(resolved.groups, torch.stack(counts, dim=1))
     tensors["kernel_groups"] = tensors["groups"].float()
+
+
+def group_table(groups: tuple[Group, ...], counts: torch.Tensor) -> torch.Tensor:
+    """``(Bg, G, 3)``: lambda, delta and the number of unmasked keys, the latter from ``counts (B or 1, G)``."""
+    batch = max(len(counts), *(len(x) for m in groups for x in (m.bias, m.delta)))
+    columns = [torch.stack([getattr(m, name).expand(batch) for m in groups], dim=1) for name in ("bias", "delta")]
+    return torch.stack([*columns, counts.expand(batch, -1)], dim=2)
 
 
 def _query_tables(tensors, resolved: Resolved):

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
 from numerics import (
     DEVICE,
     Call,
     axial,
+    calls,
     draw,
     every_modulation,
     generator,
@@ -345,6 +347,44 @@ def test_a_plan_ignores_later_changes():
     before = fr.attention(**call, plan=plan, backend="sdpa")
     scale.zero_()
     assert torch.equal(before, fr.attention(**call, plan=plan, backend="sdpa"))
+
+
+@given(call=calls(tokens=(5, 17, 33), dims=(16,)))
+def test_other_numbers_in_the_groups_of_a_plan(call):
+    """The plan of the other modulations, bit by bit, with every other table shared."""
+    groups = [m for m in call.modulations if isinstance(m, fr.BiasDelta)]
+    numbers = [(m.bias * 0.7 + 0.1, m.delta * 1.3 + 0.05) for m in groups]
+    others = {id(m): replace(m, bias=bias, delta=delta) for m, (bias, delta) in zip(groups, numbers, strict=True)}
+    plan = call.planned()
+    found = plan.with_groups(numbers)
+    expected = replace(call, modulations=[others.get(id(m), m) for m in call.modulations]).planned()
+    assert found.spec == expected.spec
+    assert found.spec_string == expected.spec_string
+    assert list(found.tensors) == list(expected.tensors)
+    for name, tensor in found.tensors.items():
+        assert torch.equal(tensor, expected.tensors[name])
+        assert (tensor is plan.tensors[name]) == (name not in ("groups", "kernel_groups"))
+    assert torch.equal(call.run("eager", False, **unplanned(found)), call.run("eager", False, **unplanned(expected)))
+
+
+def unplanned(plan: fr.Plan) -> dict:
+    """A plan in place of what it is made of."""
+    return {"plan": plan, "rope": None, "key_rope": None, "modulations": (), "key_mask": None}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        ([], "numbers"),
+        ([(1.0, 1.0)] * 2, "numbers"),
+        ([(1.0, torch.ones(3))], "numbers"),
+        ([(float("nan"), 1.0)], "BiasDelta.bias"),
+    ],
+)
+def test_numbers_that_do_not_fit_a_plan(numbers, name):
+    plan = fr.plan(modulations=[fr.BiasDelta(2.0, keys=slice(4)), fr.BiasDelta(keys=slice(4, 6))], num_keys=12)
+    with pytest.raises(ValueError, match=rf"^{name}\b.*: expected .* received"):
+        plan.with_groups(numbers)
 
 
 def test_specs_survive_their_string():
