@@ -85,7 +85,8 @@ def generate(
         model: an ``Emu3ForConditionalGeneration``.
         inputs: ``input_ids`` and ``attention_mask``, ``(B, S)`` each, that end where the image begins:
             ``processor(text=..., return_for_image_generation=True)``, padded on the left.
-        negative: ``input_ids`` and ``attention_mask`` of the negative prompt, ``(B, S')`` each, prepared alike.
+        negative: ``input_ids`` and ``attention_mask`` of the negative prompt, ``(B, S')`` or ``(1, S')`` each, prepared
+            alike.
         matcher: ``lock.matcher(entries, num_tokens=height * width, token_ids=ids)`` of :func:`codebook`; None samples.
         anchors: the original's image tokens, ``(B, N)`` vocabulary ids: from a run without matcher, or :func:`encode`.
         guidance: the scale; None or 1 is the condition alone.
@@ -108,8 +109,12 @@ def generate(
         top_k=top_k, top_p=top_p, generator=generator,
     )  # fmt: skip
     if guided:
-        options["negative_prompt_ids"] = negative["input_ids"]
-        options["negative_prompt_attention_mask"] = negative["attention_mask"]
+        # The host repeats prompts for several sequences each, but not negative ones.
+        rows, given = inputs["input_ids"].shape[0] * options.get("num_return_sequences", 1), len(negative["input_ids"])
+        fits = given > 0 and rows % given == 0
+        require(fits, "negative", f"a number of rows that divides the batch of {rows}", given)
+        for name, mine in (("negative_prompt_ids", "input_ids"), ("negative_prompt_attention_mask", "attention_mask")):
+            options[name] = negative[mine].repeat_interleave(rows // given, dim=0)
     model.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

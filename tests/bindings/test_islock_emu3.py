@@ -183,6 +183,33 @@ def test_a_batch_is_its_rows(model, inputs, negative):
         assert torch.equal(alone.record.accepted[0], both.record.accepted[row])
 
 
+def test_prompts_padded_on_the_left_are_their_rows(model, inputs, negative):
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    ids[0, :2], mask[0, :2] = 0, 0
+    settings = dict(matcher=matcher(model, tau=1.5, candidates=12, alpha=0.6), top_k=20, negative=negative)
+    anchors = random_anchors()
+    padded = {"input_ids": ids, "attention_mask": mask}
+    both = emu3.generate(model, padded, HEIGHT, WIDTH, anchors=anchors, generator=seeded(1, 2), **settings)
+    settings["negative"] = {name: rows[:1] for name, rows in negative.items()}
+    short = {name: rows[:1, 2:] for name, rows in padded.items()}
+    alone = emu3.generate(model, short, HEIGHT, WIDTH, anchors=anchors[:1], generator=seeded(1), **settings)
+    assert torch.equal(alone.tokens[0], both.tokens[0])
+
+
+def test_one_negative_prompt_serves_all_rows_and_sequences(model, inputs, negative):
+    one = {name: rows[:1] for name, rows in negative.items()}
+    call = dict(anchors=random_anchors(), matcher=matcher(model, tau=1.5, candidates=12), top_k=20)
+    both = emu3.generate(model, inputs, HEIGHT, WIDTH, negative=negative, generator=seeded(1, 2), **call)
+    for given in (one, negative):
+        twice = emu3.generate(
+            model, inputs, HEIGHT, WIDTH, negative=given, generator=seeded(1, 8, 2, 9), num_return_sequences=2, **call
+        )
+        assert torch.equal(twice.tokens[0::2], both.tokens)
+    three = {name: rows[:1].expand(3, -1) for name, rows in negative.items()}
+    with pytest.raises(ValueError, match="negative: expected a number of rows that divides the batch of 2, received 3"):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, negative=three, **call)
+
+
 def test_pictures_become_vocabulary_ids_and_back(model, inputs):
     pixels = torch.rand(2, 3, 2 * HEIGHT, 2 * WIDTH) * 2 - 1
     ids = emu3.encode(model, pixels)

@@ -131,6 +131,17 @@ def test_a_batch_is_its_rows_and_returned_sequences_share_anchors(model, inputs)
     assert torch.equal(twice.record.anchors, anchors.repeat_interleave(2, 0))
 
 
+def test_prompts_padded_on_the_left_are_their_rows(model, inputs):
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    ids[0, :3], mask[0, :2] = torch.tensor([PAD, PAD, BOS]), 0
+    settings = dict(matcher=matcher(model, tau=0.7, candidates=12, alpha=0.6), top_k=20)
+    anchors, padded = torch.randint(CODES, (2, N)), {"input_ids": ids, "attention_mask": mask}
+    both = janus.generate(model, padded, anchors=anchors, generator=seeded(1, 2), **settings)
+    short = {name: rows[:1, 2:] for name, rows in padded.items()}
+    alone = janus.generate(model, short, anchors=anchors[:1], generator=seeded(1), **settings)
+    assert torch.equal(alone.tokens[0], both.tokens[0])
+
+
 def test_pictures_become_the_nearest_codes_and_tokens_become_pixels(model, inputs):
     pixels = torch.rand(2, 3, 8, 8) * 2 - 1
     codes = janus.encode(model, pixels)
