@@ -6,6 +6,7 @@
 
 from .activity import At
 from .api import attention, explain
+from .joint import Norm, Stream, joint_attention
 from .islock import ISLock
 from .methods import GRAG, LooseRoPE, UntwistingRoPE
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
@@ -17,8 +18,9 @@ from .tokens import Site, TokenLayout
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Plan", "QueryScale", "Reference",
-    "ReferenceCache", "RoPE", "Site", "TokenLayout", "UntwistingRoPE", "apply", "attention", "explain", "plan", "steer",
+    "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Norm", "Plan", "QueryScale",
+    "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout", "UntwistingRoPE", "apply", "attention", "explain",
+    "joint_attention", "plan", "prepare_reference", "steer",
 ]  # fmt: skip
 
 
@@ -27,6 +29,14 @@ def apply(pipe, *methods, **options):
     from .bindings import apply as bind
 
     return bind(pipe, *methods, **options)
+
+
+def prepare_reference(pipe, image=None, trajectory="linear", **arguments):
+    """A picture as the reference of ``apply(pipe, ..., reference=...)``; see
+    :func:`fastrope.bindings.diffusers.trajectories.prepare_reference`."""
+    from .bindings.diffusers.trajectories import prepare_reference as prepare
+
+    return prepare(pipe, image, trajectory, **arguments)
 
 
 def steer(pipe, method, judge=None, max_tries=4, **arguments):
