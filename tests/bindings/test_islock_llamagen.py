@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import fastrope as fr
+from fastrope.backends import triton as backend
 from fastrope.bindings import llamagen
 from fastrope.bindings.llamagen.generate import warp
 from fastrope.bindings.llamagen.model import rotate, rotation_table
@@ -64,9 +65,9 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def matcher(tau=math.inf, candidates=TINY.vocabulary, alpha=0.0):
+def matcher(tau=math.inf, candidates=TINY.vocabulary, alpha=0.0, **options):
     codebook = F.normalize(torch.randn(TINY.vocabulary, 8, generator=seeded(3)[0]), dim=-1)
-    return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau).matcher(codebook, num_tokens=N)
+    return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau).matcher(codebook, num_tokens=N, **options)
 
 
 class Spy:
@@ -297,6 +298,19 @@ def test_a_batch_is_its_rows(model, features):
         assert torch.equal(alone.tokens[0], both.tokens[row])
         for name in ("window", "accepted"):
             assert torch.equal(getattr(alone.record, name)[0], getattr(both.record, name)[row])
+
+
+@pytest.mark.skipif(not backend.interpreted(), reason="runs the interpreted kernel")
+def test_the_kernel_makes_the_image_of_the_reference(model, features):
+    anchors, lock = torch.randint(TINY.vocabulary, (2, N)), dict(tau=0.8, candidates=10, alpha=0.6)
+    made = [
+        llamagen.generate(
+            model, features, matcher=matcher(**lock, backend=name), anchors=anchors, top_k=20, generator=seeded(1, 2)
+        )
+        for name in ("eager", "triton")
+    ]
+    assert torch.equal(made[0].tokens, made[1].tokens)
+    assert made[0].record.counts() == made[1].record.counts()
 
 
 def test_free_positions_are_sampled_as_without_anchors(model, features):
