@@ -65,9 +65,9 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def matcher(tau=math.inf, candidates=TINY.vocabulary, alpha=0.0, **options):
+def matcher(tau=math.inf, candidates=TINY.vocabulary, alpha=0.0, num_tokens=N, **options):
     codebook = F.normalize(torch.randn(TINY.vocabulary, 8, generator=seeded(3)[0]), dim=-1)
-    return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau).matcher(codebook, num_tokens=N, **options)
+    return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau).matcher(codebook, num_tokens=num_tokens, **options)
 
 
 class Spy:
@@ -301,11 +301,12 @@ def test_a_batch_is_its_rows(model, features):
 
 
 @pytest.mark.skipif(not backend.interpreted(), reason="runs the interpreted kernel")
-def test_the_kernel_makes_the_image_of_the_reference(model, features):
-    anchors, lock = torch.randint(TINY.vocabulary, (2, N)), dict(tau=0.8, candidates=10, alpha=0.6)
+def test_the_kernel_makes_the_image_of_the_reference(features):
+    model = llamagen.LlamaGen(llamagen.LlamaGenConfig(**{**TINY.__dict__, "grid": 2})).eval()
+    anchors, lock = torch.randint(TINY.vocabulary, (2, 4)), dict(tau=0.8, candidates=20, num_tokens=4)
     made = [
         llamagen.generate(
-            model, features, matcher=matcher(**lock, backend=name), anchors=anchors, top_k=20, generator=seeded(1, 2)
+            model, features, matcher=matcher(**lock, backend=name), anchors=anchors, generator=seeded(1, 2)
         )
         for name in ("eager", "triton")
     ]
