@@ -116,7 +116,7 @@ def contestants(workload: Workload, model, device, dtype, name: str) -> Iterator
         return
     place = "cpu" if name == "kept, host" else None
     cache = None if name == "batched" else fr.ReferenceCache(source, device=place)
-    with fr.apply(model, method, reference=cache or source) as handle:
+    with fr.apply(model, method, reference=source if cache is None else cache) as handle:
         handle.set_step(10, 28)
         count = 0
 

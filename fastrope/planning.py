@@ -16,10 +16,10 @@ from functools import lru_cache
 
 import torch
 
-from .checks import require
+from .checks import require, require_finite, require_tensor
 from .lowering import Segment
 from .modulations import MODULATIONS, Modulation
-from .resolve import Group, Resolved, check_arguments, common_device, group_values, lengths, resolve
+from .resolve import Group, Resolved, Weight, check_arguments, common_device, group_values, lengths, resolve
 from .rope import RoPE
 
 
@@ -135,6 +135,27 @@ class Plan:
             table = group_table(groups, self.tensors["groups"][..., 2])
             tensors = {**self.tensors, "groups": table, "kernel_groups": table.float()}
         return replace(self, tensors=tensors, resolved=replace(self.resolved, groups=groups))
+
+    def with_weight(self, weight: torch.Tensor) -> Plan:
+        """This plan with other values in its only BandWeight; everything else is shared.
+
+        Args:
+            weight: ``(D/2,)`` floating point, finite. A neutral one stays: the result is then that of none up to
+                rounding.
+
+        Raises:
+            ValueError: a plan without exactly one BandWeight that is not neutral, a weight of another shape.
+        """
+        held = self.resolved.weights
+        require(len(held) == 1, "plan", "exactly one BandWeight that is not neutral", len(held))
+        hint = f"({self.spec.pairs},)"
+        require_tensor("weight", weight, (1,), hint)
+        require(weight.shape[0] == self.spec.pairs, "weight", hint, tuple(weight.shape))
+        require_finite("weight", weight, ("pair",))
+        with torch.inference_mode(False):
+            w = weight.detach().to(held[0].w, copy=True)
+            tensors = {**self.tensors, "weights": w[None], "kernel_weights": w[None].float()}
+        return replace(self, tensors=tensors, resolved=replace(self.resolved, weights=(Weight(w, held[0].keys),)))
 
 
 def plan(

@@ -207,7 +207,19 @@ class CallState:
         return self.slots[0].applied or self.slots[0].compiled
 
     def _work(self, key, sequence, rope, content: Hashable, modulations: tuple) -> Work:
-        return self.remember((key, content), lambda: Work(sequence, rope, modulations))
+        return self.remember(
+            (key, content),
+            lambda: self.alike(key, modulations, lambda like: Work(sequence, rope, modulations, like=like)),
+        )
+
+    def alike(self, key: Hashable, modulations: tuple, make: Callable[[Work | None], Work]) -> Work:
+        """``make(like)``, where ``like`` differs in the values of the only BandWeight: schedules change them in every
+        step, and a plan's tables do not depend on them."""
+        bands = [m for m in modulations if isinstance(m, fr.BandWeight)]
+        if len(bands) != 1 or bool((bands[0].weight == 1).all()):
+            return make(None)
+        rest = self.digest([bands[0].keys, *(m for m in modulations if m is not bands[0])])
+        return make(self.remember((key, "like", rest), lambda: make(None)))
 
     def remember(self, key: Hashable, make: Callable[[], Work]) -> Work:
         """The work of an earlier call under the same key, or a new one."""

@@ -25,9 +25,23 @@ _NUMBERS = itertools.count()
 
 
 class Work:
-    """What modulated layers do: the same modulations over the same sequence. Plans are built when first asked for."""
+    """What modulated layers do: the same modulations over the same sequence. Plans are built when first asked for.
 
-    def __init__(self, sequence: JointSequence, rope: fr.RoPE, modulations: tuple, key_rope: fr.RoPE | None = None):
+    Args:
+        sequence, rope: the tokens and their angles.
+        modulations: over the keys.
+        key_rope: angles of the keys, where they are more than the sequence.
+        like: work that differs in the values of the only BandWeight, whose plans serve again.
+    """
+
+    def __init__(
+        self,
+        sequence: JointSequence,
+        rope: fr.RoPE,
+        modulations: tuple,
+        key_rope: fr.RoPE | None = None,
+        like: Work | None = None,
+    ):
         self.masked = sequence.masked
         self._masks = {"seen": sequence.key_mask}
         self._bonus: dict[torch.device, Tensor] = {}
@@ -37,12 +51,13 @@ class Work:
         self._rope = rope
         self._key_rope = key_rope
         self._modulations = modulations
+        self._like = like
         self._plans: dict[tuple, fr.Plan] = {}
 
     @property
     def nbytes(self) -> int:
-        """Memory of the plans built so far, bytes."""
-        return sum(plan.nbytes for plan in self._plans.values())
+        """Memory of the plans built so far, bytes; those of ``like`` are counted there."""
+        return sum(plan.nbytes for plan in self._plans.values()) if self._like is None else 0
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
         """True unless everything is neutral."""
@@ -66,6 +81,9 @@ class Work:
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device
+        if key not in self._plans and self._like is not None:
+            weight = next(m.weight for m in self._modulations if isinstance(m, fr.BandWeight))
+            self._plans[key] = self._like._plan(*key).with_weight(weight)
         if key not in self._plans:
             key_mask = self._masks[keys]
             rope, key_rope = (

@@ -297,7 +297,12 @@ class SharedAttention:
             slot.work = state.remember(
                 content,
                 lambda m=tuple(modulations), s=sharings: SharedWork(
-                    self._targets(mine, own, m, s, shared), s, tokens, rope, plain, rows
+                    state.alike((key, rows, s), m, lambda like: self._targets(mine, own, m, s, shared, like)),
+                    s,
+                    tokens,
+                    rope,
+                    plain,
+                    rows,
                 ),
             )
         state.forget()
@@ -326,15 +331,17 @@ class SharedAttention:
             angles = own_rope.angles[..., layout.target, :]
             angles = angles.repeat(rows, 1) if angles.ndim == 2 else angles.flatten(0, 1)
             snapshot = self._run_alone(module, alone, name, Snapshot(angles, grids), wanted)
+        angles = snapshot and snapshot.angles
         for n, (slot, (modulations, sharings)) in enumerate(zip(state.slots, asked, strict=True)):
             slot.work = None
             if not modulations and not sharings:
                 continue
-            content = key, (own_key, rows) if n in wanted else None, state.digest(modulations), sharings
+            where = key, (own_key, rows) if n in wanted else None
+            content = *where, state.digest(modulations), sharings
             work = state.remember(
                 content,
-                lambda m=tuple(modulations), s=sharings: SharedWork(
-                    self._targets(sequence, rope, m, s, snapshot and snapshot.angles), s, tokens, rope
+                lambda w=where, m=tuple(modulations), s=sharings: SharedWork(
+                    state.alike(w, m, lambda like: self._targets(sequence, rope, m, s, angles, like)), s, tokens, rope
                 ),
             )
             slot.work = _Layer(work, snapshot.layers[n], snapshot.angles) if n in wanted else work
@@ -370,11 +377,16 @@ class SharedAttention:
 
     @staticmethod
     def _targets(
-        sequence: JointSequence, rope: fr.RoPE, modulations: tuple, sharings: tuple[Sharing, ...], shared: Tensor
+        sequence: JointSequence,
+        rope: fr.RoPE,
+        modulations: tuple,
+        sharings: tuple[Sharing, ...],
+        shared: Tensor,
+        like: Work | None,
     ) -> Work:
         """The target's attention, over the sequence and, where it is shared, the reference."""
         if not any(s.reference == SHARED for s in sharings):
-            return Work(sequence, rope, modulations)
+            return Work(sequence, rope, modulations, like=like)
         if sequence.bonus is not None:
             raise NotImplementedError(
                 "attention_mask: expected a bool mask with a shared reference, received a floating-point one, which "
@@ -389,7 +401,7 @@ class SharedAttention:
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), shared.shape[-2])], dim=1)
         modulations = tuple(over_sequence(m, length) for m in modulations)
-        return Work(replace(sequence, key_mask=mask), rope, modulations, key_rope=keys)
+        return Work(replace(sequence, key_mask=mask), rope, modulations, keys, like)
 
 
 def with_shared(tokens: fr.TokenLayout, grids: Sequence[tuple[int, int]]) -> fr.TokenLayout:

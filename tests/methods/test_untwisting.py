@@ -217,3 +217,45 @@ def test_mass_on_the_aligned_token_falls_with_s_hf():
         torch.testing.assert_close(mass, s.softmax(dim=1)[torch.arange(tokens), at], rtol=1e-10, atol=0)
         found.append(mass)
     assert bool((torch.stack(found).diff(dim=0) < 0).all())
+
+
+# ---- plans of a schedule ---------------------------------------------------------------------------------------------
+
+
+def a_plan(weight: torch.Tensor, mask: bool) -> tuple[fr.Plan, tuple]:
+    g = torch.Generator().manual_seed(0)
+    rope = fr.RoPE.axial(LAYOUT.positions("flux"), (4, 6, 6))
+    keys = fr.RoPE(torch.cat([rope.angles, rope.angles[LAYOUT.target], rope.angles[:8]]), rope.axis)
+    q, k, v = (torch.randn(2, n, 2, 16, generator=g).double() for n in (39, 62, 62))
+    key_mask = torch.rand(2, 62, generator=g) < 0.8 if mask else None
+    others = [fr.BiasDelta(1.2, 0.7, keys=LAYOUT.text), fr.QueryScale(torch.full((39,), 0.5), keys=LAYOUT.shared)]
+    mods = [fr.BandWeight(weight, keys=LAYOUT.shared), *others]
+    return fr.plan(rope=rope, key_rope=keys, modulations=mods, key_mask=key_mask), (q, k, v)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_plan_takes_other_weights(mask, backend):
+    first, second = torch.linspace(0.2, 1.5, 8), torch.linspace(1.8, 0.1, 8).double()
+    plan, tensors = a_plan(first, mask)
+    wanted, _ = a_plan(second, mask)
+    before = fr.attention(*tensors, plan=plan, backend=backend)
+    found = plan.with_weight(second)
+    expected = fr.attention(*tensors, plan=wanted, backend=backend)
+    assert torch.equal(fr.attention(*tensors, plan=found, backend=backend), expected)
+    assert torch.equal(fr.attention(*tensors, plan=plan, backend=backend), before)
+    assert not torch.equal(before, expected)
+    assert sum(x is plan.tensors[name] for name, x in found.tensors.items()) == len(plan.tensors) - 2
+    second.zero_()  # the plan holds its own
+    assert torch.equal(fr.attention(*tensors, plan=found, backend=backend), expected)
+
+
+def test_plans_refuse_weights_they_have_no_place_for():
+    plan, _ = a_plan(torch.linspace(0.2, 1.5, 8), False)
+    with pytest.raises(ValueError, match=r"^weight: expected \(8,\), received \(7,\)"):
+        plan.with_weight(torch.ones(7))
+    with pytest.raises(ValueError, match=r"^weight: expected finite values"):
+        plan.with_weight(torch.full((8,), torch.nan))
+    neutral, _ = a_plan(torch.ones(8), False)
+    with pytest.raises(ValueError, match=r"^plan: expected exactly one BandWeight that is not neutral, received 0"):
+        neutral.with_weight(torch.ones(8))
