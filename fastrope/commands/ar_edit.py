@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("ar-edit"), metavar="DIR", help="where to write (default: ar-edit)")
     add("--candidates", type=int, help="K, tokens drawn at the first position (default: that of the model)")
     add("--alpha", type=float, default=0.6, help="how much of the window is gone at the end (default: 0.6)")
-    add("--tau", type=float, help="largest distance accepted; larger is closer to the original; inf is allowed")
+    add("--tau", type=float, help="largest distance accepted, inf too; larger: closer to the original (default: 1)")
     add("--metric", choices=("l2", "cosine"), default="l2", help="of the codebook space (default: l2, squared)")
     add("--seed", type=int, default=0)
     add("--plain", action="store_true", help="also draw the edit prompts without anchors, for comparison")
@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="llamagen: the .pt file of its VQ tokenizer")
     add("--text-encoder", help="llamagen: T5 encoder, id or folder (default: google/flan-t5-xl)")
     add("--negative-prompt", default="lowres, blurry, worst quality", help="emu3: what guidance leads away from")
-    add("--size", type=int, help="tokens per side (default: llamagen 32, emu3 90, tiny 12; janus has one)")
+    sizes = "llamagen 32, or 16 for a file ..._256.pt; emu3 90; tiny 12; janus has one"
+    add("--size", type=int, help=f"tokens per side (default: {sizes})")
     add("--guidance", type=float, help="scale of classifier-free guidance (default: that of the model)")
     add("--temperature", type=float, default=1.0)
     add("--top-k", type=int, help="(default: that of the model)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,13 @@ class _ticks:
         self.bar.close()
 
 
+def default_size(model: str, weights: str | None) -> int:
+    """Tokens per side: what a published file of LlamaGen has in its name, since its weights do not tell; else the
+    model's own."""
+    found = re.search(r"_(256|384|512)\.pt$", str(weights)) if model == "llamagen" else None
+    return int(found[1]) // 16 if found else DEFAULTS[model].size
+
+
 def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Host:
     """The host that the command line asks for, its weights loaded.
 
@@ -219,7 +227,7 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         ModuleNotFoundError: transformers is not installed.
     """
     model, defaults = arguments.model, DEFAULTS[arguments.model]
-    size = defaults.size if arguments.size is None else arguments.size
+    size = default_size(model, arguments.weights) if arguments.size is None else arguments.size
     require(size >= 1, "--size", "a whole number from 1", size)
     settings = {
         "guidance": defaults.guidance if arguments.guidance is None else arguments.guidance,

@@ -184,6 +184,17 @@ def test_a_missing_drawing_package_is_named(tmp_path, capsys, monkeypatch):
     assert "matplotlib, which is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "weights", "size"),
+    [
+        ("llamagen", "files/t2i_XL_stage1_256.pt", 16), ("llamagen", "t2i_XL_stage2_512.pt", 32),
+        ("llamagen", "c2i_L_384.pt", 24), ("llamagen", "mine.pt", 32), ("llamagen", None, 32), ("emu3", None, 90),
+    ],
+)  # fmt: skip
+def test_a_published_name_tells_the_size(model, weights, size):
+    assert ar_hosts.default_size(model, weights) == size
+
+
 def test_help_lists_every_model(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["ar-edit", "--help"])
