@@ -15,7 +15,7 @@ from fastrope.activity import sharings_of
 from fastrope.checks import require
 from fastrope.modulations import MODULATIONS, Modulation
 
-from .dispatch import Slot, Work
+from .dispatch import Slot, Work, structure_of
 from .fingerprints import Fingerprints
 from .hosts import Host
 from .inspection import Inspector
@@ -24,6 +24,7 @@ from .shared import SharedAttention, SharedWork, combine
 from .steps import find_step
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
+KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps
 KNOWN_SEQUENCES = 8
 
 
@@ -63,6 +64,7 @@ class CallState:
         self._fingerprints = Fingerprints()
         self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
         self._works: OrderedDict[Hashable, Work] = OrderedDict()
+        self._alike: weakref.WeakValueDictionary[Hashable, Work] = weakref.WeakValueDictionary()
 
     @property
     def pipe(self):
@@ -213,13 +215,12 @@ class CallState:
         )
 
     def alike(self, key: Hashable, modulations: tuple, make: Callable[[Work | None], Work]) -> Work:
-        """``make(like)``, where ``like`` differs in the values of the only BandWeight: schedules change them in every
-        step, and a plan's tables do not depend on them."""
-        bands = [m for m in modulations if isinstance(m, fr.BandWeight)]
-        if len(bands) != 1 or bool((bands[0].weight == 1).all()):
-            return make(None)
-        rest = self.digest([bands[0].keys, *(m for m in modulations if m is not bands[0])])
-        return make(self.remember((key, "like", rest), lambda: make(None)))
+        """``make(like)``, where ``like`` is the latest work under the same key that differs in numbers alone, if any:
+        schedules change them from layer to layer and step to step, a plan's tables do not depend on them."""
+        structure = key, self.digest(structure_of(modulations))
+        work = make(self._alike.get(structure))
+        self._alike[structure] = work
+        return work
 
     def remember(self, key: Hashable, make: Callable[[], Work]) -> Work:
         """The work of an earlier call under the same key, or a new one."""
@@ -229,9 +230,15 @@ class CallState:
         return self._works[key]
 
     def forget(self) -> None:
-        """Drop what was used longest ago, until the plans left fit into ``PLAN_BYTES``."""
-        while len(self._works) > 1 and sum(work.nbytes for work in self._works.values()) > PLAN_BYTES:
+        """Drop what was used longest ago, until the plans left are ``KNOWN_WORKS`` and fit into ``PLAN_BYTES``."""
+        while len(self._works) > 1 and (len(self._works) > KNOWN_WORKS or self._nbytes > PLAN_BYTES):
             self._works.popitem(last=False)
+
+    @property
+    def _nbytes(self) -> int:
+        """Memory of the plans, bytes; they share tensors."""
+        held = {id(t): t.nbytes for work in self._works.values() for plan in work.plans for t in plan.tensors.values()}
+        return sum(held.values())
 
 
 def _same(a: list, b: list) -> bool:

@@ -31,7 +31,7 @@ class Work:
         sequence, rope: the tokens and their angles.
         modulations: over the keys.
         key_rope: angles of the keys, where they are more than the sequence.
-        like: work that differs in the values of the only BandWeight, whose plans serve again.
+        like: work over the same tokens with modulations of the same :func:`structure_of`, whose plans serve again.
     """
 
     def __init__(
@@ -51,13 +51,15 @@ class Work:
         self._rope = rope
         self._key_rope = key_rope
         self._modulations = modulations
-        self._like = like
+        self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
+        self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]
         self._plans: dict[tuple, fr.Plan] = {}
+        self._known = {} if like is None else like._plans
 
     @property
-    def nbytes(self) -> int:
-        """Memory of the plans built so far, bytes; those of ``like`` are counted there."""
-        return sum(plan.nbytes for plan in self._plans.values()) if self._like is None else 0
+    def plans(self) -> list[fr.Plan]:
+        """Those built so far."""
+        return list(self._plans.values())
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
         """True unless everything is neutral."""
@@ -81,9 +83,9 @@ class Work:
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device
-        if key not in self._plans and self._like is not None:
-            weight = next(m.weight for m in self._modulations if isinstance(m, fr.BandWeight))
-            self._plans[key] = self._like._plan(*key).with_weight(weight)
+        if key not in self._plans and key in self._known and self._fits(self._known[key]):
+            plan = self._known[key].with_groups(self._groups)
+            self._plans[key] = plan.with_weight(self._weights[0]) if len(self._weights) == 1 else plan
         if key not in self._plans:
             key_mask = self._masks[keys]
             rope, key_rope = (
@@ -97,6 +99,31 @@ class Work:
                 key_mask=None if key_mask is None else key_mask.to(device),
             )
         return self._plans[key]
+
+    def _fits(self, plan: fr.Plan) -> bool:
+        """True where a plan becomes ours with other numbers. What is neutral is to vanish, to the bit."""
+        held = plan.resolved
+        if len(held.groups) != len(self._groups) or (len(self._weights) == 1 and len(held.weights) != 1):
+            return False
+        return not any(map(_neutral, self._groups)) and not any(_neutral((weight,)) for weight in self._weights)
+
+
+def structure_of(modulations: tuple) -> list:
+    """Modulations less the numbers that a plan takes others for: those of BiasDelta, and of a BandWeight if there is
+    one."""
+    found = list(modulations)
+    bands = sum(isinstance(m, fr.BandWeight) for m in modulations)
+    for n, m in enumerate(modulations):
+        if isinstance(m, fr.BiasDelta):
+            shapes = (x.shape if isinstance(x, Tensor) else () for x in (m.bias, m.delta))
+            found[n] = "BiasDelta", m.keys, *shapes
+        elif isinstance(m, fr.BandWeight) and bands == 1:
+            found[n] = "BandWeight", m.keys
+    return found
+
+
+def _neutral(numbers: tuple) -> bool:
+    return all(bool((torch.as_tensor(x) == 1).all()) for x in numbers)
 
 
 def _check_groups(modulations: tuple, bonus: Tensor) -> None:

@@ -58,9 +58,9 @@ class SharedWork:
         self._rows = rows
 
     @property
-    def nbytes(self) -> int:
-        """Memory of the plans built so far, bytes."""
-        return self._targets.nbytes + (self._reference.nbytes if self._reference is not None else 0)
+    def plans(self) -> list[fr.Plan]:
+        """Those built so far."""
+        return self._targets.plans + (self._reference.plans if self._reference is not None else [])
 
     def attend(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from diffusers_hosts import (
     build_flux,
     run,
 )
+
+from fastrope.bindings.diffusers import calls
 
 HOST = TINY_HOSTS["kontext"]
 LAYOUT = HOST.layout
@@ -153,6 +157,51 @@ def test_plans_are_shared_by_layers_and_steps(transformer, monkeypatch):
             ids = {name: call[name].clone() for name in ("txt_ids", "img_ids")}
             run(transformer, call | ids | {"timestep": torch.full((2,), timestep, dtype=torch.float64)})
     assert len(built) == 1
+
+
+def test_numbers_of_every_layer_and_step_share_one_plan(transformer, monkeypatch):
+    """Each layer follows its own numbers; neutral ones leave the plan, to the bit."""
+    built = []
+    plan = fr.plan
+    monkeypatch.setattr(fr, "plan", lambda **arguments: built.append(1) or plan(**arguments))
+    call = build_call()
+    scale, weight, group, gain = modulations()
+
+    def at(layer: int, step: int) -> list:
+        numbers = replace(group, bias=1.2 + 0.3 * layer, delta=0.7 + 0.4 * step)
+        return [scale, replace(weight, weight=weight.weight + 0.2 * step - 0.1 * layer), numbers, gain]
+
+    with fr.apply(transformer, types.SimpleNamespace(modulations=lambda s: at(s.layer, s.step))) as handle:
+        outs = [handle.set_step(step) or run(transformer, call) for step in (0, 1, 2, 0)]
+        assert len(built) == 1
+        assert handle._state._nbytes < 1.2 * handle._state.slots[0].work.plans[0].nbytes
+    for step, out in enumerate(outs[:3]):
+        with contextlib.ExitStack() as stack:
+            for n in range(LAYERS):
+                attend = HOST.attend(at(n, step))
+                stack.enter_context(HOST.by_formulas(transformer, attend, layers={n}))
+            torch.testing.assert_close(out, run(transformer, call), rtol=1e-9, atol=1e-9)
+    assert torch.equal(outs[3], outs[0])
+    stock = run(transformer, call)
+    values = {0: (1.0, 1.0), 1: (torch.tensor([1.0, 1.2]), 1.0), 2: (1.2, 1.0), 3: (1.0, 1.0)}
+    numbers = types.SimpleNamespace(modulations=lambda s: [fr.BiasDelta(*values[s.step], keys=LAYOUT.reference(0))])
+    with fr.apply(transformer, numbers) as handle:
+        outs = [handle.set_step(step) or run(transformer, call) for step in range(4)]
+    assert torch.equal(outs[0], stock)
+    assert torch.equal(outs[3], stock)
+    assert_same(outs[1], torch.stack([stock[0], outs[2][1]]))
+
+
+def test_works_kept_are_bounded(transformer, monkeypatch):
+    monkeypatch.setattr(calls, "KNOWN_WORKS", 5)
+    method = types.SimpleNamespace(
+        modulations=lambda s: [fr.BiasDelta(1.1 + s.layer + 10 * s.step, keys=LAYOUT.reference(0))]
+    )
+    with fr.apply(transformer, method) as handle:
+        for step in range(4):
+            handle.set_step(step)
+            run(transformer, build_call())
+            assert len(handle._state._works) <= 5
 
 
 def test_the_hosts_own_embedding_decides(transformer, monkeypatch):
