@@ -196,6 +196,17 @@ def test_prompts_padded_on_the_left_are_their_rows(model, inputs, negative):
     assert torch.equal(alone.tokens[0], both.tokens[0])
 
 
+def test_a_padded_negative_prompt_is_the_short_one(model, inputs, negative):
+    padded = {name: torch.cat([torch.zeros(2, 2, dtype=torch.long), rows], 1) for name, rows in negative.items()}
+    padded["input_ids"][:, 0] = 7  # hidden by the mask
+    anchors, seen = random_anchors(), []
+    for prompt in (negative, padded):
+        spy = Spy(matcher(model))
+        emu3.generate(model, inputs, HEIGHT, WIDTH, negative=prompt, matcher=spy, anchors=anchors, top_k=0)
+        seen.append(torch.stack(spy.logits, 1))
+    torch.testing.assert_close(seen[1], seen[0], atol=1e-3, rtol=1e-3)
+
+
 def test_one_negative_prompt_serves_all_rows_and_sequences(model, inputs, negative):
     one = {name: rows[:1] for name, rows in negative.items()}
     call = dict(anchors=random_anchors(), matcher=matcher(model, tau=1.5, candidates=12), top_k=20)

@@ -111,6 +111,15 @@ def test_parity_at_a_tie_of_the_draw():
 
 
 @interpreted
+def test_positions_beyond_the_image_take_its_first_and_last_window():
+    for layout in (torch.tensor([-3, 16, 10**12]), torch.tensor(16)):
+        fused = assert_parity(
+            ISLock(candidates=40, tau=INF), torch.randn(3, 90), torch.tensor([1, 2, 3]), torch.randn(90, 4), layout
+        )
+        assert fused.window.tolist() == ([40, 17, 17] if layout.ndim else [17] * 3)
+
+
+@interpreted
 def test_equal_codebook_rows_go_to_the_lowest_id():
     codebook = torch.randn(5, 24).repeat(40, 1)
     for metric in ("l2", "cosine"):
