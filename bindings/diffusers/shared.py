@@ -230,6 +230,7 @@ class SharedAttention:
         self._recording: tuple[Snapshot, set[int]] | None = None
         self._dropped = 0
         self._schedule: tuple[Tensor, int, list[float]] | None = None
+        self._guidance: tuple[Tensor, int, float] | None = None
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -266,6 +267,15 @@ class SharedAttention:
         if self._schedule is None or self._schedule[0] is not sigmas or self._schedule[1] != sigmas._version:
             self._schedule = sigmas, sigmas._version, sigmas.tolist()
         return self._schedule[2]
+
+    def _strength(self, guidance) -> float | None:
+        """The number that the transformer is given as guidance, read once: a run hands over one tensor."""
+        if not isinstance(guidance, Tensor):
+            return guidance
+        known = self._guidance
+        if known is None or known[0] is not guidance or known[1] != guidance._version:
+            self._guidance = guidance, guidance._version, float(guidance.flatten()[0])
+        return self._guidance[2]
 
     # ---- rows of one batch ------------------------------------------------------------------------------------------
 
@@ -323,8 +333,8 @@ class SharedAttention:
         asked = self._asked(state.sites(step, num_steps, tokens))
         wanted = {n for n, (_, sharings) in enumerate(asked) if any(s.reference == SHARED for s in sharings)}
         dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
-        guidance = alone.get("guidance")
-        name = step, sigma, dtype, own_key, None if guidance is None else state.digest((guidance,))
+        guidance = self._source.arguments.get("guidance")
+        name = step, sigma, dtype, own_key, self._strength(call.get("guidance") if guidance is None else guidance)
         self._cache.claim(state.model)
         snapshot = self._cache.find(name)
         if wanted and (snapshot is None or not wanted <= set(snapshot.layers)):

@@ -1,0 +1,467 @@
+"""Untwisting RoPE in real pipelines with random weights: guidance, steps, native references, compilers, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from diffusers_hosts import (
+    TARGET,
+    TEXT,
+    TINY_HOSTS,
+    assert_differ,
+    assert_same,
+    latent_arguments,
+    prompt,
+    run,
+)
+from shared_formulas import Row, band, sharing, watching
+from test_untwisting_shared import apply, call_of, plain_layout, source_of
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+STEPS = 3
+DIALS = dict(s_hf=(0.2, 0.9), s_lf=(0.9, 1.6), beta=2.0, adain=0.5)
+CARRIED = pytest.mark.parametrize("carried", ["batched", "kept"])
+
+
+def flux2_generate(pipe, steps, batch, lengths):
+    """The tiny host's own call has references."""
+    return pipe(prompt_embeds=prompt(batch, lengths[0]), **latent_arguments(steps, pixels=2))[0]
+
+
+def chroma_generate(pipe, steps, batch, lengths):
+    """With bool masks, which mask."""
+    masks = {"prompt_attention_mask": torch.ones(batch, lengths[0], dtype=torch.bool)}
+    return TINY_HOSTS["chroma"].generate(pipe, steps, batch, lengths, **masks)
+
+
+GENERATE = {"flux2": flux2_generate}
+NAMES = ("flux", "flux2", "qwen", "z-image", "ovis")
+
+
+class Path:
+    """A reference whose latents differ from step to step; it writes down what it was asked."""
+
+    def __init__(self, call: dict, image: str):
+        g = torch.Generator().manual_seed(8)
+        clean = torch.stack(call[image]) if isinstance(call[image], list) else call[image]
+        self.clean, self.noise = clean, torch.randn(clean.shape, generator=g)
+        own = ("encoder_hidden_states", "pooled_projections", "cap_feats")
+        self.arguments = {name: value for name, value in call.items() if name in own}
+        self.asked = []
+
+    def latents(self, step: int, sigma: float) -> torch.Tensor:
+        self.asked.append((step, sigma))
+        return (1 - sigma) * self.clean + sigma * self.noise
+
+
+def texts_of(host) -> tuple[int, int | None, int]:
+    """Lengths of prompt, negative prompt and the reference's text."""
+    return (*host.lengths, TEXT + 2) if host.name != "z-image" else (TEXT, TEXT + 3, 40)
+
+
+@contextlib.contextmanager
+def by_formulas(host, pipe, source: Path, own_call: dict):
+    """The pipeline with every call of its transformer by formulas: the reference first, by itself, then the target."""
+    model, image, forward = (
+        pipe.transformer,
+        "x" if host.name == "z-image" else "hidden_states",
+        pipe.transformer.forward,
+    )
+    clock = "t" if host.name == "z-image" else "timestep"
+    text_name = "cap_feats" if host.name == "z-image" else "encoder_hidden_states"
+    seen_steps = []
+
+    def shared(*args, **kwargs):
+        if host.name == "z-image":
+            kwargs = dict(zip(("x", "t", "cap_feats"), args, strict=False)) | kwargs
+        sigmas = pipe.scheduler.sigmas
+        time = float(kwargs[clock].flatten()[0])
+        time = 1 - time if host.name == "z-image" else time
+        step = int((sigmas[:-1] - time).abs().argmin())
+        seen_steps.append(step)
+        latents = (1 - sigmas[step]) * source.clean + sigmas[step] * source.noise
+        alone = own_call | {image: list(latents) if host.name == "z-image" else latents}
+        alone[clock] = kwargs[clock][:1].expand(len(latents))
+        if kwargs.get("guidance") is not None:
+            alone["guidance"] = kwargs["guidance"][:1].expand(len(latents))
+        elif "guidance" in alone:
+            alone["guidance"] = None
+        text = kwargs[text_name]
+        rows = [Row.of(host, plain_layout(host, len(source.arguments[text_name][0])))]
+        rows.append(Row.of(host, plain_layout(host, len(text[0]))))
+        progress = step / (len(sigmas) - 2)
+        high, low = (DIALS[name][0] + (DIALS[name][1] - DIALS[name][0]) * progress for name in ("s_hf", "s_lf"))
+        with watching(host, model, rows[0]) as seen:
+            forward(**alone)
+        weights = band(high, low, DIALS["beta"], host.axes)
+        with sharing(host, model, rows[1], seen, rows[0], weights=weights, adain=DIALS["adain"]):
+            return forward(**kwargs)
+
+    model.forward = shared
+    try:
+        yield seen_steps
+    finally:
+        del model.forward
+
+
+@CARRIED
+@pytest.mark.parametrize("name", NAMES)
+def test_pipelines_follow_the_formulas(name, carried):
+    """Two targets, both branches of guidance where there are two, prompts of different length, a schedule of steps."""
+    host = TINY_HOSTS[name]
+    pipe, generate = host.pipeline(), GENERATE.get(name, host.generate)
+    positive, negative, own = texts_of(host)
+    call = call_of(host, own, 1)
+    call = {key: to_float(value) for key, value in call.items()}
+    source = Path(call, "x" if name == "z-image" else "hidden_states")
+    stock = generate(pipe, STEPS, 2, (positive, negative))
+    with by_formulas(host, pipe, source, call) as steps:
+        expected = generate(pipe, STEPS, 2, (positive, negative))
+    reference = source if carried == "batched" else fr.ReferenceCache(source)
+    calls = []
+    watch = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    with fr.apply(pipe, fr.UntwistingRoPE(**DIALS), reference=reference):
+        out = generate(pipe, STEPS, 2, (positive, negative))
+        count = len(calls)
+        again = generate(pipe, STEPS, 2, (positive, negative))
+    watch.remove()
+    assert_same(out, expected, 1e-4)
+    assert_differ(out, stock)
+    assert torch.equal(again, out)
+    assert torch.equal(generate(pipe, STEPS, 2, (positive, negative)), stock)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert source.asked[: len(steps)] == [(step, sigmas[step]) for step in steps]
+    extra = STEPS if carried == "kept" else 0  # one call more per step, whatever the branches, and none again
+    assert (count, len(calls)) == (len(steps) + extra, 2 * len(steps) + extra)
+
+
+def to_float(value):
+    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+        return [x.float() for x in value]
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def test_chroma_masks_and_refuses_what_it_adds():
+    """Its pipelines hand a bool mask over as it is, and anything else as numbers to be added to the logits."""
+    host = TINY_HOSTS["chroma"]
+    pipe = host.pipeline()
+    call = {key: to_float(value) for key, value in call_of(host, TEXT + 2, 1).items()}
+    for carried in ("batched", "kept"):
+        source = Path(call, "hidden_states")
+        reference = source if carried == "batched" else fr.ReferenceCache(source)
+        with fr.apply(pipe, fr.UntwistingRoPE(), reference=reference):
+            out = chroma_generate(pipe, STEPS, 2, host.lengths)
+            masks = {"prompt_attention_mask": torch.ones(2, TEXT)}
+            with pytest.raises(NotImplementedError, match=r"^attention_mask: expected a bool mask"):
+                host.generate(pipe, STEPS, 2, (TEXT, None), **masks)
+        assert bool(out.isfinite().all())
+
+
+# ---- the host's own references ---------------------------------------------------------------------------------------
+
+
+class Restyled:
+    """The formulas' attention after AdaIN of the target from a reference of the same sequence."""
+
+    def __init__(self, attend, layout: fr.TokenLayout, index: int, strength: float):
+        self.attend, self.layout, self.index, self.strength = attend, layout, index, strength
+
+    def __call__(self, q, k, v):
+        made = []
+        for x in (q, k):
+            own, theirs = x[:, self.layout.target].double(), x[:, self.layout.reference(self.index)].double()
+            mean, mean_r = own.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
+            std = (own.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+            std_r = (theirs.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+            new = x.clone()
+            new[:, self.layout.target] = (
+                (1 - self.strength) * own + self.strength * ((own - mean) / std * std_r + mean_r)
+            ).to(x.dtype)
+            made.append(new)
+        return self.attend(*made, v)
+
+
+@pytest.mark.parametrize("name", ["kontext", "longcat", "flux2", "qwen-edit", "qwen-edit-plus"])
+@pytest.mark.parametrize("rotation", ["op", "host"])
+def test_native_references_need_no_second_row(name, rotation):
+    host = TINY_HOSTS[name]
+    model, call = host.build().double(), host.call(host.layout)
+    index = len(host.layout.reference_grids) - 1
+    mods = [fr.BandWeight(band(0.55, 1.25, 2.0, host.axes), keys=host.layout.reference(index))]
+    dials = dict(s_hf=(0.2, 0.9), s_lf=(0.9, 1.6), beta=2.0, reference=index)
+    stock = run(model, call)
+    for adain in (0.0, 0.5):
+        attend = host.attend(mods)
+        attend = Restyled(attend, host.layout, index, adain) if adain else attend
+        with host.by_formulas(model, attend):
+            expected = run(model, call)
+        with fr.apply(model, fr.UntwistingRoPE(**dials, adain=adain), rotation=rotation) as handle:
+            handle.set_step(1, 3)
+            out = run(model, call)
+        assert_same(out, expected, 1e-10 if rotation == "op" else 1e-5)
+        assert_differ(out, stock)
+
+
+@pytest.mark.parametrize("name", ["kontext", "flux2", "qwen-edit", "qwen-edit-plus"])
+def test_native_references_in_pipelines(name):
+    """One line on the pipe; neutral weights leave the host's own attention, to the same bits."""
+    host = TINY_HOSTS[name]
+    pipe = host.pipeline()
+    stock = host.generate(pipe, steps=STEPS, lengths=host.lengths)
+    with fr.apply(pipe, fr.UntwistingRoPE(reference=0)):
+        assert_differ(host.generate(pipe, steps=STEPS, lengths=host.lengths), stock)
+    with fr.apply(pipe, fr.UntwistingRoPE(s_hf=1.0, s_lf=1.0, reference=0, adain=0.0)):
+        assert torch.equal(host.generate(pipe, steps=STEPS, lengths=host.lengths), stock)
+
+
+def test_statistics_alone_and_looking_at_a_native_reference():
+    """AdaIN without weights; the record sees attention after it."""
+    host = TINY_HOSTS["kontext"]
+    model, call = host.build().double(), host.call(host.layout)
+    attend = host.attend([])
+    with host.by_formulas(model, Restyled(attend, host.layout, 0, 0.7)):
+        expected = run(model, call)
+    method = fr.UntwistingRoPE(s_hf=1.0, s_lf=1.0, axis0=1.0, adain=0.7, reference=0)
+    with fr.apply(model, method) as handle, handle.inspect(layers=0) as record:
+        assert_same(run(model, call), expected, 1e-10)
+    weights = attend.weights[0][:, :, host.layout.target]
+    mass = float(weights[..., host.layout.reference(0)].sum(-1).mean())
+    assert record.looks[0].mass["reference 0"] == pytest.approx(mass, rel=1e-5)
+
+
+# ---- compilers -------------------------------------------------------------------------------------------------------
+
+
+@CARRIED
+@pytest.mark.parametrize("how", ["wrapped", "blocks"])
+def test_compiled_transformers_share_in_one_graph(carried, how):
+    """Whatever the step, also while kept keys are made. The host's first block has a graph of its own."""
+    host = TINY_HOSTS["flux"]
+    torch._dynamo.reset()
+    batch = 2 if carried == "batched" else 1  # a kept reference runs alone, in a batch of its own size
+    model, call, reference = host.build().double(), call_of(host, 5, batch), call_of(host, 5, 1)
+    source, steps, expected = source_of(host, reference), (0, 1, 2), []
+    with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)) as handle:
+        for step in steps:
+            handle.set_step(step, 3)
+            expected.append(run(model, call))
+    counter = CompileCounter()
+    target = model
+    if how == "wrapped":
+        target = torch.compile(model, backend=counter, fullgraph=True)
+    else:
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    with apply(target, carried, source, fr.UntwistingRoPE(**DIALS)) as handle:
+        for step in steps:
+            handle.set_step(step, 3)
+            assert_same(run(target, call), expected[step])
+            assert counter.frame_count == (1 if how == "wrapped" else 3)
+    torch._dynamo.reset()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that comes to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(x, torch.Tensor):
+                self.count = max(self.count, x.untyped_storage().nbytes() // x.element_size())
+        return found
+
+
+@CARRIED
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_no_tensor_of_queries_by_keys(name, carried):
+    """1024 image tokens: queries by keys is 1029 x 2053; nothing else is a quarter of that."""
+    host, grid = TINY_HOSTS[name], (32, 32)
+    model = host.build()
+    call, reference = ({k: to_float(v) for k, v in call_of(host, 5, 1, grid).items()} for _ in range(2))
+    with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
+        run(model, call)
+        with Largest() as seen:
+            run(model, call)
+    assert 0 < seen.count < 1029 * 2053 / 4
+
+
+def test_steps_of_a_schedule_share_their_tables(monkeypatch):
+    """A plan is built for the first step alone, also of a native reference."""
+    built, plan = [], fr.plan
+    monkeypatch.setattr(fr, "plan", lambda **arguments: built.append(1) or plan(**arguments))
+    for name, carried in (("flux", "batched"), ("flux", "kept"), ("kontext", None)):
+        host = TINY_HOSTS[name]
+        model = host.build()
+        if carried is None:
+            call = {k: to_float(v) for k, v in host.call(host.layout).items()}
+            handle = fr.apply(model, fr.UntwistingRoPE(reference=0))
+        else:
+            call, reference = ({k: to_float(v) for k, v in call_of(host, 5, 1).items()} for _ in range(2))
+            handle = apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(blocks="single"))
+        outputs = []
+        with handle:
+            for step in range(4):
+                handle.set_step(step, 5)
+                outputs.append(run(model, call))
+                if step == 0:
+                    built.clear()
+        assert not built
+        for one, other in itertools.pairwise(outputs):
+            assert not torch.equal(one, other)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def small(name: str = "flux", **changes):
+    """A model, a call, and a reference with some arguments changed or (None) missing."""
+    host = TINY_HOSTS[name]
+    source = source_of(host, call_of(host, 5, 1))
+    given = {key: value for key, value in {**source.arguments, **changes}.items() if value is not None}
+    return host.build().double(), call_of(host, 5, 2), fr.Reference(source.latents, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "flux",
+            {"encoder_hidden_states": None},
+            r"^reference\.arguments\['encoder_hidden_states'\]: expected a tensor",
+        ),
+        ("flux", {"pooled_projections": None}, r"^reference\.arguments\['pooled_projections'\]: expected a tensor"),
+        ("flux", {"prompt": torch.ones(1)}, r"^reference\.arguments: expected some of"),
+        ("flux", {"encoder_hidden_states": torch.ones(3, 5, 32)}, r"\['encoder_hidden_states'\]: expected 1 or 1 rows"),
+        ("flux", {"img_ids": torch.ones(4, 3)}, r'^reference\.arguments\["img_ids"\]: expected \(15, axes\)'),
+        ("flux", {"img_ids": torch.ones(15, 3)}, r'^reference\.arguments\["img_ids"\]: expected ids of the target'),
+        ("qwen", {"img_shapes": [[(1, 5, 3)]]}, r'^reference\.arguments\["img_shapes"\]: expected those of the target'),
+        ("qwen", {"img_shapes": [[(1, 5, 2)]]}, r'^reference\.arguments\["img_shapes"\]: expected shapes of 15 tokens'),
+        ("z-image", {"cap_feats": None}, r'^reference\.arguments\["cap_feats"\]: expected 1 or 1 captions'),
+        ("z-image", {"t": torch.ones(1)}, r"^reference\.arguments: expected 'cap_feats' alone, received 't'"),
+    ],
+)
+def test_references_that_do_not_fit(name, changes, message):
+    model, call, source = small(name, **changes)
+    with fr.apply(model, fr.UntwistingRoPE(), reference=source), pytest.raises(ValueError, match=message):
+        run(model, call)
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_latents_that_do_not_fit(name):
+    model, call, source = small(name)
+    for latents in (torch.zeros(1, 15, 5), torch.zeros(15, 4)):
+        wrong = fr.Reference(lambda step, sigma, x=latents: x, source.arguments)
+        with (
+            fr.apply(model, fr.UntwistingRoPE(), reference=wrong),
+            pytest.raises(ValueError, match=r"^reference\.latents: expected"),
+        ):
+            run(model, call)
+
+
+def test_what_is_no_reference():
+    model = TINY_HOSTS["flux"].build()
+    for wrong in (torch.ones(1, 15, 4), "shared", {"latents": None}):
+        with pytest.raises(ValueError, match=r"^reference\.latents: expected a function"):
+            fr.apply(model, fr.UntwistingRoPE(), reference=wrong)
+        with pytest.raises(ValueError, match=r"^reference\.latents: expected a function"):
+            fr.ReferenceCache(wrong)
+    with pytest.raises(ValueError, match=r"^reference\.arguments: expected a mapping"):
+        fr.Reference(lambda step, sigma: None, [1])
+    assert not model._forward_pre_hooks
+
+
+def test_a_reference_that_nobody_gave():
+    model, call, _ = small()
+    expected = r"^UntwistingRoPE\.reference: expected a site with a shared reference"
+    with fr.apply(model, fr.UntwistingRoPE()), pytest.raises(ValueError, match=expected):
+        run(model, call)
+
+
+def test_refusals_by_name():
+    model, call, source = small()
+    both = fr.UntwistingRoPE(), fr.UntwistingRoPE(layers=0)
+    with fr.apply(model, *both, reference=source), pytest.raises(ValueError, match=r"^adain: expected one method"):
+        run(model, call)
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=source) as handle,
+        pytest.raises(NotImplementedError, match=r"^inspect: expected a handle without a shared reference"),
+    ):
+        handle.inspect()
+    residual = {"controlnet_block_samples": [torch.zeros(2, 15, 32).double()] * 2}
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=source),
+        pytest.raises(NotImplementedError, match=r"^controlnet_block_samples: expected None beside a reference"),
+    ):
+        run(model, call | residual)
+    cache = fr.ReferenceCache(source)
+    with fr.apply(model, fr.UntwistingRoPE(), reference=cache):
+        plain = run(model, call)
+        assert torch.equal(run(model, call | residual), plain)  # residuals of zeros, of the target alone
+    other = TINY_HOSTS["flux"].build().double()
+    with (
+        fr.apply(other, fr.UntwistingRoPE(), reference=cache),
+        pytest.raises(ValueError, match=r"^reference: expected a cache of this very transformer"),
+    ):
+        run(other, call)
+    cache.clear()
+    with fr.apply(other, fr.UntwistingRoPE(), reference=cache):
+        assert_differ(run(other, call), plain)
+
+
+def test_longcat_in_one_batch_wants_texts_of_one_length():
+    host = TINY_HOSTS["longcat"]
+    model, call = host.build().double(), call_of(host, 5, 1)
+    source = source_of(host, call_of(host, 7, 1))
+    source = fr.Reference(source.latents, {"encoder_hidden_states": source.arguments["encoder_hidden_states"]})
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=source),
+        pytest.raises(NotImplementedError, match=r"^encoder_hidden_states: expected texts of one length"),
+    ):
+        run(model, call)
+
+
+def test_a_failed_reference_leaves_the_model_usable():
+    """An error while the reference runs alone, then a good call."""
+    model, call, source = small()
+    cache, broken = fr.ReferenceCache(source), [True]
+
+    def fail(module, args):
+        if broken.pop() if broken else False:
+            raise RuntimeError("out of memory")
+
+    with fr.apply(model, fr.UntwistingRoPE(), reference=fr.ReferenceCache(source)):
+        expected = run(model, call)
+    watch = model.transformer_blocks[0].register_forward_pre_hook(fail)
+    with fr.apply(model, fr.UntwistingRoPE(), reference=cache):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, call)
+        assert (len(cache), cache.nbytes) == (0, 0)
+        assert torch.equal(run(model, call), expected)
+    watch.remove()
+
+
+def test_memory_is_stated():
+    model, call, source = small()
+    cache = fr.ReferenceCache(source, device="cpu")
+    assert repr(cache) == "<fastrope.ReferenceCache: 0 steps, 0.0 MiB, cpu>"
+    with fr.apply(model, fr.UntwistingRoPE(), reference=cache) as handle:
+        for step in range(3):
+            handle.set_step(step, 3)
+            run(model, call)
+    each = 4 * (2 * math.prod(TARGET) + 4) * 32 * 8
+    assert (len(cache), cache.nbytes) == (3, 3 * each)
