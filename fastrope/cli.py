@@ -1,4 +1,4 @@
-"""The command line: ``fastrope doctor | demo | bench | edit | ar-edit``."""
+"""The command line: ``fastrope doctor | demo | bench | edit | style | sweep | ar-edit``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from . import __version__
 
-MODULES = {"edit": "fastrope.commands.edit", "ar-edit": "fastrope.commands.ar_edit"}  # others are named as they are
+# Others are named as they are.
+MODULES = {name: f"fastrope.commands.{name.replace('-', '_')}" for name in ("edit", "style", "sweep", "ar-edit")}
 EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench", **dict.fromkeys(MODULES.values(), "demo")}
 
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="pictures of what the modulations do", add_help=False)
     commands.add_parser("bench", help="time the backends against other implementations", add_help=False)
     commands.add_parser("edit", help="edit a picture with LooseRoPE or GRAG on a diffusers pipeline", add_help=False)
+    commands.add_parser("style", help="draw in the style of a picture (Untwisting RoPE)", add_help=False)
+    commands.add_parser("sweep", help="a contact sheet of style over s_hf and s_lf", add_help=False)
     commands.add_parser("ar-edit", help="edit an autoregressive image by changing its prompt", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "doctor":

@@ -98,7 +98,7 @@ def prepare_reference(
         )
     pictures = None if image is None else _pictures(pipe, image)
     if pictures is not None:
-        height, width = _size(pipe, pictures, height, width)
+        height, width = picture_size(pipe, pictures, height, width)
         require(getattr(pipe, "vae", None) is not None, "pipe.vae", "a VAE that encodes the image", None)
     inverting = trajectory == "rf_inversion"
     if inverting:
@@ -174,6 +174,8 @@ class _Walk:
         second = object.__new__(Second)
         second.__dict__.update(self.pipe.__dict__)
         second.__dict__["scheduler"] = self._scheduler()
+        if self.gamma is None:  # a bar that would stop at nothing
+            second.__dict__["_progress_bar_config"] = {"disable": True}
         return second
 
     def _encode(self, noise: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -306,22 +308,26 @@ def _pictures(pipe, image):
     return [x.convert("RGB") for x in several]
 
 
-def _size(pipe, pictures, height: int | None, width: int | None) -> tuple[int, int]:
-    """Rows and columns of pixels, multiples of what the pipeline packs into a token."""
+def picture_size(pipe, pictures, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """Rows and columns of pixels that a reference has unless told otherwise.
+
+    Args:
+        pictures: PIL pictures, of which the first counts, or a tensor ``(R, 3, H, W)``.
+        height, width: as they are where both are given; one alone keeps the proportions; without them the picture's own
+            size, made smaller to :data:`AREA` at most. Cut to multiples of what the pipeline packs into a token.
+    """
+    if height is not None and width is not None:
+        return height, width
     if isinstance(pictures, torch.Tensor):
         rows, columns = pictures.shape[-2:]
     else:
         columns, rows = pictures[0].size
-    if (height is None) != (width is None):
-        rows, columns = (height, columns * height / rows) if width is None else (rows * width / columns, width)
-        height = width = None
-    elif height is None:
-        shrink = min(1.0, math.sqrt(AREA / (rows * columns)))
-        rows, columns = rows * shrink, columns * shrink
+    if height is not None:
+        factor = height / rows
     else:
-        return height, width
+        factor = width / columns if width is not None else min(1.0, math.sqrt(AREA / (rows * columns)))
     multiple = 2 * pipe.vae_scale_factor
-    rows, columns = (max(multiple, int(n + 1e-6) // multiple * multiple) for n in (rows, columns))
+    rows, columns = (max(multiple, int(n * factor + 1e-6) // multiple * multiple) for n in (rows, columns))
     return rows, columns
 
 

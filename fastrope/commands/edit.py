@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 
 from .. import GRAG, LooseRoPE, __version__, apply, steer
 from .editors import HARMONISE, TINY, Missing, Settings, arguments, load, settings_for
+from .files import as_picture, few_threads, layer_range, open_picture, save_picture
 
 DIALS = {
     "looserope": ("mask", "original", "boost", "levels", "saliency", "judge", "max_tries"),
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="(default: looserope 28; grag 24 on Qwen, else 28)")
     add("--guidance", type=float, help="(default: 2.5 on Kontext, true CFG 4.0 on Qwen)")
     add("--negative-prompt", help="(default: one space on Qwen, else none)")
-    add("--layers", type=_layers, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
+    add("--layers", type=layer_range, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on cuda, else float32)")
     add("--offload", action="store_true", help="keep on the GPU only the part that runs")
@@ -105,15 +105,15 @@ def _run(options: argparse.Namespace) -> int:
     prompt = HARMONISE if options.prompt is None else options.prompt
     call = arguments(pipe, options.model, settings, images, prompt, options.seed)
     pipe.set_progress_bar_config(desc=options.method, disable=False)
-    with _few_threads(options.model == TINY):
+    with few_threads(options.model == TINY):
         made, method, tries = _make(options, pipe, method, call, pasted, images[0])
-        _save(made, options.out)
+        save_picture(made, options.out)
         written = [options.out]
         if options.plain:
             pipe.set_progress_bar_config(desc="plain", disable=False)
             call["generator"] = torch.Generator().manual_seed(options.seed)
             written.append(options.out.with_stem(f"{options.out.stem}-plain"))
-            _save(pipe(**call).images[0], written[-1])
+            save_picture(pipe(**call).images[0], written[-1])
     record = {
         "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
         "prompt": prompt, "seed": options.seed, "steps": settings.steps, "guidance": settings.guidance,
@@ -156,33 +156,15 @@ def _make(options, pipe, method, call: dict, pasted: dict, composite):
 def _pictures(options):
     """The pictures to edit, and what tells where the paste is: ``{"mask": ...}`` or ``{"original": ...}``."""
     named = {name: getattr(options, name) for name in ("mask", "original")}
-    pasted = {name: _open(f"--{name}", path) for name, path in named.items() if path is not None}
+    pasted = {name: open_picture(f"--{name}", path) for name, path in named.items() if path is not None}
     if options.image is not None:
         if options.method == "looserope" and len(pasted) != 1:
             raise ValueError("looserope wants --mask or --original, and not both")
-        return [_open("--image", path) for path in options.image], pasted
+        return [open_picture("--image", path) for path in options.image], pasted
     from ..demo import scene as scenes
-    from ..methods.maps import as_pixels
-
-    def picture(pixels):
-        from PIL import Image
-
-        return Image.fromarray(as_pixels("scene", pixels)[0].round().byte().permute(1, 2, 0).numpy())
 
     scene = scenes.draw_scene()
-    return [picture(scene.composite)], pasted or {"original": picture(scene.background)}
-
-
-def _open(option: str, path: Path):
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise Missing(f"{option}: no file {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise Missing(f"{option}: {path} is no picture ({error})") from None
+    return [as_picture(scene.composite)], pasted or {"original": as_picture(scene.background)}
 
 
 def _method(options, composite, pasted: dict) -> GRAG | LooseRoPE:
@@ -205,25 +187,6 @@ def _dials(method: GRAG | LooseRoPE) -> dict:
     return {"boost": method.boost, "levels": method.levels}
 
 
-def _save(picture, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        picture.save(path)
-    except ValueError as error:
-        raise ValueError(f"--out: {error}") from None
-
-
-def _layers(text: str) -> range:
-    first, _, last = text.partition("-")
-    try:
-        found = range(int(first), int(last or first) + 1)
-    except ValueError:
-        found = range(0)
-    if len(found) == 0:
-        raise argparse.ArgumentTypeError(f"expected FIRST-LAST, received {text!r}")
-    return found
-
-
 def _levels(text: str) -> int | str:
     if text == "continuous":
         return text
@@ -231,14 +194,3 @@ def _levels(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f'expected a number or "continuous", received {text!r}') from None
-
-
-@contextlib.contextmanager
-def _few_threads(few: bool):
-    """Tensors as small as the tiny model's lose more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if few else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

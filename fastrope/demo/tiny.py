@@ -59,6 +59,21 @@ def pipeline(seed: int, device: torch.device, dtype: torch.dtype):
         return pipe.to(device=device, dtype=dtype)
 
 
+def text_to_image(seed: int, device: torch.device, dtype: torch.dtype):
+    """The same models behind a ``FluxPipeline``, which takes no picture.
+
+    Raises:
+        ImportError: diffusers or transformers is not installed.
+    """
+    parts = pipeline(seed, device, dtype).components
+    with quiet():
+        from diffusers import FluxPipeline
+
+        pipe = FluxPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
 @contextlib.contextmanager
 def quiet():
     """Silence the hosts' advice on missing encoders and on sizes no trained model has."""
@@ -160,6 +175,9 @@ def _identity_vae():
         def __init__(self, block_out_channels=(3,), latent_channels=3, scaling_factor=1.0, shift_factor=0.0):
             super().__init__()
             self.register_buffer("dtype_holder", torch.zeros(1))  # a model without tensors has no dtype to ask for
+
+        def encode(self, pixels):
+            return (pixels,)
 
         def decode(self, latents, return_dict=False):
             return (latents,)

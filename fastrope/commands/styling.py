@@ -1,0 +1,251 @@
+"""What ``fastrope style`` and ``fastrope sweep`` share: options, the pipeline, the reference, the call."""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import ReferenceCache, UntwistingRoPE, __version__, prepare_reference
+from ..methods.untwisting import AXIS0, PRESETS
+from ..sharing import SHARED
+from . import editors
+from .editors import TINY, TINY_PIXELS, TINY_TEXT, Settings
+from .files import as_picture, layer_range, open_picture
+
+MODEL = "black-forest-labs/FLUX.1-dev"
+TRAJECTORIES = ("linear", "rf_inversion")
+CACHES = ("none", "device", "host")
+
+# By the start of the pipeline's class name, as the models' own pages have it; Qwen-Image's 50 steps are shortened.
+SETTINGS = {
+    "FluxKontext": Settings(28, 2.5),
+    "Flux2Klein": Settings(4, 1.0),
+    "Flux2": Settings(28, 4.0),
+    "Flux": Settings(28, 3.5),
+    "QwenImage": Settings(28, 4.0, "true_cfg_scale", " "),
+    "ZImage": Settings(9, 0.0),
+    "": Settings(28),
+}
+
+
+@dataclass(frozen=True)
+class Styling:
+    """A pipeline that is ready to be called in the style of a reference.
+
+    Args:
+        pipe: the pipeline.
+        call: arguments of its call, but for the generator.
+        reference: for :func:`fastrope.apply`; None where the reference is the host's own.
+        pictures: the reference's, PIL.
+        settings: steps and guidance.
+        axis0: what the method's argument is, where neither option nor preset says.
+    """
+
+    pipe: object
+    call: dict[str, object]
+    reference: object | None
+    pictures: list
+    settings: Settings
+    axis0: dict[str, object]
+
+    def run(self, seed: int):
+        """One picture."""
+        return self.pipe(**self.call, generator=torch.Generator().manual_seed(seed)).images[0]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that both commands have."""
+    add = parser.add_argument
+    add("--reference", type=Path, action="append", metavar="FILE", help="picture whose style is wanted; again for more")
+    add("--prompt", help="what to draw")
+    add("--reference-prompt", default="", metavar="TEXT", help="what the reference shows (default: nothing said)")
+    add("--model", default=MODEL, help="FLUX.1, FLUX.2, Qwen-Image, Z-Image or kin, a folder, or tiny: random weights, "
+        f"offline (default: {MODEL})")  # fmt: skip
+    add("--native", action="store_true", help="give the picture to the model as its own reference (Kontext, FLUX.2, "
+        "Qwen-Image-Edit) instead of sharing attention with it")  # fmt: skip
+    add("--preset", choices=tuple(PRESETS), default="paper", help="dials that are not given (default: paper)")
+    add("--beta", type=float, help="exponent of the curve from high to low frequencies")
+    add("--adain", type=float, metavar="A", help="0 to 1: statistics of the reference's queries and keys")
+    add("--axis0", type=_axis0, help='weights of the frame axis: low, match or a number (default: low; "match" on '
+        "Z-Image)")  # fmt: skip
+    add("--blocks", nargs="+", choices=("double", "single", "joint"), help="kinds of block (default: all)")
+    add("--layers", type=layer_range, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
+    add("--trajectory", choices=TRAJECTORIES, default="linear", help="the reference's latents: noised, or inverted by "
+        "the model (default: linear)")  # fmt: skip
+    add("--gamma", type=float, help="of rf_inversion: 1 follows the model, 0 is linear (default: 0.5)")
+    add("--cache", choices=CACHES, default="none", help="keep the reference's keys and values per layer and step, for "
+        "further targets; takes much memory (default: none)")  # fmt: skip
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--reference-seed", type=int, metavar="SEED", help="noise of the reference (default: the next seed)")
+    add("--steps", type=int, help="(default: 28; Z-Image 9, FLUX.2 klein 4)")
+    add("--guidance", type=float, help="(default: what suits the model)")
+    add("--negative-prompt", help="(default: one space on Qwen, else none)")
+    add("--height", type=int, help="in pixels (default: the reference's proportions, a megapixel at most)")
+    add("--width", type=int)
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on cuda, else float32)")
+    add("--offload", action="store_true", help="keep on the GPU only the part that runs")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where options contradict each other."""
+    if options.model != TINY:
+        for name in ("reference", "prompt"):
+            if getattr(options, name) is None:
+                parser.error(f"--{name} is needed, for every model but tiny")
+    if options.gamma is not None and options.trajectory != "rf_inversion":
+        parser.error("--gamma belongs to --trajectory rf_inversion")
+    if options.native:
+        if options.cache != "none":
+            parser.error("--cache is for a shared reference, not for a --native one")
+        if options.trajectory != "linear":
+            parser.error("--trajectory is for a shared reference, not for a --native one")
+
+
+def prepare(options: argparse.Namespace) -> Styling:
+    """Open the pictures, load the pipeline, prepare the reference.
+
+    Raises:
+        Missing: a file or weights.
+        ValueError, NotImplementedError: an argument that does not fit.
+        ModuleNotFoundError: diffusers, transformers or pillow is not installed.
+    """
+    from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
+
+    pictures = _pictures(options)
+    method_of(options, {})  # dials are checked before anything is loaded
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    pipe = _load(options, device, dtype)
+    name = type(pipe).__name__
+    settings = next(found for start, found in SETTINGS.items() if name.startswith(start))
+    given = {n: getattr(options, n) for n in ("steps", "guidance", "negative_prompt")}
+    settings = replace(settings, **{n: value for n, value in given.items() if value is not None})
+    axis0 = {"axis0": "match"} if name.startswith("ZImage") else {}
+    prompt = options.prompt or ""
+    if options.native:
+        call = editors.arguments(pipe, options.model, settings, pictures, prompt, options.seed)
+        del call["generator"]
+        call |= {n: getattr(options, n) for n in ("height", "width") if getattr(options, n) is not None}
+        return Styling(pipe, call, None, pictures, settings, axis0)
+    height, width = _size(options, pipe, pictures)
+    call = {"height": height, "width": width, "num_inference_steps": settings.steps, **_text(options, pipe, prompt)}
+    if settings.guidance is not None:
+        call[settings.guidance_name] = settings.guidance
+    if settings.negative_prompt is not None and options.model != TINY:
+        call["negative_prompt"] = settings.negative_prompt
+    reference = _reference(options, pipe, pictures, settings, height, width)
+    return Styling(pipe, call, reference, pictures, settings, axis0)
+
+
+def method_of(options: argparse.Namespace, axis0: dict[str, object], **dials) -> UntwistingRoPE:
+    """The method of the options, ``dials`` going before.
+
+    Args:
+        axis0: what holds where no option says otherwise, see :class:`Styling`.
+    """
+    given = {n: getattr(options, n) for n in ("beta", "adain", "axis0", "layers", "blocks")}
+    given = {n: value for n, value in given.items() if value is not None}
+    where = 0 if options.native else SHARED
+    return UntwistingRoPE.from_preset(options.preset, **{**axis0, **given, "reference": where, **dials})
+
+
+def record(options: argparse.Namespace, styling: Styling) -> dict[str, object]:
+    """How a picture was made, but for the dials."""
+    pipe = styling.pipe
+    return {
+        "model": options.model, "pipeline": type(pipe).__name__, "preset": options.preset, "native": options.native,
+        "reference": [str(path) for path in options.reference or ()], "reference_prompt": options.reference_prompt,
+        "prompt": options.prompt, "negative_prompt": styling.settings.negative_prompt, "seed": options.seed,
+        "reference_seed": _reference_seed(options), "trajectory": None if options.native else options.trajectory,
+        "gamma": options.gamma, "cache": options.cache, "steps": styling.settings.steps,
+        "guidance": styling.settings.guidance, "height": styling.call.get("height"), "width": styling.call.get("width"),
+        "device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "torch": torch.__version__, "fastrope": __version__,
+    }  # fmt: skip
+
+
+def dials(method: UntwistingRoPE) -> dict[str, object]:
+    """The method's numbers."""
+    return {name: getattr(method, name) for name in ("s_hf", "s_lf", "beta", "adain", "axis0", "blocks")} | {
+        "layers": None if method.layers is None else [method.layers[0], method.layers[-1]]
+    }
+
+
+def _pictures(options) -> list:
+    if options.reference is not None:
+        return [open_picture("--reference", path) for path in options.reference]
+    from ..demo import scene
+
+    return [as_picture(scene.draw_scene().composite)]
+
+
+def _load(options, device: torch.device, dtype: torch.dtype):
+    if options.model != TINY or options.native:
+        return editors.load(options.model, device, dtype, options.offload)
+    import diffusers  # noqa: F401  (missing packages are named by the command line, alike for all models)
+
+    from ..demo import tiny
+
+    return tiny.text_to_image(0, device, dtype)
+
+
+def _size(options, pipe, pictures: Sequence) -> tuple[int, int]:
+    from ..bindings.diffusers.trajectories import picture_size
+
+    if options.model == TINY and options.height is None and options.width is None:
+        return TINY_PIXELS, TINY_PIXELS
+    return picture_size(pipe, pictures, options.height, options.width)
+
+
+def _text(options, pipe, prompt: str, rows: int = 1) -> dict[str, object]:
+    """The prompt; for the tiny model, which has no text encoder, random embeddings, the same for the same words."""
+    if options.model != TINY:
+        return {"prompt": prompt}
+    words = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+    width, where = pipe.transformer.config.joint_attention_dim, {"device": pipe.device, "dtype": pipe.transformer.dtype}
+    embeds = torch.randn(1, TINY_TEXT, width, generator=words).expand(rows, -1, -1)
+    pooled = torch.randn(1, width, generator=words).expand(rows, -1)
+    return {"prompt_embeds": embeds.to(**where), "pooled_prompt_embeds": pooled.to(**where)}
+
+
+def _reference(options, pipe, pictures: Sequence, settings: Settings, height: int, width: int):
+    pipe.set_progress_bar_config(desc=options.trajectory, disable=False)
+    first = _reference_seed(options)
+    call = {
+        "height": height, "width": width, "num_inference_steps": settings.steps,
+        "generator": [torch.Generator().manual_seed(first + n) for n in range(len(pictures))],
+        **_text(options, pipe, options.reference_prompt, len(pictures)),
+    }  # fmt: skip
+    if options.gamma is not None:
+        call["gamma"] = options.gamma
+    distilled = getattr(pipe.transformer.config, "guidance_embeds", False)
+    if distilled and settings.guidance is not None and settings.guidance_name == "guidance_scale":
+        call["guidance_scale"] = settings.guidance
+    reference = prepare_reference(pipe, pictures, options.trajectory, **call)
+    if options.model == TINY:  # whose weights look for a reference in the next frame
+        ids = reference.arguments["img_ids"]
+        ids = torch.cat([torch.ones_like(ids[:, :1]), ids[:, 1:]], dim=1)
+        return ReferenceCache(replace(reference, arguments={**reference.arguments, "img_ids": ids}))
+    if options.cache == "none":
+        return reference
+    return ReferenceCache(reference, device="cpu" if options.cache == "host" else None)
+
+
+def _reference_seed(options) -> int:
+    # With the target's own noise the two would start alike, place by place.
+    return options.seed + 1 if options.reference_seed is None else options.reference_seed
+
+
+def _axis0(text: str) -> str | float:
+    if text in AXIS0:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(AXIS0)} or a number, received {text!r}") from None
