@@ -199,8 +199,10 @@ class ReferenceCache:
         return known
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy of ``x`` where this cache keeps things."""
-        if self.device is None or self.device == x.device:
-            return x.detach().clone(memory_format=torch.contiguous_format)
-        kept = torch.empty(x.shape, dtype=x.dtype, device=self.device, pin_memory=self.device.type == "cpu")
-        return kept.copy_(x.detach(), non_blocking=True)
+        """A copy of ``x`` where this cache keeps things, for runs in any mode."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self.device is None or self.device == x.device:
+                return x.clone(memory_format=torch.contiguous_format)
+            pin = self.device.type == "cpu" and x.device.type == "cuda"
+            kept = torch.empty(x.shape, dtype=x.dtype, device=self.device, pin_memory=pin)
+            return kept.copy_(x, non_blocking=True)

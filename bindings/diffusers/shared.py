@@ -140,6 +140,22 @@ class _Layer:
         return self._work.attend(q, k, v, applied, backend, *self._kept)
 
 
+class _Read:
+    """The values of a tensor that comes again and again: a run has one schedule and one guidance."""
+
+    def __init__(self):
+        self._known: tuple[Tensor, int, list[float]] | None = None
+
+    def values(self, x: Tensor) -> list[float]:
+        """All of ``x``, read once unless torch saw a write to it. Inference tensors, which it does not watch, are read
+        every time."""
+        if x.is_inference():
+            return x.flatten().tolist()
+        if self._known is None or self._known[0] is not x or self._known[1] != x._version:
+            self._known = x, x._version, x.flatten().tolist()
+        return self._known[2]
+
+
 class _Recorder:
     """Plain attention of a reference alone, whose keys and values are put into a snapshot."""
 
@@ -229,8 +245,7 @@ class SharedAttention:
                                       f"{state.host.transformer}, whose row says nothing of it")  # fmt: skip
         self._recording: tuple[Snapshot, set[int]] | None = None
         self._dropped = 0
-        self._schedule: tuple[Tensor, int, list[float]] | None = None
-        self._guidance: tuple[Tensor, int, float] | None = None
+        self._sigmas, self._guidance = _Read(), _Read()
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -241,7 +256,7 @@ class SharedAttention:
             return self._record(module, call)
         step, num_steps = self._state.step(call)
         host = self._state.host
-        sigma = find_sigma(self._sigmas(), call.get(host.timestep), step, host.model_time)
+        sigma = find_sigma(self._levels(), call.get(host.timestep), step, host.model_time)
         latents = self._source.latents(step, sigma)
         alone = self._arguments.alone(call, latents, self._source.arguments)
         if self._cache is None:
@@ -258,24 +273,16 @@ class SharedAttention:
             return self._arguments.cut(output[0], rows), *output[1:]
         return replace(output, sample=self._arguments.cut(output.sample, rows))
 
-    def _sigmas(self) -> list[float] | None:
-        """The scheduler's, read once; None where the step is no index into them."""
+    def _levels(self) -> list[float] | None:
+        """The scheduler's sigmas; None where the step is no index into them."""
         scheduler = getattr(self._state.pipe, "scheduler", None)
         sigmas = getattr(scheduler, "sigmas", None)
-        if self._state.told is not None or not isinstance(sigmas, Tensor):
-            return None
-        if self._schedule is None or self._schedule[0] is not sigmas or self._schedule[1] != sigmas._version:
-            self._schedule = sigmas, sigmas._version, sigmas.tolist()
-        return self._schedule[2]
+        known = self._state.told is None and isinstance(sigmas, Tensor)
+        return self._sigmas.values(sigmas) if known else None
 
     def _strength(self, guidance) -> float | None:
-        """The number that the transformer is given as guidance, read once: a run hands over one tensor."""
-        if not isinstance(guidance, Tensor):
-            return guidance
-        known = self._guidance
-        if known is None or known[0] is not guidance or known[1] != guidance._version:
-            self._guidance = guidance, guidance._version, float(guidance.flatten()[0])
-        return self._guidance[2]
+        """The number that the transformer is given as guidance."""
+        return self._guidance.values(guidance)[0] if isinstance(guidance, Tensor) else guidance
 
     # ---- rows of one batch ------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ from test_untwisting_shared import apply, call_of, plain_layout, source_of
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrope.backends import triton as triton_backend
+
 STEPS = 3
 DIALS = dict(s_hf=(0.2, 0.9), s_lf=(0.9, 1.6), beta=2.0, adain=0.5)
 CARRIED = pytest.mark.parametrize("carried", ["batched", "kept"])
@@ -164,6 +166,71 @@ def test_chroma_masks_and_refuses_what_it_adds():
             with pytest.raises(NotImplementedError, match=r"^attention_mask: expected a bool mask"):
                 host.generate(pipe, STEPS, 2, (TEXT, None), **masks)
         assert bool(out.isfinite().all())
+
+
+@CARRIED
+def test_inference_mode_and_what_was_kept_in_it(carried):
+    """Pipelines run in ``no_grad``; users put ``inference_mode`` around them. Kept keys serve either."""
+    host = TINY_HOSTS["flux"]
+    pipe = host.pipeline()
+    call = {key: to_float(value) for key, value in call_of(host, TEXT, 1).items()}
+    source = Path(call, "hidden_states")
+    reference = source if carried == "batched" else fr.ReferenceCache(source)
+    with fr.apply(pipe, fr.UntwistingRoPE(), reference=reference):
+        with torch.inference_mode():
+            first = host.generate(pipe, STEPS, 1, (TEXT, None)).clone()
+        assert torch.equal(host.generate(pipe, STEPS, 1, (TEXT, None)), first)
+
+
+def test_a_schedule_that_changes_in_place_is_read_again():
+    host = TINY_HOSTS["flux"]
+    pipe = host.pipeline()
+    call = {key: to_float(value) for key, value in call_of(host, TEXT, 1).items()}
+    source = Path(call, "hidden_states")
+    with fr.apply(pipe, fr.UntwistingRoPE(), reference=source):
+        for steps in (2, 3):
+            host.generate(pipe, steps, 1, (TEXT, None))
+            assert [step for step, _ in source.asked] == list(range(steps))
+            assert [sigma for _, sigma in source.asked] == pipe.scheduler.sigmas[:-1].tolist()
+            source.asked.clear()
+        pipe.scheduler.sigmas[0] *= 0.5
+        pipe.scheduler._step_index = 0
+        pipe._current_timestep = pipe.scheduler.timesteps[0]
+        run(pipe.transformer, call)
+    assert source.asked == [(0, float(pipe.scheduler.sigmas[0]))]
+
+
+def test_confined_to_some_steps_and_layers():
+    """``fr.At`` around the method: elsewhere the target does not see the reference, and nothing is kept."""
+    host = TINY_HOSTS["flux"]
+    pipe = host.pipeline()
+    call = {key: to_float(value) for key, value in call_of(host, TEXT, 1).items()}
+    source, found = Path(call, "hidden_states"), []
+    stock = host.generate(pipe, STEPS, 1, (TEXT, None))
+    cache = fr.ReferenceCache(source)
+    for reference in (source, cache):
+        with fr.apply(pipe, fr.At(fr.UntwistingRoPE(), steps=1, layers=[0, 3]), reference=reference):
+            found.append(host.generate(pipe, STEPS, 1, (TEXT, None)))
+    assert_same(found[1], found[0])
+    assert_differ(found[0], stock)
+    snapshot = next(iter(cache._snapshots.values()))
+    assert (len(cache), set(snapshot.layers)) == (1, {0, 3})
+    for reference in (source, cache):
+        with fr.apply(pipe, fr.At(fr.UntwistingRoPE(), steps=[]), reference=reference):
+            assert_same(host.generate(pipe, STEPS, 1, (TEXT, None)), stock)
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernel")
+@CARRIED
+def test_the_fused_kernel_shares(carried):
+    host = TINY_HOSTS["flux"]
+    model = host.build()
+    call, reference = ({k: to_float(v) for k, v in call_of(host, 5, 1).items()} for _ in range(2))
+    found = []
+    for backend in ("sdpa", "triton"):
+        with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS), backend=backend):
+            found.append(run(model, call))
+    assert_same(found[1], found[0], 1e-4)
 
 
 # ---- the host's own references ---------------------------------------------------------------------------------------
