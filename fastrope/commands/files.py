@@ -37,6 +37,18 @@ def as_picture(pixels: torch.Tensor):
     return Image.fromarray(as_pixels("pixels", pixels)[0].round().byte().permute(1, 2, 0).numpy())
 
 
+def require_format(path: Path) -> None:
+    """Know before hours of work that the result can be written.
+
+    Raises:
+        ValueError: an extension that pillow does not know.
+    """
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out: unknown file extension: {path.suffix}")
+
+
 def save_picture(picture, path: Path) -> None:
     """Write a PIL picture, folders included.
 

@@ -15,7 +15,7 @@ from ..methods.untwisting import AXIS0, PRESETS
 from ..sharing import SHARED
 from . import editors
 from .editors import TINY, TINY_PIXELS, TINY_TEXT, Settings
-from .files import as_picture, layer_range, open_picture
+from .files import as_picture, layer_range, open_picture, require_format
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 TRAJECTORIES = ("linear", "rf_inversion")
@@ -117,6 +117,7 @@ def prepare(options: argparse.Namespace) -> Styling:
     """
     from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
 
+    require_format(options.out)
     pictures = _pictures(options)
     method_of(options, {})  # dials are checked before anything is loaded
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
