@@ -6,8 +6,8 @@
 
 from .activity import At
 from .api import attention, explain
-from .joint import Norm, Stream, joint_attention
 from .islock import ISLock
+from .joint import Norm, Stream, joint_attention
 from .methods import GRAG, LooseRoPE, UntwistingRoPE
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
 from .planning import Plan, plan
@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Norm", "Plan", "QueryScale",
-    "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout", "UntwistingRoPE", "apply", "attention", "explain",
-    "joint_attention", "plan", "prepare_reference", "steer",
+    "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout", "UntwistingRoPE", "apply", "attention",
+    "explain", "joint_attention", "plan", "prepare_reference", "steer",
 ]  # fmt: skip
 
 

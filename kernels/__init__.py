@@ -6,9 +6,11 @@ from .match import MatchConfig, match_anchors, select_match
 from .means import group_means
 from .pack import pack_rows, prepare_queries
 from .patches import patch_attention
+from .streams import Streams
 from .tables import SLOT_TILE, SegmentTables
 
 __all__ = [
-    "SLOT_TILE", "LaunchConfig", "MatchConfig", "SegmentTables", "current_arch", "fused_attention", "group_means",
-    "match_anchors", "override", "pack_rows", "patch_attention", "prepare_queries", "select", "select_match",
+    "SLOT_TILE", "LaunchConfig", "MatchConfig", "SegmentTables", "Streams", "current_arch", "fused_attention",
+    "group_means", "match_anchors", "override", "pack_rows", "patch_attention", "prepare_queries", "select",
+    "select_match",
 ]  # fmt: skip

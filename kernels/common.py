@@ -49,23 +49,52 @@ def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def load_rotated(
-    X, COS, SIN, rows, table_rows, valid, stride_s, stride_d, half, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+def load_stream(
+    X, X2, rows, channels, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS: tl.constexpr
 ):
-    """``R(phi) X[rows, :]`` -> [rows, BLOCK_D] float32, with tables of HEAD_DIM / 2 cosines and sines a row."""
+    """``x[rows, channels]`` -> [rows, channels] float32; rows from ``split`` on lie in X2."""
+    channels = channels.to(tl.int64)[None, :]
+    row = rows.to(tl.int64)[:, None]
+    if STREAMS:
+        first = (rows < split)[:, None]
+        x = tl.load(X + row * stride_s + channels * stride_d, mask=mask & first, other=0.0).to(tl.float32)
+        ptrs = X2 + (row - split) * stride2_s + channels * stride2_d
+        return x + tl.load(ptrs, mask=mask & (rows >= split)[:, None], other=0.0).to(tl.float32)
+    return tl.load(X + row * stride_s + channels * stride_d, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_rotated(
+    X, X2, W, W2, COS, SIN, rows, table_rows, valid, split, eps, eps2,
+    stride_s, stride_d, stride2_s, stride2_d, half,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
+    """``R(phi) x[rows, :]`` -> [rows, BLOCK_D] float32, with tables of HEAD_DIM / 2 cosines and sines a row; x joined
+    of two streams and RMS-normalised first if STREAMS."""
     offs_d = tl.arange(0, BLOCK_D)
     PAIRS: tl.constexpr = HEAD_DIM // 2
     pair = pair_of(offs_d, half, PAIRS)
     partner = tl.where(half != 0, (offs_d + PAIRS) % HEAD_DIM, offs_d ^ 1)
     first = tl.where(half != 0, offs_d < PAIRS, offs_d % 2 == 0)
     mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
-    base = X + rows.to(tl.int64)[:, None] * stride_s
-    x = tl.load(base + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(base + partner.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    x = load_stream(X, X2, rows, offs_d, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
+    y = load_stream(X, X2, rows, partner, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
+    if STREAMS:
+        own = (rows < split)[:, None]
+        square = tl.sum(x * x, 1) / HEAD_DIM
+        factor = tl.rsqrt(square + tl.where(rows < split, eps, eps2))[:, None]
+        x *= factor * tl.where(own, norm_weight(W, offs_d, HEAD_DIM), norm_weight(W2, offs_d, HEAD_DIM))
+        y *= factor * tl.where(own, norm_weight(W, partner, HEAD_DIM), norm_weight(W2, partner, HEAD_DIM))
     table = table_rows.to(tl.int64)[:, None] * PAIRS + pair[None, :]
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
     return x * cos + tl.where(first[None, :], -y, y) * sin
+
+
+@triton.jit
+def norm_weight(W, channels, HEAD_DIM: tl.constexpr):
+    """Weights of an RMS norm, [1, channels] float32."""
+    return tl.load(W + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

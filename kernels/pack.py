@@ -22,21 +22,24 @@ from .common import (
     when,
 )  # fmt: skip
 from .config import LaunchConfig
+from .streams import Streams, stream_arguments
 from .tables import SLOT_TILE, SegmentTables, batch_stride
 
 PACK_COUNTS = (
-    "heads", "num_rows", "table_batch_stride", "half",
+    "heads", "num_rows", "table_batch_stride", "half", "split",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PACK_COUNTS)
 def pack_kernel(
-    X, OUT, SOURCE, COS, SIN,
+    X, X2, W, W2, OUT, SOURCE, COS, SIN,
     stride_xb, stride_xs, stride_xh, stride_xd,
-    heads, num_rows, table_batch_stride, half,
+    stride_yb, stride_ys, stride_yh, stride_yd,
+    heads, num_rows, table_batch_stride, half, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr,
+    STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head."""
+    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X normalised first if STREAMS."""
     blocks = tl.cdiv(num_rows, BLOCK_N)
     block = tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
@@ -49,8 +52,11 @@ def pack_kernel(
         source = tl.load(SOURCE + offs_n, mask=valid, other=0)
     base = X + b * stride_xb + h * stride_xh
     if ROTATE:
-        cos, sin = COS + b * table_batch_stride, SIN + b * table_batch_stride
-        x = load_rotated(base, cos, sin, source, offs_n, valid, stride_xs, stride_xd, half, HEAD_DIM, BLOCK_D)
+        x = load_rotated(
+            base, X2 + b * stride_yb + h * stride_yh, W, W2,
+            COS + b * table_batch_stride, SIN + b * table_batch_stride, source, offs_n, valid, split, eps, eps2,
+            stride_xs, stride_xd, stride_ys, stride_yd, half, HEAD_DIM, BLOCK_D, STREAMS,
+        )  # fmt: skip
     else:
         x = load_rows(base, source, valid, stride_xs, stride_xd, HEAD_DIM, BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)  # x: [BLOCK_N, BLOCK_D]
@@ -59,7 +65,7 @@ def pack_kernel(
 
 
 def pack_rows(
-    x: torch.Tensor,
+    x: torch.Tensor | Streams,
     source: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
@@ -69,7 +75,7 @@ def pack_rows(
     """Gather and rotate tokens.
 
     Args:
-        x: ``(B, S, H, D)``, any strides.
+        x: ``(B, S, H, D)``, any strides, or streams, which are joined and normalised in the same pass (``cos`` given).
         source: ``(R,)`` int32, the token each packed row is made from; None keeps all ``R = S`` where they are.
         cos, sin: ``(1 or B, R, D/2)`` float32, rows contiguous, or None to gather only.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
@@ -81,9 +87,10 @@ def pack_rows(
     rows = tokens if source is None else source.shape[0]
     out = torch.empty((batch, heads, rows, dim), dtype=x.dtype, device=x.device)
     pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
-        x, out, out if source is None else source, out if cos is None else cos, out if sin is None else sin,
-        *x.stride(), heads, rows, batch_stride(cos), int(half),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, GATHER=source is not None, ROTATE=cos is not None,
+        OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
+        SIN=out if sin is None else sin, heads=heads, num_rows=rows, table_batch_stride=batch_stride(cos),
+        half=int(half), **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
+        GATHER=source is not None, ROTATE=cos is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
@@ -92,19 +99,20 @@ def pack_rows(
 QUERIES_COUNTS = (
     "num_segments", "num_views", "num_rows", "num_slots", "heads", "key_heads", "num_groups", "num_levels",
     "own_groups", "continuous", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride", "slots_batch_stride",
-    "level_batch_stride", "half",
+    "level_batch_stride", "half", "split",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=QUERIES_COUNTS)
 def queries_kernel(
-    Q, OUT, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
-    stride_qb, stride_qs, stride_qh, stride_qd,
+    X, X2, W, W2, OUT, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
+    stride_xb, stride_xs, stride_xh, stride_xd,
+    stride_yb, stride_ys, stride_yh, stride_yd,
     num_segments, num_views, num_rows, num_slots, heads, key_heads, num_groups, num_levels,
     own_groups, continuous, cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride,
-    level_batch_stride, half,
+    level_batch_stride, half, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLOT_TILE: tl.constexpr,
-    ROTATE: tl.constexpr,
+    ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """Queries of one block of rows (slots, where there are any) as every segment sees them.
 
@@ -123,7 +131,8 @@ def queries_kernel(
     rows = tl.where(slotted, slot, offs_m)
     level = tl.load(SLOT_LEVEL + b * level_batch_stride + block * BLOCK_M // SLOT_TILE, mask=slotted, other=0)
     row_mask = (rows >= 0) & in_range
-    base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
+    base = X + b * stride_xb + h.to(tl.int64) * stride_xh
+    base2 = X2 + b * stride_yb + h.to(tl.int64) * stride_yh
     offs_d = tl.arange(0, BLOCK_D)
     channel = offs_d < HEAD_DIM
     pair = pair_of(offs_d, half, HEAD_DIM // 2)
@@ -136,10 +145,11 @@ def queries_kernel(
         if ROTATE:
             table = b * cos_batch_stride + tl.load(row + SCALED) * cos_variant_stride
             x = load_rotated(
-                base, COS + table, SIN + table, rows, rows, row_mask, stride_qs, stride_qd, half, HEAD_DIM, BLOCK_D
-            )
+                base, base2, W, W2, COS + table, SIN + table, rows, rows, row_mask, split, eps, eps2,
+                stride_xs, stride_xd, stride_ys, stride_yd, half, HEAD_DIM, BLOCK_D, STREAMS,
+            )  # fmt: skip
         else:
-            x = load_rows(base, rows, row_mask, stride_qs, stride_qd, HEAD_DIM, BLOCK_D).to(tl.float32)
+            x = load_rows(base, rows, row_mask, stride_xs, stride_xd, HEAD_DIM, BLOCK_D).to(tl.float32)
         w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, channel), other=1.0)
         x = x * w[None, :]  # [BLOCK_M, BLOCK_D]
         out = ((bh.to(tl.int64) * num_views + view) * num_rows + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
@@ -158,7 +168,7 @@ def queries_kernel(
 
 
 def prepare_queries(
-    q: torch.Tensor,
+    q: torch.Tensor | Streams,
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
     half: bool,
     tables: SegmentTables,
@@ -167,7 +177,7 @@ def prepare_queries(
     """Queries as every segment sees them, in slot order.
 
     Args:
-        q: ``(B, Sq, H, D)``, any strides.
+        q: ``(B, Sq, H, D)``, any strides, or streams (with a rotation).
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32, or None.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
         tables: the plan's tables, with the means of the groups.
@@ -186,13 +196,16 @@ def prepare_queries(
     cos, sin = rotation or (bias, bias)
     groups, means, row_means = (bias if x is None else x for x in (t.groups, t.means, t.row_means))
     queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        q, out, bias, t.segments, cos, sin, bias if t.weights is None else t.weights, groups, means, row_means,
-        t.segments if t.slots is None else t.slots, t.segments if t.slots is None else t.slot_level,
-        *q.stride(), segments, t.num_views, rows, num_slots, heads, t.key_heads,
-        0 if t.groups is None else t.groups.shape[1], 1 + t.num_levels,
-        0 if t.row_means is None else t.row_means.shape[2], t.continuous,
-        batch_stride(rotation and cos), cos.stride(1) if rotation and cos.shape[1] > 1 else 0, batch_stride(t.groups),
-        batch_stride(t.slots), batch_stride(t.slot_level), int(half),
+        OUT=out, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin, WEIGHTS=bias if t.weights is None else t.weights,
+        GROUPS=groups, MEANS=means, ROW_MEANS=row_means, SLOTS=t.segments if t.slots is None else t.slots,
+        SLOT_LEVEL=t.segments if t.slots is None else t.slot_level, num_segments=segments, num_views=t.num_views,
+        num_rows=rows, num_slots=num_slots, heads=heads, key_heads=t.key_heads,
+        num_groups=0 if t.groups is None else t.groups.shape[1], num_levels=1 + t.num_levels,
+        own_groups=0 if t.row_means is None else t.row_means.shape[2], continuous=t.continuous,
+        cos_batch_stride=batch_stride(rotation and cos),
+        cos_variant_stride=cos.stride(1) if rotation and cos.shape[1] > 1 else 0,
+        groups_batch_stride=batch_stride(t.groups), slots_batch_stride=batch_stride(t.slots),
+        level_batch_stride=batch_stride(t.slot_level), half=int(half), **stream_arguments(q),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, SLOT_TILE=SLOT_TILE, ROTATE=rotation is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -55,10 +55,10 @@ INT_POINTERS = {
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
-DATA_POINTERS = {"Q", "K", "V", "X", "OUT", "LOGITS", "CODEBOOK"}
+DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "LOGITS", "CODEBOOK"}
 BOOL_POINTERS = {"KEY_MASK", "ACTIVE", "ACCEPTED"}
-UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd", "stride_lv"}
-NUMBERS = {"log2_scale", "tau"}
+UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd", "stride_yd", "stride_lv"}
+NUMBERS = {"log2_scale", "tau", "eps", "eps2"}
 
 
 FLAGS = {
@@ -66,8 +66,8 @@ FLAGS = {
     "attention_modulated": {"MODULATED": (True,), "HAS_MASK": (False, True)},
     "attention_parts": {"MODULATED": (True,), "HAS_MASK": (False, True)},
     "patches": {"HAS_MASK": (False, True)},
-    "pack": {"GATHER": (False, True), "ROTATE": (False, True)},
-    "queries": {"ROTATE": (False, True)},
+    "pack": {"GATHER": (False, True), "ROTATE": (False, True), "STREAMS": (False, True)},
+    "queries": {"ROTATE": (False, True), "STREAMS": (False, True)},
     "means": {"HAS_MASK": (False, True)},
     "match": {"COSINE": (False, True), "HAS_ACTIVE": (False, True)},
 }  # fmt: skip
@@ -76,7 +76,8 @@ FLAGS = {
 def variants(kernel: str) -> list[dict]:
     """Every combination of flags a launcher can ask for."""
     flags = FLAGS[kernel]
-    return [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
+    found = [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
+    return [v for v in found if v.get("ROTATE", True) or not v.get("STREAMS")]  # streams are read to be rotated
 
 
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:

@@ -60,8 +60,10 @@ def _arch(device: torch.device) -> str:
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`fastrope.backends.eager.run`; forward only. Extra memory: the packed keys, at most ``1 + MAX_LEVELS``
-    times k, at most ``MAX_VIEWS`` copies of q, and float32 state of the queries with a scale of their own."""
+    """See :func:`fastrope.backends.eager.run`; forward only. q and k may be :class:`fastrope.kernels.Streams` where the
+    plan rotates both (q: and no query has a scale of its own). Extra memory: the packed keys, at most
+    ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, and float32 state of the queries with a scale of
+    their own."""
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
@@ -74,21 +76,24 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
 
     t, spec = plan.tensors, plan.spec
     half, mask, config = spec.pairing == "half", t.get("key_mask"), _configs(q)
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    values = v.transpose(1, 2)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
     elif _far_apart(k):
         keys = kernels.pack_rows(k, None, None, None, half, config("pack"))
+    else:
+        keys = k.transpose(1, 2)
     if "key_order" in t or _far_apart(v):
         order = t["key_source"][: k.shape[1]] if "key_order" in t else None
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
     if spec.continuous and _far_apart(q):
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     if not spec.modulated:
-        queries = q.transpose(1, 2)
         if "query_cos" in t or _far_apart(q):
             cos, sin = (t[name][:, 0] if name in t else None for name in ("query_cos", "query_sin"))
             queries = kernels.pack_rows(q, None, cos, sin, half, config("pack"))
+        else:
+            queries = q.transpose(1, 2)
         return kernels.fused_attention(
             queries.unsqueeze(2), keys, values, q.shape[1], k.shape[1], mask, None, None, None, scale, q.dtype,
             config("attention"),
