@@ -6,7 +6,8 @@ the reference by itself, ``together`` appends its rows to the target's. Neither 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,12 +65,13 @@ class TensorRows:
         require_tensor(self.image, call.get(self.image), (3,), "(B, tokens, C)")
         return len(call[self.image])
 
-    def alone(self, call: Call, latents: Tensor, given: Call) -> dict[str, object]:
+    def alone(self, call: Call, latents: Tensor, given: Call, memo: Memo) -> dict[str, object]:
         """The reference's own call, beside the target's ``call``.
 
         Args:
             latents: ``(R, tokens, C)``.
             given: the reference's arguments.
+            memo: gives back what was made of the same tensors before.
 
         Raises:
             ValueError: naming the argument that is missing or of another shape.
@@ -85,24 +87,24 @@ class TensorRows:
         for name in (self.text, *self.own):
             value = given.get(name)
             require(isinstance(value, Tensor), f"reference.arguments[{name!r}]", "a tensor", type(value).__name__)
-            alone[name] = _rows_of(name, value, rows).to(target)
+            alone[name] = memo(lambda x: x.to(target), _rows_of(name, value, rows, memo), target.dtype, target.device)
         for name in self.masks:
             if given.get(name) is not None:
-                alone[name] = _rows_of(name, given[name], rows).to(target.device)
+                mask = _rows_of(name, given[name], rows, memo)
+                alone[name] = memo(lambda x: x.to(target.device), mask, target.device)
         for name in self.repeated:
             value = given[name] if given.get(name) is not None else call.get(name)
             if isinstance(value, Tensor) and value.ndim:
                 alone[name] = value[:1].expand(rows, *value.shape[1:]).to(target.device)
             elif value is not None:
                 alone[name] = value
-        self._place(alone, call, given)
+        self._place(alone, call, given, memo)
         alone.update({name: call[name] for name in INERT if call.get(name) is not None}, return_dict=False)
         return alone
 
-    def _place(self, alone: dict, call: Call, given: Call) -> None:
+    def _place(self, alone: dict, call: Call, given: Call, memo: Memo) -> None:
         """Ids or shapes: the reference's own, or the target's where they fit."""
         tokens, text = alone[self.image].shape[1], alone[self.text].shape[1]
-        device = alone[self.image].device
         if call.get("img_shapes") is not None:
             shapes = given.get("img_shapes")
             if shapes is None:
@@ -119,16 +121,17 @@ class TensorRows:
             ids, theirs = given.get(name), call.get(name)
             require_tensor(name, theirs, (2, 3), "(tokens, axes)")
             if ids is None:
-                ids = theirs if name == "img_ids" else _lengthened(theirs, length)
-                ids = ids[..., :length, :]
-            what = f'reference.arguments["{name}"]'
-            fits = isinstance(ids, Tensor) and ids.shape[-2] == length
+                ids = theirs
+                if ids.shape[-2] > length:
+                    ids = memo(lambda x, n=length: x[..., :n, :], ids, length)
+                elif ids.shape[-2] < length and name == "txt_ids":
+                    ids = memo(lambda x, n=length: _lengthened(x, n), ids, length)
+            fits = isinstance(ids, Tensor) and ids.ndim in (2, 3) and ids.shape[-2] == length
             expected = f"({length}, axes), one id for each of the reference's tokens"
-            require(fits, what, expected, tuple(getattr(ids, "shape", ())))
-            ids = ids if ids.ndim == 2 else ids[0]
-            alone[name] = (ids if theirs.ndim == 2 else ids[None]).to(device, theirs.dtype)
+            require(fits, f'reference.arguments["{name}"]', expected, tuple(getattr(ids, "shape", ())))
+            alone[name] = memo(lambda x, y=theirs: x.to(y), ids, theirs.dtype, theirs.device)
 
-    def together(self, call: Call, alone: Call) -> Joined:
+    def together(self, call: Call, alone: Call, memo: Memo) -> Joined:
         """Both in one call.
 
         Raises:
@@ -155,7 +158,7 @@ class TensorRows:
             batched = isinstance(value, Tensor) and value.ndim and name in alone
             joined[name] = torch.cat([value.expand(len(target)), alone[name].to(value)]) if batched else value
         for name in (n for n in self.placed if n in call):
-            joined[name] = self._placed(name, call, alone, rows, advice)
+            joined[name] = self._placed(name, call, alone, memo, advice)
         texts = [call[self.text], alone[self.text].to(call[self.text])]
         length = max(text.shape[1] for text in texts)
         joined[self.text] = torch.cat([pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
@@ -164,51 +167,44 @@ class TensorRows:
                 f"{self.text}: expected texts of one length where positions depend on it, received "
                 f"{[text.shape[1] for text in texts]} tokens; use a fastrope.ReferenceCache"
             )
-        mask = self._masks(call, alone, texts)
+        mask = self._masks(call, alone, texts, memo)
         if mask is None or not self.masks:
             return Joined(joined, rows, mask)
-        if self.joint_mask:
-            mask = torch.cat([mask, mask.new_ones(len(mask), target.shape[1])], dim=1)
         joined[self.masks[0]] = mask
         return Joined(joined, rows)
 
-    def _placed(self, name: str, call: Call, alone: Call, rows: int, advice: str):
+    def _placed(self, name: str, call: Call, alone: Call, memo: Memo, advice: str):
         theirs, own = call.get(name), alone.get(name)
         if theirs is None:
             return None
+        what = f'reference.arguments["{name}"]'
         if name == "img_shapes":
             first = theirs[0] if isinstance(theirs[0], list) else [theirs[0]]
             same = [tuple(s) for s in first] == [tuple(s) for s in own[0]]
-            require(same, 'reference.arguments["img_shapes"]', f"those of the target, {first}, {advice}", own[0])
+            require(same, what, f"those of the target, {first}, {advice}", own[0])
             return [*theirs, *own] if isinstance(theirs[0], list) else theirs
-        shared = min(theirs.shape[-2], own.shape[-2])
-        same = theirs is own or torch.equal(theirs.reshape(-1, *theirs.shape[-2:])[0, :shared],
-                                            own.reshape(-1, *own.shape[-2:])[0, :shared])  # fmt: skip
-        require(same, f'reference.arguments["{name}"]', f"ids of the target, {advice}", "others")
-        longest = theirs if theirs.shape[-2] >= own.shape[-2] else own
-        if longest.ndim == 2:
-            return longest
-        return longest[:1].expand(len(call[self.image]) + rows, *longest.shape[1:])
+        same = theirs is own or memo(_agree, theirs, own)
+        require(same, what, f"ids of the target, {advice}", "others")
+        return theirs if theirs.shape[-2] >= own.shape[-2] else own  # the host takes the first row's for all
 
-    def _masks(self, call: Call, alone: Call, texts: list[Tensor]) -> Tensor | None:
-        """``(B + R, S_text)`` bool; None where nothing is to be masked."""
-        length = max(text.shape[1] for text in texts)
+    def _masks(self, call: Call, alone: Call, texts: list[Tensor], memo: Memo) -> Tensor | None:
+        """``(B + R, S_text)`` bool, ``(B + R, S)`` where the host's mask is over both; None where nothing is masked."""
         given = [next((each[m] for m in self.masks if each.get(m) is not None), None) for each in (call, alone)]
         if all(m is None for m in given) and texts[0].shape[1] == texts[1].shape[1]:
             return None
-        found = []
-        for mask, text in zip(given, texts, strict=True):
-            if mask is None:
-                mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-            elif self.joint_mask and mask.is_floating_point():
+        for mask in given:
+            if self.joint_mask and mask is not None and mask.is_floating_point():
                 raise NotImplementedError(
                     f"{self.joint_mask}: expected a bool mask beside a reference in the same batch, received "
                     f"{mask.dtype}, which the host adds to the logits; pass prompt_attention_mask.bool(), or use a "
                     "fastrope.ReferenceCache"
                 )
-            mask = mask[:, : text.shape[1]].to(text.device).bool()
-            found.append(pad(mask, (0, length - mask.shape[1])))
-        return torch.cat(found)
+        shapes = tuple(tuple(text.shape[:2]) for text in texts)
+        image = call[self.image].shape[1] if self.joint_mask else 0
+        device = texts[0].device if self.masks else torch.device("cpu")  # ours is read on the host alone
+        absent = tuple(mask is None for mask in given)
+        held = [mask for mask in given if mask is not None]
+        return memo(lambda *_: _join_masks(given, shapes, image, device), *held, absent, shapes, image, device)
 
     @staticmethod
     def cut(sample: Tensor, rows: int) -> Tensor:
@@ -227,7 +223,7 @@ class ListRows:
         """Rows of a call."""
         return len(call[self.image])
 
-    def alone(self, call: Call, latents, given: Call) -> dict[str, object]:
+    def alone(self, call: Call, latents, given: Call, memo: Memo) -> dict[str, object]:
         """The reference's own call; ``latents (R, C, 1, rows, columns)`` or a list of R such pictures.
 
         Raises:
@@ -251,12 +247,12 @@ class ListRows:
         alone = {
             self.image: [x.to(first) for x in pictures],
             "t": time[:1].expand(len(pictures)) if time.ndim else time,
-            self.text: [c.to(call[self.text][0]) for c in captions],
+            self.text: [memo(lambda x: x.to(first), c, first.dtype, first.device) for c in captions],
         }
         alone.update({name: call[name] for name in self.inert if call.get(name) is not None}, return_dict=False)
         return alone
 
-    def together(self, call: Call, alone: Call) -> Joined:
+    def together(self, call: Call, alone: Call, memo: Memo) -> Joined:
         """Both in one call.
 
         Raises:
@@ -285,17 +281,57 @@ class ListRows:
         return sample[: len(sample) - rows]
 
 
-def _rows_of(name: str, value: Tensor, rows: int) -> Tensor:
+class Memo:
+    """What was made of the same tensors before. Embeddings and ids come again in every step: copies from another device
+    are saved, and ids that are the same object are not read again to be told apart."""
+
+    KNOWN = 64
+
+    def __init__(self):
+        self._known: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+
+    def __call__(self, make: Callable, *parts):
+        """``make(*tensors)`` of the tensors among ``parts``; the others, and the code of ``make``, tell calls apart."""
+        tensors = [x for x in parts if isinstance(x, Tensor)]
+        if any(x.is_inference() for x in tensors):  # torch sees no writes to them
+            return make(*tensors)
+        rest = tuple(x for x in parts if not isinstance(x, Tensor))
+        key = make.__code__, rest, tuple((id(x), x._version) for x in tensors)
+        if key not in self._known:
+            self._known[key] = make(*tensors), *tensors  # held, so that their ids stay their own
+            if len(self._known) > self.KNOWN:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key][0]
+
+
+def _rows_of(name: str, value: Tensor, rows: int, memo: Memo) -> Tensor:
     """One row for each reference image."""
     require(len(value) in (1, rows), f"reference.arguments[{name!r}]", f"1 or {rows} rows", tuple(value.shape))
-    return value if len(value) == rows else value.expand(rows, *value.shape[1:])
+    return value if len(value) == rows else memo(lambda x: x.expand(rows, *x.shape[1:]), value, rows)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether ids are the same as far as both go."""
+    one, other = (x if x.ndim == 2 else x[0] for x in (one, other))
+    length = min(len(one), len(other))
+    return torch.equal(one[:length], other[:length])
+
+
+def _join_masks(given: list[Tensor | None], shapes: tuple, image: int, device: torch.device) -> Tensor:
+    """Masks over texts of these ``(rows, length)``, filled up to the longest, and over ``image`` tokens more."""
+    length, found = max(shape[1] for shape in shapes), []
+    for mask, shape in zip(given, shapes, strict=True):
+        whole = torch.zeros(shape[0], length + image, dtype=torch.bool, device=device)
+        whole[:, : shape[1]] = True if mask is None else mask[:, : shape[1]].bool()
+        whole[:, length:] = True
+        found.append(whole)
+    return torch.cat(found)
 
 
 def _lengthened(ids: Tensor, length: int) -> Tensor:
     """Text ids that go on as they end: all zeros, or counting."""
     more = length - ids.shape[-2]
-    if more <= 0:
-        return ids
     stride = ids[..., -1:, :] - ids[..., -2:-1, :] if ids.shape[-2] > 1 else torch.zeros_like(ids[..., -1:, :])
     count = torch.arange(1, more + 1, device=ids.device)[:, None].to(ids.dtype)
     return torch.cat([ids, ids[..., -1:, :] + stride * count], dim=-2)

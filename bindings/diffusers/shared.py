@@ -20,7 +20,7 @@ from fastrope.rope import rotate
 from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain, check_reference
 
 from .dispatch import Work
-from .rows import Joined
+from .rows import Joined, Memo
 from .sequences import Call, JointSequence
 from .steps import find_sigma
 
@@ -245,7 +245,7 @@ class SharedAttention:
                                       f"{state.host.transformer}, whose row says nothing of it")  # fmt: skip
         self._recording: tuple[Snapshot, set[int]] | None = None
         self._dropped = 0
-        self._sigmas, self._guidance = _Read(), _Read()
+        self._sigmas, self._guidance, self._memo = _Read(), _Read(), Memo()
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -258,10 +258,18 @@ class SharedAttention:
         host = self._state.host
         sigma = find_sigma(self._levels(), call.get(host.timestep), step, host.model_time)
         latents = self._source.latents(step, sigma)
-        alone = self._arguments.alone(call, latents, self._source.arguments)
-        if self._cache is None:
-            return self._fill_rows(module, self._arguments.together(call, alone), step, num_steps)
-        self._fill_kept(module, call, alone, (step, num_steps, sigma))
+        alone = self._arguments.alone(call, latents, self._source.arguments, self._memo)
+        key, sequence, rope = self._state.sequence_of(module, call)
+        own = None if self._cache is None else self._state.sequence_of(module, alone)
+        rows = self._arguments.count(alone)
+        grid = (sequence if own is None else own[1]).layout().target_grid
+        tokens = with_shared(sequence.layout(), (grid,) * rows)
+        asked = self._asked(self._state.sites(step, num_steps, tokens))
+        wanted = {n for n, (_, sharings) in enumerate(asked) if any(s.reference == SHARED for s in sharings)}
+        if wanted and own is None:
+            return self._fill_rows(module, self._arguments.together(call, alone, self._memo), step, num_steps)
+        kept = self._snapshot(module, call, alone, own, (step, sigma), wanted) if wanted else None
+        self._fill_target(key, sequence, rope, tokens, asked, kept and (own[0], rows), kept)
         return None
 
     def after_forward(self, module, args, output):
@@ -328,40 +336,48 @@ class SharedAttention:
 
     # ---- kept keys --------------------------------------------------------------------------------------------------
 
-    def _fill_kept(self, module, call: Call, alone: dict, moment: tuple[int, int, float]) -> None:
-        state, (step, num_steps, sigma) = self._state, moment
-        own_key, own_sequence, own_rope = state.sequence_of(module, alone)
-        layout = own_sequence.layout()
+    def _snapshot(
+        self, module, call: Call, alone: dict, own: tuple, moment: tuple[int, float], wanted: set[int]
+    ) -> Snapshot:
+        """What is kept of the reference at this step; it is run for layers that are not there."""
+        own_key, sequence, rope = own
         hidden = alone[self._arguments.image]
-        rows = self._arguments.count(alone)
-        grids = (layout.target_grid,) * rows
-        key, sequence, rope = state.sequence_of(module, call)
-        tokens = with_shared(sequence.layout(), grids)
-        asked = self._asked(state.sites(step, num_steps, tokens))
-        wanted = {n for n, (_, sharings) in enumerate(asked) if any(s.reference == SHARED for s in sharings)}
         dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
         guidance = self._source.arguments.get("guidance")
-        name = step, sigma, dtype, own_key, self._strength(call.get("guidance") if guidance is None else guidance)
-        self._cache.claim(state.model)
-        snapshot = self._cache.find(name)
-        if wanted and (snapshot is None or not wanted <= set(snapshot.layers)):
-            angles = own_rope.angles[..., layout.target, :]
-            angles = angles.repeat(rows, 1) if angles.ndim == 2 else angles.flatten(0, 1)
-            snapshot = self._run_alone(module, alone, name, Snapshot(angles, grids), wanted)
-        angles = snapshot and snapshot.angles
+        name = *moment, dtype, own_key, self._strength(call.get("guidance") if guidance is None else guidance)
+        self._cache.claim(self._state.model)
+        known = self._cache.find(name)
+        if known is not None and wanted <= set(known.layers):
+            return known
+        layout, rows = sequence.layout(), self._arguments.count(alone)
+        angles = rope.angles[..., layout.target, :]
+        angles = angles.repeat(rows, 1) if angles.ndim == 2 else angles.flatten(0, 1)
+        return self._run_alone(module, alone, name, Snapshot(angles, (layout.target_grid,) * rows), wanted)
+
+    def _fill_target(
+        self,
+        key: Hashable,
+        sequence: JointSequence,
+        rope: fr.RoPE,
+        tokens: fr.TokenLayout,
+        asked: list,
+        kept_key: Hashable,
+        kept: Snapshot | None,
+    ) -> None:
+        """Slots for the target's own rows, with the kept keys where a layer shares."""
+        state, angles = self._state, kept and kept.angles
         for n, (slot, (modulations, sharings)) in enumerate(zip(state.slots, asked, strict=True)):
-            slot.work = None
             if not modulations and not sharings:
                 continue
-            where = key, (own_key, rows) if n in wanted else None
-            content = *where, state.digest(modulations), sharings
+            shares = any(s.reference == SHARED for s in sharings)
+            where = key, kept_key if shares else None
             work = state.remember(
-                content,
+                (*where, state.digest(modulations), sharings),
                 lambda w=where, m=tuple(modulations), s=sharings: SharedWork(
                     state.alike(w, m, lambda like: self._targets(sequence, rope, m, s, angles, like)), s, tokens, rope
                 ),
             )
-            slot.work = _Layer(work, snapshot.layers[n], snapshot.angles) if n in wanted else work
+            slot.work = _Layer(work, kept.layers[n], kept.angles) if shares else work
         state.forget()
 
     def _run_alone(self, module, alone: dict, name: Hashable, fresh: Snapshot, wanted: set[int]) -> Snapshot:

@@ -335,6 +335,48 @@ def test_compiled_transformers_share_in_one_graph(carried, how):
     torch._dynamo.reset()
 
 
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+@CARRIED
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
+def test_a_step_reads_no_tensor_that_came_before(name, carried, monkeypatch):
+    """Ids and embeddings are the same objects in every step, also where the reference's text is longer."""
+    from fastrope.bindings.diffusers import fingerprints
+
+    host = TINY_HOSTS[name]
+    model = host.build().double()
+    call, reference = call_of(host, 5, 2), call_of(host, 40, 1)
+    if "txt_ids" in call and name == "flux2":  # its pipelines give every row ids
+        call |= {key: call[key].expand(2, -1, -1) for key in ("txt_ids", "img_ids")}
+    reads, real = [], fingerprints._digests
+    with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)) as handle:
+        expected = run(model, call)
+        monkeypatch.setattr(fingerprints, "_digests", lambda tensors: reads.append(len(tensors)) or real(tensors))
+        handle.set_step(2, 7)
+        run(model, call)
+        handle.set_step(3, 7)
+        assert torch.equal(run(model, call), expected)
+    assert reads == [1]  # the band weights of the new step, which are on the host
+
+
+def test_steps_that_share_nothing_cost_no_rows():
+    """Nor is the reference run for them."""
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 2), call_of(host, 5, 1)
+    stock, rows = run(model, call), []
+    watch = model.transformer_blocks[0].register_forward_hook(lambda module, args, out: rows.append(len(out[0])))
+    for carried, expected in (("batched", [2, 3]), ("kept", [2, 1, 2])):
+        with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(steps=1)) as handle:
+            for step in range(2):
+                handle.set_step(step, 2)
+                out = run(model, call)
+                assert torch.equal(out, stock) == (step == 0)
+        assert rows == expected
+        rows.clear()
+    watch.remove()
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
