@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from .. import GRAG, LooseRoPE, __version__, apply, steer
-from .editors import HARMONISE, TINY, Missing, Settings, arguments, load, settings_for
-from .files import as_picture, few_threads, layer_range, open_picture, save_picture
+from .editors import HARMONISE, TINY, Missing, Settings, arguments, load, settings_for, takes_negative
+from .files import as_picture, few_threads, find_device, layer_range, open_picture, require_format, save_picture
 
 DIALS = {
     "looserope": ("mask", "original", "boost", "levels", "saliency", "judge", "max_tries"),
@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         foreign = [name for name in names if getattr(options, name) is not None]
         if method != options.method and foreign:
             parser.error(f"--{foreign[0].replace('_', '-')} belongs to --method {method}")
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps wants at least 1, not {options.steps}")
+    if options.max_tries is not None and options.judge is None:
+        parser.error("--max-tries wants a --judge")
     if options.model != TINY:
         if options.image is None:
             parser.error("--image is needed, for every model but tiny")
@@ -48,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("grag wants a --prompt")
     try:
         return _run(options)
-    except (Missing, ValueError, NotImplementedError) as error:
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, Missing, ValueError, NotImplementedError) as error:
         print(f"fastrope edit: {error}", file=sys.stderr)
         return 2
 
@@ -96,12 +102,15 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
 
+    require_format(options.out)
     images, pasted = _pictures(options)
     method = _method(options, images[0], pasted)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(options.device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     pipe = load(options.model, device, dtype, options.offload)
     settings = _settings(options, settings_for(options.method, pipe))
+    if options.negative_prompt is not None and not takes_negative(pipe):
+        raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none, its guidance is distilled")
     prompt = HARMONISE if options.prompt is None else options.prompt
     call = arguments(pipe, options.model, settings, images, prompt, options.seed)
     pipe.set_progress_bar_config(desc=options.method, disable=False)
@@ -118,6 +127,7 @@ def _run(options: argparse.Namespace) -> int:
         "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
         "prompt": prompt, "seed": options.seed, "steps": settings.steps, "guidance": settings.guidance,
         "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+        "layers": options.layers and [options.layers[0], options.layers[-1]], "judge": options.judge,
         "tries": tries, "torch": torch.__version__, "fastrope": __version__,
     }  # fmt: skip
     written.append(options.out.with_suffix(".json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ def settings_for(method: str, pipe) -> Settings:
     """The settings of a method on a pipeline."""
     name = type(pipe).__name__
     return next(found for start, found in SETTINGS[method].items() if name.startswith(start))
+
+
+def takes_negative(pipe) -> bool:
+    """True where a negative prompt makes a difference."""
+    known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters
+    return known and not type(pipe).__name__.startswith("FluxKontext")  # which ignores it at these settings
 
 
 def load(model: str, device: torch.device, dtype: torch.dtype, offload: bool):

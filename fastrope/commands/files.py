@@ -41,12 +41,30 @@ def require_format(path: Path) -> None:
     """Know before hours of work that the result can be written.
 
     Raises:
-        ValueError: an extension that pillow does not know.
+        ValueError: an extension that pillow does not know, a folder that cannot be made.
     """
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out: unknown file extension: {path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {error}") from None
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; by default CUDA where there is one.
+
+    Raises:
+        ValueError: torch cannot use it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def save_picture(picture, path: Path) -> None:

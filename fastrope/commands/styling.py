@@ -15,7 +15,7 @@ from ..methods.untwisting import AXIS0, PRESETS
 from ..sharing import SHARED
 from . import editors
 from .editors import TINY, TINY_PIXELS, TINY_TEXT, Settings
-from .files import as_picture, layer_range, open_picture, require_format
+from .files import as_picture, find_device, layer_range, open_picture, require_format
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 TRAJECTORIES = ("linear", "rf_inversion")
@@ -120,7 +120,7 @@ def prepare(options: argparse.Namespace) -> Styling:
     require_format(options.out)
     pictures = _pictures(options)
     method_of(options, {})  # dials are checked before anything is loaded
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(options.device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     pipe = _load(options, device, dtype)
     name = type(pipe).__name__

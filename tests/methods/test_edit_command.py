@@ -123,6 +123,10 @@ def test_progress_is_shown(capsys):
     (["--method", "grag", "--image", "photo.png", "--image", "photo.png"], "fastrope edit: --image: expected one"),
     (["--method", "grag", "--delta", "1", "2"], "fastrope edit: GRAG.delta: expected 1 values, one per reference"),
     (["--method", "looserope", "--levels", "1"], "fastrope edit: LooseRoPE.levels: expected an integer of at least 2"),
+    (["--method", "grag", "--out", "text.png/picture.png"], "fastrope edit: --out: "),
+    (["--method", "grag", "--device", "nowhere"], "fastrope edit: --device: "),
+    (["--method", "grag", "--layers", "7-9"], "fastrope edit: layers: expected some of the model's 3 layers"),
+    (["--method", "grag", "--negative-prompt", "x"], "fastrope edit: --negative-prompt: FluxKontextPipeline takes"),
     (["--method", "looserope", "--out", "picture.what"], "fastrope edit: --out: unknown file extension"),
 ])  # fmt: skip
 def test_problems_are_named_in_one_line(words, message, capsys):
@@ -141,6 +145,8 @@ def test_problems_are_named_in_one_line(words, message, capsys):
     (["--method", "grag", "--model", "tiny", "--boost", "1"], "--boost belongs to --method looserope"),
     (["--method", "looserope", "--model", "tiny", "--delta", "1"], "--delta belongs to --method grag"),
     (["--method", "grag", "--model", "tiny", "--max-tries", "1"], "--max-tries belongs to --method looserope"),
+    (["--method", "looserope", "--model", "tiny", "--max-tries", "1"], "--max-tries wants a --judge"),
+    (["--method", "grag", "--model", "tiny", "--steps", "0"], "--steps wants at least 1, not 0"),
     (["--method", "grag", "--model", "x/y"], "--image is needed"),
     (["--method", "grag", "--model", "x/y", "--image", "a.png"], "grag wants a --prompt"),
     (["--method", "looserope", "--model", "x/y", "--image", "a.png"], "looserope wants --mask or --original"),
@@ -162,6 +168,17 @@ def test_absent_weights(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "fastrope edit: cannot load nobody/nothing: " in said
     assert "hf download nobody/nothing" in said
+
+
+def test_an_absent_detector(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
+    assert edit("--method", "looserope", "--saliency", "mask_rcnn") == 2
+    assert 'fastrope edit: saliency="mask_rcnn" needs torchvision' in capsys.readouterr().err
+
+
+def test_nothing_is_loaded_for_a_result_that_cannot_be_written(capsys, monkeypatch):
+    monkeypatch.setattr("fastrope.commands.edit.load", None)
+    assert edit("--method", "grag", "--out", "picture.what") == 2
 
 
 def test_absent_judge(capsys, monkeypatch):
