@@ -62,7 +62,7 @@ def prepare_reference(
             each of which every target sees. None for ``"latents"``.
         trajectory: one of :data:`TRAJECTORIES`.
         latents: for ``"latents"``: packed ``(R, tokens, C)`` per step as the transformer takes them (what
-            ``callback_on_step_end`` and ``output_type="latent"`` give); for Z-Image ``(R, C, rows, columns)``.
+            ``callback_on_step_end`` hands out); for Z-Image ``(R, C, rows, columns)``.
         gamma: for ``"rf_inversion"``: 1 follows the model alone, 0 is ``"linear"``.
         height, width: of the reference in pixels; by default the picture's own, made smaller to a megapixel at most and
             cut to what the pipeline can pack. A PIL picture of other proportions is cropped, a tensor stretched.

@@ -166,6 +166,16 @@ def longcat():
     return pipe
 
 
+def klein():
+    blocks = hosts.BLOCKS | {"axes_dims_rope": (4, 4, 4, 4)}
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, timestep_guidance_channels=32, mlp_ratio=2.0, rope_theta=2000,
+        guidance_embeds=False, **blocks,
+    )  # fmt: skip
+    parts = hosts.flux2_pipeline(hosts.lively(transformer)).components
+    return hosts.quiet(diffusers.Flux2KleinPipeline(**parts))
+
+
 PIPELINES = {
     "flux": lambda: with_vae(diffusers.FluxPipeline, hosts.build_flux(), nothing=hosts.NO_TEXT_2),
     "kontext": hosts.kontext_pipeline,
@@ -173,6 +183,7 @@ PIPELINES = {
     "longcat": longcat,
     "ovis": lambda: with_vae(diffusers.OvisImagePipeline, hosts.build_ovis()),
     "flux2": hosts.flux2_pipeline,
+    "klein": klein,
     "qwen": lambda: hosts.qwen_pipeline(diffusers.QwenImagePipeline),
     "z-image": lambda: with_vae(diffusers.ZImagePipeline, hosts.build_z_image(), 2),
 }
@@ -183,7 +194,7 @@ def case(request):
     torch.manual_seed(0)
     pipe = PIPELINES[request.param]()
     pipe.vae.eval()
-    if request.param == "flux2":  # statistics that a trained model has
+    if request.param in ("flux2", "klein"):  # statistics that a trained model has
         pipe.vae.bn.running_mean.normal_()
         pipe.vae.bn.running_var.uniform_(0.5, 2.0)
     return request.param, pipe
@@ -277,7 +288,7 @@ def test_packing_round_trip(case):
 
         size = {"height": SIZE[0], "width": SIZE[1]}
         off = {"enable_prompt_rewrite": False} if name == "longcat" else {}
-        off |= {"guidance_scale": 0.0} if name in ("chroma", "longcat", "ovis", "z-image") else {}
+        off |= {"guidance_scale": 0.0} if name in ("chroma", "klein", "longcat", "ovis", "z-image") else {}
         _decode(pipe, clean, size | off | text(name, 1) | {"num_inference_steps": 1, "generator": seeds(1)})
     finally:
         pipe.vae.decode = real
@@ -365,12 +376,14 @@ def test_an_inverted_picture_comes_back(case):
         path = prepare(case, "rf_inversion", gamma=1.0)
         top, clean = (loop_layout(path.latents(0, s)) for s in (1.0, 0.0))
         # FLUX.2 packs latents that it is given, the others take them packed.
-        given = top.unflatten(1, (3, 5)).permute(0, 3, 1, 2) if name == "flux2" else top
-        _, out = seen_in_a_run(case, latents=given)
+        given = top.unflatten(1, (3, 5)).permute(0, 3, 1, 2) if name in ("flux2", "klein") else top
+        kept = []  # of klein, whose output is made ready for the VAE
+        keep = {"callback_on_step_end": lambda pipe, n, t, tensors: kept.append(tensors["latents"]) or {}}
+        _, out = seen_in_a_run(case, latents=given, **(keep if name == "klein" else {}))
     finally:
         hook.remove()
     assert float((top - clean).abs().max()) == pytest.approx(2, abs=1e-5)
-    assert torch.allclose(out, clean, rtol=0, atol=1e-5)
+    assert torch.allclose(kept[-1] if kept else out, clean, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("trajectory", ["linear", "rf_inversion"])
