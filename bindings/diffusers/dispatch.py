@@ -81,6 +81,13 @@ class Work:
         share = torch.sigmoid(lses[0] + self._bonus[q.device] - lses[1])
         return torch.lerp(outs[1].to(share.dtype), outs[0].to(share.dtype), share).to(q.dtype)
 
+    def attend_streams(self, streams: list[fr.Stream], backend: str) -> Tensor | None:
+        """Modulated attention straight from the projections, or None where a call takes more than that."""
+        if "raised" in self._masks or self._key_rope is not None:
+            return None
+        plan = self._plan("seen", False, streams[0].q.device)
+        return fr.joint_attention(streams, plan=plan, backend=backend)
+
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device
         if key not in self._plans and key in self._known and self._fits(self._known[key]):
@@ -186,6 +193,16 @@ class Slot:
                 "round it, so that the layout of the sequence is unknown"
             )
         return self.work is None and self.probe is None
+
+    def attend_streams(self, streams: list[fr.Stream | None]) -> Tensor | None:
+        """Modulated attention ``(B, S, H, D)`` straight from the projections where the fused prologue is for it: on a
+        GPU, or where its backend was asked for. None elsewhere, and under a probe, which looks at q and k."""
+        wanted = self.backend == "triton" or (
+            self.backend == "auto" and streams[0] is not None and streams[0].q.is_cuda
+        )
+        if not wanted or None in streams or self.probe is not None or type(self.work) is not Work:
+            return None
+        return self.work.attend_streams(streams, self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)``, or None where the host's own is wanted."""

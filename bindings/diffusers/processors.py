@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
+
+import fastrope as fr
 
 from .dispatch import Slot, host_attention
 
@@ -75,6 +78,10 @@ class BoundProcessor:
         if table is None:
             raise NotImplementedError("rotary embedding: expected the host's table in a bound layer, received None")
         compiling = torch.compiler.is_compiling()
+        if not compiling and not self.slot.applied and mask is None:
+            out = self.slot.attend_streams([_as_projected(s) for s in streams])
+            if out is not None:
+                return out.flatten(2)
         q, k, v = self.prepare(streams, table if compiling or self.slot.applied else None)
         if compiling:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -87,10 +94,7 @@ class BoundProcessor:
         return None if out is None else out.flatten(2)
 
     def prepare(self, streams: list[Stream], table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """QK norm and concatenation, and the host's rotation where there is a ``table``: ``q, k, v (B, S, heads, D)``.
-
-        This is all that lies between the projections and the op, so a fused kernel replaces this method.
-        """
+        """QK norm, concatenation, and the host's rotation where there is a ``table``: ``q, k, v (B, S, heads, D)``."""
         parts = [(q if nq is None else nq(q), k if nk is None else nk(k), v) for q, k, v, nq, nk in streams]
         q, k, v = parts[0] if len(parts) == 1 else (torch.cat(some, dim=1) for some in zip(*parts, strict=True))
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
@@ -237,3 +241,21 @@ def _project_joint(attn, out: torch.Tensor, text: int) -> tuple[torch.Tensor, to
     if len(attn.to_out) > 1:
         image = attn.to_out[1](image)
     return image, attn.to_add_out(out[:, :text].contiguous())
+
+
+def _as_projected(stream: Stream) -> fr.Stream | None:
+    """A stream for :func:`fastrope.joint_attention`, or None where a norm is more than an RMS norm of the head dim."""
+    norms = [_as_norm(norm, x) for norm, x in ((stream.norm_q, stream.q), (stream.norm_k, stream.k))]
+    return None if None in norms else fr.Stream(stream.q, stream.k, stream.v, *norms)
+
+
+def _as_norm(module, x: torch.Tensor) -> fr.Norm | None:
+    """The norm a module computes. None for other kinds, and for one that offloading or an adapter has hooked."""
+    if type(module) not in (torch.nn.RMSNorm, RMSNorm) or getattr(module, "bias", None) is not None:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    weight = module.weight
+    if weight is not None and (weight.shape != x.shape[3:] or weight.device != x.device):
+        return None
+    return fr.Norm(weight, torch.finfo(x.dtype).eps if module.eps is None else module.eps)

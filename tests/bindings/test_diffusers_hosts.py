@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastrope as fr
+from fastrope.backends import triton as triton_backend
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import (
@@ -344,3 +345,32 @@ def widen(value):
     if isinstance(value, list) and isinstance(value[0], torch.Tensor):
         return [x.double() for x in value]
     return value.double() if isinstance(value, torch.Tensor) else value
+
+
+# ---- from the projections to the op ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+@pytest.mark.parametrize("name", ["flux", "qwen", "z-image"])
+def test_the_fused_prologue_equals_the_steps_of_the_host(name, monkeypatch):
+    host = TINY_HOSTS[name]
+    model, call = host.build().float(), host.call(host.layout, dtype=torch.float32)
+    mods = grag_like(host.layout)
+    with fr.apply(model, mods, backend="sdpa"):
+        expected = run(model, call)
+    calls, kernels = [], triton_backend.run
+    monkeypatch.setattr(
+        triton_backend, "run", lambda q, k, *rest: calls.append(not isinstance(k, torch.Tensor)) or kernels(q, k, *rest)
+    )
+    with fr.apply(model, mods, backend="triton"):
+        assert_same(run(model, call), expected, 1e-4)
+    assert all(calls)
+    assert len(calls) == len(host.attentions(model))
+    hooked = [m.register_forward_hook(lambda *_: None) for n, m in model.named_modules() if n.endswith("norm_k")]
+    calls.clear()
+    with fr.apply(model, mods, backend="triton"):
+        assert_same(run(model, call), expected, 1e-4)
+    assert calls
+    assert not any(calls)
+    for hook in hooked:
+        hook.remove()
