@@ -65,12 +65,13 @@ class TensorRows:
         require_tensor(self.image, call.get(self.image), (3,), "(B, tokens, C)")
         return len(call[self.image])
 
-    def alone(self, call: Call, latents: Tensor, given: Call, memo: Memo) -> dict[str, object]:
+    def alone(self, call: Call, latents: Tensor, given: Call, size: int, memo: Memo) -> dict[str, object]:
         """The reference's own call, beside the target's ``call``.
 
         Args:
             latents: ``(R, tokens, C)``.
             given: the reference's arguments.
+            size: tokens of the target's own grid.
             memo: gives back what was made of the same tensors before.
 
         Raises:
@@ -98,11 +99,11 @@ class TensorRows:
                 alone[name] = value[:1].expand(rows, *value.shape[1:]).to(target.device)
             elif value is not None:
                 alone[name] = value
-        self._place(alone, call, given, memo)
+        self._place(alone, call, given, size, memo)
         alone.update({name: call[name] for name in INERT if call.get(name) is not None}, return_dict=False)
         return alone
 
-    def _place(self, alone: dict, call: Call, given: Call, memo: Memo) -> None:
+    def _place(self, alone: dict, call: Call, given: Call, size: int, memo: Memo) -> None:
         """Ids or shapes: the reference's own, or the target's where they fit."""
         tokens, text = alone[self.image].shape[1], alone[self.text].shape[1]
         if call.get("img_shapes") is not None:
@@ -122,7 +123,7 @@ class TensorRows:
             require_tensor(name, theirs, (2, 3), "(tokens, axes)")
             if ids is None:
                 ids = theirs
-                if ids.shape[-2] > length:
+                if ids.shape[-2] > length and (name == "txt_ids" or length == size):  # without native references
                     ids = memo(lambda x, n=length: x[..., :n, :], ids, length)
                 elif ids.shape[-2] < length and name == "txt_ids":
                     ids = memo(lambda x, n=length: _lengthened(x, n), ids, length)
@@ -223,7 +224,7 @@ class ListRows:
         """Rows of a call."""
         return len(call[self.image])
 
-    def alone(self, call: Call, latents, given: Call, memo: Memo) -> dict[str, object]:
+    def alone(self, call: Call, latents, given: Call, size: int, memo: Memo) -> dict[str, object]:
         """The reference's own call; ``latents (R, C, 1, rows, columns)`` or a list of R such pictures.
 
         Raises:

@@ -6,6 +6,7 @@ drops from its output, or it is run alone once per step and its keys and values 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -258,8 +259,9 @@ class SharedAttention:
         host = self._state.host
         sigma = find_sigma(self._levels(), call.get(host.timestep), step, host.model_time)
         latents = self._source.latents(step, sigma)
-        alone = self._arguments.alone(call, latents, self._source.arguments, self._memo)
         key, sequence, rope = self._state.sequence_of(module, call)
+        target = math.prod(sequence.layout().target_grid)
+        alone = self._arguments.alone(call, latents, self._source.arguments, target, self._memo)
         own = None if self._cache is None else self._state.sequence_of(module, alone)
         rows = self._arguments.count(alone)
         grid = (sequence if own is None else own[1]).layout().target_grid
@@ -297,6 +299,7 @@ class SharedAttention:
     def _fill_rows(self, module, joined: Joined, step: int, num_steps: int) -> dict[str, object]:
         state, (call, rows, text_mask) = self._state, joined
         key, sequence, rope = state.sequence_of(module, call)
+        masked = sequence.masked  # by the host, whatever we mask besides
         if text_mask is not None:
             layout = sequence.layout()
             image = text_mask.new_ones(len(text_mask), len(layout) - layout.text_tokens)
@@ -330,6 +333,9 @@ class SharedAttention:
                     rows,
                 ),
             )
+        for slot in state.slots:
+            if slot.work is not None:
+                slot.work.masked = masked
         state.forget()
         self._dropped = rows
         return call
@@ -344,7 +350,10 @@ class SharedAttention:
         hidden = alone[self._arguments.image]
         dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
         guidance = self._source.arguments.get("guidance")
-        name = *moment, dtype, own_key, self._strength(call.get("guidance") if guidance is None else guidance)
+        strength = self._strength(call.get("guidance") if guidance is None else guidance)
+        settings = call.get("joint_attention_kwargs") or call.get("attention_kwargs") or {}  # a LoRA's scale
+        numbers = tuple(sorted((n, x) for n, x in settings.items() if isinstance(x, (int, float))))
+        name = *moment, dtype, own_key, strength, numbers
         self._cache.claim(self._state.model)
         known = self._cache.find(name)
         if known is not None and wanted <= set(known.layers):
@@ -381,6 +390,11 @@ class SharedAttention:
         state.forget()
 
     def _run_alone(self, module, alone: dict, name: Hashable, fresh: Snapshot, wanted: set[int]) -> Snapshot:
+        if getattr(self._state.model, "is_cache_enabled", False):
+            raise NotImplementedError(
+                "enable_cache: expected a transformer without diffusers' own caches when a reference is run alone, "
+                "received one that would take the reference's blocks for the target's; call disable_cache() first"
+            )
         known = self._cache.find(name)
         missing = wanted - set(known.layers if known else ())
         self._recording = fresh, missing

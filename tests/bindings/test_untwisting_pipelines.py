@@ -11,7 +11,7 @@ import torch
 
 import fastrope as fr
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 from diffusers_hosts import (
     TARGET,
     TEXT,
@@ -530,6 +530,61 @@ def test_refusals_by_name():
     cache.clear()
     with fr.apply(other, fr.UntwistingRoPE(), reference=cache):
         assert_differ(run(other, call), plain)
+
+
+def test_a_grid_that_nobody_tells_is_not_guessed():
+    """Ten tokens may be 2 x 5 or 5 x 2. The target's own grid, without its native references, needs no telling."""
+    host = TINY_HOSTS["kontext"]
+    model, call = host.build().double(), host.call(host.layout)
+    plain, refused = call_of(TINY_HOSTS["flux"], 5, 1), call_of(TINY_HOSTS["flux"], 5, 1, (5, 2))
+    cache = fr.ReferenceCache(source_of(TINY_HOSTS["flux"], plain))
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=cache) as handle:
+        handle.set_step(1, 3)
+        out = run(model, call)
+    own, theirs = Row.of(host, host.layout), Row.of(host, plain_layout(host))
+    with watching(host, model, theirs) as seen:
+        run(model, plain)
+    weights = band(0.55, 1.25, DIALS["beta"], host.axes)
+    with sharing(host, model, own, seen, theirs, weights=weights, adain=DIALS["adain"]):
+        assert_same(out, run(model, call), 1e-10)
+    cache = fr.ReferenceCache(source_of(TINY_HOSTS["flux"], refused))
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=cache),
+        pytest.raises(ValueError, match=r'^reference\.arguments\["img_ids"\]: expected \(10, axes\)'),
+    ):
+        run(model, call)
+
+
+def test_settings_of_a_lora_are_part_of_what_is_kept():
+    model, call, source = small()
+    cache = fr.ReferenceCache(source)
+    with fr.apply(model, fr.UntwistingRoPE(), reference=cache):
+        for scale, count in ((0.5, 1), (0.5, 1), (1.0, 2)):
+            run(model, call | {"joint_attention_kwargs": {"scale": scale}})
+            assert len(cache) == count
+
+
+def test_the_hosts_own_masks_are_not_lost_beside_ours():
+    """A mask among the attention arguments is refused also where texts are filled up and masked."""
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 1), call_of(host, 8, 1)
+    given = {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, 23, dtype=torch.bool)}}
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=source_of(host, reference)),
+        pytest.raises(NotImplementedError, match=r"^attention_mask: expected None in a modulated layer"),
+    ):
+        run(model, call | given)
+
+
+def test_other_caches_are_refused_while_a_reference_runs():
+    model, call, source = small()
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=fr.ReferenceCache(source)),
+        model.cache_context("cond"),
+        pytest.raises(NotImplementedError, match=r"^enable_cache: expected a transformer without"),
+    ):
+        run(model, call)
 
 
 def test_longcat_in_one_batch_wants_texts_of_one_length():
