@@ -7,6 +7,7 @@ from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..activity import Indices
@@ -136,7 +137,8 @@ class LooseRoPE:
             composite: the photo with the crop pasted in: a PIL image, an array ``(H, W, 3)`` or a tensor ``(3, H, W)``,
                 with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1.
             original: the photo before, of the same size: the mask is where any channel differs by over ``threshold``.
-            mask: or the mask itself, ``(H, W)`` or ``(B, H, W)``, an array, tensor or PIL image (inside = 128 and up).
+            mask: or the mask itself, ``(H, W)`` or ``(B, H, W)``, an array or tensor (nonzero = inside) or a picture: a
+                PIL image, or uint8 up to 255 (inside = 128 and up, so that compression draws no outline).
             saliency: ``"spectral_residual"`` (needs no model), ``"mask_rcnn"`` (torchvision's, downloads its weights),
                 any ``nn.Module`` (its finest feature map), a function ``(image (3, H, W) in 0..1, mask (H, W)) ->
                 energy (h, w)``, or the energy itself as an array.
@@ -233,7 +235,9 @@ def _as_mask(mask: object) -> torch.Tensor:
     if callable(getattr(mask, "convert", None)):
         pixels = as_pixels("mask", mask)
         return pixels.amax(dim=1) >= 128
-    return as_map("mask", mask) != 0
+    found = as_map("mask", mask)
+    picture = mask.dtype in (np.uint8, torch.uint8) and float(found.max()) == 255
+    return found >= 128 if picture else found != 0
 
 
 def _curve(name: str, value: object) -> Curve:

@@ -191,6 +191,22 @@ def test_numbers_of_every_layer_and_step_share_one_plan(transformer, monkeypatch
     assert_same(outs[2], torch.stack([stock[0], outs[0][1]]))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [lambda keys: fr.BiasDelta(1.2, 0.7, keys), lambda keys: fr.BandWeight(torch.linspace(0.3, 2, DIM // 2), keys)],
+)
+def test_other_keys_make_another_plan(transformer, made):
+    call = build_call()
+    first, other = made(LAYOUT.reference(0)), made(LAYOUT.text)
+    with fr.apply(transformer, types.SimpleNamespace(modulations=lambda s: [first if s.layer < 2 else other])):
+        out = run(transformer, call)
+    with (
+        HOST.by_formulas(transformer, HOST.attend([first]), layers={0, 1}),
+        HOST.by_formulas(transformer, HOST.attend([other]), layers={2, 3}),
+    ):
+        torch.testing.assert_close(out, run(transformer, call), rtol=1e-9, atol=1e-9)
+
+
 def test_works_kept_are_bounded(transformer, monkeypatch):
     monkeypatch.setattr(calls, "KNOWN_WORKS", 5)
     method = types.SimpleNamespace(

@@ -147,6 +147,16 @@ def test_masks_in_every_form():
         assert torch.equal(method.saliency, expected.saliency)
 
 
+def test_what_compression_leaves_outside_a_mask_is_not_inside():
+    composite, original = paste()
+    expected = fr.LooseRoPE.from_images(composite, original).mask
+    soiled = torch.where(expected[0], 255, torch.randint(0, 9, expected[0].shape)).to(torch.uint8)
+    for mask in (soiled, soiled.numpy(), Image.fromarray(soiled.numpy())):
+        assert torch.equal(fr.LooseRoPE.from_images(composite, mask=mask).mask, expected)
+    ones = expected[0].to(torch.uint8)  # no picture
+    assert torch.equal(fr.LooseRoPE.from_images(composite, mask=ones).mask, expected)
+
+
 def test_a_batch_of_pictures_is_its_rows():
     composite, original = paste()
     other = composite.copy()
