@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_flux
 import torch
 from PIL import Image
 
@@ -356,3 +357,20 @@ def test_native_references_go_into_the_call(monkeypatch):
     assert picture.size == (1200, 800)
     assert call == {"prompt": "p", "num_inference_steps": 28, "guidance_scale": 2.5, "width": 1200, "height": 800}
     assert method.reference == 0
+
+
+def test_a_whole_pipeline_from_disk(tmp_path):
+    """Prompts and pictures go through encoders and VAE; the reference is a row of the batch or kept."""
+    folder = str(tmp_path / "flux")
+    diffusers.FluxPipeline(**tiny_flux.parts()).save_pretrained(folder)
+    words = ["style", "--model", folder, "--reference", photo("ref.png", (20, 12)), "--steps", "3", "--adain", "0.9",
+             "--prompt", "make night", "--reference-prompt", "every"]  # fmt: skip
+    assert main([*words, "--plain"]) == 0
+    assert pixels("style.png").shape == (12, 20, 3)
+    assert (pixels("style.png") != pixels("style-plain.png")).any()
+    assert main([*words, "--cache", "host", "--out", "kept.png"]) == 0
+    assert np.abs(pixels("kept.png") - pixels("style.png")).max() <= 1
+    for n, other in enumerate((["--reference-prompt", "night"], ["--trajectory", "rf_inversion"], ["--s-hf", "1"],
+                               ["--guidance", "1"])):  # fmt: skip
+        assert main([*words, *other, "--out", f"{n}.png"]) == 0
+        assert (pixels(f"{n}.png") != pixels("style.png")).any(), other
