@@ -11,7 +11,8 @@ import torch
 
 import fastrope as fr
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+import diffusers
 from diffusers_hosts import (
     TARGET,
     TEXT,
