@@ -168,6 +168,10 @@ class ReferenceCache:
     def __len__(self) -> int:
         return len(self._snapshots)
 
+    def __bool__(self) -> bool:
+        """True, also while nothing is held: ``cache or source`` means the cache."""
+        return True
+
     def __repr__(self) -> str:
         place = "where it is computed" if self.device is None else self.device
         return f"<fastrope.ReferenceCache: {len(self)} steps, {self.nbytes / 2**20:.1f} MiB, {place}>"
