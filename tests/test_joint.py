@@ -123,7 +123,7 @@ def test_gradients_reach_streams_and_weights():
 
 BAD = {
     "no streams": (lambda s: [], "streams: expected"),
-    "other heads": (lambda s: [s[0], s[1]._replace(k=s[1].k[:, :, :1])], r"streams\[1\].k: expected"),
+    "other heads": (lambda s: [s[0], s[1]._replace(q=s[1].q[:, :, :1])], r"streams\[1\].q: expected"),
     "other dtype": (lambda s: [s[0], s[1]._replace(v=s[1].v.half())], r"streams\[1\].v: expected"),
     "other length": (lambda s: [s[0]._replace(v=s[0].v[:, 1:]), s[1]], r"streams\[0\].v: expected 9 tokens"),
     "weights": (
