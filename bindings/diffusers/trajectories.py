@@ -77,8 +77,9 @@ def prepare_reference(
 
     Raises:
         ValueError: naming the argument; for ``"rf_inversion"`` also a pipeline that methods are bound to.
-        NotImplementedError: a pipeline with native references alone (Qwen-Image-Edit), another VAE, for
-            ``"rf_inversion"`` another scheduler than ``FlowMatchEulerDiscreteScheduler``.
+        NotImplementedError: a pipeline that cannot do without a picture of its own (Qwen-Image-Edit, image to image,
+            inpainting, ControlNet), another VAE, for ``"rf_inversion"`` another scheduler than
+            ``FlowMatchEulerDiscreteScheduler``.
     """
     require(trajectory in TRAJECTORIES, "trajectory", f"one of {TRAJECTORIES}", repr(trajectory))
     require_gamma(gamma)
@@ -90,12 +91,7 @@ def prepare_reference(
     called = getattr(pipe, "transformer", None)
     require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
     host = find_host(getattr(called, "_orig_mod", called))
-    if type(pipe).__name__.startswith("QwenImageEdit"):
-        raise NotImplementedError(
-            f"pipe: expected a pipeline that runs without a native reference, received {type(pipe).__name__}; make one "
-            "of the same models with QwenImagePipeline(**{name: part for name, part in pipe.components.items() if name "
-            'in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")})'
-        )
+    _check_pipeline(pipe)
     pictures = None if image is None else _pictures(pipe, image)
     if pictures is not None:
         height, width = picture_size(pipe, pictures, height, width)
@@ -300,6 +296,8 @@ def _pictures(pipe, image):
         shapes = [tuple(x.shape) for x in several]
         ok = all(x.ndim in (3, 4) and x.shape[-3] == 3 for x in several) and len({s[-2:] for s in shapes}) == 1
         require(ok, "image", "tensors (3, H, W) or (R, 3, H, W) of one size", shapes)
+        low, high = (float(f(torch.stack([f(x) for x in several]))) for f in (torch.min, torch.max))
+        require(low >= 0 and high <= 1, "image", "values in 0..1", f"{low:g}..{high:g}")
         return torch.cat([x if x.ndim == 4 else x[None] for x in several])
     from PIL import Image
 
@@ -315,7 +313,13 @@ def picture_size(pipe, pictures, height: int | None = None, width: int | None = 
         pictures: PIL pictures, of which the first counts, or a tensor ``(R, 3, H, W)``.
         height, width: as they are where both are given; one alone keeps the proportions; without them the picture's own
             size, made smaller to :data:`AREA` at most. Cut to multiples of what the pipeline packs into a token.
+
+    Raises:
+        ValueError: a height or width that is no positive integer.
     """
+    for name, size in (("height", height), ("width", width)):
+        ok = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        require(ok, name, "a positive number of pixels", repr(size))
     if height is not None and width is not None:
         return height, width
     if isinstance(pictures, torch.Tensor):
@@ -357,6 +361,17 @@ def _arguments_of(pipe, transformer, call: dict, rows: int) -> dict[str, object]
     if "enable_prompt_rewrite" in known:
         call.setdefault("enable_prompt_rewrite", False)
     return {**call, "output_type": "latent", "return_dict": False}
+
+
+def _check_pipeline(pipe) -> None:
+    known = inspect.signature(type(pipe).__call__).parameters
+    wants = [name for name in ("strength", "mask_image", "control_image") if name in known]
+    if wants or type(pipe).__name__.startswith("QwenImageEdit"):
+        raise NotImplementedError(
+            f"pipe: expected a pipeline that draws from a prompt alone, received {type(pipe).__name__}; make one of "
+            "the same models, such as FluxPipeline(**parts) or QwenImagePipeline(**parts), parts being those of "
+            "pipe.components that it takes"
+        )
 
 
 def _check_inversion(pipe, transformer) -> None:

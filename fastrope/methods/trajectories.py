@@ -18,6 +18,7 @@ from ..checks import require
 from .schedules import require_number
 
 GAMMA = 0.5  # of RF inversion, as published runs have it
+SLACK = 1e-6  # of noise levels, which pass through single precision
 
 
 class LinearTrajectory:
@@ -41,7 +42,7 @@ class LinearTrajectory:
         Raises:
             ValueError: a sigma outside.
         """
-        require(0 <= sigma <= 1, "sigma", "a noise level in 0..1", sigma)
+        require(-SLACK <= sigma <= 1 + SLACK, "sigma", "a noise level in 0..1", sigma)
         clean, noise = _wide(self.clean, self.noise)
         return ((1 - sigma) * clean + sigma * noise).to(self.dtype)
 
@@ -74,8 +75,7 @@ class PathTrajectory:
             ValueError: a sigma the path does not reach.
         """
         first, last = self.sigmas[0], self.sigmas[-1]
-        slack = 1e-6  # schedules pass through single precision
-        require(first - slack <= sigma <= last + slack, "sigma", f"a noise level that the inverted path reaches, in "
+        require(first - SLACK <= sigma <= last + SLACK, "sigma", f"a noise level that the inverted path reaches, in "
                 f"{first:g}..{last:g}", sigma)  # fmt: skip
         above = min(bisect.bisect_left(self.sigmas, sigma), len(self.sigmas) - 1)
         if above == 0 or self.sigmas[above] <= sigma:

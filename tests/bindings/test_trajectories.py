@@ -571,6 +571,10 @@ def test_prompts_are_repeated_for_every_picture():
     ({"image": ["ref.png"]}, r"image: expected PIL pictures or tensors, received \['str'\]"),
     ({"image": torch.zeros(1, 6, 10)}, r"image: expected tensors \(3, H, W\)"),
     ({"image": [torch.zeros(3, 6, 10), torch.zeros(3, 6, 8)]}, "image: expected tensors .* of one size"),
+    ({"image": torch.full((3, 6, 10), 200.0)}, "image: expected values in 0..1, received 200..200"),
+    ({"image": -pictures()}, "image: expected values in 0..1, received -"),
+    ({"height": 0}, "height: expected a positive number of pixels, received 0"),
+    ({"height": 6, "width": 10.0}, "width: expected a positive number of pixels, received 10.0"),
     ({"strength": 1}, "call: expected arguments of FluxPipeline that say something of the reference, received 'streng"),
     ({"output_type": "pil"}, "call: expected arguments of FluxPipeline"),
     ({"image": pictures(2)}, "prompt_embeds: expected 2 rows, one per picture, received 1"),
@@ -587,8 +591,10 @@ def test_what_cannot_run_is_named(flux):
         fr.prepare_reference(object(), pictures())
     with pytest.raises(ValueError, match="^pipe.vae: expected a VAE"):
         fr.prepare_reference(hosts.flux_pipeline(), pictures())
-    with pytest.raises(NotImplementedError, match="^pipe: expected a pipeline that runs without a native reference"):
-        fr.prepare_reference(hosts.qwen_pipeline(), pictures())
+    img2img = diffusers.FluxImg2ImgPipeline(**{n: p for n, p in pipe.components.items() if "image" not in n})
+    for other in (hosts.qwen_pipeline(), img2img):
+        with pytest.raises(NotImplementedError, match="^pipe: expected a pipeline that draws from a prompt alone"):
+            fr.prepare_reference(other, pictures())
     with (
         fr.apply(pipe, fr.GRAG()),
         pytest.raises(ValueError, match="^pipe: expected one that no method is bound to"),
@@ -601,6 +607,20 @@ def test_what_cannot_run_is_named(flux):
             prepare(flux, "rf_inversion")
     finally:
         pipe.scheduler = before
+
+
+@pytest.mark.parametrize("trajectory", ["linear", "rf_inversion"])
+def test_a_compiled_transformer(flux, trajectory):
+    _, pipe = flux
+    plain, model = prepare(flux, trajectory), pipe.transformer
+    pipe.transformer = torch.compile(model, backend="eager")
+    try:
+        compiled = prepare(flux, trajectory)
+    finally:
+        pipe.transformer = model
+        torch._dynamo.reset()
+    hosts.assert_same(compiled.latents(0, 0.6), plain.latents(0, 0.6), 1e-5)
+    assert set(compiled.arguments) == set(plain.arguments)
 
 
 def test_a_bound_pipeline_still_takes_a_linear_reference(flux):
