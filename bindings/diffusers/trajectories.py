@@ -120,7 +120,7 @@ class _Walk:
     """The pipeline's call with the picture's latents in place of noise.
 
     Args:
-        pictures: PIL or a list of tensors ``(3, H, W)``; None leaves the noise.
+        pictures: PIL pictures or a tensor ``(R, 3, H, W)``; None leaves the noise.
         gamma: of the inversion; None stops before the model.
 
     After :meth:`run`: ``clean`` and ``noise`` as ``prepare_latents`` gives them, ``hidden`` and ``arguments`` of the
