@@ -49,7 +49,7 @@ class Work:
             self._masks |= {"raised": sequence.bonus, "rest": ~sequence.bonus}
             _check_groups(modulations, sequence.bonus)
         self._rope = rope
-        self._key_rope = key_rope
+        self.key_rope = key_rope
         self._modulations = modulations
         self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
         self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]
@@ -83,7 +83,7 @@ class Work:
 
     def attend_streams(self, streams: list[fr.Stream], backend: str) -> Tensor | None:
         """Modulated attention straight from the projections, or None where a call takes more than that."""
-        if "raised" in self._masks or self._key_rope is not None:
+        if "raised" in self._masks or self.key_rope is not None:
             return None
         plan = self._plan("seen", False, streams[0].q.device)
         return fr.joint_attention(streams, plan=plan, backend=backend)
@@ -97,7 +97,7 @@ class Work:
             key_mask = self._masks[keys]
             rope, key_rope = (
                 r and fr.RoPE(r.angles.to(device), r.axis.to(device), r.pairing, applied)
-                for r in (self._rope, self._key_rope)
+                for r in (self._rope, self.key_rope)
             )
             self._plans[key] = fr.plan(
                 rope=rope,

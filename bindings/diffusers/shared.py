@@ -266,10 +266,11 @@ class SharedAttention:
         rows = self._arguments.count(alone)
         grid = (sequence if own is None else own[1]).layout().target_grid
         tokens = with_shared(sequence.layout(), (grid,) * rows)
-        asked = self._asked(self._state.sites(step, num_steps, tokens))
+        sites = self._state.sites(step, num_steps, tokens)
+        asked = self._asked(sites)
         wanted = {n for n, (_, sharings) in enumerate(asked) if any(s.reference == SHARED for s in sharings)}
         if wanted and own is None:
-            return self._fill_rows(module, self._arguments.together(call, alone, self._memo), step, num_steps)
+            return self._fill_rows(module, self._arguments.together(call, alone, self._memo), sites, asked)
         kept = self._snapshot(module, call, alone, own, (step, sigma), wanted) if wanted else None
         self._fill_target(key, sequence, rope, tokens, asked, kept and (own[0], rows), kept)
         return None
@@ -296,7 +297,7 @@ class SharedAttention:
 
     # ---- rows of one batch ------------------------------------------------------------------------------------------
 
-    def _fill_rows(self, module, joined: Joined, step: int, num_steps: int) -> dict[str, object]:
+    def _fill_rows(self, module, joined: Joined, sites: list[fr.Site], asked: list) -> dict[str, object]:
         state, (call, rows, text_mask) = self._state, joined
         key, sequence, rope = state.sequence_of(module, call)
         masked = sequence.masked  # by the host, whatever we mask besides
@@ -308,7 +309,8 @@ class SharedAttention:
         count = self._arguments.count(call) - rows
         whole = sequence.layout()
         tokens = with_shared(whole, (whole.target_grid,) * rows)
-        sites = state.sites(step, num_steps, tokens)
+        if tokens != sites[0].tokens:  # filled up
+            asked = self._asked([replace(site, tokens=tokens) for site in sites])
         mine, theirs = _rows(sequence, slice(count)), _rows(sequence, slice(count, None))
         angles = rope.angles
         angles = (angles, angles) if angles.ndim == 2 else (angles[:count], angles[count:])
@@ -317,7 +319,7 @@ class SharedAttention:
         own = replace(rope, angles=angles[0])
         plain = state.remember((key, rows, "reference"), lambda: Work(theirs, replace(rope, angles=angles[1]), ()))
         every = None if text_mask is None else state.remember((key, rows, "all"), lambda: Work(sequence, rope, ()))
-        for slot, (modulations, sharings) in zip(state.slots, self._asked(sites), strict=True):
+        for slot, (modulations, sharings) in zip(state.slots, asked, strict=True):
             if not modulations and not sharings:
                 slot.work = every
                 continue
@@ -440,10 +442,11 @@ class SharedAttention:
                 "the host adds to the logits; pass prompt_attention_mask.bool()"
             )
         length = rope.tokens
-        shared = shared.to(rope.angles)
-        if rope.angles.ndim == 3:
-            shared = shared.expand(len(rope.angles), -1, -1)
-        keys = fr.RoPE(torch.cat([rope.angles, shared], dim=-2), rope.axis, rope.pairing)
+        keys = None if like is None else like.key_rope
+        if keys is None:
+            keys = shared.to(rope.angles)
+            keys = keys if rope.angles.ndim == 2 else keys.expand(len(rope.angles), -1, -1)
+            keys = fr.RoPE(torch.cat([rope.angles, keys], dim=-2), rope.axis, rope.pairing)
         mask = sequence.key_mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), shared.shape[-2])], dim=1)

@@ -106,24 +106,13 @@ class UntwistingRoPE:
 
     def weights(self, site: Site) -> torch.Tensor:
         """``s_d`` of all pairs, ``(D/2,)`` float64, in the order of the RoPE's pairs; whether active here or not."""
-        high, low = (_value(name, getattr(self, name), site) for name in ("s_hf", "s_lf"))
-        curves = []
-        for axis, dim in enumerate(site.axes_dim):
-            pairs = dim // 2
-            if axis in site.spatial_axes or self.axis0 == "match":
-                band = torch.arange(pairs, dtype=torch.float64) / max(pairs - 1, 1)
-                curves.append(high + (low - high) * band**self.beta)
-            else:
-                flat = low if self.axis0 == "low" else float(self.axis0)
-                curves.append(torch.full((pairs,), flat, dtype=torch.float64))
-        return torch.cat(curves)
+        return torch.tensor(self._weights(site), dtype=torch.float64)
 
     def modulations(self, site: Site) -> list[BandWeight]:
         """One :class:`fastrope.BandWeight` on the reference's keys, unless neutral; the same for equal values."""
         if not self._acts(site):
             return []
-        span = self._span(site)
-        weights = tuple(self.weights(site).tolist())
+        span, weights = self._span(site), self._weights(site)
         return [_band_weight(weights, span.start, span.stop)] if set(weights) != {1.0} else []
 
     def sharings(self, site: Site) -> list[Sharing]:
@@ -134,6 +123,10 @@ class UntwistingRoPE:
         _require_strength(strength)
         self._span(site)
         return [Sharing(self.reference, strength)] if self.reference == SHARED or strength > 0 else []
+
+    def _weights(self, site: Site) -> tuple[float, ...]:
+        high, low = (_value(name, getattr(self, name), site) for name in ("s_hf", "s_lf"))
+        return _curves(high, low, self.beta, self.axis0, site.axes_dim, site.spatial_axes)
 
     def _acts(self, site: Site) -> bool:
         return site in self._active and site in self._kinds
@@ -158,6 +151,21 @@ def _value(name: str, dial: Dial, site: Site) -> float:
 
 def _require_strength(value: float) -> None:
     require(0 <= value <= 1, "UntwistingRoPE.adain", "a strength in 0..1", value)
+
+
+@lru_cache(maxsize=512)
+def _curves(
+    high: float, low: float, beta: float, axis0: str | float, axes_dim: tuple[int, ...], spatial_axes: tuple[int, ...]
+) -> tuple[float, ...]:
+    """Weights of all pairs, axis after axis. Cached: every layer of a step asks for the same."""
+    weights: list[float] = []
+    for axis, dim in enumerate(axes_dim):
+        pairs = dim // 2
+        if axis in spatial_axes or axis0 == "match":
+            weights += [high + (low - high) * (d / max(pairs - 1, 1)) ** beta for d in range(pairs)]
+        else:
+            weights += [low if axis0 == "low" else float(axis0)] * pairs
+    return tuple(weights)
 
 
 @lru_cache(maxsize=512)
