@@ -122,6 +122,9 @@ class TensorRows:
             ids, theirs = given.get(name), call.get(name)
             require_tensor(name, theirs, (2, 3), "(tokens, axes)")
             if ids is None:
+                told = name == "txt_ids" or self.movable or text == call[self.text].shape[1]
+                expected = "ids, as the image's positions depend on the length of the text"
+                require(told, f'reference.arguments["{name}"]', expected, None)
                 ids = theirs
                 if ids.shape[-2] > length and (name == "txt_ids" or length == size):  # without native references
                     ids = memo(lambda x, n=length: x[..., :n, :], ids, length)
@@ -148,6 +151,12 @@ class TensorRows:
                 )
         target, reference = call[self.image], alone[self.image]
         rows = len(reference)
+        texts = [call[self.text], alone[self.text].to(call[self.text])]
+        if not self.movable and texts[0].shape[1] != texts[1].shape[1]:
+            raise NotImplementedError(
+                f"{self.text}: expected texts of one length where positions depend on it, received "
+                f"{[text.shape[1] for text in texts]} tokens; use a fastrope.ReferenceCache"
+            )
         advice = "or a fastrope.ReferenceCache, which takes any grid"
         fits = reference.shape[1] == target.shape[1]
         require(fits, "reference.latents", f"(R, {target.shape[1]}, C), {advice}", tuple(reference.shape))
@@ -160,14 +169,8 @@ class TensorRows:
             joined[name] = torch.cat([value.expand(len(target)), alone[name].to(value)]) if batched else value
         for name in (n for n in self.placed if n in call):
             joined[name] = self._placed(name, call, alone, memo, advice)
-        texts = [call[self.text], alone[self.text].to(call[self.text])]
         length = max(text.shape[1] for text in texts)
         joined[self.text] = torch.cat([pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
-        if not self.movable and texts[0].shape[1] != texts[1].shape[1]:
-            raise NotImplementedError(
-                f"{self.text}: expected texts of one length where positions depend on it, received "
-                f"{[text.shape[1] for text in texts]} tokens; use a fastrope.ReferenceCache"
-            )
         mask = self._masks(call, alone, texts, memo)
         if mask is None or not self.masks:
             return Joined(joined, rows, mask)

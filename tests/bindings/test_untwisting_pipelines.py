@@ -626,10 +626,15 @@ def test_longcat_in_one_batch_wants_texts_of_one_length():
     host = TINY_HOSTS["longcat"]
     model, call = host.build().double(), call_of(host, 5, 1)
     source = source_of(host, call_of(host, 7, 1))
-    source = fr.Reference(source.latents, {"encoder_hidden_states": source.arguments["encoder_hidden_states"]})
     with (
         fr.apply(model, fr.UntwistingRoPE(), reference=source),
         pytest.raises(NotImplementedError, match=r"^encoder_hidden_states: expected texts of one length"),
+    ):
+        run(model, call)
+    untold = fr.Reference(source.latents, {"encoder_hidden_states": source.arguments["encoder_hidden_states"]})
+    with (
+        fr.apply(model, fr.UntwistingRoPE(), reference=fr.ReferenceCache(untold)),
+        pytest.raises(ValueError, match=r'^reference\.arguments\["img_ids"\]: expected ids, as'),
     ):
         run(model, call)
 

@@ -1,0 +1,50 @@
+"""Shared attention on a GPU: rows of the batch, keys kept on the device and on the host, against the CPU in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from diffusers_hosts import TINY_HOSTS, assert_same, run
+from test_untwisting_shared import DIALS, call_of, source_of
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
+@pytest.mark.parametrize("place", ["batched", None, "cpu"])
+@pytest.mark.parametrize("rotation", ["op", "host"])
+def test_a_gpu_shares_as_the_cpu_does(name, place, rotation):
+    """The reference stays on the CPU; it is moved to where it is needed."""
+    host = TINY_HOSTS[name]
+    exact, text = host.build().double(), 20 if name == "z-image" else 5
+    model = copy.deepcopy(exact).float().to(DEVICE)
+    call, source = call_of(host, text, 2), source_of(host, call_of(host, text + 1, 1))
+    there = {key: move(value) for key, value in call.items()}
+    outputs = []
+    for each, arguments in ((exact, call), (model, there)):
+        reference = source if place == "batched" else fr.ReferenceCache(source, device=place)
+        with fr.apply(each, fr.UntwistingRoPE(**DIALS), reference=reference, rotation=rotation) as handle:
+            for step in (0, 1, 0):  # filled, filled, found
+                handle.set_step(step, 2)
+                outputs.append(run(each, arguments).double().cpu())
+    for found, expected in zip(outputs[3:], outputs[:3], strict=True):
+        assert_same(found, expected, 5e-3)
+    if place == "cpu":
+        kept = next(iter(reference._snapshots.values())).layers[0]
+        assert kept.k.device.type == "cpu"
+        assert kept.k.is_pinned()
+
+
+def move(value):
+    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+        return [x.float().to(DEVICE) for x in value]
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE, torch.float32 if value.is_floating_point() else value.dtype)
+    return value
