@@ -461,6 +461,24 @@ def test_shared_attention_takes_it(case):
     hosts.assert_differ(found[0], plain)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["rows", "kept"])
+def test_a_run_asks_for_the_schedulers_sigmas(case, kept):
+    """The very numbers, so that an inverted path answers with the points it stored."""
+    _, pipe = case
+    path = prepare(case, "rf_inversion").latents
+    asked = []
+
+    def latents(step: int, sigma: float) -> torch.Tensor:
+        asked.append((step, sigma))
+        return path(step, sigma)
+
+    source = fr.Reference(latents, prepare(case).arguments)
+    with fr.apply(pipe, fr.UntwistingRoPE(), reference=fr.ReferenceCache(source) if kept else source):
+        seen_in_a_run(case)
+    assert sorted(set(asked)) == list(enumerate(pipe.scheduler.sigmas[:-1].tolist()))
+    assert all(sigma in path.sigmas for _, sigma in asked)
+
+
 # ---- size, guidance, refusals ----------------------------------------------------------------------------------------
 
 
