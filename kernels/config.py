@@ -164,7 +164,7 @@ def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, max(8, 4096 // block_d), block_d, 4, 1)
+    return LaunchConfig(1, max(8, 2048 // block_d), block_d, 4, 1)
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
