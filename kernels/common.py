@@ -49,9 +49,7 @@ def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def load_stream(
-    X, X2, rows, channels, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS: tl.constexpr
-):
+def load_stream(X, X2, rows, channels, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS: tl.constexpr):
     """``x[rows, channels]`` -> [rows, channels] float32; rows from ``split`` on lie in X2."""
     channels = channels.to(tl.int64)[None, :]
     row = rows.to(tl.int64)[:, None]

@@ -172,7 +172,7 @@ def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, 128, min(block_d, 32), 4, 2)
+    return LaunchConfig(1, 64 if arch == "sm_100" and block_d == 16 else 128, min(block_d, 32), 4, 2)
 
 
 _SELECTORS = {
