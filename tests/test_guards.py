@@ -136,12 +136,15 @@ class Recorder:
     def __init__(self, kernel):
         self.names = kernel.arg_names
         self.plain = {self.names[p.num] for p in kernel.params if p.do_not_specialize}
+        self.run_time = [self.names[p.num] for p in kernel.params if not p.is_constexpr]
         self.keys = set()
 
     def __getitem__(self, grid):
-        def launch(*args, **constants):
-            key = [tuple(sorted((k, str(v)) for k, v in constants.items()))]
-            for name, value in zip(self.names, args, strict=False):
+        def launch(*args, **named):
+            given = {**dict(zip(self.names, args, strict=False)), **named}
+            key = [tuple(sorted((k, str(v)) for k, v in given.items() if k not in self.run_time))]
+            for name in self.run_time:
+                value = given[name]
                 if isinstance(value, torch.Tensor):
                     key.append((name, value.dtype, value.data_ptr() % 16 == 0))
                 elif isinstance(value, int):
