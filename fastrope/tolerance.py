@@ -60,8 +60,8 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
         low: the reference in ``dtype``.
         dtype: of the inputs; that of ``out`` unless given (a log-sum-exp is wider than the call it belongs to).
 
-    The mean is that of a finite sample, so four standard errors are allowed on it. Outputs in 16 bits are held to exactly
-    this; two cases lie outside of what the rule was made for:
+    The mean is that of a finite sample, so four standard errors are allowed on it. Two cases lie outside of what the
+    rule was made for:
 
     * Float32, where order of summation and the base of the exponential decide errors as small as the reference's own:
       four roundings of the largest value more for the maximum, an eighth of one for the mean.
