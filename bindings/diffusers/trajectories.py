@@ -62,7 +62,8 @@ def prepare_reference(
             each of which every target sees. None for ``"latents"``.
         trajectory: one of :data:`TRAJECTORIES`.
         latents: for ``"latents"``: packed ``(R, tokens, C)`` per step as the transformer takes them (what
-            ``callback_on_step_end`` hands out); for Z-Image ``(R, C, rows, columns)``.
+            ``callback_on_step_end`` hands out); for Z-Image ``(R, C, rows, columns)``. As many as the call has steps; a
+            target whose noise levels are others is refused.
         gamma: for ``"rf_inversion"``: 1 follows the model alone, 0 is ``"linear"``.
         height, width: of the reference in pixels; by default the picture's own, made smaller to a megapixel at most and
             cut to what the pipeline can pack. A PIL picture of other proportions is cropped, a tensor stretched.
@@ -124,12 +125,12 @@ class _Walk:
         gamma: of the inversion; None stops before the model.
 
     After :meth:`run`: ``clean`` and ``noise`` as ``prepare_latents`` gives them, ``hidden`` and ``arguments`` of the
-    transformer's first call, ``sigmas`` and ``points`` of the inversion, rising.
+    transformer's first call, the ``scheduler`` as the call left it, ``sigmas`` and ``points`` of the inversion, rising.
     """
 
     def __init__(self, pipe, host: Host, pictures, gamma: float | None):
         self.pipe, self.host, self.pictures, self.gamma = pipe, host, pictures, gamma
-        self.clean = self.noise = self.hidden = None
+        self.clean = self.noise = self.hidden = self.scheduler = None
         self.arguments: Mapping[str, object] = {}
         self.sigmas: tuple[float, ...] = ()
         self.points: list[torch.Tensor] = []
@@ -204,11 +205,17 @@ class _Walk:
         if self.gamma is None:
             raise _Read
 
+    @property
+    def levels(self) -> list[float] | None:
+        """Noise levels of the steps of the call; None where the scheduler does not tell."""
+        sigmas, timesteps = (getattr(self.scheduler, name, None) for name in ("sigmas", "timesteps"))
+        return None if sigmas is None or timesteps is None else sigmas[: len(timesteps)].tolist()
+
     # ---- upwards ----------------------------------------------------------------------------------------------------
 
     def _scheduler(self):
         """A copy of the pipeline's, whose noise levels rise."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler = self.scheduler = copy.deepcopy(self.pipe.scheduler)
         if self.gamma is None:
             return scheduler
         set_timesteps = scheduler.set_timesteps
@@ -397,7 +404,11 @@ def _own(latents, walk: _Walk) -> Callable:
         received = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         require(fits, f"latents[{step}]", f"(R, ...) of rows as the transformer takes them, {expected}", received)
         found.append(shaped)
-    return StepTrajectory(found, walk.hidden.dtype)
+    levels = walk.levels
+    if levels is not None:
+        expected = f"{len(levels)}, one per step (num_inference_steps)"
+        require(len(found) == len(levels), "latents", expected, len(found))
+    return StepTrajectory(found, walk.hidden.dtype, levels)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

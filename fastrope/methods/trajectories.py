@@ -19,6 +19,7 @@ from .schedules import require_number
 
 GAMMA = 0.5  # of RF inversion, as published runs have it
 SLACK = 1e-6  # of noise levels, which pass through single precision
+STEP_SLACK = 4e-3  # of those that are read off a timestep in bfloat16
 
 
 class LinearTrajectory:
@@ -86,21 +87,39 @@ class PathTrajectory:
 
 
 class StepTrajectory:
-    """Latents of one's own, one tensor per denoising step, first step (most noise) first; sigmas are not looked at.
+    """Latents of one's own, one tensor per denoising step, first step (most noise) first.
+
+    Args:
+        latents: of all steps, of one shape.
+        dtype: of what comes out; None: that of the latents.
+        sigmas: the noise level that each of them has, held against the one asked for; None: not looked at.
 
     Raises:
-        ValueError: no latents, latents of different shape; when called also a step beyond the last.
+        ValueError: no latents, latents of different shape, another number of sigmas; when called also a step beyond the
+            last, or one of another noise level, as a run of more steps or another size has.
     """
 
-    def __init__(self, latents: Sequence[torch.Tensor], dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        latents: Sequence[torch.Tensor],
+        dtype: torch.dtype | None = None,
+        sigmas: Sequence[float] | None = None,
+    ):
         self.points = tuple(latents)
         shapes = {tuple(getattr(p, "shape", ())) for p in self.points}
         require(len(shapes) == 1, "latents", "one tensor per step, of one shape", sorted(shapes))
         self.dtype = dtype or self.points[0].dtype
+        self.sigmas = None if sigmas is None else tuple(float(s) for s in sigmas)
+        count = len(self.points if self.sigmas is None else self.sigmas)
+        require(len(self.points) == count, "latents", f"{count}, one per step", len(self.points))
 
     def __call__(self, step: int, sigma: float) -> torch.Tensor:
         """The latents of a step."""
         require(step < len(self.points), "latents", f"latents for step {step}", f"those of {len(self.points)} steps")
+        if self.sigmas is not None:
+            own = self.sigmas[step]
+            expected = f"noise level {own:g} at step {step}, as the latents of the reference have"
+            require(abs(sigma - own) <= STEP_SLACK, "sigma", expected, f"{sigma:g}: another number of steps, or size")
         return self.points[step].to(self.dtype)
 
 

@@ -113,6 +113,16 @@ def test_own_latents_go_by_the_step():
     assert [trajectory(n, 0.123) is own[n] for n in range(3)] == [True] * 3
 
 
+def test_own_latents_are_of_their_noise_levels():
+    own = [draw(1, 2, 3, seed=n) for n in range(3)]
+    trajectory = StepTrajectory(own, sigmas=(1.0, 0.6, 0.3))
+    assert trajectory(1, 0.6 + 3e-3) is own[1]  # as bfloat16 tells a timestep
+    with pytest.raises(
+        ValueError, match="^sigma: expected noise level 0.6 at step 1, .* received 0.5: another"
+    ):
+        trajectory(1, 0.5)
+
+
 def test_results_are_rounded_once():
     """A bfloat16 reference: the formula in float32, then one rounding."""
     clean, noise = draw(1, 64).bfloat16(), draw(1, 64, seed=1).bfloat16()
@@ -130,6 +140,7 @@ def test_results_are_rounded_once():
     (lambda: PathTrajectory((0.0, 0.9), [draw(1)] * 2)(0, 0.95), "sigma: expected a noise level that the inverted "),
     (lambda: StepTrajectory([]), "latents: expected one tensor per step"),
     (lambda: StepTrajectory([draw(1), draw(2)]), "latents: expected one tensor per step, of one shape"),
+    (lambda: StepTrajectory([draw(1)], sigmas=(1.0, 0.5)), "latents: expected 2, one per step, received 1"),
     (lambda: StepTrajectory([draw(1)])(1, 0.5), "latents: expected latents for step 1, received those of 1 steps"),
     (lambda: rf_inversion(None, draw(1), draw(1), SIGMAS, 1.5), "gamma: expected a number in 0..1, received 1.5"),
     (lambda: rf_inversion(None, draw(1), draw(1), SIGMAS, float("nan")), "gamma: expected a number in 0..1"),
@@ -418,10 +429,17 @@ def test_own_latents_reach_the_transformer_as_they_are(case):
     calls, _ = seen_in_a_run(case, **watched)
     own = [loop_layout(hidden(calls[0])), *kept[:-1]] if watched else [hidden(c) for c in calls]
     reference = prepare(case, "latents", latents=own, height=SIZE[0], width=SIZE[1])
+    sigmas = case[1].scheduler.sigmas.tolist()
     for step, call in enumerate(calls):
-        assert torch.equal(reference.latents(step, 0.5), hidden(call))
+        assert torch.equal(reference.latents(step, sigmas[step]), hidden(call))
     with pytest.raises(ValueError, match=f"^latents: expected latents for step {STEPS}"):
         reference.latents(STEPS, 0.0)
+    with pytest.raises(ValueError, match=r"^sigma: expected noise level .* at step 1, as the latents of the reference"):
+        reference.latents(1, sigmas[2])
+    with pytest.raises(
+        ValueError, match=rf"^latents: expected {STEPS}, one per step \(num_inference_steps\)"
+    ):
+        prepare(case, "latents", latents=own[:3], height=SIZE[0], width=SIZE[1])
     by_function = prepare(case, "latents", latents=lambda step, sigma: own[step], height=SIZE[0], width=SIZE[1])
     assert by_function.latents(1, 0.5) is own[1]
     with pytest.raises(ValueError, match=r"^latents\[1\]: expected \(R, ...\) of rows as the transformer takes them"):
