@@ -118,6 +118,11 @@ class SharedKeys(NamedTuple):
         """All that is stored."""
         return [self.k, self.v, *(self.queries or ()), *(self.keys or ())]
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SharedKeys:
+        """The same with every tensor changed."""
+        queries, keys = (s and Statistics(*map(change, s)) for s in (self.queries, self.keys))
+        return SharedKeys(change(self.k), change(self.v), self.applied, queries, keys)
+
 
 @dataclass(eq=False)
 class Snapshot:
@@ -127,10 +132,6 @@ class Snapshot:
     angles: torch.Tensor
     grids: tuple[tuple[int, int], ...]
     layers: dict[int, SharedKeys] = field(default_factory=dict)
-
-    def covers(self, layers: Mapping[int, bool]) -> bool:
-        """Whether these layers are there, with statistics where the value is True."""
-        return all(n in self.layers and not (stats and self.layers[n].queries is None) for n, stats in layers.items())
 
 
 class ReferenceCache:

@@ -12,14 +12,13 @@ import torch
 
 import fastrope as fr
 from fastrope.activity import sharings_of
-from fastrope.checks import require
 from fastrope.modulations import MODULATIONS, Modulation
 
 from .dispatch import Slot, Work, structure_of
 from .fingerprints import Fingerprints
 from .hosts import Host
 from .inspection import Inspector
-from .sequences import Call, JointSequence
+from .sequences import Call, JointSequence, device_of
 from .shared import SharedAttention, SharedWork, combine
 from .steps import find_step
 
@@ -79,6 +78,8 @@ class CallState:
     def before_forward(self, module, args, kwargs) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
         self.reset()
+        if self.shared is not None:
+            self.shared.reset()
         for attn, processor in self.installed:
             if attn.processor is not processor:  # by an IP-Adapter, say; the layer would go without its modulations
                 raise NotImplementedError(
@@ -243,13 +244,6 @@ class CallState:
 
 def _same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def device_of(hidden) -> torch.device:
-    """Of a tensor, or of the first in a list."""
-    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
-    require(isinstance(first, torch.Tensor), "transformer", "a call with its image tokens", type(hidden).__name__)
-    return first.device
 
 
 def ask(methods: Sequence, site: fr.Site) -> list[Modulation]:

@@ -122,6 +122,7 @@ class Handle:
                 f"{replaced} attention processors were replaced after fastrope.apply; they stay as they are",
                 stacklevel=2,
             )
+        self._state.reset()  # what the last call was given is not kept by a handle that somebody keeps
         for slot in self._state.slots:
             slot.close()
         self._state.installed = ()

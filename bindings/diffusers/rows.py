@@ -119,8 +119,9 @@ class TensorRows:
             alone["img_shapes"] = [first] * len(alone[self.image])
             return
         for name, length in (("img_ids", tokens), ("txt_ids", text)):
-            ids, theirs = given.get(name), call.get(name)
-            require_tensor(name, theirs, (2, 3), "(tokens, axes)")
+            # Where rows have ids of their own, the host takes the first row's for all.
+            ids, theirs = (memo(lambda x: x[0], x) if _batched(x) else x for x in (given.get(name), call.get(name)))
+            require_tensor(name, theirs, (2,), "(tokens, axes)")
             if ids is None:
                 told = name == "txt_ids" or self.movable or text == call[self.text].shape[1]
                 expected = "ids, as the image's positions depend on the length of the text"
@@ -130,7 +131,7 @@ class TensorRows:
                     ids = memo(lambda x, n=length: x[..., :n, :], ids, length)
                 elif ids.shape[-2] < length and name == "txt_ids":
                     ids = memo(lambda x, n=length: _lengthened(x, n), ids, length)
-            fits = isinstance(ids, Tensor) and ids.ndim in (2, 3) and ids.shape[-2] == length
+            fits = isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == length
             expected = f"({length}, axes), one id for each of the reference's tokens"
             require(fits, f'reference.arguments["{name}"]', expected, tuple(getattr(ids, "shape", ())))
             alone[name] = memo(lambda x, y=theirs: x.to(y), ids, theirs.dtype, theirs.device)
@@ -313,6 +314,10 @@ def _rows_of(name: str, value: Tensor, rows: int, memo: Memo) -> Tensor:
     """One row for each reference image."""
     require(len(value) in (1, rows), f"reference.arguments[{name!r}]", f"1 or {rows} rows", tuple(value.shape))
     return value if len(value) == rows else memo(lambda x: x.expand(rows, *x.shape[1:]), value, rows)
+
+
+def _batched(ids) -> bool:
+    return isinstance(ids, Tensor) and ids.ndim == 3
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:

@@ -41,6 +41,13 @@ class JointSequence:
         return self.key_mask is not None or self.bonus is not None
 
 
+def device_of(hidden) -> torch.device:
+    """Of a tensor, or of the first in a list."""
+    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
+    require(isinstance(first, torch.Tensor), "transformer", "a call with its image tokens", type(hidden).__name__)
+    return first.device
+
+
 # ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ drops from its output, or it is run alone once per step and its keys and values 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ from fastrope.rope import rotate
 from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain, check_reference
 
 from .dispatch import Work
+from .prefetch import Prefetch
 from .rows import Joined, Memo
-from .sequences import Call, JointSequence
+from .sequences import Call, JointSequence, device_of
 from .steps import find_sigma
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class SharedWork:
     ):
         self.masked = targets.masked
         self._targets = targets
-        self._shares = any(s.reference == SHARED for s in sharings)
+        self._shares = shares(sharings)
         self._normalising = next((s for s in sharings if s.adain > 0), None)
         self._tokens = tokens
         self._rope = rope
@@ -87,7 +89,8 @@ class SharedWork:
                 angles = self._angles(q.device)
                 angles = angles if angles.ndim == 2 else angles[count:]
                 statistics = self._normalising is not None and self._normalising.reference == SHARED
-                kept = share(q_own, k_own, v_own, self._tokens.target, angles if applied else None, statistics)
+                angles = angles if applied else None
+                kept = share(q_own, k_own, v_own, self._tokens.target, angles, statistics, self._rope.pairing)
         keys, values = [k], [v]
         if self._normalising is not None:
             q, keys = self._normalised(q, k, applied, kept)
@@ -129,16 +132,18 @@ class SharedWork:
 
 
 class _Layer:
-    """A :class:`SharedWork` and the keys one layer keeps."""
+    """A :class:`SharedWork` and the keys one layer keeps: entry ``n`` of those of the step."""
 
-    def __init__(self, work: SharedWork, kept: SharedKeys, angles: Tensor):
+    def __init__(self, work: SharedWork, kept: Prefetch, n: int, angles: Tensor):
         self.masked = work.masked
         self._work = work
-        self._kept = kept, angles
+        self._kept = kept
+        self._n = n
+        self._angles = angles
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """As :meth:`SharedWork.attend`."""
-        return self._work.attend(q, k, v, applied, backend, *self._kept)
+        return self._work.attend(q, k, v, applied, backend, self._kept.take(self._n), self._angles)
 
 
 class _Read:
@@ -173,14 +178,12 @@ class _Recorder:
         """As :meth:`Work.attend`."""
         angles = self._rope.angles.to(q.device) if applied else None
         found = share(q, k, v, self._tokens.target, angles, statistics=True, pairing=self._rope.pairing)
-        keep = self._cache.keep
-        queries, keys = (Statistics(*map(keep, s)) for s in (found.queries, found.keys))
-        self._snapshot.layers[self._layer] = SharedKeys(keep(found.k), keep(found.v), applied, queries, keys)
+        self._snapshot.layers[self._layer] = found.map(self._cache.keep)
         return self._plain.attend(q, k, v, applied, backend)
 
 
 def share(
-    q: Tensor, k: Tensor, v: Tensor, span: slice, angles: Tensor | None, statistics: bool, pairing: str = "interleaved"
+    q: Tensor, k: Tensor, v: Tensor, span: slice, angles: Tensor | None, statistics: bool, pairing: str
 ) -> SharedKeys:
     """The image tokens of all reference rows as one run of keys.
 
@@ -189,6 +192,7 @@ def share(
         span: its image tokens.
         angles: ``(S, D/2)`` or ``(R, S, D/2)`` that q and k are rotated by; None where they are not.
         statistics: whether to take those of queries and keys, over the tokens of all rows, unrotated.
+        pairing: of the rotation.
     """
     found = [None, None]
     if statistics:
@@ -197,6 +201,22 @@ def share(
             found[n] = Statistics.of(x.flatten(0, 1)[None])
     k, v = (x[:, span].flatten(0, 1)[None] for x in (k, v))
     return SharedKeys(k, v, angles is not None, *found)
+
+
+def adapters_of(model: torch.nn.Module) -> Hashable:
+    """Which adapters (LoRAs) are at work in a model and how strongly, as something to compare: peft's layers say it.
+    Weights that are changed in place, by hand or by fusing, go unnoticed."""
+    if not getattr(model, "peft_config", None):
+        return ()
+    found = []
+    for layer in model.modules():
+        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling") and not layer.disable_adapters:
+            parts = [getattr(layer, name) for name in layer.adapter_layer_names[:1]]
+            for adapter in layer.active_adapters:
+                # By reference: an adapter that was loaded anew under the same name is another one.
+                own = [weakref.ref(part[adapter]) for part in parts if adapter in part]
+                found.append((adapter, layer.scaling.get(adapter), *own))
+    return tuple(found)
 
 
 def combine(sharings: Sequence[Sharing]) -> tuple[Sharing, ...]:
@@ -208,6 +228,11 @@ def combine(sharings: Sequence[Sharing]) -> tuple[Sharing, ...]:
     normalising = sum(s.adain > 0 for s in sharings)
     require(normalising <= 1, "adain", "one method with adain above 0 per layer and step", normalising)
     return tuple(dict.fromkeys(sharings))
+
+
+def shares(sharings: Sequence[Sharing]) -> bool:
+    """Whether a layer's target sees the shared reference."""
+    return any(s.reference == SHARED for s in sharings)
 
 
 def over_sequence(m, length: int):
@@ -250,9 +275,12 @@ class SharedAttention:
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
+    def reset(self) -> None:
+        """Before every forward, also of one that shares nothing: the last one may have broken off."""
+        self._dropped = 0
+
     def fill(self, module, call: Call) -> dict[str, object] | None:
         """Fill the slots for one forward; arguments to call it with instead, if others."""
-        self._dropped = 0
         if self._recording is not None:
             return self._record(module, call)
         step, num_steps = self._state.step(call)
@@ -268,11 +296,12 @@ class SharedAttention:
         tokens = with_shared(sequence.layout(), (grid,) * rows)
         sites = self._state.sites(step, num_steps, tokens)
         asked = self._asked(sites)
-        wanted = {n for n, (_, sharings) in enumerate(asked) if any(s.reference == SHARED for s in sharings)}
+        wanted = {n for n, (_, sharings) in enumerate(asked) if shares(sharings)}
         if wanted and own is None:
             return self._fill_rows(module, self._arguments.together(call, alone, self._memo), sites, asked)
         kept = self._snapshot(module, call, alone, own, (step, sigma), wanted) if wanted else None
-        self._fill_target(key, sequence, rope, tokens, asked, kept and (own[0], rows), kept)
+        device = device_of(call.get(host.hidden))
+        self._fill_target(key, sequence, rope, tokens, asked, kept and (own[0], rows), kept, device)
         return None
 
     def after_forward(self, module, args, output):
@@ -350,12 +379,13 @@ class SharedAttention:
         """What is kept of the reference at this step; it is run for layers that are not there."""
         own_key, sequence, rope = own
         hidden = alone[self._arguments.image]
-        dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
+        dtype, device = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype, device_of(hidden).type
         guidance = self._source.arguments.get("guidance")
         strength = self._strength(call.get("guidance") if guidance is None else guidance)
         settings = call.get("joint_attention_kwargs") or call.get("attention_kwargs") or {}  # a LoRA's scale
         numbers = tuple(sorted((n, x) for n, x in settings.items() if isinstance(x, (int, float))))
-        name = *moment, dtype, own_key, strength, numbers
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        name = *moment, dtype, autocast, own_key, strength, numbers, adapters_of(self._state.model)
         self._cache.claim(self._state.model)
         known = self._cache.find(name)
         if known is not None and wanted <= set(known.layers):
@@ -374,21 +404,23 @@ class SharedAttention:
         asked: list,
         kept_key: Hashable,
         kept: Snapshot | None,
+        device: torch.device,
     ) -> None:
         """Slots for the target's own rows, with the kept keys where a layer shares."""
         state, angles = self._state, kept and kept.angles
+        order = [n for n, (_, sharings) in enumerate(asked) if shares(sharings)]
+        ahead = Prefetch([kept.layers[n] for n in order], device) if order else None
         for n, (slot, (modulations, sharings)) in enumerate(zip(state.slots, asked, strict=True)):
             if not modulations and not sharings:
                 continue
-            shares = any(s.reference == SHARED for s in sharings)
-            where = key, kept_key if shares else None
+            where = key, kept_key if n in order else None
             work = state.remember(
                 (*where, state.digest(modulations), sharings),
                 lambda w=where, m=tuple(modulations), s=sharings: SharedWork(
                     state.alike(w, m, lambda like: self._targets(sequence, rope, m, s, angles, like)), s, tokens, rope
                 ),
             )
-            slot.work = _Layer(work, kept.layers[n], kept.angles) if shares else work
+            slot.work = _Layer(work, ahead, order.index(n), kept.angles) if n in order else work
         state.forget()
 
     def _run_alone(self, module, alone: dict, name: Hashable, fresh: Snapshot, wanted: set[int]) -> Snapshot:
@@ -434,7 +466,7 @@ class SharedAttention:
         like: Work | None,
     ) -> Work:
         """The target's attention, over the sequence and, where it is shared, the reference."""
-        if not any(s.reference == SHARED for s in sharings):
+        if not shares(sharings):
             return Work(sequence, rope, modulations, like=like)
         if sequence.bonus is not None:
             raise NotImplementedError(

@@ -1,0 +1,436 @@
+"""A shared reference beside what else happens to a model: other runs, LoRAs, offload, errors; and what stays behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from diffusers_hosts import TEXT, TINY_HOSTS, assert_differ, assert_same, run
+from test_untwisting_pipelines import GENERATE, Path, to_float
+from test_untwisting_shared import CARRIED, DIALS, apply, call_of, source_of
+
+from fastrope.bindings.diffusers import fingerprints, prefetch, rows, shared
+from fastrope.bindings.diffusers.prefetch import Prefetch
+from fastrope.sharing import SharedKeys, Sharing, Statistics
+
+FLUX = TINY_HOSTS["flux"]
+
+
+def small() -> tuple[torch.nn.Module, dict, fr.Reference]:
+    """A model, the call of two targets, a reference."""
+    return FLUX.build().double(), call_of(FLUX, 5, 2), source_of(FLUX, call_of(FLUX, 6, 1))
+
+
+def path_of(host) -> Path:
+    text = 40 if host.name == "z-image" else TEXT + 2
+    call = {key: to_float(value) for key, value in call_of(host, text, 1).items()}
+    path = Path(call, "x" if host.name == "z-image" else "hidden_states")
+    for name in ("img_ids", "img_shapes"):  # of any target
+        if name in call:
+            path.arguments[name] = call[name]
+    return path
+
+
+# ---- what is kept is never stale -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
+def test_one_cache_through_all_kinds_of_runs(name):
+    """Steps, schedule, guidance, batch, branches, size and seed change from run to run; each is that of a new cache."""
+    host = TINY_HOSTS[name]
+    pipe, path, generate = host.pipeline(), path_of(host), GENERATE.get(name, host.generate)
+    cache = fr.ReferenceCache(path)
+    positive, negative = host.lengths
+    pixels = 2 if name in ("flux2", "qwen") else 16
+    wide = {"height": pixels * 2, "width": pixels * 7}
+    runs = [
+        dict(steps=2, batch=1, lengths=(positive, None)),
+        dict(steps=3, batch=1, lengths=(positive, None)),
+        dict(steps=3, batch=2, lengths=(positive + 4, negative)),
+        dict(steps=3, batch=1, lengths=(positive, None), shift=1.0),
+        dict(steps=2, batch=1, lengths=(positive, None), size=wide),
+        dict(steps=2, batch=1, lengths=(positive, None)),
+    ]
+    if name == "flux":
+        runs[2]["lengths"] = (positive, positive)  # its pipeline wants embeddings of one length
+    drawn = []
+    for given in runs:
+        pipe.scheduler.set_shift(given.pop("shift", 3.0))
+        found = []
+        for reference in (cache, fr.ReferenceCache(path)):
+            with fr.apply(pipe, fr.UntwistingRoPE(**DIALS), reference=reference):
+                found.append(of_size(pipe, generate, **given))
+        assert torch.equal(found[0], found[1])
+        drawn.append(found[0])
+    assert torch.equal(drawn[0], drawn[-1])
+    assert len(cache) == 6  # the first step, pure noise in all; one more of 2 steps, two of 3, two of another shift
+
+
+def of_size(pipe, generate, steps, batch, lengths, size=None):
+    """A run; ``size`` overrides the height and width that the tiny hosts ask for."""
+    kind = type(pipe)
+    if size is None:
+        return generate(pipe, steps, batch, lengths)
+
+    class Sized(kind):
+        def __call__(self, *given, **arguments):
+            return super().__call__(*given, **arguments | size)
+
+    pipe.__class__ = Sized
+    try:
+        return generate(pipe, steps, batch, lengths)
+    finally:
+        pipe.__class__ = kind
+
+
+def test_a_lora_that_comes_changes_and_goes():
+    """What was kept without an adapter, or at another strength, is not used with it."""
+    peft = pytest.importorskip("peft")
+    model, call, source = small()
+    cache = fr.ReferenceCache(source)
+    targets = ["to_q", "to_k", "to_v", "add_k_proj"]
+
+    def same_as_a_new_cache(handle, steps: int) -> torch.Tensor:
+        found = run(model, call)
+        handle.remove()
+        with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+            assert torch.equal(run(model, call), found)
+        assert len(cache) == steps
+        return found
+
+    def bound():
+        return fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=cache)
+
+    bare = same_as_a_new_cache(bound(), 1)
+    for name in ("ink", "oil"):
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+        model.add_adapter(config, adapter_name=name)
+    model.double()
+    model.set_adapter("ink")
+    ink = same_as_a_new_cache(bound(), 2)
+    model.set_adapters(["ink"], weights=[0.25])
+    weak = same_as_a_new_cache(bound(), 3)
+    model.set_adapters(["ink", "oil"], weights=[0.25, 1.0])
+    both = same_as_a_new_cache(bound(), 4)
+    for one, other in ((bare, ink), (ink, weak), (weak, both)):
+        assert_differ(one, other)
+    model.set_adapters(["ink"], weights=[1.0])
+    assert torch.equal(same_as_a_new_cache(bound(), 4), ink)
+    model.disable_adapters()
+    assert torch.equal(same_as_a_new_cache(bound(), 4), bare)  # as before there were any
+    model.enable_adapters()
+    model.delete_adapters("ink")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    model.add_adapter(config, adapter_name="ink")
+    model.double()
+    model.set_adapters(["ink"], weights=[1.0])
+    assert_differ(same_as_a_new_cache(bound(), 5), ink)  # another one of the same name
+
+
+def test_autocast_is_part_of_what_is_kept():
+    model, call, source = small()
+    model, call = model.float(), {key: to_float(value) for key, value in call.items()}
+    given = {key: to_float(value) for key, value in source.arguments.items()}
+    latents = source.latents(0, 0.0).float()
+    source = fr.Reference(lambda step, sigma: latents, given)
+    cache, found = fr.ReferenceCache(source), []
+    for reference in (cache, cache, fr.ReferenceCache(source)):
+        with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=reference):
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(run(model, call))
+            found.append(run(model, call))
+    assert_differ(found[0], found[1])
+    assert torch.equal(found[0], found[4])
+    assert torch.equal(found[1], found[5])
+    assert len(cache) == 2
+
+
+def test_another_dtype_is_kept_apart():
+    model, call, source = small()
+    cache = fr.ReferenceCache(source)
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=cache):
+        exact = run(model, call)
+        model.float()
+        rough = run(model, {key: to_float(value) for key, value in call.items()})
+    assert len(cache) == 2
+    assert rough.dtype == torch.float32
+    assert_same(rough.double(), exact, 1e-4)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@CARRIED
+def test_a_broken_call_leaves_the_next_one_whole(carried):
+    """Also one that shares nothing any more: no rows are cut off that nobody appended."""
+    model, call, source = small()
+    stock, broken = run(model, call), [True]
+
+    def fail(module, args):
+        if broken.pop() if broken else False:
+            raise RuntimeError("out of memory")
+
+    with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)) as handle:
+        expected = run(model, call)
+        watch = model.single_transformer_blocks[0].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, call)
+        handle.update()
+        assert torch.equal(run(model, call), stock)
+        handle.update(fr.UntwistingRoPE(**DIALS))
+        broken.append(True)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, call)
+        assert torch.equal(run(model, call), expected)
+        broken.append(True)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, call)
+    watch.remove()
+    assert torch.equal(run(model, call), stock)
+
+
+@CARRIED
+def test_a_pipeline_that_broke_off_draws_again(carried):
+    pipe, path = FLUX.pipeline(), path_of(FLUX)
+    stock = FLUX.generate(pipe, 3, 1, (TEXT, None))
+    reference = path if carried == "batched" else fr.ReferenceCache(path)
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with fr.apply(pipe, fr.UntwistingRoPE(**DIALS), reference=reference):
+        expected = FLUX.generate(pipe, 3, 1, (TEXT, None))
+        with pytest.raises(KeyboardInterrupt):
+            FLUX.generate(pipe, 3, 1, (TEXT, None), callback_on_step_end=stop)
+        assert torch.equal(FLUX.generate(pipe, 3, 1, (TEXT, None)), expected)
+        with pytest.raises(KeyboardInterrupt):
+            FLUX.generate(pipe, 3, 1, (TEXT, None), callback_on_step_end=stop)
+    assert torch.equal(FLUX.generate(pipe, 3, 1, (TEXT, None)), stock)
+
+
+# ---- offload ---------------------------------------------------------------------------------------------------------
+
+
+@CARRIED
+@pytest.mark.parametrize("sequential", [False, True], ids=["model", "layer by layer"])
+def test_offload(carried, sequential):
+    """Hooks of accelerate around every forward, also of the reference alone."""
+    accelerate = pytest.importorskip("accelerate")
+    model, call, source = small()
+    with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)):
+        expected = run(model, call)
+    if sequential:
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
+    with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)):
+        assert torch.equal(run(model, call), expected)
+        assert torch.equal(run(model, call), expected)
+
+
+# ---- tensors of any make ---------------------------------------------------------------------------------------------
+
+
+@CARRIED
+def test_strided_and_expanded_inputs(carried):
+    model, call, source = small()
+    with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)):
+        expected = run(model, call)
+    strided = {}
+    for name, x in call.items():
+        wide = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)
+        strided[name] = wide[..., 0]
+    latents = source.latents(0, 0.0)
+    poisoned = torch.stack([latents, torch.full_like(latents, torch.nan)], dim=2)[:, :, 0]
+    given = {name: x[:1].expand(1, *x.shape[1:]) for name, x in source.arguments.items()}
+    with apply(model, carried, fr.Reference(lambda step, sigma: poisoned, given), fr.UntwistingRoPE(**DIALS)):
+        assert_same(run(model, strided), expected, 1e-12)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_statistics_know_the_pairing(applied):
+    """Of a host whose pairs are (c, c + D/2): unrotated queries and keys, or rotated ones, say the same."""
+    layout = fr.TokenLayout(2, (2, 3))
+    rope = fr.RoPE.axial(layout.positions("flux"), (4, 6, 6), pairing="half")
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, len(layout), 2, 16, generator=g).double() for _ in range(3))
+    sharings = (Sharing(adain=0.6),)
+    sequence = shared.JointSequence(layout.positions("flux"), lambda: layout)
+    work = shared.SharedWork(
+        shared.SharedAttention._targets(sequence, rope, (), sharings, rope.angles[layout.target], None),
+        sharings, layout, rope, shared.Work(sequence, rope, ()), 1,
+    )  # fmt: skip
+    expected = work.attend(q, k, v, False)
+    turned = [fr.rope.rotate(x, rope.angles, "half") for x in (q, k)] if applied else [q, k]
+    assert_same(work.attend(*turned, v, applied), expected, 1e-12)
+
+
+# ---- what stays behind -----------------------------------------------------------------------------------------------
+
+
+def kept_bytes() -> int:
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@CARRIED
+def test_nothing_grows_from_run_to_run(carried, monkeypatch):
+    """Every run has ids and masks of its own, of which the last few are remembered."""
+    monkeypatch.setattr(rows.Memo, "KNOWN", 4)
+    monkeypatch.setattr(fingerprints, "KNOWN_TENSORS", 8)
+    pipe, path = FLUX.pipeline(), path_of(FLUX)
+    reference = path if carried == "batched" else fr.ReferenceCache(path)
+    sizes = []
+    with fr.apply(pipe, fr.UntwistingRoPE(**DIALS), reference=reference):
+        for n in range(7):
+            FLUX.generate(pipe, 3, 1, (TEXT, None))
+            path.asked.clear()
+            if n in (4, 6):
+                sizes.append(kept_bytes())
+    assert sizes[0] == sizes[1]
+
+
+def test_nothing_is_held_after_clear_and_remove():
+    model, call, source = small()
+    cache = fr.ReferenceCache(source)
+    handle = fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=cache)
+    run(model, call)
+    held = [weakref.ref(x) for keys in next(iter(cache._snapshots.values())).layers.values() for x in keys.tensors()]
+    assert len(held) == 4 * 6
+    cache.clear()
+    handle.remove()
+    assert not any(ref() is not None for ref in held)
+    assert handle._state is not None  # a handle that somebody keeps
+
+
+# ---- one layer ahead -------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Copies that write down when they start and finish, and how many are about."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.entries: dict[int, str] = {}
+        self.alive: weakref.WeakSet = weakref.WeakSet()
+
+    def __call__(self, keys: SharedKeys, device: torch.device):
+        log, name = self, self.entries.setdefault(id(keys.k), str(len(self.entries)))
+
+        class Told:
+            def __init__(self):
+                log.said.append(f"start {name}")
+                log.alive.add(self)
+                self.moved = keys.map(torch.clone)
+
+            def finish(self):
+                log.said.append(f"finish {name}")
+                return self.moved
+
+        return Told()
+
+
+def entries_of(count: int, device="cpu") -> list[SharedKeys]:
+    def draw() -> torch.Tensor:
+        return torch.randn(1, 4, 2, 8).to(device)
+
+    return [SharedKeys(draw(), draw(), False, Statistics(draw(), draw()), None) for _ in range(count)]
+
+
+@pytest.fixture
+def log(monkeypatch):
+    found = Log()
+    monkeypatch.setattr(prefetch, "copy_of", found)
+    return found
+
+
+ELSEWHERE = torch.device("meta")  # any device that the entries are not on
+
+
+def test_the_next_entry_is_under_way_while_a_layer_computes(log):
+    entries = entries_of(3)
+    log.entries = {id(entry.k): str(n) for n, entry in enumerate(entries)}
+    ahead = Prefetch(entries, ELSEWHERE)
+    assert log.said == ["start 0"]
+    for n, entry in enumerate(entries):
+        log.said.clear()
+        found = ahead.take(n)
+        assert log.said == [f"finish {n}"] + ([f"start {n + 1}"] if n < 2 else [])
+        assert all(torch.equal(x, y) for x, y in zip(found.tensors(), entry.tensors(), strict=True))
+        assert len(log.alive) == (1 if n < 2 else 0)  # what is under way; what was handed out is the layer's
+    copies = [weakref.ref(x) for x in found.tensors()]
+    del found
+    assert not any(ref() is not None for ref in copies)
+
+
+def test_layers_may_be_left_out_and_come_again(log):
+    """As caches of blocks and checkpoints have it: what was copied for nothing is dropped."""
+    entries = entries_of(4)
+    log.entries = {id(entry.k): str(n) for n, entry in enumerate(entries)}
+    ahead = Prefetch(entries, ELSEWHERE)
+    for n in (0, 2, 2, 3, 1):
+        log.said.clear()
+        found = ahead.take(n)
+        assert torch.equal(found.k, entries[n].k)
+        assert f"finish {n}" in log.said
+        assert len([word for word in log.said if word.startswith("finish")]) == 1
+        assert len(log.alive) <= 1
+
+
+def test_what_is_there_is_not_copied(log):
+    entries = entries_of(2)
+    ahead = Prefetch(entries, torch.device("cpu"))
+    assert [ahead.take(n) is entry for n, entry in enumerate(entries)] == [True, True]
+    assert log.said == []
+    assert Prefetch([], ELSEWHERE)._ahead is None
+
+
+def test_without_streams_a_copy_is_made_when_it_is_asked_for():
+    copy = prefetch.copy_of(entries_of(1)[0], ELSEWHERE)
+    assert type(copy) is prefetch.Copy
+    assert {x.device.type for x in copy.finish().tensors()} == {"meta"}
+
+
+def test_a_run_asks_for_its_layers_in_order(log, monkeypatch):
+    """The first entry starts before the blocks run; layers that share nothing are passed over."""
+    model, call, source = small()
+    cache = fr.ReferenceCache(source)
+    method = fr.UntwistingRoPE(**DIALS, layers=[0, 2, 3])
+    with fr.apply(model, method, reference=cache):
+        expected = run(model, call)
+        monkeypatch.setattr(Prefetch, "_moves", lambda self, n: n < len(self._entries))
+        log.entries = {id(keys.k): str(n) for n, keys in next(iter(cache._snapshots.values())).layers.items()}
+        watch = model.transformer_blocks[0].register_forward_pre_hook(lambda *_: log.said.append("blocks"))
+        assert torch.equal(run(model, call), expected)
+        watch.remove()
+        assert log.said == ["start 0", "blocks", "finish 0", "start 2", "finish 2", "start 3", "finish 3"]
+        assert not log.alive
+
+
+def test_a_broken_run_leaves_no_copy(log, monkeypatch):
+    model, call, source = small()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)) as handle:
+        run(model, call)
+        monkeypatch.setattr(Prefetch, "_moves", lambda self, n: n < len(self._entries))
+        watch = model.single_transformer_blocks[0].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, call)
+        watch.remove()
+        assert len(log.alive) == 1
+        handle.update()
+        run(model, call)
+        gc.collect()
+        assert not log.alive
