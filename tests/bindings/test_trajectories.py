@@ -117,9 +117,7 @@ def test_own_latents_are_of_their_noise_levels():
     own = [draw(1, 2, 3, seed=n) for n in range(3)]
     trajectory = StepTrajectory(own, sigmas=(1.0, 0.6, 0.3))
     assert trajectory(1, 0.6 + 3e-3) is own[1]  # as bfloat16 tells a timestep
-    with pytest.raises(
-        ValueError, match="^sigma: expected noise level 0.6 at step 1, .* received 0.5: another"
-    ):
+    with pytest.raises(ValueError, match="^sigma: expected noise level 0.6 at step 1, .* received 0.5: another"):
         trajectory(1, 0.5)
 
 
@@ -436,9 +434,7 @@ def test_own_latents_reach_the_transformer_as_they_are(case):
         reference.latents(STEPS, 0.0)
     with pytest.raises(ValueError, match=r"^sigma: expected noise level .* at step 1, as the latents of the reference"):
         reference.latents(1, sigmas[2])
-    with pytest.raises(
-        ValueError, match=rf"^latents: expected {STEPS}, one per step \(num_inference_steps\)"
-    ):
+    with pytest.raises(ValueError, match=rf"^latents: expected {STEPS}, one per step \(num_inference_steps\)"):
         prepare(case, "latents", latents=own[:3], height=SIZE[0], width=SIZE[1])
     by_function = prepare(case, "latents", latents=lambda step, sigma: own[step], height=SIZE[0], width=SIZE[1])
     assert by_function.latents(1, 0.5) is own[1]
