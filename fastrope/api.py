@@ -63,7 +63,7 @@ def attention(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    scale_value, modulations = _scale(q, scale), _as_tuple(modulations)
+    scale_value, modulations = scale_of(q, scale), _as_tuple(modulations)
     require(debug is None or isinstance(debug, bool), "debug", "True, False or None", repr(debug))
     if torch.compiler.is_compiling():
         require(not debug, "debug", "None in compiled code (call once without the compiler to check)", debug)
@@ -135,7 +135,8 @@ def check_plan(q, k, plan: Plan) -> None:
     require(device is None or same_device(device, q.device), "plan", f"tensors on the device of q, {q.device}", device)
 
 
-def _scale(q, scale) -> float:
+def scale_of(q, scale: float | None) -> float:
+    """The factor of the logits, ``D ** -0.5`` where none is given."""
     require_tensor("q", q, (4,), "(B, S, H, D)")
     if scale is None:
         return q.shape[-1] ** -0.5
@@ -174,7 +175,7 @@ class Choice:
 
 def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     """Pick the backend. An explicit one runs or raises; ``auto`` never changes the mathematics."""
-    grad = torch.is_grad_enabled() and any(_differentiated(x) for x in (q, k, v))
+    grad = torch.is_grad_enabled() and any(differentiated(x) for x in (q, k, v))
     obstacle = triton.unsupported(q)
     if backend == "triton":
         if grad:
@@ -204,7 +205,7 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     return Choice("triton", "fused kernel, one pass", (("sdpa", "copies the keys per level"), never_eager))
 
 
-def _differentiated(x: torch.Tensor) -> bool:
+def differentiated(x: torch.Tensor) -> bool:
     """Whether reverse or forward mode follows ``x``."""
     return x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
@@ -265,7 +266,7 @@ def explain(
         An :class:`Explanation`: the backend and the reasons against the others, the segments and levels found.
     """
     modulations = _as_tuple(modulations)
-    check_tensors(q, k, v, _scale(q, scale), backend)
+    check_tensors(q, k, v, scale_of(q, scale), backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan)
     choice = choose(q, k, v, plan, backend)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Real
+from typing import NamedTuple, Optional
 
 import torch
+from torch import Tensor
 
 from . import debug as debugging
-from .api import attention, check_plan, check_tensors, choose, no_autocast
-from .backends import triton
+from .api import attention, check_plan, check_tensors, choose, differentiated, no_autocast, scale_of
+from .backends import sdpa, triton
 from .checks import require, require_tensor
+from .ops import plan_from
 from .planning import Plan
 
 
 class Norm(NamedTuple):
     """RMS norm over the head dim: ``weight (D,) * x / sqrt(mean(x**2) + eps)``; None weighs all channels by 1."""
 
-    weight: torch.Tensor | None
+    weight: Tensor | None
     eps: float
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """``x (..., D)`` normalised in float32 (float64 for such inputs), rounded once to its dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
@@ -30,17 +34,23 @@ class Norm(NamedTuple):
 class Stream(NamedTuple):
     """Tokens projected together: ``q (B, S, H, D)``, ``k, v (B, S, Hkv, D)``, any strides, and the norms of q and k."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     norm_q: Norm | None = None
     norm_k: Norm | None = None
 
 
-def join(streams: Sequence[Stream]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def join(streams: Sequence[Stream]) -> tuple[Tensor, Tensor, Tensor]:
     """``q, k, v (B, S, heads, D)`` of all streams, normalised, in the order given."""
-    parts = [(q if nq is None else nq(q), k if nk is None else nk(k), v) for q, k, v, nq, nk in streams]
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(some, dim=1) for some in zip(*parts, strict=True))
+    q = [s.q if s.norm_q is None else s.norm_q(s.q) for s in streams]
+    k = [s.k if s.norm_k is None else s.norm_k(s.k) for s in streams]
+    return _cat(q), _cat(k), _cat([s.v for s in streams])
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Joined along the tokens; a single part as it is, since ``torch.cat`` would copy it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def joint_attention(
@@ -49,89 +59,141 @@ def joint_attention(
     plan: Plan,
     scale: float | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """:func:`fastrope.attention` of ``join(streams)``; where the fused kernels run, in fewer passes over q and k.
 
     There, one kernel reads each stream as the projections left it, normalises in float32, rotates, weighs, makes the
     key copies of all levels and writes the joint sequence, rounding once where separate steps round up to three times.
-    Elsewhere the streams are joined first. What counts is that q and k of one or two streams are normalised, are not
-    rotated yet, and that no query has a scale of its own (then its q is joined first).
+    Elsewhere the streams are joined first: for more than two streams, streams without norms, inputs or weights that
+    are differentiated, and in debug mode. Queries with a scale of their own are joined first, too, their keys are not.
 
     Args:
-        streams: tokens of the joint sequence, in order, such as ``[text, image]``.
+        streams: tokens of the joint sequence, in order, such as ``[text, image]``; one without tokens counts for
+            nothing.
         plan: of the joint sequence, with a rope that is not ``applied`` where norms are given.
         scale, backend: as in :func:`fastrope.attention`.
 
     Returns:
-        ``(B, S, H, D)`` in the dtype of v.
+        ``(B, S, H, D)`` in the dtype of v, contiguous.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: the backend asked for cannot run this call.
     """
     _check(streams, plan)
-    if torch.compiler.is_compiling() or not _fuses(streams, plan, backend):
+    scale = scale_of(streams[0].q, scale)
+    streams = [s for s in streams if s.q.shape[1]] or streams[:1]
+    if not _fuses(streams, plan, scale, backend):
         return attention(*join(streams), plan=plan, scale=scale, backend=backend)
+    q, k, v, norms_q, norms_k = zip(*streams, strict=True)
+    norms = norms_q + norms_k
+    weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
+    tensors = list(plan.tensors.values())
+    return streamed_attention(list(q), list(k), list(v), weights, eps, tensors, plan.spec_string, scale, backend)
+
+
+def _fuses(streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -> bool:
+    """Whether the fused prologue takes this call as it is; for traced calls, whether it takes it if triton runs it."""
+    normed = all(s.norm_q is not None and s.norm_k is not None for s in streams)
+    if len(streams) > 2 or not normed or not {"query_cos", "key_cos"} <= plan.tensors.keys():
+        return False
+    tensors = [x for s in streams for x in (s.q, s.k, s.v, s.norm_q.weight, s.norm_k.weight) if x is not None]
+    if torch.compiler.is_compiling():
+        return backend != "eager" and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    if debugging.enabled(None) or (torch.is_grad_enabled() and any(differentiated(x) for x in tensors)):
+        return False
+    q, k, v, *_ = streams[0]
+    check_tensors(q, k, v, scale, backend)
+    return choose(q, k, v, plan, backend).backend == "triton"
+
+
+@torch.library.custom_op("fastrope::joint_attention", mutates_args=())
+def streamed_attention(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    weights: Sequence[Optional[Tensor]],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    eps: Sequence[float],
+    tensors: Sequence[Tensor],
+    spec: str,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """:func:`joint_attention` of one or two streams. ``weights`` and ``eps`` are those of the norms of all q, then of
+    all k; the plan comes as ``list(plan.tensors.values())`` and ``plan.spec_string``. Forward only."""
+    plan, weights = plan_from(tensors, spec), list(weights)
+    _check_parts(q, k, v, plan, scale, backend)
+    norms = [Norm(*each) for each in zip(weights, eps, strict=True)]
+    streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
+    with torch.no_grad(), no_autocast(v[0].device):
+        if choose(q[0], k[0], v[0], plan, backend).backend == "triton":
+            own = plan.spec.continuous > 0
+            queries = _cat([s.norm_q(s.q) for s in streams]) if own else _streamed(q, norms[: len(q)])
+            return triton.run(queries, _streamed(k, norms[len(q) :]), _cat(v), plan, scale)[0].contiguous()
+        return sdpa.run(*join(streams), plan, scale)[0].contiguous()
+
+
+@streamed_attention.register_fake
+def _(q, k, v, weights, eps, tensors, spec, scale, backend):
+    _check_parts(q, k, v, plan_from(tensors, spec), scale, backend)
+    batch, _, heads, dim = q[0].shape
+    return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, dim))
+
+
+def _streamed(parts: Sequence[Tensor], norms: Sequence[Norm]):
+    """What the kernels read in the place of a joint sequence."""
     from .kernels import Streams
 
-    def streamed(name: str) -> Streams:
-        parts = tuple(getattr(s, name) for s in streams)
-        norms = tuple(getattr(s, f"norm_{name}") for s in streams)
-        weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
-        return Streams(parts, tuple(w.contiguous() for w in weights), tuple(n.eps for n in norms))
+    weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
+    return Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(n.eps for n in norms))
 
-    k, v = streamed("k"), torch.cat([s.v for s in streams], dim=1)
-    q = torch.cat([s.norm_q(s.q) for s in streams], dim=1) if plan.spec.continuous else streamed("q")
-    check_plan(q, k, plan)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    with no_autocast(v.device):
-        return triton.run(q, k, v, plan, scale)[0]
+
+# ---- validation -----------------------------------------------------------------------------------------------------
 
 
 def _check(streams: Sequence[Stream], plan: Plan) -> None:
-    require(len(streams) > 0 and all(isinstance(s, Stream) for s in streams), "streams", "a list of Stream",
-            [type(s).__name__ for s in streams])  # fmt: skip
+    known = isinstance(streams, (list, tuple)) and len(streams) > 0 and all(isinstance(s, Stream) for s in streams)
+    if not known:
+        several = isinstance(streams, (list, tuple)) and not isinstance(streams, Stream)
+        received = [type(s).__name__ for s in streams] if several else type(streams).__name__
+        require(False, "streams", "a list of fastrope.Stream, at least one", received)
     require(isinstance(plan, Plan), "plan", "a Plan of fastrope.plan()", type(plan).__name__)
     first = streams[0]
     for i, s in enumerate(streams):
-        for name in ("q", "k", "v"):
-            x, like = getattr(s, name), getattr(first, name)
-            require_tensor(f"streams[{i}].{name}", x, (4,), "(B, S, heads, D)")
-            same = (x.shape[0], *x.shape[2:], x.dtype, x.device) == (
-                like.shape[0], *like.shape[2:], like.dtype, like.device
-            )  # fmt: skip
-            expected = f"batch, heads, D, dtype and device of streams[0].{name}, {tuple(like.shape)} {like.dtype} "
-            require(
-                same,
-                f"streams[{i}].{name}",
-                f"{expected}{like.device}",
-                f"{tuple(x.shape)} {x.dtype} {x.device}",
-            )
-            require(x.shape[1] == s.q.shape[1], f"streams[{i}].{name}", f"{s.q.shape[1]} tokens, as in q", x.shape[1])
-        for name, x in (("norm_q", s.q), ("norm_k", s.k)):
-            norm = getattr(s, name)
-            if norm is not None and norm.weight is not None:
-                fits = norm.weight.shape == x.shape[3:] and norm.weight.device == x.device
-                require(fits, f"streams[{i}].{name}.weight", f"({x.shape[3]},) on {x.device}",
-                        f"{tuple(norm.weight.shape)} on {norm.weight.device}")  # fmt: skip
+        for name, x, like in (("q", s.q, first.q), ("k", s.k, first.k), ("v", s.v, first.v)):
+            name = f"streams[{i}].{name}"
+            require_tensor(name, x, (4,), "(B, S, heads, D)")
+            if _kind(x) != _kind(like):
+                expected = f"batch, heads, D, dtype and device of streams[0], {tuple(like.shape)} {like.dtype} "
+                require(False, name, f"{expected}{like.device}", f"{tuple(x.shape)} {x.dtype} {x.device}")
+            require(x.shape[1] == s.q.shape[1], name, f"{s.q.shape[1]} tokens, as in q", x.shape[1])
+        _check_norm(f"streams[{i}].norm_q", s.norm_q, s.q)
+        _check_norm(f"streams[{i}].norm_k", s.norm_k, s.k)
     normed = any(s.norm_q is not None or s.norm_k is not None for s in streams)
     applied = plan.spec.queries_applied or plan.spec.keys_applied
     require(not (normed and applied), "plan", "a rope not applied yet, as norms come before rotation", "applied=True")
 
 
-def _fuses(streams: Sequence[Stream], plan: Plan, backend: str) -> bool:
-    """Whether the fused prologue takes this call as it is."""
-    normed = all(s.norm_q is not None and s.norm_k is not None for s in streams)
-    if len(streams) > 2 or not normed or debugging.enabled(None) or "key_cos" not in plan.tensors:
-        return False
-    q, k, v = (_telling([getattr(s, name) for s in streams]) for name in ("q", "k", "v"))
-    check_tensors(q, k, v, 1.0, backend)
-    weights = [n.weight for s in streams for n in (s.norm_q, s.norm_k) if n.weight is not None]
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
-        return False
-    return "query_cos" in plan.tensors and choose(q, k, v, plan, backend).backend == "triton"
+def _kind(x: Tensor) -> tuple:
+    return x.shape[0], x.shape[2], x.shape[3], x.dtype, x.device
 
 
-def _telling(parts: list[torch.Tensor]) -> torch.Tensor:
-    """A part to judge the call by: one that is differentiated, if any is."""
-    return next((x for x in parts if x.requires_grad), parts[0])
+def _check_norm(name: str, norm: Norm | None, x: Tensor) -> None:
+    if norm is None:
+        return
+    require(isinstance(norm, Norm), name, "a fastrope.Norm or None", type(norm).__name__)
+    eps, weight = norm.eps, norm.weight
+    ok = isinstance(eps, Real) and not isinstance(eps, bool) and 0 <= eps < math.inf
+    require(ok, f"{name}.eps", "a finite number, not negative", repr(eps))
+    if weight is None:
+        return
+    require_tensor(f"{name}.weight", weight, (1,), "(D,)")
+    if weight.shape[0] != x.shape[3] or weight.device != x.device or not weight.is_floating_point():
+        received = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+        require(False, f"{name}.weight", f"({x.shape[3]},) floating point on {x.device}", received)
+
+
+def _check_parts(q, k, v, plan: Plan, scale: float, backend: str) -> None:
+    """What the op checks by itself: a graph may be handed other tensors than it was made with."""
+    check_tensors(q[0], k[0], v[0], scale, backend)
+    check_plan(*(parts[0][:, :1].expand(-1, sum(x.shape[1] for x in parts), -1, -1) for parts in (q, k)), plan)

@@ -24,7 +24,7 @@ from .rope import RoPE
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-def _plan_from(tensors: Sequence[Tensor], spec: str) -> Plan:
+def plan_from(tensors: Sequence[Tensor], spec: str) -> Plan:
     parsed = PlanSpec.from_string(spec)
     return Plan(parsed, spec, dict(zip(parsed.tensor_names, tensors, strict=True)))
 
@@ -57,7 +57,7 @@ def planned_attention(
     """:func:`fastrope.attention` of a plan given as ``list(plan.tensors.values())`` and ``plan.spec_string``."""
     from . import api
 
-    prepared = _plan_from(tensors, spec)
+    prepared = plan_from(tensors, spec)
     api.check_tensors(q, k, v, scale, backend)
     api.check_plan(q, k, prepared)
     with torch.no_grad(), api.no_autocast(q.device):
@@ -71,7 +71,7 @@ def _(q, k, v, tensors, spec, scale, return_lse, backend):
     from . import api
 
     api.check_tensors(q, k, v, scale, backend)
-    api.check_plan(q, k, _plan_from(tensors, spec))
+    api.check_plan(q, k, plan_from(tensors, spec))
     return _empty_outputs(q, return_lse)
 
 
@@ -87,7 +87,7 @@ def planned_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`planned_attention` in q, k, v."""
-    return _recompute_gradients(grad_out, grad_lse, q, k, v, _plan_from(tensors, spec), scale)
+    return _recompute_gradients(grad_out, grad_lse, q, k, v, plan_from(tensors, spec), scale)
 
 
 @planned_attention_backward.register_fake

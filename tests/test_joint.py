@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from numerics import (
+    DEVICE,
     axial,
     draw,
     every_modulation,
@@ -15,24 +18,35 @@ from numerics import (
     skip_unless_runnable,
     uniform,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrope as fr
+from fastrope import joint
 from fastrope.backends import triton
 from fastrope.tolerance import measure
 
-TEXT, IMAGE, HEADS, KEY_HEADS, DIM = 9, 25, 2, 1, 16
+TEXT, IMAGE, DIM = 9, 25, 16
 
 
-def streams(dtype: torch.dtype, lengths=(TEXT, IMAGE), batch: int = 2, layout: str = "fused", weighted: bool = True):
+def streams(
+    dtype: torch.dtype = torch.float32,
+    lengths: Sequence[int] = (TEXT, IMAGE),
+    batch: int = 2,
+    dim: int = DIM,
+    layouts: Sequence[str] = ("fused", "fused"),
+    weights: Sequence[torch.dtype | None] | None = None,
+    heads: tuple[int, int] = (2, 1),
+) -> list[fr.Stream]:
+    """One stream per length, everything drawn; ``weights`` the dtype of each stream's norms, None for no weights;
+    ``heads`` of queries and of keys."""
     g = generator(3)
     found = []
     for n, length in enumerate(lengths):
-        q = draw(g, batch, length, HEADS, DIM, dtype=dtype)
-        k, v = (draw(g, batch, length, KEY_HEADS, DIM, dtype=dtype) for _ in range(2))
-        norms = [
-            fr.Norm(uniform(g, DIM, low=0.5, high=1.5).to(dtype) if weighted else None, 10.0**-n) for _ in range(2)
-        ]
-        found.append(fr.Stream(3 * lay_out(q, layout), 0.2 * lay_out(k, layout), v, *norms))
+        q = draw(g, batch, length, heads[0], dim, dtype=dtype)
+        k, v = (draw(g, batch, length, heads[1], dim, dtype=dtype) for _ in range(2))
+        kind, drawn = dtype if weights is None else weights[n], uniform(g, 2, dim, low=0.5, high=1.5)
+        norms = [fr.Norm(None if kind is None else w.to(kind), 10.0**-n) for w in drawn]
+        found.append(fr.Stream(*(lay_out(x, layouts[n]) for x in (3 * q, 0.2 * k, v)), *norms))
     return found
 
 
@@ -52,6 +66,14 @@ def exact(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(torch.cat(x, dim=1) for x in (q, k, v))
 
 
+def a_plan(length: int = TEXT + IMAGE, dim: int = DIM, pairing: str = "interleaved", **more) -> fr.Plan:
+    return fr.plan(rope=axial(grid(length, min(TEXT, length // 2)), dim, pairing), **more)
+
+
+def group(length: int = TEXT + IMAGE) -> list:
+    return [fr.BiasDelta(1.0, 0.8, keys=slice(length // 3, None))]
+
+
 def watched(monkeypatch) -> list[bool]:
     """Whether each run of the kernels was handed streams."""
     calls, run = [], triton.run
@@ -61,43 +83,137 @@ def watched(monkeypatch) -> list[bool]:
     return calls
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    ("kind", "pairing"), [(None, "half"), ("levels", "interleaved"), ("levels", "half"), ("distinct", "interleaved")]
-)
-def test_streams_equal_the_steps_one_by_one(dtype, kind, pairing, monkeypatch):
+def check(parts, plan: fr.Plan, monkeypatch) -> torch.Tensor:
+    """The kernels' answer, which must come from streams and be as good as the reference in the dtype of the call."""
     skip_unless_runnable("triton")
-    parts, length, g = streams(dtype), TEXT + IMAGE, generator(4)
-    modulations = every_modulation(g, length, length, DIM, kind) if kind else []
-    plan = fr.plan(
-        rope=axial(grid(length, TEXT), DIM, pairing), modulations=modulations, key_mask=key_masks(g, "row", 2, length)
-    )
     calls = watched(monkeypatch)
     out = fr.joint_attention(parts, plan=plan, backend="triton")
     assert calls == [True]
+    assert out.is_contiguous()
+    assert out.dtype == parts[0].v.dtype
     reference = fr.attention(*exact(parts), plan=plan, backend="eager")
-    low = fr.joint_attention(parts, plan=plan, backend="eager")
-    found = measure(out, reference, low)
+    found = measure(out, reference, fr.joint_attention(parts, plan=plan, backend="eager"))
     assert found.passed, found
+    return out
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "padded"])
-@pytest.mark.parametrize("lengths", [(58,), (1, 57), (30, 28)])
-def test_lengths_strides_and_missing_weights(layout, lengths, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "pairing", "dtype"),
+    [
+        (None, "half", torch.float16),
+        ("levels", "interleaved", torch.float16),
+        ("levels", "half", torch.float32),
+        ("distinct", "interleaved", torch.float16),
+        ("distinct", "half", torch.float32),
+    ],
+)
+def test_streams_equal_the_steps_one_by_one(kind, pairing, dtype, monkeypatch):
+    length, g = TEXT + IMAGE, generator(4)
+    modulations = every_modulation(g, length, length, DIM, kind) if kind else []
+    plan = a_plan(pairing=pairing, modulations=modulations, key_mask=key_masks(g, "row", 2, length))
+    check(streams(dtype), plan, monkeypatch)
+
+
+@pytest.mark.parametrize(("dim", "pairing"), [(80, "interleaved"), (96, "half"), (128, "half")])
+def test_head_dims_and_blocks(dim, pairing, monkeypatch):
+    """Blocks of 16 tokens in one stream, across the seam, in the other, and short at the end; padded channels."""
+    length, g = 55, generator(5)
+    scale = torch.ones(length, dtype=torch.float64, device=DEVICE)
+    scale[::3] = 0.65
+    modulations = [
+        fr.QueryScale(scale, keys=slice(30, None)),
+        fr.BandWeight(uniform(g, dim // 2, low=0.25, high=1.4), keys=slice(10, None)),
+    ]
+    plan = a_plan(length, dim, pairing, modulations=modulations)
+    check(streams(torch.float16, (20, 35), 1, dim, ("padded", "fused"), heads=(1, 1)), plan, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "layouts"),
+    [
+        ((58,), ("transposed",)),
+        ((1, 57), ("expanded", "padded")),
+        ((57, 1), ("heads_first", "transposed")),
+        ((30, 28), ("contiguous", "expanded")),
+    ],
+)
+def test_lengths_and_strides(lengths, layouts, monkeypatch):
+    parts = streams(lengths=lengths, layouts=layouts, heads=(4, 2))
+    check(parts, a_plan(58, modulations=group(58)), monkeypatch)
+
+
+@pytest.mark.parametrize("weights", [(None, None), (None, torch.float32), (torch.float64, torch.bfloat16)])
+def test_weights_of_any_dtype_or_none(weights, monkeypatch):
+    check(streams(torch.float16, weights=weights), a_plan(modulations=group()), monkeypatch)
+
+
+def test_eps_may_be_an_integer(monkeypatch):
+    """Kernels take integers for sizes, and 1 for a constant."""
+    parts = [s._replace(norm_q=fr.Norm(None, n), norm_k=fr.Norm(None, 1 - n)) for n, s in enumerate(streams())]
+    check(parts, a_plan(), monkeypatch)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_stream_without_tokens_counts_for_nothing(empty, monkeypatch):
     skip_unless_runnable("triton")
-    parts = streams(torch.float32, lengths, batch=1, layout=layout, weighted=False)
-    plan = fr.plan(rope=axial(grid(58, 9), DIM), modulations=[fr.BiasDelta(1.0, 0.8, keys=slice(20, None))])
-    calls = watched(monkeypatch)
-    out = fr.joint_attention(parts, plan=plan, backend="triton")
-    assert calls == [True]
-    reference = fr.attention(*exact(parts), plan=plan, backend="eager")
-    assert measure(out, reference, fr.joint_attention(parts, plan=plan, backend="eager")).passed
+    plan = a_plan(modulations=group())
+    lengths = [TEXT + IMAGE] * 2
+    lengths[empty] = 0
+    parts = streams(lengths=lengths)
+    alone = [parts[1 - empty]]
+    for backend in ("triton", "sdpa", "eager"):
+        expected = fr.joint_attention(alone, plan=plan, backend=backend)
+        assert torch.equal(fr.joint_attention(parts, plan=plan, backend=backend), expected)
+    with pytest.raises(ValueError, match="q: expected non-empty"):
+        fr.joint_attention([parts[empty]] * 2, plan=plan)
+
+
+def test_nan_around_every_buffer_stays_out(monkeypatch):
+    """Inputs are views into NaN; every buffer the launchers allocate starts as NaN; masked keys may hold anything."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    length, g = TEXT + IMAGE, generator(4)
+    mask = key_masks(g, "random", 2, length)
+    parts = streams(layouts=("padded", "padded"))
+    clean = [s._replace(k=s.k.clone(), v=s.v.clone()) for s in parts]
+    for s, here in zip(parts, mask.split([TEXT, IMAGE], dim=1), strict=True):
+        s.k[~here], s.v[~here] = torch.nan, torch.inf
+    for kind in ("levels", "distinct"):
+        plan = a_plan(modulations=every_modulation(generator(6), length, length, DIM, kind), key_mask=mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", poisoned)
+            out = fr.joint_attention(parts, plan=plan, backend="triton")
+        reference = fr.attention(*exact(clean), plan=plan, backend="eager")
+        assert measure(out, reference, fr.joint_attention(clean, plan=plan, backend="eager")).passed
+
+
+@pytest.mark.skipif(not triton.interpreted(), reason="runs interpreted kernels on CPU tensors")
+def test_offsets_beyond_32_bits():
+    """Tokens so far apart that token * stride leaves int32, in either stream: lazily allocated buffers."""
+    stride, near = 2**30, streams(torch.float16, (3, 4), batch=1, layouts=("contiguous",) * 2)
+    far = []
+    for s in near:
+        moved = []
+        for x in (s.q, s.k, s.v):
+            try:
+                buffer = torch.empty((x.shape[1] - 1) * stride + x[0, 0].numel(), dtype=x.dtype)
+            except RuntimeError:
+                pytest.skip("the system refuses to reserve the address space")
+            moved.append(buffer.as_strided(x.shape, (0, stride, x.shape[3], 1)).copy_(x))
+        far.append(s._replace(q=moved[0], k=moved[1], v=moved[2]))
+    for modulations in ([], group(7)):
+        plan = a_plan(7, modulations=modulations)
+        expected = fr.joint_attention(near, plan=plan, backend="triton")
+        assert torch.equal(fr.joint_attention(far, plan=plan, backend="triton"), expected)
 
 
 def test_elsewhere_streams_are_joined_first(monkeypatch):
-    plan = fr.plan(rope=axial(grid(TEXT + IMAGE, TEXT), DIM))
-    parts = streams(torch.float32)
-    expected = fr.attention(*exact(parts), plan=plan, backend="eager").float()
+    parts = streams()
+    expected = fr.attention(*exact(parts), plan=a_plan(), backend="eager").float()
     calls = watched(monkeypatch)
     three = [s._replace(q=s.q[:, :4], k=s.k[:, :4], v=s.v[:, :4]) for s in parts]
     bare = [s._replace(norm_q=None) for s in parts]
@@ -105,43 +221,157 @@ def test_elsewhere_streams_are_joined_first(monkeypatch):
         if backend == "triton":
             skip_unless_runnable("triton")
         length = sum(s.q.shape[1] for s in given)
-        out = fr.joint_attention(given, plan=fr.plan(rope=axial(grid(length, TEXT), DIM)), backend=backend)
+        out = fr.joint_attention(given, plan=a_plan(length), backend=backend)
         if given is parts:
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        else:
+            joined = fr.attention(*joint.join(given), plan=a_plan(length), backend=backend)
+            assert torch.equal(out, joined)
     assert calls
     assert not any(calls)
 
 
-def test_gradients_reach_streams_and_weights():
-    parts = streams(torch.float32, batch=1)
-    plan = fr.plan(rope=axial(grid(TEXT + IMAGE, TEXT), DIM))
-    weight = parts[1].norm_k.weight.clone().requires_grad_()
-    parts[1] = parts[1]._replace(norm_k=fr.Norm(weight, parts[1].norm_k.eps))
-    fr.joint_attention(parts, plan=plan).square().sum().backward()
-    assert weight.grad.abs().sum() > 0
+def test_a_single_stream_is_not_copied(monkeypatch):
+    """The values of FLUX's single-stream blocks are read where the projection left them."""
+    skip_unless_runnable("triton")
+    (part,) = streams(lengths=(34,))
+    seen, run = [], triton.run
+    monkeypatch.setattr(triton, "run", lambda q, k, v, *rest: seen.append((k.parts[0], v)) or run(q, k, v, *rest))
+    fr.joint_attention([part], plan=a_plan(), backend="triton")
+    ((k, v),) = seen
+    assert (k.data_ptr(), v.data_ptr()) == (part.k.data_ptr(), part.v.data_ptr())
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("where", ["q", "v", "weight"])
+def test_gradients_reach_streams_and_weights(where, backend):
+    """Of the second stream alone, against the definition."""
+    parts, plan = streams(batch=1), a_plan(modulations=group())
+    leaf = (parts[1].norm_k.weight if where == "weight" else getattr(parts[1], where)).clone().requires_grad_()
+    change = {"norm_k": fr.Norm(leaf, parts[1].norm_k.eps)} if where == "weight" else {where: leaf}
+    parts[1] = parts[1]._replace(**change)
+    if backend == "triton":
+        with pytest.raises(NotImplementedError, match="forward only"):
+            fr.joint_attention(parts, plan=plan, backend="triton")
+        return
+    (found,) = torch.autograd.grad(fr.joint_attention(parts, plan=plan).square().sum(), leaf)
+    (expected,) = torch.autograd.grad(fr.attention(*exact(parts), plan=plan, backend="eager").square().sum(), leaf)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_forward_mode_is_not_dropped():
+    """A tangent in one stream alone."""
+    parts, plan = streams(batch=1), a_plan()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(parts[1].k, torch.ones_like(parts[1].k))
+        parts[1] = parts[1]._replace(k=dual)
+        with pytest.raises(NotImplementedError, match="forward only"):
+            fr.joint_attention(parts, plan=plan, backend="triton")
+
+
+# ---- compilers -------------------------------------------------------------------------------------------------------
+
+
+def arguments(parts, plan: fr.Plan, backend: str) -> tuple:
+    norms = [s.norm_q for s in parts] + [s.norm_k for s in parts]
+    lists = [[getattr(s, name) for s in parts] for name in ("q", "k", "v")]
+    weights, eps = zip(*norms, strict=True)
+    return *lists, list(weights), list(eps), list(plan.tensors.values()), plan.spec_string, 0.25, backend
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_opcheck(backend):
+    skip_unless_runnable(backend)
+    given = arguments(streams(lengths=(3, 4), weights=(None, torch.float32)), a_plan(7, modulations=group(7)), backend)
+    torch.library.opcheck(joint.streamed_attention, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_streams_compile_into_one_graph():
+    """One opaque op, also where the kernels run; norms and weights are inputs of the graph."""
+    skip_unless_runnable("triton")
+    plan = a_plan(modulations=group())
+
+    def attend(q, k, v, weight, backend):
+        first = fr.Stream(q[:, :TEXT], k[:, :TEXT], v[:, :TEXT], fr.Norm(weight, 1e-6), fr.Norm(None, 1e-6))
+        last = fr.Stream(q[:, TEXT:], k[:, TEXT:], v[:, TEXT:], fr.Norm(weight + 1, 1e-6), fr.Norm(weight, 1e-5))
+        return fr.joint_attention([first, last], plan=plan, backend=backend) * 2
+
+    q, k, v = (torch.cat(x, dim=1) for x in list(zip(*streams(), strict=True))[:3])
+    weight = torch.linspace(0.5, 1.5, DIM, device=DEVICE)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for backend in ("auto", "triton"):
+        torch.testing.assert_close(compiled(q, k, v, weight, backend), attend(q, k, v, weight, backend))
+    leaf = k.clone().requires_grad_()
+    grads = [torch.autograd.grad(f(q, leaf, v, weight, "auto").sum(), leaf)[0] for f in (compiled, attend)]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(Exception, match="eager"):
+        compiled(q, k, v, weight, "eager")
+
+
+def test_fake_tensors_pass_through():
+    skip_unless_runnable("triton")
+    plan = a_plan()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        parts = [s._replace(q=mode.from_tensor(s.q), k=mode.from_tensor(s.k), v=mode.from_tensor(s.v))
+                 for s in streams(layouts=("contiguous",) * 2)]  # fmt: skip
+        out = fr.joint_attention(parts, plan=plan, backend="triton")
+    assert out.shape == (2, TEXT + IMAGE, 2, DIM)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def with_norm(s: list[fr.Stream], norm) -> list[fr.Stream]:
+    return [s[0], s[1]._replace(norm_k=norm)]
 
 
 BAD = {
-    "no streams": (lambda s: [], "streams: expected"),
+    "no streams": (lambda s: [], r"streams: expected .*, received \[\]"),
+    "one stream": (lambda s: s[0], "streams: expected a list of fastrope.Stream, at least one, received Stream"),
+    "tuples": (lambda s: [tuple(s[0])], r"streams: expected .*, received \['tuple'\]"),
     "other heads": (lambda s: [s[0], s[1]._replace(q=s[1].q[:, :, :1])], r"streams\[1\].q: expected"),
     "other dtype": (lambda s: [s[0], s[1]._replace(v=s[1].v.half())], r"streams\[1\].v: expected"),
+    "other batch": (lambda s: [s[0], s[1]._replace(k=s[1].k[:1])], r"streams\[1\].k: expected"),
     "other length": (lambda s: [s[0]._replace(v=s[0].v[:, 1:]), s[1]], r"streams\[0\].v: expected 9 tokens"),
-    "weights": (
-        lambda s: [s[0]._replace(norm_q=fr.Norm(torch.ones(3), 1e-6)), s[1]], r"streams\[0\].norm_q.weight: expected"
-    ),
+    "weights": (lambda s: with_norm(s, fr.Norm(torch.ones(3), 1e-6)), r"streams\[1\].norm_k.weight: expected \(16,\)"),
+    "whole weights": (lambda s: with_norm(s, fr.Norm(torch.ones(DIM).long(), 1e-6)), r"norm_k.weight: .* floating"),
+    "listed weights": (lambda s: with_norm(s, fr.Norm([1.0] * DIM, 1e-6)), r"norm_k.weight: expected a torch.Tensor"),
+    "a module": (lambda s: with_norm(s, torch.nn.RMSNorm(DIM)), r"norm_k: expected a fastrope.Norm or None, .*RMSNorm"),
+    "no eps": (lambda s: with_norm(s, fr.Norm(None, None)), r"norm_k.eps: expected a finite number, .* received None"),
+    "negative eps": (lambda s: with_norm(s, fr.Norm(None, -1e-6)), r"norm_k.eps: expected"),
     "plan": (lambda s: s[:1], "q: expected 34 tokens"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_streams_are_named(case):
+def test_bad_streams_are_named(case, backend):
+    if backend == "triton":
+        skip_unless_runnable("triton")
     change, message = BAD[case]
-    plan = fr.plan(rope=axial(grid(TEXT + IMAGE, TEXT), DIM))
     with pytest.raises(ValueError, match=message):
-        fr.joint_attention(change(streams(torch.float32)), plan=plan)
+        fr.joint_attention(change(streams()), plan=a_plan(), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scale": torch.nan}, "scale: expected a finite number"),
+        ({"scale": "1"}, "scale: expected a number"),
+        ({"backend": "flash"}, "backend: expected one of"),
+        ({"plan": None}, "plan: expected a Plan"),
+    ],
+)
+def test_bad_arguments_are_named(given, message):
+    skip_unless_runnable("triton")
+    with pytest.raises(ValueError, match=message):
+        fr.joint_attention(streams(), **{"plan": a_plan(), "backend": "triton"} | given)
 
 
 def test_norms_before_a_rotation_that_is_done_are_refused():
     plan = fr.plan(rope=axial(grid(TEXT + IMAGE, TEXT), DIM, applied=True))
     with pytest.raises(ValueError, match="plan: expected a rope not applied yet"):
-        fr.joint_attention(streams(torch.float32), plan=plan)
+        fr.joint_attention(streams(), plan=plan)
