@@ -194,13 +194,15 @@ class Slot:
             )
         return self.work is None and self.probe is None
 
-    def attend_streams(self, streams: list[fr.Stream | None]) -> Tensor | None:
+    def attend_streams(self, streams: list[fr.Stream | None], mask: Tensor | None) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)`` straight from the projections where the fused prologue is for it: on a
-        GPU, or where its backend was asked for. None elsewhere, and under a probe, which looks at q and k."""
-        wanted = self.backend == "triton" or (
-            self.backend == "auto" and streams[0] is not None and streams[0].q.is_cuda
-        )
-        if not wanted or None in streams or self.probe is not None or type(self.work) is not Work:
+        GPU, or where its backend was asked for. None elsewhere, for streams that the host's own steps bring to one
+        dtype, and under a probe, which looks at q and k."""
+        if None in streams or self.probe is not None or type(self.work) is not Work:
+            return None
+        wanted = self.backend == "triton" or (self.backend == "auto" and streams[0].q.is_cuda)
+        alike = len({x.dtype for s in streams for x in (s.q, s.k, s.v)}) == 1
+        if not wanted or not alike or (mask is not None and not self.work.masked):
             return None
         return self.work.attend_streams(streams, self.backend)
 

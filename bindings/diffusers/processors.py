@@ -78,8 +78,8 @@ class BoundProcessor:
         if table is None:
             raise NotImplementedError("rotary embedding: expected the host's table in a bound layer, received None")
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self.slot.applied and mask is None:
-            out = self.slot.attend_streams([_as_projected(s) for s in streams])
+        if not compiling and not self.slot.applied:
+            out = self.slot.attend_streams([_as_projected(s) for s in streams], mask)
             if out is not None:
                 return out.flatten(2)
         q, k, v = self.prepare(streams, table if compiling or self.slot.applied else None)
@@ -255,7 +255,10 @@ def _as_norm(module, x: torch.Tensor) -> fr.Norm | None:
         return None
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
+    # Without an eps of its own, torch's norm takes one that depends on how it is computed.
+    if module.eps is None or tuple(getattr(module, "normalized_shape", x.shape[3:])) != tuple(x.shape[3:]):
+        return None
     weight = module.weight
     if weight is not None and (weight.shape != x.shape[3:] or weight.device != x.device):
         return None
-    return fr.Norm(weight, torch.finfo(x.dtype).eps if module.eps is None else module.eps)
+    return fr.Norm(weight, module.eps)

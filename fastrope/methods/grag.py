@@ -35,6 +35,9 @@ class GRAG:
     ``bias`` and ``delta`` are numbers, schedules (:mod:`fastrope.methods.schedules`), or a list with one of these per
     reference. ``GRAG(1, 1)`` modulates nothing, to the same bits.
 
+    With ``text_bias`` or ``text_delta`` set and the other dials left alone (or neutral), it also serves sequences
+    without any reference.
+
     Raises:
         ValueError: naming the argument, what was expected and what came; when asked for modulations also where the
             sequence holds no reference, or not those named.
@@ -75,12 +78,21 @@ class GRAG:
         if site not in self._active:
             return []
         count = len(site.tokens.reference_grids)
-        require(count > 0, "GRAG", "a sequence with at least one reference picture", repr(site.tokens))
+        require(
+            count > 0 or self._text_only, "GRAG", "a sequence with at least one reference picture", repr(site.tokens)
+        )
         chosen = self.references or range(count)
-        require(max(chosen) < count, "GRAG.references", f"references in [0, {count})", chosen)
+        require(all(i < count for i in chosen), "GRAG.references", f"references in [0, {count})", chosen)
         bias, delta = (self._per_reference(name, len(chosen), site) for name in ("bias", "delta"))
         text = value_at("GRAG.text_bias", self.text_bias, site), value_at("GRAG.text_delta", self.text_delta, site)
         return list(_groups(site.tokens, tuple(zip(chosen, bias, delta, strict=True)), text))
+
+    @property
+    def _text_only(self) -> bool:
+        """Whether nothing but the text's dials was set."""
+        dials = self.bias, self.delta, self.references
+        untouched = dials in ((GRAG.bias, GRAG.delta, None), (1.0, 1.0, None))
+        return untouched and (self.text_bias, self.text_delta) != (1.0, 1.0)
 
     def _per_reference(self, name: str, count: int, site: Site) -> list[float]:
         value = getattr(self, name)

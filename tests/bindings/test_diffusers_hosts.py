@@ -11,6 +11,7 @@ import fastrope as fr
 from fastrope.backends import triton as triton_backend
 
 pytest.importorskip("diffusers")
+from diffusers.models.normalization import RMSNorm
 from diffusers_hosts import (
     TEXT,
     TINY_HOSTS,
@@ -20,6 +21,8 @@ from diffusers_hosts import (
     loose_like,
     run,
 )
+
+from fastrope.bindings.diffusers import processors
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
 WITH_PIPELINE = {name: host for name, host in TINY_HOSTS.items() if host.pipeline}
@@ -350,27 +353,82 @@ def widen(value):
 # ---- from the projections to the op ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
-@pytest.mark.parametrize("name", ["flux", "qwen", "z-image"])
-def test_the_fused_prologue_equals_the_steps_of_the_host(name, monkeypatch):
-    host = TINY_HOSTS[name]
-    model, call = host.build().float(), host.call(host.layout, dtype=torch.float32)
-    mods = grag_like(host.layout)
-    with fr.apply(model, mods, backend="sdpa"):
-        expected = run(model, call)
+def watched(monkeypatch) -> list[bool]:
+    """Whether each run of the kernels was handed streams."""
     calls, kernels = [], triton_backend.run
     monkeypatch.setattr(
         triton_backend, "run", lambda q, k, *rest: calls.append(not isinstance(k, torch.Tensor)) or kernels(q, k, *rest)
     )
+    return calls
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+@pytest.mark.parametrize(
+    ("name", "masked"), [("flux", False), ("chroma", True), ("qwen", False), ("qwen", True), ("z-image", False)]
+)
+def test_the_fused_prologue_equals_the_steps_of_the_host(name, masked, monkeypatch):
+    host = TINY_HOSTS[name]
+    model, call = host.build().float(), masked_call(host)[0] if masked else host.call(host.layout)
+    call = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()}
+    call = {k: [x.float() for x in v] if k in ("x", "cap_feats") else v for k, v in call.items()}
+    mods = grag_like(host.layout)
+    with fr.apply(model, mods, backend="sdpa"):
+        expected = run(model, call)
+    calls = watched(monkeypatch)
     with fr.apply(model, mods, backend="triton"):
         assert_same(run(model, call), expected, 1e-4)
-    assert all(calls)
-    assert len(calls) == len(host.attentions(model))
-    hooked = [m.register_forward_hook(lambda *_: None) for n, m in model.named_modules() if n.endswith("norm_k")]
-    calls.clear()
+    assert calls == [True] * len(host.attentions(model))
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+def test_norms_that_are_hooked_are_called(monkeypatch):
+    """Offloading and adapters hook modules, so that their weights alone do not say what they do."""
+    host = TINY_HOSTS["z-image"]
+    model, call = host.build().float(), host.call(host.layout, dtype=torch.float32)
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("norm_k") and name.startswith("layers"):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    mods, calls = grag_like(host.layout), watched(monkeypatch)
     with fr.apply(model, mods, backend="triton"):
-        assert_same(run(model, call), expected, 1e-4)
-    assert calls
-    assert not any(calls)
-    for hook in hooked:
-        hook.remove()
+        run(model, call)
+    assert calls == [False] * len(host.attentions(model))
+    assert len(seen) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("norm", "known"),
+    [
+        (torch.nn.RMSNorm(16, eps=1e-5), True),
+        (torch.nn.RMSNorm(16, eps=1e-5, elementwise_affine=False), True),
+        (RMSNorm(16, eps=1e-5), True),
+        (torch.nn.RMSNorm(16), False),  # an eps that depends on the device
+        (torch.nn.RMSNorm((2, 16), eps=1e-5, elementwise_affine=False), False),  # over all heads
+        (RMSNorm(32, eps=1e-5), False),  # before heads are told apart
+        (RMSNorm(16, eps=1e-5, bias=True), False),
+        (torch.nn.LayerNorm(16), False),
+        (None, False),
+    ],
+)
+def test_norms_the_prologue_knows(norm, known):
+    x = torch.randn(1, 3, 2, 16)
+    found = processors._as_norm(norm, x)
+    assert (found is not None) == known
+    if known:
+        torch.testing.assert_close(found(x), norm(x))
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+def test_queries_of_another_dtype_take_the_steps_of_the_host(monkeypatch):
+    """An adapter that leaves queries wider than values: they are brought to one dtype first."""
+    host = TINY_HOSTS["qwen"]
+    model, call = host.build().half(), host.call(host.layout, dtype=torch.float16)
+    for name, module in model.named_modules():
+        if name.endswith(("to_q", "add_q_proj")):
+            module.register_forward_hook(lambda module, args, out: out.float())
+    outs, calls = [], watched(monkeypatch)
+    for backend in ("sdpa", "triton"):
+        with fr.apply(model, grag_like(host.layout), backend=backend):
+            outs.append(run(model, call))
+    assert_same(outs[1], outs[0], 1e-2)
+    assert calls == [False] * len(host.attentions(model))

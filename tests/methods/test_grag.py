@@ -37,6 +37,14 @@ def test_references_with_values_of_their_own_and_the_text():
     check(method, [(0, 0.8, 1.5), (1, 1.2, 0.7), ("text", 1.1, 0.7)], site(step=2, num_steps=5))
 
 
+def test_the_text_alone_needs_no_reference():
+    bare = fr.TokenLayout(3, (2, 2))
+    for method in (fr.GRAG(text_delta=0.7), fr.GRAG(1, 1, text_delta=0.7), fr.GRAG(text_delta=PerStep([0.7, 1.0]))):
+        first, last = (method.modulations(fr.Site(bare, step=step, num_steps=2)) for step in range(2))
+        assert [(m.bias, m.delta, m.keys) for m in first] == [(1.0, 0.7, slice(0, 3))]
+        assert len(last) == (not callable(method.text_delta))
+
+
 def test_chosen_references():
     check(fr.GRAG(1.2, 0.8, references=[1]), [(1, 1.2, 0.8)], site())
 
@@ -90,6 +98,8 @@ def test_bad_arguments_are_named(kwargs, name):
 
 @pytest.mark.parametrize(("kwargs", "tokens", "message"), [
     ({}, fr.TokenLayout(3, (2, 2)), "GRAG: expected a sequence with at least one reference picture"),
+    (dict(delta=1.2, text_delta=0.9), fr.TokenLayout(3, (2, 2)), "GRAG: expected a sequence with at least one"),
+    (dict(references=[0], text_delta=0.9), fr.TokenLayout(3, (2, 2)), "GRAG: expected a sequence with at least one"),
     (dict(references=[2]), TOKENS, r"GRAG.references: expected references in \[0, 2\), received \(2,\)"),
     (dict(delta=[1.1]), TOKENS, "GRAG.delta: expected 2 values, one per reference, received 1"),
     (dict(bias=lambda s: "x"), TOKENS, "GRAG.bias: expected a finite number from the schedule"),
