@@ -8,6 +8,7 @@ bias ``(lambda - delta) g <w q, mu>``); the loop body is that of plain attention
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import (
     LEVEL_BASE,
@@ -27,37 +28,91 @@ from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
 
 
 @triton.jit
+def load_block(
+    X, b, h, start, offs_n, valid, stride_s, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, start + BLOCK_N) of one head -> [BLOCK_N, BLOCK_D]. X points at the head, and rows that are not
+    valid are zero; or X is a descriptor of (B, H, rows, D), and rows outside the tensor are."""
+    if TMA:
+        block = tl.reshape(X.load([b, h, start, 0]), (BLOCK_N, BLOCK_D))
+    else:
+        block = load_tile(X, start, offs_n, valid, stride_s, stride_d, HEAD_DIM, BLOCK_D)
+    return block
+
+
+@triton.jit
 def attend(
     acc, l_i, m_i, q, row_scale, row_bias,
-    K, V, KEY_MASK, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MODULATED: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    K, V, KEY_MASK, b, h, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MODULATED: tl.constexpr,
+    HAS_MASK: tl.constexpr, TMA: tl.constexpr, PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of one query tile over keys [start, stop), whose rows in K lie key_shift further.
 
     Every tile is bounds-checked: a second body for the last tile takes registers that a 128-row tile does not have
-    (compiled for sm_80 and sm_90: spills).
+    (compiled for sm_80 and sm_90: spills). Pipelined, a tile's values are weighed one tile late, so that this product
+    runs while the softmax of the next tile does.
     """
+    tl.static_assert(not PIPELINED or (TMA and not HAS_MASK), "the tile before is read without a mask")
     if MODULATED:  # a row's constant is a shift of its running maximum
         m_i -= row_bias
         factor = row_scale[:, None]
     else:
         factor = row_scale
     offs_n = tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = q.dtype
+    if PIPELINED:  # the first product is of zeros; the compiler keeps weights in registers that are carried as integers
+        carried = tl.zeros([acc.shape[0], BLOCK_N], dtype=tl.int16)
+        alpha = tl.full([acc.shape[0]], 1.0, dtype=tl.float32)
     for start_n in range(start, stop, BLOCK_N):
         valid = offs_n < stop - start_n
         if HAS_MASK:
             valid = valid & (tl.load(KEY_MASK + start_n + offs_n, mask=valid, other=0) != 0)
-        k = load_tile(K, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D)
+        k = load_block(
+            K, b, h, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
+        )
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_M, BLOCK_N] float32
         qk = tl.where(valid[None, :], qk, -float("inf"))
-        p, m_i, l_i, acc = softmax_step(qk, m_i, l_i, acc, HAS_MASK)
-        # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
-        v = load_tile(V, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] float32
+        if PIPELINED:
+            v = load_block(
+                V, b, h, start_n - BLOCK_N, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
+            )
+            acc = tl.dot(carried.to(dtype, bitcast=True), v, acc * alpha[:, None])
+        p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i, HAS_MASK)
+        if PIPELINED:
+            carried = p.to(dtype).to(tl.int16, bitcast=True)
+        else:
+            # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
+            v = load_block(V, b, h, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
+            acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] float32
+    if PIPELINED:
+        last = start + (tl.cdiv(stop - start, BLOCK_N) - 1) * BLOCK_N
+        v = load_block(
+            V, b, h, last, offs_n, offs_n < stop - last, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
+        )
+        acc = tl.dot(carried.to(dtype, bitcast=True), v, acc * alpha[:, None])
     if MODULATED:
         m_i += row_bias
     return acc, l_i, m_i
+
+
+@triton.jit
+def resume(
+    acc, l_i, m_i, STATE, STATE_M, STATE_L, state, resumed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Merge what queries with a scale of their own have met in the patch kernel: rows ``state`` of its state."""
+    offs_d = tl.arange(0, BLOCK_D)
+    state_m = tl.load(STATE_M + state, mask=resumed, other=-float("inf"))
+    state_l = tl.load(STATE_L + state, mask=resumed, other=0.0)
+    m_new = tl.maximum(m_i, state_m)
+    m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha, beta = tl.exp2(m_i - m_ref), tl.exp2(state_m - m_ref)
+    state_acc = tl.load(
+        STATE + state[:, None] * HEAD_DIM + offs_d[None, :],
+        mask=resumed[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    return acc * alpha[:, None] + state_acc * beta[:, None], l_i * alpha + state_l * beta, m_new
 
 
 ATTENTION_COUNTS = (
@@ -76,7 +131,8 @@ def attention_kernel(
     num_segments, num_queries, num_keys, num_rows, heads, key_heads, scaled_keys, num_slots, continuous,
     groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SLOT_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    SLOT_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
+    PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head against all segments. num_slots is 0 where queries keep their order."""
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -84,17 +140,18 @@ def attention_kernel(
     bh = tl.program_id(0) // num_tiles
     b = (bh // heads).to(tl.int64)
     h = bh % heads
-    kv_head = (h // (heads // key_heads)).to(tl.int64)
+    kv_head = h // (heads // key_heads)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
     q_base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
-    k_base = K + b * stride_kb + kv_head * stride_kh
-    v_base = V + b * stride_vb + kv_head * stride_vh
+    if TMA:
+        k_head, v_head = K, V
+    else:
+        k_head = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
+        v_head = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
     mask_base = KEY_MASK
     if HAS_MASK:
         mask_base = KEY_MASK + b * mask_batch_stride
-    offs_d = tl.arange(0, BLOCK_D)
-    rows = offs_m
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -124,45 +181,50 @@ def attention_kernel(
             q = load_tile(view, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, row_scale, row_bias,
-                k_base, v_base, mask_base, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
-                HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, PRECISION,
+                k_head, v_head, mask_base, b.to(tl.int32), kv_head, start, stop, key_shift,
+                stride_ks, stride_kd, stride_vs, stride_vd,
+                HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, TMA, PIPELINED, PRECISION,
             )  # fmt: skip
+        state = bh.to(tl.int64) * continuous + offs_m
+        acc, l_i, m_i = resume(
+            acc, l_i, m_i, STATE, STATE_M, STATE_L, state, when(level < 0, row_mask), HEAD_DIM, BLOCK_D
+        )
     else:
-        row_mask = in_range
+        rows, row_mask = offs_m, in_range
         q = load_tile(q_base, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, log2_scale, 0.0,
-            k_base, v_base, mask_base, 0, num_keys, 0, stride_ks, stride_kd, stride_vs, stride_vd,
-            HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, PRECISION,
+            k_head, v_head, mask_base, b.to(tl.int32), kv_head, 0, num_keys, 0,
+            stride_ks, stride_kd, stride_vs, stride_vd,
+            HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, TMA, PIPELINED, PRECISION,
         )  # fmt: skip
-
-    if MODULATED:
-        # Queries with a scale of their own have met the scaled segments in the patch kernel: merge its state.
-        resumed = when(level < 0, row_mask)
-        state = bh.to(tl.int64) * continuous + offs_m
-        state_m = tl.load(STATE_M + state, mask=resumed, other=-float("inf"))
-        state_l = tl.load(STATE_L + state, mask=resumed, other=0.0)
-        m_new = tl.maximum(m_i, state_m)
-        m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
-        alpha, beta = tl.exp2(m_i - m_ref), tl.exp2(state_m - m_ref)
-        state_acc = tl.load(
-            STATE + state[:, None] * HEAD_DIM + offs_d[None, :],
-            mask=resumed[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        acc = acc * alpha[:, None] + state_acc * beta[:, None]
-        l_i = l_i * alpha + state_l * beta
-        m_i = m_new
 
     # No key left: zeros, and a log-sum-exp of -inf.
     total = tl.where(l_i == 0.0, 1.0, l_i)
     out = acc / total[:, None]
     lse = m_i * LN2 + tl.log(total)
+    offs_d = tl.arange(0, BLOCK_D)
     out_rows = (b * num_queries + rows) * heads + h
     tl.store(
         OUT + out_rows[:, None] * HEAD_DIM + offs_d[None, :], out.to(OUT.dtype.element_ty),
         mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :],
     )  # fmt: skip
     tl.store(LSE + bh.to(tl.int64) * num_queries + rows, lse, mask=row_mask)
+
+
+def describable(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can say where ``x (B, H, R, D)`` lies: unit channels, the rest in multiples of 16
+    bytes, nothing expanded."""
+    apart = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    fits = all(0 < stride < 2**40 and stride % 16 == 0 for stride in apart)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and fits
+
+
+def descriptor(x: torch.Tensor, config: LaunchConfig) -> TensorDescriptor:
+    """``x (B, H, R, D)`` in tiles of keys; the stride of an axis of length 1 is free, and made a legal one."""
+    row = -(-x.shape[3] * x.element_size() // 16) * 16 // x.element_size()
+    strides = [stride if size > 1 else row for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, config.block_n, config.block_d])
 
 
 def fused_attention(
@@ -191,6 +253,7 @@ def fused_attention(
         state: ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)`` float32 of the continuous slots, or None.
         scale: factor of the logits.
         dtype: of the output.
+        config: with ``tma``, k and v must be :func:`describable` and there is no ``key_mask``.
 
     Returns:
         out ``(B, Sq, H, D)`` and lse ``(B, H, Sq)`` float32, natural log.
@@ -202,15 +265,16 @@ def fused_attention(
     # Pointers of the right type stand in for tables whose loads are all masked off.
     bias, groups, gains, mask = (lse if x is None else x for x in (bias, t.groups, t.gains, key_mask))
     slots, slot_level = (t.segments, t.segments) if t.slots is None else (t.slots, t.slot_level)
+    keys, values = (descriptor(x, config) for x in (k, v)) if config.tma else (k, v)
     attention_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        q, k, v, out, lse, t.segments, bias, groups, gains, mask, slots, slot_level, *(state or (lse, lse, lse)),
-        *q.stride(), *k.stride(), *v.stride(),
+        q, keys, values, out, lse, t.segments, bias, groups, gains, mask, slots, slot_level,
+        *(state or (lse, lse, lse)), *q.stride(), *k.stride(), *v.stride(),
         t.segments.shape[0], num_queries, num_keys, rows, heads, k.shape[1], t.scaled_keys,
         0 if t.slots is None else t.slots.shape[1], t.continuous,
         batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), batch_stride(t.slots),
         batch_stride(t.slot_level), scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SLOT_TILE=SLOT_TILE,
-        MODULATED=tables is not None, HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        MODULATED=tables is not None, HAS_MASK=key_mask is not None, TMA=config.tma, PIPELINED=config.pipelined,
+        PRECISION=precision(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

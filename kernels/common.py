@@ -136,14 +136,13 @@ def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, num_queries, 
 
 
 @triton.jit
-def softmax_step(qk, m_i, l_i, acc, MASKED: tl.constexpr):
-    """Online softmax in base 2: probabilities of one tile, and the running state brought to its maximum."""
+def softmax_step(qk, m_i, l_i, MASKED: tl.constexpr):
+    """Online softmax in base 2: weights of one tile, the factor that brings what was summed before to the new maximum,
+    and the running state."""
     m_new = tl.maximum(m_i, tl.max(qk, 1))
     m_ref = m_new
     if MASKED:  # a row without any key so far has m = -inf, and -inf - -inf is not a number
         m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
     p = tl.exp2(qk - m_ref[:, None])
     alpha = tl.exp2(m_i - m_ref)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    return p, m_new, l_i, acc
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)

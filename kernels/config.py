@@ -15,7 +15,10 @@ from functools import partial
 import torch
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-KERNELS = ("attention", "attention_modulated", "attention_parts", "patches", "pack", "queries", "means")
+LOOPS = ("attention", "attention_modulated", "attention_parts")
+TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
+TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
+KERNELS = (*LOOPS, *TMA_LOOPS, "patches", "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 # Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
@@ -24,13 +27,16 @@ SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 23
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes in tokens and (padded) channels, warps and software-pipeline stages of one launch."""
+    """Tile sizes in tokens and (padded) channels, warps and software-pipeline stages of one launch; whether keys and
+    values come through tensor descriptors, and whether the loop weighs values one tile late."""
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    pipelined: bool = False
 
 
 def current_arch(device: torch.device) -> str:
@@ -76,9 +82,9 @@ def override(kernel: str, **fields: int) -> Iterator[None]:
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, received {kernel!r}")
-    known = tuple(LaunchConfig.__dataclass_fields__)
-    if not set(fields) <= set(known) - {"block_d"}:
-        raise ValueError(f"override: expected fields of {known} but block_d, received {tuple(fields)}")
+    known = tuple(name for name in LaunchConfig.__dataclass_fields__ if name not in ("block_d", "tma"))
+    if not set(fields) <= set(known):
+        raise ValueError(f"override: expected fields of {known}, received {tuple(fields)}")
     if fields.get("block_m", 128) not in (16, 32, 64, 128):
         raise ValueError(f"block_m: expected a power of two from 16 to 128, received {fields['block_m']}")
     token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), kernel: fields})
@@ -86,6 +92,11 @@ def override(kernel: str, **fields: int) -> Iterator[None]:
         yield
     finally:
         _OVERRIDES.reset(token)
+
+
+def ships(kernel: str, arch: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`select` has a configuration: all but loops with descriptors, which are for few architectures."""
+    return kernel not in TMA_LOOPS or (arch in TMA_ARCHS and dtype != torch.float32)
 
 
 def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
@@ -104,9 +115,11 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchC
             f"launch: expected a kernel of {KERNELS}, an architecture of {ARCHS}, float32, float16 or bfloat16 and "
             f"a head dim from 16 to 256, received {kernel!r}, {arch!r}, {dtype}, {head_dim}"
         )
+    if not ships(kernel, arch, dtype):
+        raise ValueError(f"launch: expected one of {TMA_ARCHS} and 16 bits for {kernel!r}, received {arch!r}, {dtype}")
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
-    if kernel.startswith("attention") and head_dim < block_d == 128 and dtype != torch.float32 and arch != "gfx942":
+    if kernel in LOOPS and head_dim < block_d == 128 and dtype != torch.float32 and arch != "gfx942":
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
     fields = (_OVERRIDES.get() or {}).get(kernel)
     return replace(config, **fields) if fields else config
@@ -152,6 +165,19 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
 
 
+# Query rows, keys, warps, stages and whether pipelined. With descriptors addresses take no registers, which leaves them
+# for weights that are carried to the next tile; at 256 channels the plain loop would wait for its products one by one.
+_TMA = {
+    "attention_tma": ((128, 128, 8, 3, True), (128, 64, 8, 4, True), (128, 64, 8, 2, False)),
+    "attention_modulated_tma": ((128, 128, 8, 3, True), (128, 64, 8, 4, True), (64, 64, 8, 2, True)),
+}
+
+
+def _tma(loop: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    block_m, block_n, num_warps, num_stages, pipelined = _TMA[loop][max(block_d, 64).bit_length() - 7]
+    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, tma=True, pipelined=pipelined)
+
+
 def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     """``block_n`` is the keys of a patch weighed at once: all 64, but for float32 with its operands in registers."""
     if not float32:
@@ -178,5 +204,6 @@ def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 _SELECTORS = {
     "attention": partial(_fused, _PLAIN_16_BIT), "attention_modulated": partial(_fused, _MODULATED_16_BIT),
     "attention_parts": partial(_fused, _PARTS_16_BIT),
+    **{loop: partial(_tma, loop) for loop in TMA_LOOPS},
     "patches": _patches, "pack": _pack, "queries": _queries, "means": _means,
 }  # fmt: skip

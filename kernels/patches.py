@@ -205,9 +205,9 @@ def patch_kernel(
                 qk = tl.dot((y * cos_c + x * sin_c).to(k_y.dtype), k_y, qk, input_precision=PRECISION)
 
             qk = tl.where(flat[None, :], qk * row_scale[:, None] + row_bias[:, None], -float("inf"))
-            p, m_i, l_i, acc = softmax_step(qk, m_i, l_i, acc, HAS_MASK)
+            p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i, HAS_MASK)
             acc = weigh_values(
-                acc, p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
+                acc * alpha[:, None], p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
                 HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // PATCH, PRECISION=PRECISION,
             )  # fmt: skip
 

@@ -35,8 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
 FUNCTIONS = {
-    "attention": attention.attention_kernel, "attention_modulated": attention.attention_kernel,
-    "attention_parts": attention.attention_kernel,
+    **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},
     "patches": patches.patch_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
     "means": means.means_kernel, "match": match.match_kernel,
 }  # fmt: skip
@@ -62,9 +61,8 @@ NUMBERS = {"log2_scale", "tau", "eps", "eps2"}
 
 
 FLAGS = {
-    "attention": {"MODULATED": (False,), "HAS_MASK": (False, True)},
-    "attention_modulated": {"MODULATED": (True,), "HAS_MASK": (False, True)},
-    "attention_parts": {"MODULATED": (True,), "HAS_MASK": (False, True)},
+    **{loop: {"MODULATED": (loop != "attention",), "HAS_MASK": (False, True)} for loop in config.LOOPS},
+    **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_MASK": (False,)} for loop in config.TMA_LOOPS},
     "patches": {"HAS_MASK": (False, True)},
     "pack": {"GATHER": (False, True), "ROTATE": (False, True), "STREAMS": (False, True)},
     "queries": {"ROTATE": (False, True), "STREAMS": (False, True)},
@@ -91,6 +89,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
             if kernel == "attention_parts" and dtype == torch.float32:  # the same as attention_modulated
                 continue
+            if kernel != "match" and not config.ships(kernel, arch, dtype):
+                continue
             found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
     return found
 
@@ -108,16 +108,20 @@ def compile_one(job: tuple) -> dict:
         launch = config.select(kernel, arch, dtype, head_dim)
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-            "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), **variant,
+            "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
+            "PIPELINED": launch.pipelined, **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
         options = {"num_warps": launch.num_warps, "num_stages": num_stages}
     wide_out = kernel in ("means", "attention_parts")
+    described = {"K", "V"} if kernel in config.TMA_LOOPS else set()
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants or name in UNIT_STRIDES:
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name, 1)
+        elif name in described:
+            signature[name] = f"tensordesc<{element}[1, 1, {launch.block_n}, {launch.block_d}]>"
         elif name.isupper():
             kind = "i32" if name in INT_POINTERS else "i1" if name in BOOL_POINTERS else "fp32"
             kind = "i64" if name in LONG_POINTERS else kind
@@ -136,7 +140,9 @@ def compile_one(job: tuple) -> dict:
         with contextlib.redirect_stdout(log):
             binary = triton.compile(source, target=TARGETS[arch], options=options)
     except Exception as error:  # one bad variant must not hide the others
-        return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
+        while error.__cause__ is not None:  # of nested jit functions the innermost says what is wrong
+            error = error.__cause__
+        return {**row, "error": f"{type(error).__name__}: {error}"[-500:]}
     row["shared"] = binary.metadata.shared
     return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, log.getvalue()))}
 

@@ -96,7 +96,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
             queries = q.transpose(1, 2)
         return kernels.fused_attention(
             queries.unsqueeze(2), keys, values, q.shape[1], k.shape[1], mask, None, None, None, scale, q.dtype,
-            config("attention"),
+            config(_loop("attention", q, keys, values, mask)),
         )  # fmt: skip
     means = None
     if spec.num_groups:
@@ -148,10 +148,20 @@ def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: 
         state = kernels.patch_attention(
             q, keys, values, rotation, half, mask, tables, bias, patches, scale, config("patches")
         )
+    loop = _loop("attention_modulated", q, keys, values, mask) if dtype == q.dtype else "attention_parts"
     return kernels.fused_attention(
-        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
-        config("attention_modulated" if dtype == q.dtype else "attention_parts"),
-    )  # fmt: skip
+        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype, config(loop)
+    )
+
+
+def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """The form of a loop that these tensors can have: tensor descriptors where the architecture has them. A descriptor
+    reads masked values too, which may be NaN."""
+    from .. import kernels
+
+    tma = f"{kernel}_tma"
+    ships = mask is None and kernels.ships(tma, _arch(q.device), q.dtype)
+    return tma if ships and kernels.describable(keys) and kernels.describable(values) else kernel
 
 
 def _far_apart(x: torch.Tensor) -> bool:

@@ -1,0 +1,161 @@
+"""Hopper's loops, interpreted: keys and values through tensor descriptors, values weighed one tile late."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from numerics import Call, axial, calls, check, compare, draw, generator, grid, lay_out, scales, tensors, uniform
+
+import fastrope as fr
+from fastrope.backends import triton as backend
+
+pytest.importorskip("triton")
+from fastrope import kernels
+from fastrope.kernels import attention, config
+
+pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="chooses Hopper's loops on CPU tensors")
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Run as on Hopper, in tiles small enough that there are several; the names of the loops that were chosen."""
+    chosen = []
+    select = kernels.select
+
+    def record(kernel, *where):
+        if kernel in (*config.LOOPS, *config.TMA_LOOPS):
+            chosen.append(kernel)
+        return select(kernel, *where)
+
+    monkeypatch.setattr(kernels, "select", record)
+    monkeypatch.setattr(backend, "_arch", lambda device: "sm_90")
+    with contextlib.ExitStack() as stack:
+        for loop in config.TMA_LOOPS:
+            stack.enter_context(config.override(loop, block_m=32, block_n=16))
+        yield chosen
+
+
+def picture(dim: int = 32, batch: int = 2, kind: str | None = "levels", heads: int = 2, key_heads: int = 1) -> Call:
+    """Text, target and reference with every modulation, or none."""
+    g = generator(dim)
+    q, k, v = tensors(g, batch=batch, queries=44, heads=heads, key_heads=key_heads, dim=dim, dtype=HALF)
+    rope, reference = axial(torch.cat([grid(24, 4), grid(20, frame=1)]), dim), slice(24, 44)
+    modulations = kind and [
+        fr.QueryScale(scales(g, kind, 44), keys=reference, axes=(1, 2)),
+        fr.BandWeight(uniform(g, dim // 2, low=0.25, high=1.4), keys=reference),
+        fr.BiasDelta(1.1, 0.8, keys=reference), fr.LogitGain(uniform(g, 44, low=-0.5, high=1.4), keys=slice(30, 38)),
+    ]  # fmt: skip
+    return Call(q, k, v, rope, modulations=modulations or [])
+
+
+@pytest.mark.parametrize("kind", [None, "levels", "distinct"])
+@pytest.mark.parametrize("dim", [16, 80])
+def test_against_the_reference(kind, dim, launches):
+    check(picture(dim, kind=kind), "triton")
+    assert set(launches) == {"attention_tma" if kind is None else "attention_modulated_tma"}
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
+def test_lengths(length, launches):
+    """Shorter than a tile, a tile, and a tile and one."""
+    g = generator(length)
+    check(Call(*tensors(g, batch=2, queries=length, heads=2, dim=16, dtype=HALF), axial(grid(length), 16)), "triton")
+    assert launches == ["attention_tma"]
+
+
+def test_any_composition():
+    @settings(max_examples=3)
+    @given(calls(HALF, tokens=(1, 17, 24), dims=(16,), heads=((1, 2),)))
+    def run(call):
+        check(call, "triton")
+
+    run()
+
+
+def test_both_orders_agree():
+    """Weighing a tile's values at once or one tile late is the same sum in the same order."""
+    call = picture(16)
+    late = call.run("triton")
+    with contextlib.ExitStack() as stack:
+        for loop in config.TMA_LOOPS:
+            stack.enter_context(config.override(loop, block_m=32, block_n=16, pipelined=False))
+        at_once = call.run("triton")
+    assert all(torch.equal(a, b) for a, b in zip(late, at_once, strict=True))
+
+
+def test_nan_around_the_buffers_stays_out(launches):
+    """Plain attention reads the caller's own keys and values; those of the next head, and beyond the end, are NaN."""
+    g = generator(0)
+    q, k, v = (draw(g, 2, 21, 2, 16, dtype=HALF) for _ in range(3))
+    around = [lay_out(x, "padded") for x in (q, k, v)]
+    expected, found = fr.attention(q, k, v, backend="triton"), fr.attention(*around, backend="triton")
+    assert launches == ["attention_tma"] * 2
+    assert torch.equal(found, expected)
+
+
+def test_what_a_descriptor_cannot_say(launches):
+    """Masked keys may hold anything, and layouts may be any: these go through pointers, with the same result."""
+    g = generator(1)
+    q, k, v = (draw(g, 2, 21, 2, 16, dtype=HALF) for _ in range(3))
+    fr.attention(q, k, v, backend="triton")
+    assert launches.pop() == "attention_tma"
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1, 20] = False
+    poisoned = v.clone()
+    poisoned[1, 20] = torch.nan
+    masked = fr.attention(q, k, poisoned, key_mask=mask, backend="triton")
+    compare(Call(q, k, v, key_mask=mask), masked, fr.attention(q, k, v, key_mask=mask, return_lse=True)[1])
+    shifted = v.new_zeros(2 * 21 * 2 * 16 + 1)[1:].view(v.shape).copy_(v)  # 2 bytes off the 16 that are asked for
+    for other in (lay_out(v, "transposed"), shifted):
+        assert not kernels.describable(other.transpose(1, 2))
+        compare(Call(q, k, v), *fr.attention(q, k, other, backend="triton", return_lse=True))
+    shared = lay_out(v, "expanded")
+    assert not kernels.describable(shared.transpose(1, 2))
+    compare(Call(q, k, shared), *fr.attention(q, k, shared, backend="triton", return_lse=True))
+    compare(Call(q.float(), k.float(), v.float()), *fr.attention(q.float(), k.float(), v.float(), backend="triton",
+            return_lse=True))  # fmt: skip
+    assert set(launches) == {"attention"}
+
+
+def test_an_axis_of_length_one_has_a_legal_stride():
+    """torch leaves any number there: slices of one batch row, or of one head."""
+    x = torch.zeros(5, 7, 3, 16, dtype=HALF)
+    launch = kernels.select("attention_tma", "sm_90", HALF, 16)
+    for part in (x[2:3], x[:, :, 1:2], x[:, 3:4], torch.zeros(1).half().expand(1, 1, 1, 16)[..., :16].clone()):
+        odd = part.as_strided(part.shape, [s if n > 1 else 3 for n, s in zip(part.shape, part.stride(), strict=True)])
+        odd = odd.transpose(1, 2)
+        assert kernels.describable(odd)
+        found = attention.descriptor(odd, launch)
+        assert found.shape == list(odd.shape)
+        assert all(2 * stride % 16 == 0 for stride in found.strides[:3])
+        assert found.block_shape == [1, 1, launch.block_n, launch.block_d]
+
+
+def test_one_binary_for_all_shapes(monkeypatch):
+    """Types and constants of a launch do not hold lengths, batches or heads."""
+    seen = set()
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def launch(q, k, v, *args, **constants):
+                described = tuple((x.base.dtype, tuple(x.block_shape)) for x in (k, v))
+                seen.add((described, tuple(sorted(constants.items()))))
+
+            return launch
+
+    monkeypatch.setattr(attention, "attention_kernel", Recorder())
+    for batch, length, heads in ((1, 1, 1), (1, 113, 2), (3, 128, 5), (2, 1023, 2)):
+        x = torch.zeros(batch, length, heads, 16, dtype=HALF)
+        fr.attention(x, x, x, backend="triton", debug=False)
+    assert len(seen) == 1
+
+
+def test_ships_for_hopper_and_16_bits():
+    for loop in config.TMA_LOOPS:
+        assert [arch for arch in config.ARCHS if kernels.ships(loop, arch, HALF)] == ["sm_90"]
+        with pytest.raises(ValueError, match="expected one of"):
+            kernels.select(loop, "sm_90", torch.float32, 64)
