@@ -33,3 +33,17 @@ def apply(pipe, *methods, backend: str = "auto", rotation: str = "op", reference
     from .diffusers import bind  # imports diffusers
 
     return bind(pipe, methods, backend, rotation, reference)
+
+
+def remove(pipe) -> None:
+    """Undo :func:`apply` where its handle was not kept: ``handle.remove()`` of whatever is bound to the transformer.
+
+    Args:
+        pipe: the pipeline or the transformer.
+
+    Raises:
+        ValueError: nothing is bound to it.
+    """
+    from .diffusers import unbind
+
+    unbind(pipe)

@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GRAG", "At", "BandWeight", "BiasDelta", "ISLock", "LogitGain", "LooseRoPE", "Norm", "Plan", "QueryScale",
     "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout", "UntwistingRoPE", "apply", "attention",
-    "explain", "joint_attention", "plan", "prepare_reference", "steer",
+    "explain", "joint_attention", "plan", "prepare_reference", "remove", "steer",
 ]  # fmt: skip
 
 
@@ -29,6 +29,13 @@ def apply(pipe, *methods, **options):
     from .bindings import apply as bind
 
     return bind(pipe, *methods, **options)
+
+
+def remove(pipe) -> None:
+    """Undo ``apply`` where its handle was not kept; see :func:`fastrope.bindings.remove`."""
+    from .bindings import remove as unbind
+
+    unbind(pipe)
 
 
 def prepare_reference(pipe, image=None, trajectory="linear", **arguments):

@@ -1,9 +1,9 @@
 """Binding for diffusers. A new host is a row in :mod:`.hosts`, and a processor where its attention has a new shape."""
 
-from .handle import Handle, bind
+from .handle import Handle, bind, unbind
 from .hosts import Host, register_host
 from .inspection import Record
 from .processors import BoundProcessor, Stream
 from .sequences import JointSequence
 
-__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "Stream", "bind", "register_host"]
+__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "Stream", "bind", "register_host", "unbind"]

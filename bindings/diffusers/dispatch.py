@@ -165,6 +165,7 @@ class Slot:
         self.probe: Callable | None = None
         self.filled = False
         self.original = None
+        self.handle = None  # whose slot this is
         self.number = next(_NUMBERS)
         self.address = torch.tensor([self.number])
         _SLOTS[self.number] = self

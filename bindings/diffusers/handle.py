@@ -125,6 +125,7 @@ class Handle:
         self._state.reset()  # what the last call was given is not kept by a handle that somebody keeps
         for slot in self._state.slots:
             slot.close()
+            slot.handle = None
         self._state.installed = ()
 
     def __enter__(self) -> Handle:
@@ -146,10 +147,7 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op",
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
     methods = flat_methods(methods, "methods")
     pipe = None if isinstance(target, torch.nn.Module) else target
-    called = target if pipe is None else getattr(pipe, "transformer", None)
-    require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer, or a transformer",
-            type(target).__name__)  # fmt: skip
-    model = getattr(called, "_orig_mod", called)  # what torch.compile wraps
+    called, model = _transformer_of(target)
     host = find_host(model)
     if pipe is not None and any(cls.__name__ == "PAGMixin" for cls in type(pipe).__mro__):
         raise NotImplementedError(f"PAG: expected a pipeline without it, received {type(pipe).__name__}")
@@ -171,7 +169,33 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op",
         attn.set_processor(processor)
         installed.append((attn, processor))
     state.installed = tuple(installed)
-    return Handle(state, hooks)
+    handle = Handle(state, hooks)
+    for slot in slots:
+        slot.handle = handle
+    return handle
+
+
+def unbind(target) -> None:
+    """Remove the handle that is bound to a pipeline's transformer, or to a transformer, wherever it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    _, model = _transformer_of(target)
+    bound = (getattr(module, "processor", None) for module in model.modules())
+    handle = next((p.slot.handle for p in bound if isinstance(p, BoundProcessor)), None)
+    require(
+        handle is not None, "pipe", "a transformer that a handle is bound to", f"{type(model).__name__} without one"
+    )
+    handle.remove()
+
+
+def _transformer_of(target) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """What is called, and the model itself, which ``torch.compile`` may have wrapped."""
+    called = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
+    require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer, or a transformer",
+            type(target).__name__)  # fmt: skip
+    return called, getattr(called, "_orig_mod", called)
 
 
 def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn.Module]]:
@@ -193,7 +217,8 @@ def _check_processor(name: str, processor, host: Host) -> None:
     kind = type(processor).__name__
     if isinstance(processor, BoundProcessor):
         raise ValueError("pipe: expected a transformer that no handle is bound to, received one that is; "
-                         "call remove() on its handle first, or pass all methods to one apply")  # fmt: skip
+                         "call remove() on its handle first (fastrope.remove(pipe) where that is lost), or pass all "
+                         "methods to one apply")  # fmt: skip
     what = "IP-Adapter" if "IPAdapter" in kind else "PAG" if kind.startswith("PAG") else "custom attention processors"
     own = kind in host.processors and type(processor).__module__.split(".")[0] == host.package
     if not own:

@@ -27,3 +27,11 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fastrope: nothing tells the denoising step")
         yield
+
+
+@pytest.fixture
+def transformer():
+    """FLUX.1, two double-stream and two single-stream blocks, float64, so that comparisons are sharp."""
+    from diffusers_hosts import build_flux
+
+    return build_flux().double()

@@ -475,3 +475,49 @@ def assert_same(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e
 def assert_differ(out: torch.Tensor, other: torch.Tensor) -> None:
     gap = float((out - other).abs().max() / other.abs().max())
     assert gap > 1e-3, gap
+
+
+# ---- FLUX.1 Kontext, where one host is enough ------------------------------------------------------------------------
+
+KONTEXT = TINY_HOSTS["kontext"]
+LAYOUT, LAYERS = KONTEXT.layout, 4
+
+
+def kontext_call(layout: fr.TokenLayout = LAYOUT, batch: int = 2, dtype=torch.float64) -> dict:
+    return KONTEXT.call(layout, batch, dtype)
+
+
+def kontext_by_formulas(model, call: dict, mods: list, layers=None) -> torch.Tensor:
+    """The model's output with the formulas in some layers and the stock processor in the others."""
+    ids = torch.cat([call["txt_ids"], call["img_ids"]])
+    with KONTEXT.by_formulas(model, KONTEXT.attend(mods, positions=ids), layers):
+        return run(model, call)
+
+
+def all_four(layout: fr.TokenLayout = LAYOUT, batch: int | None = None) -> list:
+    """All four kinds of modulation; the reference's keys and the target's queries, as the methods use them."""
+    scale = torch.ones(batch or 1, len(layout), dtype=torch.float64)
+    gain = scale.clone()
+    tokens = layout.target.stop - layout.target.start
+    for row in range(len(scale)):
+        scale[row, layout.target] = torch.linspace(0.5, 1, tokens).double() / (row + 1)
+        gain[row, layout.target] = 1.3 + row
+    if batch is None:
+        scale, gain = scale[0], gain[0]
+    return [
+        fr.QueryScale(scale, keys=layout.references, axes=(1, 2)),
+        fr.BandWeight(torch.linspace(0.25, 1.4, DIM // 2), keys=layout.references),
+        fr.BiasDelta(1.2, 0.7, keys=layout.reference(0)),
+        fr.LogitGain(gain, keys=slice(layout.references.start, layout.references.start + 2)),
+    ]
+
+
+class Recorder:
+    """A method that remembers its sites and answers with modulations where ``when(site)`` holds."""
+
+    def __init__(self, mods=(), when=lambda site: True):
+        self.mods, self.when, self.sites = list(mods), when, []
+
+    def modulations(self, site):
+        self.sites.append(site)
+        return self.mods if self.when(site) else []

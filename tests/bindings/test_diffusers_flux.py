@@ -13,68 +13,23 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import (
+    DIM,
+    KONTEXT,
+    LAYERS,
+    LAYOUT,
     TARGET,
     TEXT,
-    TINY_HOSTS,
+    Recorder,
+    all_four,
     assert_differ,
     assert_same,
     build_flux,
+    kontext_by_formulas,
+    kontext_call,
     run,
 )
 
 from fastrope.bindings.diffusers import calls
-
-HOST = TINY_HOSTS["kontext"]
-LAYOUT = HOST.layout
-AXES, DIM, LAYERS = HOST.axes, sum(HOST.axes), 4
-
-
-@pytest.fixture
-def transformer():
-    """Two double-stream and two single-stream blocks, float64, so that comparisons are sharp."""
-    return build_flux().double()
-
-
-def build_call(layout: fr.TokenLayout = LAYOUT, batch: int = 2, dtype=torch.float64) -> dict:
-    return HOST.call(layout, batch, dtype)
-
-
-def by_formulas(model, call: dict, mods: list, layers=None) -> torch.Tensor:
-    """The model's output with the formulas in some layers and the stock processor in the others."""
-    ids = torch.cat([call["txt_ids"], call["img_ids"]])
-    with HOST.by_formulas(model, HOST.attend(mods, positions=ids), layers):
-        return run(model, call)
-
-
-def modulations(layout: fr.TokenLayout = LAYOUT, batch: int | None = None) -> list:
-    """All four kinds; the reference's keys and the target's queries, as the methods use them."""
-    scale = torch.ones(batch or 1, len(layout), dtype=torch.float64)
-    gain = scale.clone()
-    for row in range(len(scale)):
-        scale[row, layout.target] = torch.linspace(0.5, 1, layout.target.stop - layout.target.start).double() / (
-            row + 1
-        )
-        gain[row, layout.target] = 1.3 + row
-    if batch is None:
-        scale, gain = scale[0], gain[0]
-    return [
-        fr.QueryScale(scale, keys=layout.references, axes=(1, 2)),
-        fr.BandWeight(torch.linspace(0.25, 1.4, DIM // 2), keys=layout.references),
-        fr.BiasDelta(1.2, 0.7, keys=layout.reference(0)),
-        fr.LogitGain(gain, keys=slice(layout.references.start, layout.references.start + 2)),
-    ]
-
-
-class Recorder:
-    """A method that remembers its sites and answers with modulations where ``when(site)`` holds."""
-
-    def __init__(self, mods=(), when=lambda site: True):
-        self.mods, self.when, self.sites = list(mods), when, []
-
-    def modulations(self, site):
-        self.sites.append(site)
-        return self.mods if self.when(site) else []
-
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
 
@@ -82,9 +37,9 @@ class Recorder:
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_modulated_forward_follows_the_formulas(transformer, backend, per_row):
-    call = build_call()
-    mods = modulations(batch=2 if per_row else None)
-    expected = by_formulas(transformer, call, mods)
+    call = kontext_call()
+    mods = all_four(batch=2 if per_row else None)
+    expected = kontext_by_formulas(transformer, call, mods)
     stock = run(transformer, call)
     with fr.apply(transformer, *mods, backend=backend):
         out = run(transformer, call)
@@ -94,17 +49,17 @@ def test_modulated_forward_follows_the_formulas(transformer, backend, per_row):
 
 @pytest.mark.parametrize("index", range(4))
 def test_each_modulation_alone(transformer, index):
-    call = build_call()
-    mods = modulations()[index : index + 1]
+    call = kontext_call()
+    mods = all_four()[index : index + 1]
     with fr.apply(transformer, mods, backend="sdpa"):
         out = run(transformer, call)
-    torch.testing.assert_close(out, by_formulas(transformer, call, mods), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out, kontext_by_formulas(transformer, call, mods), rtol=1e-9, atol=1e-9)
     assert_differ(out, run(transformer, call))
 
 
 def test_half_precision_ids_are_exact_and_batched_ids_are_read(transformer):
-    call, mods = build_call(), modulations()
-    expected = by_formulas(transformer, call, mods)
+    call, mods = kontext_call(), all_four()
+    expected = kontext_by_formulas(transformer, call, mods)
     with fr.apply(transformer, mods):
         low = {name: call[name].to(torch.bfloat16) for name in ("txt_ids", "img_ids")}
         assert torch.equal(run(transformer, call | low), run(transformer, call))
@@ -113,7 +68,7 @@ def test_half_precision_ids_are_exact_and_batched_ids_are_read(transformer):
 
 
 def test_other_ids_of_the_same_shape_make_another_plan(transformer):
-    call, mods = build_call(), modulations()
+    call, mods = kontext_call(), all_four()
     far = call | {"img_ids": call["img_ids"] * torch.tensor([1.0, 3.0, 2.0])}
     with fr.apply(transformer, mods):
         for _ in range(2):
@@ -125,11 +80,11 @@ def by_formulas_within(model, call, mods):
     """The expectation while a handle is bound: on a copy of the weights."""
     twin = build_flux().double()
     twin.load_state_dict(model.state_dict())
-    return by_formulas(twin, call, mods)
+    return kontext_by_formulas(twin, call, mods)
 
 
 def test_ids_and_modulations_changed_in_place_are_seen(transformer):
-    call, mods = build_call(), modulations()
+    call, mods = kontext_call(), all_four()
     with fr.apply(transformer, mods):
         run(transformer, call)
         call["img_ids"][:, 1] += call["img_ids"][:, 2]
@@ -138,9 +93,9 @@ def test_ids_and_modulations_changed_in_place_are_seen(transformer):
 
 
 def test_gradients_flow_to_the_inputs(transformer):
-    call = build_call(batch=1)
+    call = kontext_call(batch=1)
     leaf = call["hidden_states"].requires_grad_()
-    with fr.apply(transformer, modulations()):
+    with fr.apply(transformer, all_four()):
         transformer(**call, return_dict=False)[0].square().sum().backward()
     assert bool(leaf.grad.isfinite().all())
     assert float(leaf.grad.abs().max()) > 0
@@ -150,8 +105,8 @@ def test_plans_are_shared_by_layers_and_steps(transformer, monkeypatch):
     built = []
     plan = fr.plan
     monkeypatch.setattr(fr, "plan", lambda **arguments: built.append(1) or plan(**arguments))
-    call = build_call()
-    method = types.SimpleNamespace(modulations=lambda site: modulations(site.tokens))  # new tensors at every site
+    call = kontext_call()
+    method = types.SimpleNamespace(modulations=lambda site: all_four(site.tokens))  # new tensors at every site
     with fr.apply(transformer, method):
         for timestep in (1.0, 0.5, 0.25):
             ids = {name: call[name].clone() for name in ("txt_ids", "img_ids")}
@@ -164,8 +119,8 @@ def test_numbers_of_every_layer_and_step_share_one_plan(transformer, monkeypatch
     built = []
     plan = fr.plan
     monkeypatch.setattr(fr, "plan", lambda **arguments: built.append(1) or plan(**arguments))
-    call = build_call()
-    scale, weight, group, gain = modulations()
+    call = kontext_call()
+    scale, weight, group, gain = all_four()
 
     def at(layer: int, step: int) -> list:
         numbers = replace(group, bias=1.2 + 0.3 * layer, delta=0.7 + 0.4 * step)
@@ -178,8 +133,8 @@ def test_numbers_of_every_layer_and_step_share_one_plan(transformer, monkeypatch
     for step, out in enumerate(outs[:3]):
         with contextlib.ExitStack() as stack:
             for n in range(LAYERS):
-                attend = HOST.attend(at(n, step))
-                stack.enter_context(HOST.by_formulas(transformer, attend, layers={n}))
+                attend = KONTEXT.attend(at(n, step))
+                stack.enter_context(KONTEXT.by_formulas(transformer, attend, layers={n}))
             torch.testing.assert_close(out, run(transformer, call), rtol=1e-9, atol=1e-9)
     assert torch.equal(outs[3], outs[0])
     stock = run(transformer, call)
@@ -196,13 +151,13 @@ def test_numbers_of_every_layer_and_step_share_one_plan(transformer, monkeypatch
     [lambda keys: fr.BiasDelta(1.2, 0.7, keys), lambda keys: fr.BandWeight(torch.linspace(0.3, 2, DIM // 2), keys)],
 )
 def test_other_keys_make_another_plan(transformer, made):
-    call = build_call()
+    call = kontext_call()
     first, other = made(LAYOUT.reference(0)), made(LAYOUT.text)
     with fr.apply(transformer, types.SimpleNamespace(modulations=lambda s: [first if s.layer < 2 else other])):
         out = run(transformer, call)
     with (
-        HOST.by_formulas(transformer, HOST.attend([first]), layers={0, 1}),
-        HOST.by_formulas(transformer, HOST.attend([other]), layers={2, 3}),
+        KONTEXT.by_formulas(transformer, KONTEXT.attend([first]), layers={0, 1}),
+        KONTEXT.by_formulas(transformer, KONTEXT.attend([other]), layers={2, 3}),
     ):
         torch.testing.assert_close(out, run(transformer, call), rtol=1e-9, atol=1e-9)
 
@@ -215,13 +170,13 @@ def test_works_kept_are_bounded(transformer, monkeypatch):
     with fr.apply(transformer, method) as handle:
         for step in range(4):
             handle.set_step(step)
-            run(transformer, build_call())
+            run(transformer, kontext_call())
             assert len(handle._state._works) <= 5
 
 
 def test_the_hosts_own_embedding_decides(transformer, monkeypatch):
     """Another theta is read off the model; an embedding that is not diffusers' own is refused."""
-    call = build_call()
+    call = kontext_call()
     barely = fr.BiasDelta(1.0, 1 + 1e-9, keys=slice(0, 4))
     transformer.pos_embed.theta = 20
     stock = run(transformer, call)
@@ -242,14 +197,14 @@ def test_layouts_are_read_off_the_ids(transformer, target, references):
     layout = fr.TokenLayout(TEXT, target, references)
     method = Recorder()
     with fr.apply(transformer, method):
-        run(transformer, build_call(layout, batch=1))
+        run(transformer, kontext_call(layout, batch=1))
     assert {s.tokens for s in method.sites} == {layout}
 
 
 def test_references_of_one_frame_are_told_apart(transformer):
     """Kontext gives every reference frame 1 when several are joined."""
     layout = fr.TokenLayout(TEXT, TARGET, [(2, 3), (4, 3)])
-    call = build_call(layout, batch=1)
+    call = kontext_call(layout, batch=1)
     call["img_ids"][:, 0].clamp_(max=1)
     method = Recorder()
     with fr.apply(transformer, method):
@@ -259,11 +214,11 @@ def test_references_of_one_frame_are_told_apart(transformer):
 
 @pytest.mark.parametrize("spoil", [lambda ids: ids.flip(0), lambda ids: (ids + 254).bfloat16().double()])
 def test_ids_that_are_no_grids_are_refused_only_by_who_needs_the_layout(transformer, spoil):
-    call = build_call()
+    call = kontext_call()
     call["img_ids"] = spoil(call["img_ids"])
     with fr.apply(transformer, Recorder()), pytest.raises(ValueError, match=r"^img_ids: expected raster grids"):
         run(transformer, call)
-    mods = modulations()
+    mods = all_four()
     with fr.apply(transformer, mods):
         out = run(transformer, call)
-    assert_same(out, by_formulas(transformer, call, mods))
+    assert_same(out, kontext_by_formulas(transformer, call, mods))

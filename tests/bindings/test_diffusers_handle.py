@@ -12,53 +12,16 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import (
+    KONTEXT,
+    LAYOUT,
     TARGET,
     TEXT,
     TINY_HOSTS,
+    all_four,
     build_flux,
+    kontext_call,
     run,
 )
-
-HOST = TINY_HOSTS["kontext"]
-LAYOUT = HOST.layout
-AXES, DIM, LAYERS = HOST.axes, sum(HOST.axes), 4
-
-
-@pytest.fixture
-def transformer():
-    """Two double-stream and two single-stream blocks, float64, so that comparisons are sharp."""
-    return build_flux().double()
-
-
-def build_call(layout: fr.TokenLayout = LAYOUT, batch: int = 2, dtype=torch.float64) -> dict:
-    return HOST.call(layout, batch, dtype)
-
-
-def by_formulas(model, call: dict, mods: list, layers=None) -> torch.Tensor:
-    """The model's output with the formulas in some layers and the stock processor in the others."""
-    ids = torch.cat([call["txt_ids"], call["img_ids"]])
-    with HOST.by_formulas(model, HOST.attend(mods, positions=ids), layers):
-        return run(model, call)
-
-
-def modulations(layout: fr.TokenLayout = LAYOUT, batch: int | None = None) -> list:
-    """All four kinds; the reference's keys and the target's queries, as the methods use them."""
-    scale = torch.ones(batch or 1, len(layout), dtype=torch.float64)
-    gain = scale.clone()
-    for row in range(len(scale)):
-        scale[row, layout.target] = torch.linspace(0.5, 1, layout.target.stop - layout.target.start).double() / (
-            row + 1
-        )
-        gain[row, layout.target] = 1.3 + row
-    if batch is None:
-        scale, gain = scale[0], gain[0]
-    return [
-        fr.QueryScale(scale, keys=layout.references, axes=(1, 2)),
-        fr.BandWeight(torch.linspace(0.25, 1.4, DIM // 2), keys=layout.references),
-        fr.BiasDelta(1.2, 0.7, keys=layout.reference(0)),
-        fr.LogitGain(gain, keys=slice(layout.references.start, layout.references.start + 2)),
-    ]
-
 
 # ---- handles ---------------------------------------------------------------------------------------------------------
 
@@ -71,7 +34,7 @@ def test_remove_restores_the_same_objects(transformer):
     other = build_flux()
     before, others = transformer.attn_processors, other.attn_processors
     keys = list(transformer.state_dict())
-    handle = fr.apply(transformer, modulations())
+    handle = fr.apply(transformer, all_four())
     during = transformer.attn_processors
     assert all(during[name] is not p for name, p in before.items())
     assert not any("Added" in type(p).__name__ or isinstance(p, torch.nn.Module) for p in during.values())
@@ -86,7 +49,7 @@ def test_remove_restores_the_same_objects(transformer):
 
 def test_leaving_the_block_removes_even_after_an_error(transformer):
     before = transformer.attn_processors
-    with pytest.raises(RuntimeError, match=r"^stop$"), fr.apply(transformer, modulations()):
+    with pytest.raises(RuntimeError, match=r"^stop$"), fr.apply(transformer, all_four()):
         raise RuntimeError("stop")
     assert all(transformer.attn_processors[name] is p for name, p in before.items())
     with fr.apply(transformer) as handle:
@@ -94,7 +57,7 @@ def test_leaving_the_block_removes_even_after_an_error(transformer):
 
 
 def test_copies_are_refused_while_bound(transformer):
-    with fr.apply(transformer, modulations()):
+    with fr.apply(transformer, all_four()):
         for each in (transformer, transformer.transformer_blocks[0], transformer.attn_processors):
             with pytest.raises(NotImplementedError, match=r"^copy: expected .* handle\.remove\(\)"):
                 copy.deepcopy(each)
@@ -108,11 +71,30 @@ def test_removing_twice_is_refused(transformer):
         handle.remove()
 
 
+@pytest.mark.parametrize("through", [lambda t: t, lambda t: type("Pipe", (), {"transformer": t})(), torch.compile])
+def test_a_lost_handle_can_be_removed(transformer, through):
+    before = transformer.attn_processors
+    target = through(transformer)
+    fr.apply(target, all_four())
+    with pytest.raises(ValueError, match=r"fastrope\.remove\(pipe\) where that is lost"):
+        fr.apply(target)
+    fr.remove(target)
+    assert all(transformer.attn_processors[name] is p for name, p in before.items())
+    assert not transformer._forward_pre_hooks
+    with fr.apply(target) as handle:
+        fr.remove(target)
+        assert not handle.bound
+    with pytest.raises(ValueError, match=r"^pipe: expected a transformer that a handle is bound to, received Flux"):
+        fr.remove(target)
+    with pytest.raises(ValueError, match=r"^pipe: expected a diffusers pipeline"):
+        fr.remove("FLUX.1-dev")
+
+
 def test_applying_twice_is_refused_and_changes_nothing(transformer):
     with fr.apply(transformer) as handle:
         during = transformer.attn_processors
         with pytest.raises(ValueError, match=r"no handle is bound to"):
-            fr.apply(transformer, modulations())
+            fr.apply(transformer, all_four())
         assert all(transformer.attn_processors[name] is p for name, p in during.items())
         assert len(transformer._forward_pre_hooks) == 1
         assert handle.bound
@@ -121,10 +103,10 @@ def test_applying_twice_is_refused_and_changes_nothing(transformer):
 
 def test_processors_replaced_meanwhile_are_left_alone(transformer):
     handle = fr.apply(transformer)
-    mine = HOST.processors["transformer_blocks"](None)
+    mine = KONTEXT.processors["transformer_blocks"](None)
     attentions(transformer)[1].set_processor(mine)
     with pytest.raises(NotImplementedError, match=r"^attention processors: expected those that .*, received Flux;"):
-        run(transformer, build_call())
+        run(transformer, kontext_call())
     with pytest.warns(UserWarning, match=r"^1 attention processors were replaced"):
         handle.remove()
     assert attentions(transformer)[1].processor is mine
@@ -140,17 +122,17 @@ def test_attention_backend_reaches_the_original(transformer):
 
 def test_a_call_that_goes_round_the_hook_is_refused(transformer):
     with fr.apply(transformer), pytest.raises(ValueError, match=r"^transformer: expected a call of the object"):
-        transformer.forward(**build_call())
+        transformer.forward(**kontext_call())
 
 
 def test_a_failed_call_leaves_no_plan_of_an_earlier_one(transformer):
-    with fr.apply(transformer, modulations()):
-        run(transformer, build_call())
+    with fr.apply(transformer, all_four()):
+        run(transformer, kontext_call())
         short = fr.TokenLayout(TEXT, TARGET)
         with pytest.raises(ValueError, match="QueryScale"):
-            run(transformer, build_call(short))
+            run(transformer, kontext_call(short))
         with pytest.raises(ValueError, match=r"went round"):
-            transformer.forward(**build_call())
+            transformer.forward(**kontext_call())
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -177,7 +159,7 @@ def test_a_method_must_answer_with_modulations(transformer):
     for answer in (None, fr.BiasDelta(), [1]):
         method = types.SimpleNamespace(modulations=lambda site, answer=answer: answer)
         with fr.apply(transformer, method), pytest.raises(ValueError, match=r"expected a list of modulations"):
-            run(transformer, build_call())
+            run(transformer, kontext_call())
 
 
 def test_unknown_backends_are_refused(transformer):
@@ -234,10 +216,10 @@ def test_context_parallelism_is_refused_before_and_after(transformer):
 
 
 def test_attention_masks_are_refused_where_a_modulation_is_active(transformer):
-    call = build_call() | {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, len(LAYOUT)).bool()}}
+    call = kontext_call() | {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, len(LAYOUT)).bool()}}
     with fr.apply(transformer):
         run(transformer, call)
-    with fr.apply(transformer, modulations()), pytest.raises(NotImplementedError, match=r"^attention_mask: "):
+    with fr.apply(transformer, all_four()), pytest.raises(NotImplementedError, match=r"^attention_mask: "):
         run(transformer, call)
 
 
@@ -260,7 +242,7 @@ def test_layered_qwen_is_refused_where_something_is_bound():
     model.register_to_config(use_layer3d_rope=True)
     with fr.apply(model):
         run(model, call)
-    with fr.apply(model, modulations()), pytest.raises(NotImplementedError, match=r"^use_layer3d_rope: "):
+    with fr.apply(model, all_four()), pytest.raises(NotImplementedError, match=r"^use_layer3d_rope: "):
         run(model, call)
 
 

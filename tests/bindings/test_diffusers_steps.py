@@ -12,50 +12,21 @@ import fastrope as fr
 pytest.importorskip("diffusers")
 from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers_hosts import (
+    KONTEXT,
+    LAYERS,
+    LAYOUT,
     TEXT,
     TINY_HOSTS,
+    Recorder,
     assert_differ,
-    build_flux,
     flux_generate,
     flux_pipeline,
+    kontext_call,
     kontext_generate,
     kontext_pipeline,
     run,
     scheduler,
 )
-
-HOST = TINY_HOSTS["kontext"]
-LAYOUT = HOST.layout
-AXES, DIM, LAYERS = HOST.axes, sum(HOST.axes), 4
-
-
-@pytest.fixture
-def transformer():
-    """Two double-stream and two single-stream blocks, float64, so that comparisons are sharp."""
-    return build_flux().double()
-
-
-def build_call(layout: fr.TokenLayout = LAYOUT, batch: int = 2, dtype=torch.float64) -> dict:
-    return HOST.call(layout, batch, dtype)
-
-
-def by_formulas(model, call: dict, mods: list, layers=None) -> torch.Tensor:
-    """The model's output with the formulas in some layers and the stock processor in the others."""
-    ids = torch.cat([call["txt_ids"], call["img_ids"]])
-    with HOST.by_formulas(model, HOST.attend(mods, positions=ids), layers):
-        return run(model, call)
-
-
-class Recorder:
-    """A method that remembers its sites and answers with modulations where ``when(site)`` holds."""
-
-    def __init__(self, mods=(), when=lambda site: True):
-        self.mods, self.when, self.sites = list(mods), when, []
-
-    def modulations(self, site):
-        self.sites.append(site)
-        return self.mods if self.when(site) else []
-
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +65,7 @@ def test_sites_of_a_run():
     # Four layers, twice a step: the negative prompt is another call, not another step.
     assert [s.step for s in method.sites] == [0] * 8 + [1] * 8 + [2] * 8
     assert [s.layer for s in method.sites] == [0, 1, 2, 3] * 6
-    assert {(s.num_steps, s.axes_dim, s.spatial_axes) for s in method.sites} == {(3, AXES, (1, 2))}
+    assert {(s.num_steps, s.axes_dim, s.spatial_axes) for s in method.sites} == {(3, KONTEXT.axes, (1, 2))}
     assert method.sites[-1].progress == 1.0
 
 
@@ -160,11 +131,11 @@ def test_a_bare_transformer_is_told_its_step(transformer):
     method = Recorder()
     with fr.apply(transformer, method) as handle:
         with pytest.warns(UserWarning, match=r"^fastrope: nothing tells the denoising step"):
-            run(transformer, build_call())
+            run(transformer, kontext_call())
         handle.set_step(7, 10)
-        run(transformer, build_call())
+        run(transformer, kontext_call())
         handle.set_step(None)
-        run(transformer, build_call())
+        run(transformer, kontext_call())
         with pytest.raises(ValueError, match=r"^step: expected"):
             handle.set_step(10, 10)
     assert [(s.step, s.num_steps) for s in method.sites[::LAYERS]] == [(0, 28), (7, 10), (0, 28)]
