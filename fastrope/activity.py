@@ -38,10 +38,12 @@ class Where:
         """True when the site is among them.
 
         Raises:
-            ValueError: layers of which the model has none: it would silently stay as it is.
+            ValueError: layers, or kinds of block, of which the model has none: it would silently stay as it is.
         """
         require(_meets(self.layers, site.num_layers), "layers", f"some of the model's {site.num_layers} layers",
                 repr(self.layers))  # fmt: skip
+        absent = bool(self.kinds) and bool(site.kinds) and not set(self.kinds) & set(site.kinds)
+        require(not absent, "kinds", f"some of the model's kinds of block, {site.kinds}", self.kinds)
         inside = _among(self.layers, site.layer, site.num_layers) and _among(self.steps, site.step, site.num_steps)
         return inside and (self.kinds is None or site.kind in self.kinds)
 
@@ -56,7 +58,8 @@ class At:
             Negative ones count from the last layer, as in a list. None: all. A model that has none of those named
             is an error when it is called.
         steps: indices of denoising steps, likewise.
-        kinds: ``"double"``, ``"single"`` or ``"joint"``, or several; see :class:`fastrope.Site`. None: all.
+        kinds: ``"double"``, ``"single"`` or ``"joint"``, or several; see :class:`fastrope.Site`. None: all. A model
+            that has none of those named is an error, too.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

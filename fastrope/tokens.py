@@ -178,6 +178,7 @@ class Site:
         num_layers: attention calls of the model, 57 in FLUX.1.
         kind: of the block: ``"double"`` (text and image have weights of their own), ``"single"`` (one stream, after
             double blocks) or ``"joint"`` (one stream from the start).
+        kinds: those that the model has; empty where nobody says.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -191,6 +192,7 @@ class Site:
     spatial_axes: tuple[int, ...] = (1, 2)
     num_layers: int = 57
     kind: str = "joint"
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(isinstance(self.tokens, TokenLayout), "tokens", "a fastrope.TokenLayout", type(self.tokens).__name__)

@@ -56,6 +56,18 @@ def test_no_layers_at_all_is_a_choice(nothing):
     assert not active(fr.At(M, layers=nothing))
 
 
+def test_kinds_of_block_that_the_model_does_not_have_are_refused():
+    where = dict(kind="double", kinds=("double", "single"))
+    with pytest.raises(
+        ValueError, match=r"^kinds: expected some of the model's kinds of block, \('double', 'single'\)"
+    ):
+        active(fr.At(M, kinds="joint"), **where)
+    assert active(fr.At(M, kinds=("joint", "double")), **where)
+    assert not active(fr.At(M, kinds="single"), **where)
+    assert not active(fr.At(M, kinds=()), **where)
+    assert not active(fr.At(M, kinds="joint"), kind="double")  # where nobody says what there is
+
+
 def test_all_conditions_must_hold():
     at = fr.At(M, layers=range(3), steps={1}, kinds="double")
     assert active(at, layer=1, step=1, kind="double")

@@ -57,6 +57,7 @@ class CallState:
         self.shared: SharedAttention | None = None
         self.installed: tuple[tuple[torch.nn.Module, object], ...] = ()
         self._kinds = tuple(kinds)
+        self._known_kinds = tuple(dict.fromkeys(kinds))
         self._warned = False
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
@@ -116,11 +117,8 @@ class CallState:
 
     def sites(self, step: int, num_steps: int, tokens: fr.TokenLayout) -> list[fr.Site]:
         """One site per layer."""
-        count = len(self.slots)
-        return [
-            fr.Site(tokens, layer, step, num_steps, self.axes_dim, self.host.spatial_axes, count, kind)
-            for layer, kind in enumerate(self._kinds)
-        ]
+        where = step, num_steps, self.axes_dim, self.host.spatial_axes, len(self.slots)
+        return [fr.Site(tokens, layer, *where, kind, self._known_kinds) for layer, kind in enumerate(self._kinds)]
 
     def ask(self, site: fr.Site) -> list[Modulation]:
         """All modulations at a site."""

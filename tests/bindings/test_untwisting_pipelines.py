@@ -539,6 +539,10 @@ def test_a_reference_that_nobody_gave():
 
 def test_refusals_by_name():
     model, call, source = small()
+    nowhere = fr.UntwistingRoPE(blocks="joint")
+    expected = r"^kinds: expected some of the model's kinds of block, \('double', 'single'\), received \('joint',\)"
+    with fr.apply(model, nowhere, reference=source), pytest.raises(ValueError, match=expected):
+        run(model, call)
     both = fr.UntwistingRoPE(), fr.UntwistingRoPE(layers=0)
     with fr.apply(model, *both, reference=source), pytest.raises(ValueError, match=r"^adain: expected one method"):
         run(model, call)
