@@ -207,6 +207,18 @@ def test_labels_name_the_values(monkeypatch):
     (["--adain", "2"], "UntwistingRoPE.adain: expected a strength in 0..1, received 2.0"),
     (["--trajectory", "rf_inversion", "--gamma", "2"], "gamma: expected a number in 0..1, received 2.0"),
     (["--out", "picture.what"], "--out: unknown file extension"),
+    (["--out", "text.png/picture.png"], "--out: "),
+    (["--steps", "0"], "--steps: expected at least 1, received 0"),
+    (["--width", "0"], "--width: expected at least 1, received 0"),
+    (["--native", "--height", "-8"], "--height: expected at least 1, received -8"),
+    (["--seed", str(-(2**64))], "--seed: expected a number of 64 bits"),
+    (["--reference-seed", str(2**70)], "--reference-seed: expected a number of 64 bits"),
+    (["--guidance", "inf"], "--guidance: expected a finite number, received inf"),
+    (["--negative-prompt", "x"], "--negative-prompt: FluxPipeline takes none, its guidance is distilled"),
+    (["--device", "nowhere"], "--device: "),
+    (["--offload", "--device", "cpu"], "--offload: expected a GPU to keep parts on, received cpu"),
+    (["--blocks", "joint"], "kinds: expected some of the model's kinds of block, ('double', 'single'), received"),
+    (["--layers", "7-9"], "layers: expected some of the model's 3 layers"),
     (["--native", "--reference", "ref.png", "--reference", "ref.png"], "--image: expected one picture"),
 ])  # fmt: skip
 def test_problems_are_named_in_one_line(words, message, command, capsys):
@@ -216,6 +228,14 @@ def test_problems_are_named_in_one_line(words, message, command, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"fastrope {command}: ")]
     assert len(said) == 1
     assert said[0].startswith(f"fastrope {command}: {message}")
+
+
+def test_a_folder_in_the_way_is_named_before_anything_is_drawn(capsys):
+    Path("taken").write_text("text")
+    assert draw("--cells", "taken", command="sweep") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastrope sweep: --cells: ")
+    assert "sweep:   0%" not in said
 
 
 def test_three_numbers_are_too_many(capsys):
@@ -232,6 +252,8 @@ def test_three_numbers_are_too_many(capsys):
     (["--model", "tiny", "--gamma", "0.5"], "--gamma belongs to --trajectory rf_inversion"),
     (["--model", "tiny", "--native", "--cache", "host"], "--cache is for a shared reference"),
     (["--model", "tiny", "--native", "--trajectory", "rf_inversion"], "--trajectory is for a shared reference"),
+    (["--model", "tiny", "--native", "--reference-prompt", "x"], "--reference-prompt is for a shared reference"),
+    (["--model", "tiny", "--native", "--reference-seed", "3"], "--reference-seed is for a shared reference"),
     (["--model", "tiny", "--trajectory", "ddim"], "invalid choice: 'ddim'"),
     (["--model", "tiny", "--preset", "mine"], "invalid choice: 'mine'"),
     (["--model", "tiny", "--axis0", "high"], "expected low, match or a number, received 'high'"),

@@ -4,52 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from .. import ISLock, __version__
 from ..checks import require
+from . import ar_hosts
+from .running import add_machine_options, command, machine, name_of
 
 MODELS = ("llamagen", "emu3", "janus", "tiny")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the original, the edits, ``report.md``, ``report.html`` and ``record.json``.
-
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
-
-    Returns:
-        0; 2 when the command cannot run: an argument, a package, or weights.
-
-    Raises:
-        ModuleNotFoundError: transformers is not installed, for the hosts that need it.
-    """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.prompt is None and arguments.image is None:
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.prompt is None and options.image is None:
         parser.error("--prompt (the original is generated) or --image (it is a picture) is needed")
-    from ..demo.style import MissingExtra, require_extras
-
-    try:
-        require_extras()
-    except MissingExtra as error:
-        return _fail(error)
-    import torch
-
-    from .ar_hosts import Missing
-
-    threads = torch.get_num_threads()
-    if arguments.model == "tiny":
-        torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
-    try:
-        return _run(arguments)
-    except (Missing, OSError, ValueError) as error:
-        return _fail(error)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,27 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0)
     add("--top-k", type=int, help="(default: that of the model)")
     add("--top-p", type=float, default=1.0)
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on cuda, else float32)")
+    add_machine_options(add)
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    import torch
+def _run(arguments: argparse.Namespace) -> list[Path]:
+    """Write the original, the edits, ``record.json``, and the report, whose paths are given."""
+    from ..demo.style import require_extras
 
-    from ..demo.build import choose_device
-    from . import ar_hosts, ar_report
+    require_extras()
+    from . import ar_report
 
-    try:
-        device = choose_device(arguments.device)
-    except (RuntimeError, ValueError) as error:
-        raise ar_hosts.Missing(f"--device: {error}") from error
-    guidance, seed, out = arguments.guidance, arguments.seed, arguments.out
-    require(guidance is None or math.isfinite(guidance), "--guidance", "a finite number", guidance)
-    require(-(2**63) <= seed < 2**64, "--seed", "a number of 64 bits", seed)
+    device, dtype = machine(arguments, kinds=("cpu", "cuda"))
+    out = arguments.out
     require(out.is_dir() or not out.exists(), "--out", "a folder", out)
-    default = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, arguments.dtype or default)
     defaults = ar_hosts.DEFAULTS[arguments.model]
     lock = ISLock(
         candidates=defaults.candidates if arguments.candidates is None else arguments.candidates,
@@ -129,10 +91,10 @@ def _run(arguments: argparse.Namespace) -> int:
     # Every anchor is a token of the model, so only logits that are not numbers leave nothing to draw.
     empty = int(made.record.free.sum())
     require(empty == 0, "--dtype", "one in which the model's logits are numbers",
-            f"{str(dtype).removeprefix('torch.')}, which gives no probabilities at {empty} token(s)")  # fmt: skip
+            f"{name_of(dtype)}, which gives no probabilities at {empty} token(s)")  # fmt: skip
     edits = host.decode(made.tokens)
     conditions = (
-        f"model {host.name}, device {device}, {str(dtype).removeprefix('torch.')}, {host.sampling}, "
+        f"model {host.name}, device {device}, {name_of(dtype)}, {host.sampling}, "
         f"seed {arguments.seed}, torch {torch.__version__}, fastrope {__version__}"
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -148,12 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
         lock=lock, grid=host.grid, record=made.record, source=source, prompt=arguments.prompt, edit_prompts=prompts,
         original=original, edits=edits, plain=plain, conditions=conditions,
     )  # fmt: skip
-    for path in ar_report.write(run, arguments.out):
-        print(path)
-    return 0
+    return ar_report.write(run, arguments.out)
 
 
-def _fail(error: Exception) -> int:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"fastrope ar-edit: {lines[0]}", file=sys.stderr)
-    return 2
+main = command(_parser, _run, _check, failures=(ar_hosts.Missing,))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .. import GRAG, LooseRoPE, __version__, apply, steer
-from .editors import HARMONISE, TINY, Missing, Settings, arguments, load, settings_for, takes_negative
-from .files import as_picture, few_threads, find_device, layer_range, open_picture, require_format, save_picture
+from .. import GRAG, LooseRoPE, apply, steer
+from .editors import HARMONISE, SETTINGS, arguments, load, settings_for
+from .files import as_picture, open_picture, plain_path, require_format, save_picture, save_record
+from .running import TINY, Missing, add_run_options, command, ends, machine, name_of
 
 DIALS = {
     "looserope": ("mask", "original", "boost", "levels", "saliency", "judge", "max_tries"),
@@ -21,26 +19,11 @@ DIALS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the edited picture, and beside it a record of how it was made (``.json``).
-
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
-
-    Returns:
-        0; 2 when the command cannot run: an argument, a file, or weights.
-
-    Raises:
-        ModuleNotFoundError: diffusers, transformers or pillow is not installed.
-    """
-    parser = _parser()
-    options = parser.parse_args(argv)
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for method, names in DIALS.items():
         foreign = [name for name in names if getattr(options, name) is not None]
         if method != options.method and foreign:
             parser.error(f"--{foreign[0].replace('_', '-')} belongs to --method {method}")
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps wants at least 1, not {options.steps}")
     if options.max_tries is not None and options.judge is None:
         parser.error("--max-tries wants a --judge")
     if options.model != TINY:
@@ -50,13 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("looserope wants --mask or --original, and not both")
         if options.method == "grag" and options.prompt is None:
             parser.error("grag wants a --prompt")
-    try:
-        return _run(options)
-    except ModuleNotFoundError:
-        raise
-    except (ImportError, Missing, ValueError, NotImplementedError) as error:
-        print(f"fastrope edit: {error}", file=sys.stderr)
-        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,14 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", help="what to do; looserope has one of its own, meaning: make pasted objects belong to the scene")
     add("--out", type=Path, default=Path("edit.png"), metavar="FILE", help="(default: edit.png)")
     add("--plain", action="store_true", help="also run without the method, to FILE with -plain in its name")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, help="(default: looserope 28; grag 24 on Qwen, else 28)")
-    add("--guidance", type=float, help="(default: 2.5 on Kontext, true CFG 4.0 on Qwen)")
-    add("--negative-prompt", help="(default: one space on Qwen, else none)")
-    add("--layers", type=layer_range, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on cuda, else float32)")
-    add("--offload", action="store_true", help="keep on the GPU only the part that runs")
+    steps, guidance = "looserope 28; grag 24 on Qwen, else 28", "2.5 on Kontext, true CFG 4.0 on Qwen"
+    add_run_options(add, steps=steps, guidance=guidance)
     loose = parser.add_argument_group("looserope").add_argument
     loose("--mask", type=Path, metavar="FILE", help="where the paste is, white on black, as large as the picture")
     loose("--original", type=Path, metavar="FILE", help="the picture before the paste, instead of a mask")
@@ -99,42 +69,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> list[Path]:
+    """Write the edited picture, and beside it a record of how it was made."""
     from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
 
     require_format(options.out)
     images, pasted = _pictures(options)
     method = _method(options, images[0], pasted)
-    device = find_device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    device, dtype = machine(options)
     pipe = load(options.model, device, dtype, options.offload)
-    settings = _settings(options, settings_for(options.method, pipe))
-    if options.negative_prompt is not None and not takes_negative(pipe):
-        raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none, its guidance is distilled")
+    settings = settings_for(pipe, SETTINGS[options.method]).with_options(options, pipe)
     prompt = HARMONISE if options.prompt is None else options.prompt
     call = arguments(pipe, options.model, settings, images, prompt, options.seed)
     pipe.set_progress_bar_config(desc=options.method, disable=False)
-    with few_threads(options.model == TINY):
-        made, method, tries = _make(options, pipe, method, call, pasted, images[0])
-        save_picture(made, options.out)
-        written = [options.out]
-        if options.plain:
-            pipe.set_progress_bar_config(desc="plain", disable=False)
-            call["generator"] = torch.Generator().manual_seed(options.seed)
-            written.append(options.out.with_stem(f"{options.out.stem}-plain"))
-            save_picture(pipe(**call).images[0], written[-1])
+    made, method, tries = _make(options, pipe, method, call, pasted, images[0])
+    written = [save_picture(made, options.out)]
+    if options.plain:
+        pipe.set_progress_bar_config(desc="plain", disable=False)
+        call["generator"] = torch.Generator().manual_seed(options.seed)
+        written.append(save_picture(pipe(**call).images[0], plain_path(options.out)))
     record = {
         "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
         "prompt": prompt, "seed": options.seed, "steps": settings.steps, "guidance": settings.guidance,
-        "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
-        "layers": options.layers and [options.layers[0], options.layers[-1]], "judge": options.judge,
-        "tries": tries, "torch": torch.__version__, "fastrope": __version__,
+        "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": name_of(dtype),
+        "layers": ends(options.layers), "judge": options.judge, "tries": tries,
     }  # fmt: skip
-    written.append(options.out.with_suffix(".json"))
-    written[-1].write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in written:
-        print(path)
-    return 0
+    return [*written, save_record(record, options.out)]
 
 
 def _make(options, pipe, method, call: dict, pasted: dict, composite):
@@ -186,11 +146,6 @@ def _method(options, composite, pasted: dict) -> GRAG | LooseRoPE:
     return LooseRoPE.from_images(composite, **pasted, **{n: v for n, v in dials.items() if v is not None}, **layers)
 
 
-def _settings(options, settings: Settings) -> Settings:
-    given = {name: getattr(options, name) for name in ("steps", "guidance", "negative_prompt")}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
-
-
 def _dials(method: GRAG | LooseRoPE) -> dict:
     if isinstance(method, GRAG):
         return {"bias": method.bias, "delta": method.delta}
@@ -204,3 +159,6 @@ def _levels(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f'expected a number or "continuous", received {text!r}') from None
+
+
+main = command(_parser, _run, _check)

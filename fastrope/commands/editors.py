@@ -5,28 +5,27 @@ from __future__ import annotations
 import inspect
 import warnings
 import zlib
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from .running import TINY, Missing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from PIL.Image import Image
 
-TINY = "tiny"
 TINY_PIXELS, TINY_TEXT = 32, 8
 
 HARMONISE = (
     "Make every object in the picture belong to its scene: match light, colour, shadow, sharpness and perspective, "
     "join edges naturally, and keep each object, the composition and the style of the picture as they are."
 )
-
-
-class Missing(Exception):
-    """Something that is not there: weights, a file. The message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,17 @@ class Settings:
     guidance_name: str = "guidance_scale"
     negative_prompt: str | None = None
 
+    def with_options(self, options: Namespace, pipe) -> Settings:
+        """With what the user says instead.
+
+        Raises:
+            ValueError: a negative prompt for a pipeline that makes nothing of it.
+        """
+        if options.negative_prompt is not None and not takes_negative(pipe):
+            raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none, its guidance is distilled")
+        given = {name: getattr(options, name) for name in ("steps", "guidance", "negative_prompt")}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
 
 # By the start of the pipeline's class name. LooseRoPE on Kontext and GRAG on Qwen are the authors' settings.
 SETTINGS = {
@@ -61,16 +71,16 @@ SETTINGS = {
 }
 
 
-def settings_for(method: str, pipe) -> Settings:
-    """The settings of a method on a pipeline."""
+def settings_for(pipe, table: Mapping[str, Settings]) -> Settings:
+    """The settings of a pipeline, of a table by the start of its class's name."""
     name = type(pipe).__name__
-    return next(found for start, found in SETTINGS[method].items() if name.startswith(start))
+    return next(found for start, found in table.items() if name.startswith(start))
 
 
 def takes_negative(pipe) -> bool:
     """True where a negative prompt makes a difference."""
     known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters
-    return known and not type(pipe).__name__.startswith("FluxKontext")  # which ignores it at these settings
+    return known and not type(pipe).__name__.startswith("Flux")  # which ignores it at these settings
 
 
 def load(model: str, device: torch.device, dtype: torch.dtype, offload: bool):
@@ -131,15 +141,21 @@ def arguments(
 
 
 def _tiny_arguments(pipe, settings: Settings, images, prompt: str, generator: torch.Generator) -> dict[str, object]:
-    """No text encoder: the prompt becomes random embeddings, the same for the same words."""
     if len(images) != 1:
         raise ValueError(f"--image: expected one picture for the tiny model, received {len(images)}")
-    side, width = TINY_PIXELS, pipe.transformer.config.joint_attention_dim
-    words = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-    where = {"device": pipe.transformer.device, "dtype": pipe.transformer.dtype}
+    side = TINY_PIXELS
     return {
         "image": images[0].convert("RGB").resize((side, side)), "width": side, "height": side, "max_area": side**2,
         "_auto_resize": False, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance or 2.5,
-        "prompt_embeds": torch.randn(1, TINY_TEXT, width, generator=words).to(**where),
-        "pooled_prompt_embeds": torch.randn(1, width, generator=words).to(**where), "generator": generator,
+        "generator": generator, **tiny_words(pipe, prompt),
     }  # fmt: skip
+
+
+def tiny_words(pipe, prompt: str, rows: int = 1) -> dict[str, torch.Tensor]:
+    """Of a pipeline without text encoders: random embeddings, the same for the same words."""
+    words = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+    width = pipe.transformer.config.joint_attention_dim
+    where = {"device": pipe.transformer.device, "dtype": pipe.transformer.dtype}
+    embeds = torch.randn(1, TINY_TEXT, width, generator=words).expand(rows, -1, -1)
+    pooled = torch.randn(1, width, generator=words).expand(rows, -1)
+    return {"prompt_embeds": embeds.to(**where), "pooled_prompt_embeds": pooled.to(**where)}

@@ -1,14 +1,14 @@
-"""What commands share that read and write pictures."""
+"""Pictures that commands read and write, and the records beside them."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import json
 from pathlib import Path
 
 import torch
 
-from .editors import Missing
+from .. import __version__
+from .running import Missing
 
 
 def open_picture(option: str, path: Path):
@@ -47,28 +47,23 @@ def require_format(path: Path) -> None:
 
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out: unknown file extension: {path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: {error}") from None
+    require_folder("--out", path.parent)
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; by default CUDA where there is one.
+def require_folder(option: str, folder: Path) -> None:
+    """Make a folder, parents included.
 
     Raises:
-        ValueError: torch cannot use it.
+        ValueError: naming the option, where that cannot be done.
     """
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device: {str(error).splitlines()[0]}") from None
-    return device
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
-def save_picture(picture, path: Path) -> None:
-    """Write a PIL picture, folders included.
+def save_picture(picture, path: Path) -> Path:
+    """Write a PIL picture, folders included; gives the path back.
 
     Raises:
         ValueError: an extension that pillow does not know.
@@ -78,26 +73,17 @@ def save_picture(picture, path: Path) -> None:
         picture.save(path)
     except ValueError as error:
         raise ValueError(f"--out: {error}") from None
+    return path
 
 
-def layer_range(text: str) -> range:
-    """``FIRST-LAST`` on the command line, both included."""
-    first, _, last = text.partition("-")
-    try:
-        found = range(int(first), int(last or first) + 1)
-    except ValueError:
-        found = range(0)
-    if len(found) == 0:
-        raise argparse.ArgumentTypeError(f"expected FIRST-LAST, received {text!r}")
-    return found
+def plain_path(path: Path) -> Path:
+    """Where the picture goes that is drawn without the method."""
+    return path.with_stem(f"{path.stem}-plain")
 
 
-@contextlib.contextmanager
-def few_threads(few: bool):
-    """Tensors as small as the tiny model's lose more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if few else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def save_record(record: dict, path: Path) -> Path:
+    """Write how a picture was made beside it, as JSON, with the versions it was made with; gives the path back."""
+    record = record | {"torch": torch.__version__, "fastrope": __version__}
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return path

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .. import ReferenceCache, UntwistingRoPE, __version__, prepare_reference
+from .. import ReferenceCache, UntwistingRoPE, prepare_reference
 from ..methods.untwisting import AXIS0, PRESETS
 from ..sharing import SHARED
 from . import editors
-from .editors import TINY, TINY_PIXELS, TINY_TEXT, Settings
-from .files import as_picture, find_device, layer_range, open_picture, require_format
+from .editors import TINY_PIXELS, Settings, tiny_words
+from .files import as_picture, open_picture, require_format
+from .running import TINY, add_run_options, ends, machine, name_of
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 TRAJECTORIES = ("linear", "rf_inversion")
@@ -43,7 +43,7 @@ class Styling:
         reference: for :func:`fastrope.apply`; None where the reference is the host's own.
         pictures: the reference's, PIL.
         settings: steps and guidance.
-        axis0: what the method's argument is, where neither option nor preset says.
+        axis0: what the method's argument is on this model, where no option says.
     """
 
     pipe: object
@@ -74,22 +74,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--axis0", type=_axis0, help='weights of the frame axis: low, match or a number (default: low; "match" on '
         "Z-Image)")  # fmt: skip
     add("--blocks", nargs="+", choices=("double", "single", "joint"), help="kinds of block (default: all)")
-    add("--layers", type=layer_range, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
     add("--trajectory", choices=TRAJECTORIES, default="linear", help="the reference's latents: noised, or inverted by "
         "the model (default: linear)")  # fmt: skip
     add("--gamma", type=float, help="of rf_inversion: 1 follows the model, 0 is linear (default: 0.5)")
     add("--cache", choices=CACHES, default="none", help="keep the reference's keys and values per layer and step, for "
         "further targets; takes much memory (default: none)")  # fmt: skip
-    add("--seed", type=int, default=0, help="(default: 0)")
     add("--reference-seed", type=int, metavar="SEED", help="noise of the reference (default: the next seed)")
-    add("--steps", type=int, help="(default: 28; Z-Image 9, FLUX.2 klein 4)")
-    add("--guidance", type=float, help="(default: what suits the model)")
-    add("--negative-prompt", help="(default: one space on Qwen, else none)")
+    add_run_options(add, steps="28; Z-Image 9, FLUX.2 klein 4", guidance="what suits the model")
     add("--height", type=int, help="in pixels (default: the reference's proportions, a megapixel at most)")
     add("--width", type=int)
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on cuda, else float32)")
-    add("--offload", action="store_true", help="keep on the GPU only the part that runs")
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -101,10 +94,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.gamma is not None and options.trajectory != "rf_inversion":
         parser.error("--gamma belongs to --trajectory rf_inversion")
     if options.native:
-        if options.cache != "none":
-            parser.error("--cache is for a shared reference, not for a --native one")
-        if options.trajectory != "linear":
-            parser.error("--trajectory is for a shared reference, not for a --native one")
+        for name in ("cache", "trajectory", "reference_prompt", "reference_seed"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for a shared reference, not for a --native one")
 
 
 def prepare(options: argparse.Namespace) -> Styling:
@@ -120,14 +112,9 @@ def prepare(options: argparse.Namespace) -> Styling:
     require_format(options.out)
     pictures = _pictures(options)
     method_of(options, {})  # dials are checked before anything is loaded
-    device = find_device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    pipe = _load(options, device, dtype)
-    name = type(pipe).__name__
-    settings = next(found for start, found in SETTINGS.items() if name.startswith(start))
-    given = {n: getattr(options, n) for n in ("steps", "guidance", "negative_prompt")}
-    settings = replace(settings, **{n: value for n, value in given.items() if value is not None})
-    axis0 = {"axis0": "match"} if name.startswith("ZImage") else {}
+    pipe = _load(options, *machine(options))
+    settings = editors.settings_for(pipe, SETTINGS).with_options(options, pipe)
+    axis0 = {"axis0": "match"} if type(pipe).__name__.startswith("ZImage") else {}
     prompt = options.prompt or ""
     if options.native:
         call = editors.arguments(pipe, options.model, settings, pictures, prompt, options.seed)
@@ -166,16 +153,14 @@ def record(options: argparse.Namespace, styling: Styling) -> dict[str, object]:
         "reference_seed": _reference_seed(options), "trajectory": None if options.native else options.trajectory,
         "gamma": options.gamma, "cache": options.cache, "steps": styling.settings.steps,
         "guidance": styling.settings.guidance, "height": styling.call.get("height"), "width": styling.call.get("width"),
-        "device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "torch": torch.__version__, "fastrope": __version__,
+        "device": str(pipe.device), "dtype": name_of(pipe.transformer.dtype),
     }  # fmt: skip
 
 
 def dials(method: UntwistingRoPE) -> dict[str, object]:
     """The method's numbers."""
-    return {name: getattr(method, name) for name in ("s_hf", "s_lf", "beta", "adain", "axis0", "blocks")} | {
-        "layers": None if method.layers is None else [method.layers[0], method.layers[-1]]
-    }
+    found = {name: getattr(method, name) for name in ("s_hf", "s_lf", "beta", "adain", "axis0", "blocks")}
+    return found | {"layers": ends(method.layers)}
 
 
 def _pictures(options) -> list:
@@ -205,14 +190,7 @@ def _size(options, pipe, pictures: Sequence) -> tuple[int, int]:
 
 
 def _text(options, pipe, prompt: str, rows: int = 1) -> dict[str, object]:
-    """The prompt; for the tiny model, which has no text encoder, random embeddings, the same for the same words."""
-    if options.model != TINY:
-        return {"prompt": prompt}
-    words = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-    width, where = pipe.transformer.config.joint_attention_dim, {"device": pipe.device, "dtype": pipe.transformer.dtype}
-    embeds = torch.randn(1, TINY_TEXT, width, generator=words).expand(rows, -1, -1)
-    pooled = torch.randn(1, width, generator=words).expand(rows, -1)
-    return {"prompt_embeds": embeds.to(**where), "pooled_prompt_embeds": pooled.to(**where)}
+    return tiny_words(pipe, prompt, rows) if options.model == TINY else {"prompt": prompt}
 
 
 def _reference(options, pipe, pictures: Sequence, settings: Settings, height: int, width: int):

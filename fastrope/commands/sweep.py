@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import apply
 from . import styling
-from .editors import TINY, Missing
-from .files import few_threads, save_picture
+from .files import require_folder, save_picture, save_record
+from .running import command
 
 HIGH, LOW = (0.0, 0.25, 0.5, 0.75, 1.0), (0.6, 1.0, 1.2, 1.5)
 Value = float | tuple[float, float]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the contact sheet, and beside it a record of how it was made (``.json``).
-
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
-
-    Returns:
-        0; 2 when the command cannot run: an argument, a file, or weights.
-
-    Raises:
-        ModuleNotFoundError: diffusers, transformers, matplotlib, tqdm or pillow is not installed.
-    """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    styling.check_options(parser, options)
-    try:
-        with few_threads(options.model == TINY):
-            return _run(options)
-    except (Missing, ValueError, NotImplementedError) as error:
-        print(f"fastrope sweep: {error}", file=sys.stderr)
-        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,10 +30,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> list[Path]:
+    """Write the contact sheet, beside it a record of how it was made, and the cells if they are wanted."""
     import matplotlib  # noqa: F401  (missing packages are named before anything is drawn)
     from tqdm.auto import tqdm
 
+    if options.cells is not None:
+        require_folder("--cells", options.cells)
     grid = [[styling.method_of(options, {}, s_hf=high, s_lf=low) for low in options.s_lf] for high in options.s_hf]
     ready = styling.prepare(options)
     grid = [[styling.method_of(options, ready.axis0, s_hf=m.s_hf, s_lf=m.s_lf) for m in row] for row in grid]
@@ -75,20 +53,15 @@ def _run(options: argparse.Namespace) -> int:
                     cells[-1].append(ready.run(options.seed))
                     bar.update()
     sheet = draw(ready.pictures, plain, cells, options.s_hf, options.s_lf, _caption(options, grid[0][0], ready))
-    save_picture(sheet, options.out)
-    written = [options.out, options.out.with_suffix(".json")]
+    shared = {n: value for n, value in styling.dials(grid[0][0]).items() if n not in ("s_hf", "s_lf")}
+    record = {"s_hf": list(options.s_hf), "s_lf": list(options.s_lf), "dials": shared}
+    written = [save_picture(sheet, options.out), save_record(record | styling.record(options, ready), options.out)]
     if options.cells is not None:
         for high, row in zip(options.s_hf, cells, strict=True):
             for low, cell in zip(options.s_lf, row, strict=True):
                 name = f"s_hf {_name(high)} s_lf {_name(low)}.png".replace(" ", "_").replace(":", "-")
-                written.append(options.cells / name)
-                save_picture(cell, written[-1])
-    shared = {n: value for n, value in styling.dials(grid[0][0]).items() if n not in ("s_hf", "s_lf")}
-    kept = {"s_hf": list(options.s_hf), "s_lf": list(options.s_lf), "dials": shared, **styling.record(options, ready)}
-    written[1].write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    for path in written:
-        print(path)
-    return 0
+                written.append(save_picture(cell, options.cells / name))
+    return written
 
 
 def draw(
@@ -164,3 +137,6 @@ def _name(value: Value) -> str:
 
 def _list(values: Sequence[Value]) -> str:
     return " ".join(map(_name, values))
+
+
+main = command(_parser, _run, styling.check_options)

@@ -127,6 +127,10 @@ def test_progress_is_shown(capsys):
     (["--method", "grag", "--out", "text.png/picture.png"], "fastrope edit: --out: "),
     (["--method", "grag", "--device", "nowhere"], "fastrope edit: --device: "),
     (["--method", "grag", "--layers", "7-9"], "fastrope edit: layers: expected some of the model's 3 layers"),
+    (["--method", "grag", "--steps", "0"], "fastrope edit: --steps: expected at least 1, received 0"),
+    (["--method", "grag", "--seed", str(2**64)], "fastrope edit: --seed: expected a number of 64 bits"),
+    (["--method", "grag", "--guidance", "nan"], "fastrope edit: --guidance: expected a finite number, received nan"),
+    (["--method", "grag", "--offload"], "fastrope edit: --offload: expected a GPU to keep parts on, received cpu"),
     (["--method", "grag", "--negative-prompt", "x"], "fastrope edit: --negative-prompt: FluxKontextPipeline takes"),
     (["--method", "looserope", "--out", "picture.what"], "fastrope edit: --out: unknown file extension"),
 ])  # fmt: skip
@@ -147,7 +151,6 @@ def test_problems_are_named_in_one_line(words, message, capsys):
     (["--method", "looserope", "--model", "tiny", "--delta", "1"], "--delta belongs to --method grag"),
     (["--method", "grag", "--model", "tiny", "--max-tries", "1"], "--max-tries belongs to --method looserope"),
     (["--method", "looserope", "--model", "tiny", "--max-tries", "1"], "--max-tries wants a --judge"),
-    (["--method", "grag", "--model", "tiny", "--steps", "0"], "--steps wants at least 1, not 0"),
     (["--method", "grag", "--model", "x/y"], "--image is needed"),
     (["--method", "grag", "--model", "x/y", "--image", "a.png"], "grag wants a --prompt"),
     (["--method", "looserope", "--model", "x/y", "--image", "a.png"], "looserope wants --mask or --original"),
@@ -203,7 +206,7 @@ def test_absent_packages(capsys, monkeypatch, package):
 
 def arguments_for(pipeline: str, method: str, *sizes: tuple[int, int], **given) -> dict:
     pipe = type(pipeline, (), {})()
-    settings = editors.settings_for(method, pipe)
+    settings = editors.settings_for(pipe, editors.SETTINGS[method])
     images = [Image.new("RGB", size) for size in sizes]
     call = editors.arguments(pipe, "some/model", settings, images, "words", 5)
     assert call.pop("generator").initial_seed() == 5

@@ -1,0 +1,163 @@
+"""What the commands have in common: how one runs and fails, options of a run, where and in what it is computed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..checks import require
+
+TINY = "tiny"  # the model with random weights that needs no download
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Missing(Exception):
+    """Something that is not there: weights, a file. The message says how to get it."""
+
+
+FAILURES = (Missing, ImportError, OSError, ValueError, NotImplementedError)
+
+
+def command(
+    make_parser: Callable[[], argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], Iterable[Path]],
+    check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] | None = None,
+    failures: tuple[type[Exception], ...] = (),
+) -> Callable[[Sequence[str] | None], int]:
+    """The ``main(argv)`` of a command.
+
+    Args:
+        make_parser: its options, ``--model`` among them.
+        run: does the work and gives the files it wrote, which are printed.
+        check: ends the program where options contradict each other.
+        failures: what else ``run`` raises for reasons that the user can do something about.
+
+    Returns:
+        A function of the arguments without the program's name (None takes those of the process), which returns 0, or 2
+        when the command cannot run: an argument, a file, weights. A module that is absent raises, for the command line
+        to say how it is installed.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = make_parser()
+        options = parser.parse_args(argv)
+        if check is not None:
+            check(parser, options)
+        try:
+            check_numbers(options)
+            with few_threads(options.model == TINY):
+                written = list(run(options))
+        except ModuleNotFoundError:
+            raise
+        except (*FAILURES, *failures) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            print(f"{parser.prog}: {lines[0]}", file=sys.stderr)
+            return 2
+        for path in written:
+            print(path)
+        return 0
+
+    return main
+
+
+@contextlib.contextmanager
+def few_threads(few: bool):
+    """Tensors as small as the tiny model's lose more to waiting threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if few else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def add_run_options(add: Callable, steps: str, guidance: str) -> None:
+    """Options of a run of a pipeline; ``steps`` and ``guidance`` say their defaults."""
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--steps", type=int, help=f"(default: {steps})")
+    add("--guidance", type=float, help=f"(default: {guidance})")
+    add("--negative-prompt", help="(default: one space on Qwen, else none)")
+    add("--layers", type=layer_range, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
+    add_machine_options(add)
+    add("--offload", action="store_true", help="keep on the GPU only the part that runs")
+
+
+def add_machine_options(add: Callable) -> None:
+    """Device and dtype; :func:`machine` reads them."""
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--dtype", choices=DTYPES, help="(default: bfloat16 on cuda, else float32)")
+
+
+def layer_range(text: str) -> range:
+    """``FIRST-LAST`` on the command line, both included."""
+    first, _, last = text.partition("-")
+    try:
+        found = range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = range(0)
+    if len(found) == 0:
+        raise argparse.ArgumentTypeError(f"expected FIRST-LAST, received {text!r}")
+    return found
+
+
+def ends(layers: range | None) -> list[int] | None:
+    """First and last, for a record."""
+    return None if layers is None else [layers[0], layers[-1]]
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Require numbers that a run can be made with, of the options there are.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("seed", "reference_seed"):
+        seed = getattr(options, name, None)
+        fits = seed is None or -(2**63) <= seed < 2**64
+        require(fits, f"--{name.replace('_', '-')}", "a number of 64 bits", seed)
+    for name in ("steps", "height", "width"):
+        count = getattr(options, name, None)
+        require(count is None or count >= 1, f"--{name}", "at least 1", count)
+    guidance = getattr(options, "guidance", None)
+    require(guidance is None or math.isfinite(guidance), "--guidance", "a finite number", guidance)
+
+
+def machine(options: argparse.Namespace, kinds: Sequence[str] | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute.
+
+    Args:
+        kinds: of device that will do; None: all.
+
+    Raises:
+        ValueError: a device of another kind or one that torch cannot use, or ``--offload`` from the CPU.
+    """
+    device = find_device(options.device, kinds)
+    offload = getattr(options, "offload", False)
+    require(not offload or device.type != "cpu", "--offload", "a GPU to keep parts on", device)
+    return device, getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def find_device(name: str | None, kinds: Sequence[str] | None = None) -> torch.device:
+    """The device of that name; by default CUDA where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if kinds is not None:
+            require(device.type in kinds, "--device", " or ".join(kinds), name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` and the like."""
+    return str(dtype).removeprefix("torch.")
