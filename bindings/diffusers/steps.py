@@ -40,8 +40,9 @@ def find_step(
     """Index of the current step in the scheduler's timesteps, and their number.
 
     Inside the pipeline's loop the scheduler knows the index, without a device synchronisation. Elsewhere (a pipeline
-    that does not say whether it runs, another one that shares the transformer, a direct call) the timestep's value is
-    looked up. None where both fail.
+    that does not say whether it runs, another one that shares transformer and scheduler, a direct call) the timestep's
+    value is looked up. None where both fail, and where the scheduler was never given steps or has made all of them:
+    whoever calls then goes by another one.
 
     Args:
         timestep: what the model was given.
@@ -57,7 +58,9 @@ def find_step(
     count = len(timesteps)
     if index is not None and index < count and getattr(pipe, "_current_timestep", None) is not None:
         return int(index), count
-    if not isinstance(timestep, torch.Tensor):
+    # Before they are given steps, schedulers hold those of their training.
+    stale = getattr(scheduler, "num_inference_steps", None) is None or (index is not None and index >= count)
+    if stale or not isinstance(timestep, torch.Tensor):
         return None
     dtype = timestep.dtype if timestep.is_floating_point() else torch.float32
     # The pipeline rounds to the model's dtype, then divides; the same here makes equal values equal.

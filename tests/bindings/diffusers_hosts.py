@@ -280,7 +280,7 @@ def flux2_pipeline(transformer=None):
     return quiet(diffusers.Flux2Pipeline(**parts, **NO_TEXT))
 
 
-def flux2_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
+def flux2_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), references=REFERENCES, **more):
     # The pipeline wants pictures of at least 64 pixels a side: large ones, that it is told to see as small.
     def small(image, height, width, resize_mode):
         return next(p for p in pictures if p[0] is image)[1]
@@ -288,7 +288,7 @@ def flux2_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
     from PIL import Image
 
     pictures = []
-    for n, (rows, columns) in enumerate(REFERENCES):
+    for n, (rows, columns) in enumerate(references):
         g = torch.Generator().manual_seed(6 + n)
         pictures.append((Image.new("RGB", (64, 64)), torch.rand(1, 3, 2 * rows, 2 * columns, generator=g)))
     with mock.patch.object(pipe.image_processor, "preprocess", small):

@@ -13,6 +13,7 @@ from fastrope.backends import triton as triton_backend
 pytest.importorskip("diffusers")
 from diffusers.models.normalization import RMSNorm
 from diffusers_hosts import (
+    TARGET,
     TEXT,
     TINY_HOSTS,
     assert_differ,
@@ -302,6 +303,27 @@ def test_padded_prompts_in_a_pipeline():
     )
     with fr.apply(pipe, method):
         assert_same(host.generate(pipe, **arguments), expected, 1e-4)
+
+
+@BOTH
+def test_three_references(kind):
+    """FLUX.2, two of them of one size side by side: every one has a frame, a span and values of its own."""
+    host, references = TINY_HOSTS["flux2"], [(2, 3), (2, 3), (4, 1)]
+    layout = fr.TokenLayout(TEXT, TARGET, references)
+    pipe, sites = host.pipeline(), set()
+
+    def modulations(site):
+        sites.add(site.tokens)
+        return kind(site.tokens)
+
+    stock = host.generate(pipe, lengths=host.lengths, references=references)
+    with host.by_formulas(pipe.transformer, host.attend(kind(layout), layout)):
+        expected = host.generate(pipe, lengths=host.lengths, references=references)
+    with fr.apply(pipe, types.SimpleNamespace(modulations=modulations)):
+        out = host.generate(pipe, lengths=host.lengths, references=references)
+    assert_same(out, expected, 1e-4)
+    assert_differ(out, stock)
+    assert sites == {layout}
 
 
 # ---- what a host costs -----------------------------------------------------------------------------------------------

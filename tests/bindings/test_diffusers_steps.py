@@ -100,6 +100,23 @@ def test_a_pipeline_that_shares_the_transformer_gets_the_right_steps(dtype, shif
     assert method.sites[0].num_steps == 16
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_pipeline_with_a_scheduler_of_its_own_is_not_taken_for_the_handles(ran):
+    """Timesteps of another run tell nothing, even where some are equal: untold, methods see step 0, with a warning."""
+    pipe = build_pipeline(flux_pipeline)
+    other = FluxPipeline(**{**pipe.components, "scheduler": scheduler()})
+    other.set_progress_bar_config(disable=True)
+    method = Recorder()
+    with fr.apply(pipe, method):
+        if ran:
+            generate(pipe, steps=4)
+            assert [s.step for s in method.sites[::LAYERS]] == [0, 1, 2, 3]
+            method.sites.clear()
+        with pytest.warns(UserWarning, match=r"^fastrope: nothing tells the denoising step"):
+            generate(other, steps=8)
+    assert {(s.step, s.num_steps) for s in method.sites} == {(0, 28)}
+
+
 def test_the_step_inside_the_loop_is_read_without_touching_a_tensor():
     from fastrope.bindings.diffusers.steps import find_step
 
