@@ -99,7 +99,14 @@ class Offline:
         return type("Output", (), {"images": [out]})
 
 
-@pytest.mark.parametrize("title", [t for t in EXAMPLES if t != "A host of one's own"])
+def test_the_example_without_a_download_runs(capsys):
+    exec(compile(EXAMPLES["Without a download"], str(PAGE), "exec", dont_inherit=True), {"__name__": "page"})
+    moved, restored = capsys.readouterr().out.splitlines()
+    assert float(moved.removeprefix("moved by ")) > 1e-3
+    assert restored == "restored: True"
+
+
+@pytest.mark.parametrize("title", [t for t in EXAMPLES if t not in ("Without a download", "A host of one's own")])
 def test_examples_run(title, monkeypatch, tmp_path):
     """Each by itself, and the method it applies makes a difference."""
     from PIL import Image
