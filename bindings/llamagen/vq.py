@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,15 @@ class Level(nn.Module):
         return x
 
 
+def _levels(widths: list[int], blocks: int, attentive: int, name: str, resample: type[nn.Module]) -> nn.ModuleList:
+    """A level from each width to the next, the ``attentive``-th with attention; all but the last change resolution."""
+    last = len(widths) - 2
+    return nn.ModuleList(
+        Level(channels, out, blocks, n == attentive, {} if n == last else {name: resample(out)})
+        for n, (channels, out) in enumerate(itertools.pairwise(widths))
+    )
+
+
 def _middle(channels: int) -> nn.ModuleList:
     return nn.ModuleList(
         [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
@@ -132,18 +142,12 @@ def _middle(channels: int) -> nn.ModuleList:
 class Encoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
-        last = len(widths) - 1
+        widths = [config.channels, *(config.channels * m for m in config.multipliers)]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList()
-        channels = config.channels
-        for index, width in enumerate(widths):
-            resample = {} if index == last else {"downsample": Downsample(width)}
-            self.conv_blocks.append(Level(channels, width, config.blocks, index == last, resample))
-            channels = width
-        self.mid = _middle(channels)
-        self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, config.latent, 3, padding=1)
+        self.conv_blocks = _levels(widths, config.blocks, len(widths) - 2, "downsample", Downsample)
+        self.mid = _middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -156,17 +160,11 @@ class Decoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
-        last = len(widths) - 1
-        channels = widths[0]
-        self.conv_in = nn.Conv2d(config.latent, channels, 3, padding=1)
-        self.mid = _middle(channels)
-        self.conv_blocks = nn.ModuleList()
-        for index, width in enumerate(widths):
-            resample = {} if index == last else {"upsample": Upsample(width)}
-            self.conv_blocks.append(Level(channels, width, config.blocks + 1, index == 0, resample))
-            channels = width
-        self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0])
+        self.conv_blocks = _levels([widths[0], *widths], config.blocks + 1, 0, "upsample", Upsample)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)

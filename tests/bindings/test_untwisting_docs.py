@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import carry_out, commands_of, page
 
 import fastrope as fr
-from fastrope.cli import main
 from fastrope.commands import style, sweep
 from fastrope.methods.untwisting import PRESETS
 
@@ -24,12 +24,9 @@ import diffusers_hosts as hosts  # noqa: E402
 from test_trajectories import PIPELINES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "untwisting.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(?P<language>python|bash)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
-PYTHON = [m["code"] for m in BLOCK.finditer(PAGE) if m["language"] == "python"]
-COMMANDS = [
-    line for m in BLOCK.finditer(PAGE) if m["language"] == "bash" for line in m["code"].splitlines() if line.strip()
-]
+PAGE = page("untwisting.md")
+PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = commands_of("untwisting.md")
 MODELS = {
     "FluxPipeline": ("black-forest-labs/FLUX.1-dev", "flux"),
     "Flux2Pipeline": ("black-forest-labs/FLUX.2-dev", "flux2"),
@@ -189,14 +186,7 @@ def test_the_memory_is_as_stated():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, tmp_path, monkeypatch, capsys):
-    program, name, *arguments = shlex.split(command)
-    assert program == "fastrope"
-    options = {"style": style, "sweep": sweep}[name]._parser().parse_args(arguments)
-    if options.model == "tiny":
-        monkeypatch.chdir(tmp_path)
-        assert main([name, *arguments, "--steps", "2"]) == 0
-        for path in capsys.readouterr().out.split():
-            assert Path(path).stat().st_size > 0
+    carry_out(command, {"style": style, "sweep": sweep}, 2, tmp_path, monkeypatch, capsys)
 
 
 def test_commands_are_found():

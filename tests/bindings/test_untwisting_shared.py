@@ -64,12 +64,18 @@ def weights_of(host, axis0="low") -> torch.Tensor:
     return band(dial("s_hf"), dial("s_lf"), DIALS["beta"], host.axes, axis0=axis0)
 
 
-def expected_of(host, model, call, reference, texts, rows=1, **dials) -> torch.Tensor:
-    own, theirs = (Row.of(host, plain_layout(host, n)) for n in texts)
+def by_formulas(host, model, call, reference, own: Row, theirs: Row, **dials) -> torch.Tensor:
+    """What the target's call gives, after the reference's by itself; all dials at work unless others are given."""
+    dials = dials or dict(weights=weights_of(host), adain=DIALS["adain"])
     with watching(host, model, theirs) as seen:
         run(model, reference)
     with sharing(host, model, own, seen, theirs, **dials):
         return run(model, call)
+
+
+def expected_of(host, model, call, reference, texts, **dials) -> torch.Tensor:
+    own, theirs = (Row.of(host, plain_layout(host, n)) for n in texts)
+    return by_formulas(host, model, call, reference, own, theirs, **dials)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -84,7 +90,7 @@ def test_shared_attention_follows_the_formulas(host, carried, rotation):
     for texts in (lengths(host, carried), lengths(host, carried)[::-1]):
         call, reference = call_of(host, texts[0], 2), call_of(host, texts[1], 1)
         stock = run(model, call)
-        expected = expected_of(host, model, call, reference, texts, weights=weights_of(host), adain=DIALS["adain"])
+        expected = expected_of(host, model, call, reference, texts)
         with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS), rotation=rotation):
             out = run(model, call)
             assert out.shape == stock.shape
@@ -174,10 +180,7 @@ def test_a_kept_reference_of_another_grid(name):
     model = host.build().double()
     call, reference = call_of(host, 7, 2), call_of(host, 7, 1, grid)
     own, theirs = (Row.of(host, plain_layout(host, 7, g)) for g in (TARGET, grid))
-    with watching(host, model, theirs) as seen:
-        run(model, reference)
-    with sharing(host, model, own, seen, theirs, weights=weights_of(host), adain=DIALS["adain"]):
-        expected = run(model, call)
+    expected = by_formulas(host, model, call, reference, own, theirs)
     source = source_of(host, reference)
     placed = {key: reference[key] for key in ("img_ids", "img_shapes") if key in reference}
     source = fr.Reference(source.latents, {**source.arguments, **placed})
@@ -219,10 +222,7 @@ def test_masked_texts(name, carried):
         joint = name == "chroma"
         each["attention_mask" if joint else "encoder_hidden_states_mask"] = mask if joint else mask[:, :length]
         rows.append(Row(layout, Row.of(host, layout).positions, mask))
-    with watching(host, model, rows[1]) as seen:
-        run(model, reference)
-    with sharing(host, model, rows[0], seen, rows[1], weights=weights_of(host), adain=DIALS["adain"]):
-        expected = run(model, call)
+    expected = by_formulas(host, model, call, reference, *rows)
     with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
         assert_same(run(model, call), expected, 1e-10)
 
@@ -240,11 +240,7 @@ def test_captions_of_different_length_in_a_batch(carried):
     for n, length in enumerate(captions):
         own = plain_layout(host, length).positions("z-image")
         positions[n, : len(own)], mask[n, : len(own)] = own, True
-    with watching(host, model, theirs) as seen:
-        run(model, reference)
-    own = Row(layout, positions, mask)
-    with sharing(host, model, own, seen, theirs, weights=weights_of(host), adain=DIALS["adain"]):
-        expected = run(model, call)
+    expected = by_formulas(host, model, call, reference, Row(layout, positions, mask), theirs)
     with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
         assert_same(run(model, call), expected, 1e-10)
 

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from pages import carry_out, commands_of, page
 from test_readme import blocks
 
 import fastrope as fr
-from fastrope.cli import main
 from fastrope.commands import edit
 
 diffusers = pytest.importorskip("diffusers")
@@ -27,12 +26,7 @@ from methods import tiny_run  # noqa: E402
 from fastrope.demo import tiny  # noqa: E402
 from fastrope.methods.maps import as_pixels  # noqa: E402
 
-BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STEPS: list[int] = []
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
 def words(prompt: str, *shape: int) -> torch.Tensor:
@@ -159,21 +153,12 @@ def test_the_table_of_looserope_is_the_codes():
         assert [float(c) for c in cells.split("|")] == pytest.approx(factors.tolist(), abs=5.1e-5)
 
 
-COMMANDS = [
-    line for name in ("grag.md", "looserope.md") for text in BASH.findall(page(name)) for line in text.splitlines()
-]
+COMMANDS = commands_of("grag.md", "looserope.md")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, tmp_path, monkeypatch, capsys):
-    program, name, *arguments = shlex.split(command)
-    assert (program, name) == ("fastrope", "edit")
-    options = edit._parser().parse_args(arguments)
-    if options.model == "tiny":
-        monkeypatch.chdir(tmp_path)
-        assert main([name, *arguments, "--steps", "4"]) == 0
-        for path in capsys.readouterr().out.split():
-            assert Path(path).stat().st_size > 0
+    carry_out(command, {"edit": edit}, 4, tmp_path, monkeypatch, capsys)
 
 
 def test_commands_are_found():
