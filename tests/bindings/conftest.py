@@ -1,4 +1,4 @@
-"""What all tests of the diffusers binding share: the tiny hosts beside this file, one thread."""
+"""What all tests of the diffusers binding share: the tiny hosts beside this file."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parent))  # diffusers_hosts, diffusers_formulas
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors of a few hundred elements: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

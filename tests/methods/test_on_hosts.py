@@ -26,14 +26,6 @@ EDITORS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def through(pipe, call_as):
     """A pipeline whose calls are handed to ``call_as``."""
 

@@ -20,20 +20,6 @@ from fastrope.methods.judges import Verdict
 MOVES = {"neglect": -0.045, "suppression": 0.05, "success": 0.0}
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few hundred elements: threads only wait for each other
-    yield tiny_run.pipeline()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def method():
-    scene = tiny_run.pasted()
-    return fr.LooseRoPE.from_images(scene.composite, scene.background)
-
-
 @pytest.fixture
 def call():
     """No latents: the noise comes from the generator."""

@@ -17,22 +17,8 @@ from methods import tiny_run
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few hundred elements: threads only wait for each other
-    yield tiny_run.pipeline()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def stock(pipe):
     return tiny_run.run(pipe)
-
-
-@pytest.fixture(scope="module")
-def loose():
-    scene = tiny_run.pasted()
-    return fr.LooseRoPE.from_images(scene.composite, scene.background)
 
 
 def distances(pipe, stock, methods) -> list[float]:
@@ -64,23 +50,23 @@ def test_bias_moves_the_picture(pipe, stock, values):
 
 
 @pytest.mark.parametrize("levels", [5, None])
-def test_boost_moves_the_picture(pipe, stock, loose, levels):
+def test_boost_moves_the_picture(pipe, stock, method, levels):
     """The lower the boost, the less is kept."""
-    found = distances(pipe, stock, [replace(loose, boost=boost, levels=levels) for boost in (1.0, 0.83, 0.6, 0.3)])
+    found = distances(pipe, stock, [replace(method, boost=boost, levels=levels) for boost in (1.0, 0.83, 0.6, 0.3)])
     assert found[0] > 0
     assert rising(found), found
 
 
-def test_range_factor_alone_moves_the_picture(pipe, stock, loose):
+def test_range_factor_alone_moves_the_picture(pipe, stock, method):
     curves = [(low, 1.0, 3.5) for low in (1.0, 0.9, 0.65, 0.4)]
-    found = distances(pipe, stock, [replace(loose, range_curve=c, crop_curve=None) for c in curves])
+    found = distances(pipe, stock, [replace(method, range_curve=c, crop_curve=None) for c in curves])
     assert found[0] == 0
     assert rising(found), found
 
 
-def test_crop_factor_alone_moves_the_picture(pipe, stock, loose):
+def test_crop_factor_alone_moves_the_picture(pipe, stock, method):
     curves = [(low, 1.0, 6.5) for low in (1.0, 0.9, 0.65, 0.4)]
-    found = distances(pipe, stock, [replace(loose, range_curve=(1, 1, 0), crop_curve=c) for c in curves])
+    found = distances(pipe, stock, [replace(method, range_curve=(1, 1, 0), crop_curve=c) for c in curves])
     assert found[0] == 0
     assert rising(found), found
 
@@ -106,12 +92,12 @@ def test_delta_is_a_temperature_inside_the_reference(pipe):
 
 
 @pytest.mark.parametrize("levels", [5, None])
-def test_boost_widens_the_view_of_the_paste(pipe, loose, levels):
+def test_boost_widens_the_view_of_the_paste(pipe, method, levels):
     """The lower, the farther queries of the paste look around in the reference."""
-    _, inside = loose.on_grid((16, 16))
+    _, inside = method.on_grid((16, 16))
     text = tiny_run.SETTINGS.text
     queries = torch.cat([torch.zeros(text, dtype=torch.bool), inside.flatten(), torch.zeros(256, dtype=torch.bool)])
-    methods = [replace(loose, boost=boost, levels=levels, crop_curve=None) for boost in (1.0, 0.83, 0.6, 0.3)]
+    methods = [replace(method, boost=boost, levels=levels, crop_curve=None) for boost in (1.0, 0.83, 0.6, 0.3)]
     distances = [look(pipe, method, queries)[1] for method in methods]
     assert rising(distances), distances
 
@@ -126,7 +112,7 @@ def test_layers_and_steps_reach_the_pipeline(pipe, stock):
     assert first_layer != everywhere
 
 
-def test_methods_compose(pipe, loose):
-    both = tiny_run.run(pipe, fr.GRAG(1, 1.3), loose)
-    assert torch.equal(both, tiny_run.run(pipe, loose, fr.GRAG(1, 1.3)))
-    assert tiny_run.distance(both, tiny_run.run(pipe, loose)) > 1e-4
+def test_methods_compose(pipe, method):
+    both = tiny_run.run(pipe, fr.GRAG(1, 1.3), method)
+    assert torch.equal(both, tiny_run.run(pipe, method, fr.GRAG(1, 1.3)))
+    assert tiny_run.distance(both, tiny_run.run(pipe, method)) > 1e-4
