@@ -107,6 +107,13 @@ class LlamaGenHost(Host):
 
 
 class JanusHost(Host):
+    """Janus-Pro of transformers: a square grid of the model's own size, pixels in -1..1, prompts as chats.
+
+    Args:
+        model: a ``JanusForConditionalGeneration``.
+        processor: its ``JanusProcessor``.
+    """
+
     def __init__(self, name, model, processor, settings: dict):
         from ..bindings.transformers import janus
 
@@ -145,6 +152,15 @@ class JanusHost(Host):
 
 
 class Emu3Host(Host):
+    """Emu3-Gen of transformers: a square grid of any size, pixels normalised as the processor says.
+
+    Args:
+        model: an ``Emu3ForConditionalGeneration``.
+        processor: its ``Emu3Processor``, which is told to pad on the left.
+        size: tokens per side.
+        negative: the prompt of the other branch of guidance.
+    """
+
     def __init__(self, name, model, processor, size: int, negative: str, settings: dict):
         super().__init__(name, (size, size), settings)
         self.model, self.processor, self.negative = model, processor, negative

@@ -38,17 +38,22 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class PerStep:
+class _Listed:
+    """Values one by one."""
+
+    values: Sequence[float]
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", _numbers(f"{type(self).__name__}.values", self.values))
+
+
+@dataclass(frozen=True)
+class PerStep(_Listed):
     """One value per denoising step, first step first.
 
     Raises:
         ValueError: no values, values that are not finite numbers, or (when asked) a run of another number of steps.
     """
-
-    values: Sequence[float]
-
-    def __post_init__(self):
-        object.__setattr__(self, "values", _numbers("PerStep.values", self.values))
 
     def __call__(self, site: Site) -> float:
         """The value at a site."""
@@ -58,17 +63,12 @@ class PerStep:
 
 
 @dataclass(frozen=True)
-class PerLayer:
+class PerLayer(_Listed):
     """One value per attention layer, in order of execution: on FLUX the double-stream blocks come first.
 
     Raises:
         ValueError: no values, values that are not finite numbers, or (when asked) a layer beyond the last of them.
     """
-
-    values: Sequence[float]
-
-    def __post_init__(self):
-        object.__setattr__(self, "values", _numbers("PerLayer.values", self.values))
 
     def __call__(self, site: Site) -> float:
         """The value at a site."""

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from anchored import Spy, seeded
 from transformers import Emu3Config, Emu3ForConditionalGeneration, LogitsProcessorList
 
 import fastrope as fr
@@ -52,10 +53,6 @@ def negative():
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def matcher(model, tau=math.inf, candidates=CODES, alpha=0.0):
     entries, ids = emu3.codebook(model)
     lock = fr.ISLock(candidates=candidates, alpha=alpha, tau=tau)
@@ -64,17 +61,6 @@ def matcher(model, tau=math.inf, candidates=CODES, alpha=0.0):
 
 def random_anchors(rows=2):
     return torch.randint(FIRST, FIRST + CODES, (rows, N))
-
-
-class Spy:
-    def __init__(self, inner):
-        self.inner, self.logits, self.positions = inner, [], []
-        self.num_tokens, self.seeds = inner.num_tokens, inner.seeds
-
-    def __call__(self, logits, anchors, position, **kwargs):
-        self.logits.append(logits)
-        self.positions.append(position)
-        return self.inner(logits, anchors, position, **kwargs)
 
 
 def stream(tokens):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from anchored import Spy, seeded
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration, LogitsProcessorList
 
@@ -49,24 +50,9 @@ def inputs():
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def matcher(model, tau=math.inf, candidates=CODES, alpha=0.0):
     lock = fr.ISLock(candidates=candidates, alpha=alpha, tau=tau)
     return lock.matcher(janus.codebook(model), num_tokens=N)
-
-
-class Spy:
-    def __init__(self, inner):
-        self.inner, self.logits, self.positions = inner, [], []
-        self.num_tokens, self.seeds = inner.num_tokens, inner.seeds
-
-    def __call__(self, logits, anchors, position, **kwargs):
-        self.logits.append(logits)
-        self.positions.append(position)
-        return self.inner(logits, anchors, position, **kwargs)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from anchored import Spy, seeded
 from torch.nn import functional as F
 
 import fastrope as fr
@@ -61,26 +62,9 @@ def features() -> torch.Tensor:
     return torch.randn(2, TINY.prefix, TINY.caption_dim)
 
 
-def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def matcher(tau=math.inf, candidates=TINY.vocabulary, alpha=0.0, num_tokens=N, **options):
     codebook = F.normalize(torch.randn(TINY.vocabulary, 8, generator=seeded(3)[0]), dim=-1)
     return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau).matcher(codebook, num_tokens=num_tokens, **options)
-
-
-class Spy:
-    """A matcher that remembers the logits it was given."""
-
-    def __init__(self, inner):
-        self.inner, self.logits, self.positions = inner, [], []
-        self.num_tokens, self.seeds = inner.num_tokens, inner.seeds
-
-    def __call__(self, logits, anchors, position, **kwargs):
-        self.logits.append(logits)
-        self.positions.append(position)
-        return self.inner(logits, anchors, position, **kwargs)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

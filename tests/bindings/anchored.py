@@ -1,0 +1,22 @@
+"""What tests of every autoregressive host share."""
+
+from __future__ import annotations
+
+import torch
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Spy:
+    """A matcher that remembers the logits and positions it was given."""
+
+    def __init__(self, inner):
+        self.inner, self.logits, self.positions = inner, [], []
+        self.num_tokens, self.seeds = inner.num_tokens, inner.seeds
+
+    def __call__(self, logits, anchors, position, **kwargs):
+        self.logits.append(logits)
+        self.positions.append(position)
+        return self.inner(logits, anchors, position, **kwargs)
