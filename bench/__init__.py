@@ -1,8 +1,9 @@
 """``fastrope bench``: contestants checked against the reference, then timed, one row of JSON each.
 
-``workloads`` say which tensors, ``cases`` which modulations, ``peers`` who computes them; each is a registry that a new
-entry extends. ``runner`` checks and measures with the clocks of ``timing``; ``report`` turns rows into tables and knows
-nothing else.
+``suites`` says what is measured and in which order, ``frame`` runs it and writes the rows; of a suite ``workloads`` say
+which tensors, ``cases`` which modulations, ``peers`` who computes them, each a registry that a new entry extends.
+``runner`` checks and measures with the clocks of ``timing``. ``report``, ``gates``, ``readme``, ``plots`` and
+``compare`` turn rows into tables and pictures and know nothing else.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-RESULTS = Path("bench/results")
-SUITE = "attention"
+from .rows import RESULTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,65 +26,141 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 when a contestant was wrong or failed; 2 when the benchmark cannot run here.
     """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        if options.report is not None or options.readme or options.plots:
+            return _report(options)
+        return _measure(options, sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from . import gates, readme, report
+    from .rows import read
+
+    paths = options.report or sorted(RESULTS.glob("*/*.jsonl"))
+    rows = [row for path in paths for row in read(path)]
+    if options.readme:
+        readme.write(options.readme, rows)
+    if not rows:
+        print(f"fastrope bench: no rows under {RESULTS}", file=sys.stderr)
+        return 0 if options.readme else 2
+    if options.plots:
+        from . import plots
+
+        for path in plots.draw(rows, options.plots):
+            print(path)
+    print(f"{report.render(rows)}\n{gates.render(rows)}")
+    return 0
+
+
+def _measure(options: argparse.Namespace, argv: Sequence[str]) -> int:
     import torch
 
-    from . import report, runner
-    from .cases import CASES
-    from .peers import PEERS
-    from .workloads import WORKLOADS
+    from . import compare, gates, report, suites
+    from .environment import environment, slug
+    from .frame import Selection, Session
 
-    options = _parser(WORKLOADS, CASES, PEERS).parse_args(argv)
-    if options.report is not None:
-        paths = options.report or sorted(RESULTS.glob("*/*.jsonl"))
-        if not paths:
-            print(f"fastrope bench: no rows under {RESULTS}", file=sys.stderr)
-            return 2
-        print(report.render([row for path in paths for row in report.read(path)]))
-        return 0
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     small = device.type == "cpu"
-    suited = [w for w in WORKLOADS.values() if w.small == small]
-    workloads = [WORKLOADS[name] for name in options.workload or ()] or suited[: 1 if options.quick else None]
-    cases = [CASES[name] for name in options.case or CASES]
-    peers = [PEERS[name] for name in options.peer or PEERS]
-    repeats = options.repeats or (10 if options.quick or small else 50)
-    environment = runner.environment(device, options.rev)
-    out = options.out
-    if out is None:  # timings of a CPU say nothing of the kernels and stay out of the results
-        folder = (
-            Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / report.slug(environment["gpu"])
-        )
-        out = folder / f"{SUITE}.jsonl"
-    outcome = runner.run(workloads, cases, peers, device, dtype, repeats, out, environment)
-    print(f"\n{report.render(outcome.rows)}\n{len(outcome.rows)} rows in {out}")
-    for problem in outcome.problems:
+    selection = Selection(options.workload, options.case, options.peer, small, options.quick)
+    tasks = suites.tasks(options.suite, selection)
+    if options.against:
+        out = options.out or Path(tempfile.mkdtemp(prefix="fastrope-bench-"))
+        rows, problems = compare.run(options.against, _less(argv), options.turns, out, options.budget)
+        print(f"\n{compare.render(rows)}\n{len(rows)} rows in {out}")
+        return _told(problems)
+    dtype = getattr(torch, options.dtype or ("float32" if small else "bfloat16"))
+    facts = environment(device, options.rev)
+    # Timings of a CPU say nothing of the kernels and stay out of the results.
+    folder = Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / slug(facts["gpu"])
+    session = Session(device, dtype, options.repeats, facts, options.out or folder, options.quick)
+    if options.resume:
+        done = [task for task in tasks if session.measured(task)]
+        tasks = [task for task in tasks if task not in done]
+        print(f"measured already: {', '.join(map(str, done)) or 'nothing'}")
+    try:
+        session.run(tasks, options.budget)
+    except KeyboardInterrupt:
+        session.problem("run", "interrupted")
+    print(f"\n{report.render(session.rows)}")
+    if not small:
+        print(gates.render(session.rows))
+    for task in session.skipped:
+        print(f"skipped{', the device is lost' if session.lost else ' for the budget'}: {task}")
+    print(f"{len(session.rows)} rows in {session.folder}")
+    return _told(session.problems)
+
+
+def _told(problems: Sequence[str]) -> int:
+    for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
-    return 1 if outcome.problems else 0
+    return 1 if problems else 0
 
 
-def _parser(workloads, cases, peers) -> argparse.ArgumentParser:
+COMPARING = {"--against": 1, "--turns": 1, "--out": 1, "--budget": 1, "--rev": 1, "--resume": 0}
+
+
+def _less(argv: Sequence[str]) -> list[str]:
+    """Arguments less those that say what is compared, where rows go and for how long."""
+    kept, skip = [], 0
+    for argument in argv:
+        if skip:
+            skip -= 1
+        elif (name := argument.partition("=")[0]) in COMPARING:
+            skip = 0 if "=" in argument else COMPARING[name]
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .suites import SUITES
+
     parser = argparse.ArgumentParser(
-        prog="fastrope bench",
+        prog="fastrope bench", allow_abbrev=False,
         description="Check every contestant against the reference in float64, then time those that pass. On a CPU a "
-        "smoke test of a tiny shape.",
-    )
-    for name, registry in (("workload", workloads), ("case", cases), ("peer", peers)):
-        known = ", ".join(registry)
-        parser.add_argument(
-            f"--{name}", nargs="+", action="extend", choices=registry, metavar="NAME", help=f"some of: {known}"
-        )
+        "smoke test of tiny shapes.",
+    )  # fmt: skip
+    told = "; ".join(f"{name}: {what}" for name, what in SUITES.items())
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"JSON lines to append to ({RESULTS}/<gpu>/{SUITE}.jsonl)"
+        "--suite", nargs="+", action=_Suites, default=["attention"], choices=(*SUITES, "all"), metavar="NAME",
+        help=f"{told}; all of them in the order that tells most first. Default: attention",
+    )  # fmt: skip
+    for name in ("workload", "case", "peer"):
+        what = f"some of the suite's {name}s; an unknown one is answered with the list"
+        parser.add_argument(f"--{name}", nargs="+", action="extend", metavar="NAME", help=what)
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help=f"where <suite>.jsonl are appended to ({RESULTS}/<gpu>)"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds (default 50)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds (default: 50 calls, 20 steps)")
     parser.add_argument("--quick", action="store_true", help="the first workload, 10 rounds")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing that would end later")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out holds of this revision and device")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16, float32 on a CPU"
     )
     parser.add_argument("--rev", help="revision to record where there is no git history")
     parser.add_argument(
-        "--report", nargs="*", type=Path, metavar="ROWS", help="print tables of earlier rows instead (default: all)"
+        "--against", metavar="REV", help="another revision, or a folder that holds one: both in turns, side by side"
     )
+    parser.add_argument("--turns", type=int, default=2, metavar="N", help="processes of each revision (default 2)")
+    parser.add_argument(
+        "--report", nargs="*", type=Path, metavar="ROWS", help="tables and bars of earlier rows instead (default: all)"
+    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="with --report: pictures too; needs matplotlib")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="with --report: write the part between the markers")
     return parser
+
+
+class _Suites(argparse.Action):
+    """``all`` is every suite."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from .suites import SUITES
+
+        names = [name for value in values for name in (SUITES if value == "all" else [value])]
+        setattr(namespace, self.dest, list(dict.fromkeys(names)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from .workloads import Workload
 # LooseRoPE (arXiv 2601.05127): range and crop factors of its five saliency levels.
 RANGE = (0.6503, 0.6603, 0.8250, 0.9897, 0.9997)
 CROP = (0.6500, 0.6510, 0.9975, 1.3440, 1.3450)
+PLAIN = "plain"
 SPATIAL = (1, 2)  # position axes of rows and columns
 # Untwisting RoPE (arXiv 2602.05013): weights of the highest and lowest frequency half-way through the steps.
 HIGH, LOW, BETA = 0.5, 1.2, 2.0
@@ -24,11 +25,16 @@ BIAS, DELTA = 1.0, 1.10
 
 @dataclass(frozen=True)
 class Case:
-    """A list of modulations for any workload."""
+    """A list of modulations. ``shared`` cases are those of workloads with a shared reference."""
 
     name: str
     summary: str
     modulations: Callable[[Workload, torch.device], list[Modulation]]
+    shared: bool = False
+
+    def suits(self, workload: Workload) -> bool:
+        """Whether the case says something of this workload."""
+        return self.name == PLAIN or self.shared == bool(workload.tokens.shared_grids)
 
 
 def crop(workload: Workload) -> torch.Tensor:
@@ -57,7 +63,7 @@ def by_level(table: tuple[float, ...]) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def grag(workload: Workload, device: torch.device) -> list[Modulation]:
-    """The reference's keys around their mean."""
+    """The references' keys around their mean."""
     return [fr.BiasDelta(BIAS, DELTA, keys=workload.source)]
 
 
@@ -84,8 +90,8 @@ def loose_continuous(workload: Workload, device: torch.device) -> list[Modulatio
 
 def crop_gain(workload: Workload, device: torch.device) -> list[Modulation]:
     """Logits of the crop's queries against the crop's place in the reference."""
-    keys = torch.zeros(len(workload.tokens), dtype=torch.bool)
-    keys[workload.source] = crop(workload)
+    keys = torch.zeros(workload.tokens.num_keys, dtype=torch.bool)
+    keys[workload.source_grid] = crop(workload)
     return [fr.LogitGain(per_query(workload, by_level(CROP), device), keys=keys.to(device))]
 
 
@@ -93,12 +99,18 @@ def _together(*parts: Callable) -> Callable[[Workload, torch.device], list[Modul
     return lambda workload, device: [m for part in parts for m in part(workload, device)]
 
 
+def chosen(workload: Workload, names: Sequence[str] | None) -> list[Case]:
+    """The cases of a workload: those asked for, else its own, else all; of these the ones that suit."""
+    names = names or workload.cases or tuple(CASES)
+    return [CASES[name] for name in names if CASES[name].suits(workload)]
+
+
 def _cases(*cases: Case) -> dict[str, Case]:
     return {c.name: c for c in cases}
 
 
 CASES = _cases(
-    Case("plain", "rotation and attention", _together()),
+    Case(PLAIN, "rotation and attention", _together()),
     Case("grag", "BiasDelta on the reference", grag),
     Case("bands", "BandWeight on the reference", bands),
     Case("loose-levels", "QueryScale, five levels on a quarter of the target", loose_levels),
@@ -106,4 +118,5 @@ CASES = _cases(
     Case("crop-gain", "LogitGain, a quarter of the target and of the reference", crop_gain),
     Case("all", "all four, levels", _together(loose_levels, bands, grag, crop_gain)),
     Case("all-continuous", "all four, all scales different", _together(loose_continuous, bands, grag, crop_gain)),
+    Case("shared", "BandWeight on the keys of a shared reference", bands, shared=True),
 )

@@ -1,9 +1,7 @@
-#!/usr/bin/env python3
-"""A denoising step of FLUX.1 Kontext under the editing methods against the stock one: a row of JSON each.
+"""The suite of denoising steps of FLUX.1 Kontext under the editing methods, against the stock one.
 
-``python bench/kontext.py`` on a GPU calls a full-size transformer with random weights at 1024 px and writes
-``bench/results/<gpu>/kontext.jsonl``; on a CPU it is a smoke test of a tiny one that leaves its rows in a temporary
-folder. Needs diffusers. A contestant whose output is not that of the sdpa backend is not timed.
+On a GPU a full-size transformer with random weights at 1024 px. A contestant whose output is not that of the sdpa
+backend is not timed.
 
 * ``stock``: the transformer as it is; ``neutral``: bound, with nothing to modulate.
 * ``GRAG``: delta 1.1. ``LooseRoPE``: a random saliency on a quarter of the target, first step. ``both``.
@@ -11,20 +9,27 @@ folder. Needs diffusers. A contestant whose output is not that of the sdpa backe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 
 import fastrope as fr
-from fastrope.bench import RESULTS, report, runner, shared, timing
 
-NAMES = ("stock", "neutral", "GRAG", "LooseRoPE", "both")
+from . import flux_model, timing
+from .flux_model import Workload
+from .frame import Selection, Session, Task
+
+SUITE, ROUNDS = "kontext", 20
+TOLERANCE = 0.05  # of the largest output: half precision, other kernels
+CASES = ("stock", "neutral", "GRAG", "LooseRoPE", "both")
+
+
+def tasks(selection: Selection) -> list[Task]:
+    """One for each workload: the model is built once."""
+    names = selection.cases_of(CASES)
+    workloads = selection.of(flux_model.WORKLOADS) if names else []
+    return [Task(SUITE, w.name, None, partial(measure, workload=w, names=names)) for w in workloads]
 
 
 def methods(name: str, grid: tuple[int, int]) -> list:
@@ -37,7 +42,7 @@ def methods(name: str, grid: tuple[int, int]) -> list:
     return {"neutral": [fr.GRAG(delta=1.0)], "GRAG": [grag], "LooseRoPE": [loose], "both": [grag, loose]}[name]
 
 
-def call(workload: shared.Workload, device, dtype) -> dict:
+def call(workload: Workload, device, dtype) -> dict:
     """Arguments of the transformer: target and one reference of the same size."""
     arguments = workload.call(1, device, dtype)
     reference = workload.call(1, device, dtype, seed=1)["hidden_states"]
@@ -48,14 +53,14 @@ def call(workload: shared.Workload, device, dtype) -> dict:
     return arguments
 
 
-def measure(workload: shared.Workload, device: torch.device, dtype: torch.dtype, repeats: int):
-    """Rows of all contestants, and what was wrong."""
-    model, arguments = workload.build(device, dtype), call(workload, device, dtype)
-    rows, problems, stock = [], [], None
+def measure(session: Session, workload: Workload, names: list[str]) -> None:
+    """Rows of all contestants, written as they come."""
+    device = session.device
+    model, arguments = workload.build(device, session.dtype), call(workload, device, session.dtype)
+    stock = None
 
     def step() -> torch.Tensor:
-        with torch.no_grad():
-            return model(**arguments)[0]
+        return model(**arguments)[0]
 
     def bound(name: str, backend: str):
         if name == "stock":
@@ -64,54 +69,24 @@ def measure(workload: shared.Workload, device: torch.device, dtype: torch.dtype,
         handle.set_step(0, 28)
         return handle
 
-    for name in NAMES:
+    for name in names:
         with bound(name, "sdpa"):
             expected = step().double().cpu()
         with bound(name, "auto"):
             out = step().double().cpu()
             gap = float((out - expected).abs().max() / expected.abs().max())
-            if not gap <= shared.TOLERANCE:
-                problems.append(
-                    f"{workload.name} / {name}: another output than sdpa's, by {gap:.2g} of the largest value"
-                )
+            if not gap <= TOLERANCE:
+                wrong = f"another output than sdpa's, by {gap:.2g} of the largest value"
+                session.problem(f"{SUITE} / {workload.name} / {name}", wrong)
                 continue
-            t = timing.interleaved({name: step}, device, repeats)[name]
-            stock = t.median if stock is None else stock
+            t = timing.interleaved({name: step}, device, session.rounds(ROUNDS))[name]
+            stock = t.median if name == "stock" else stock
             kernel, launches = timing.kernels(step, device)
-            rows.append({
+            over = None if stock is None else t.median / stock
+            session.emit(SUITE, [{
                 "workload": workload.name, "case": name, "impl": "diffusers" if name == "stock" else "fastrope",
-                "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds,
-                "x_stock": t.median / stock, "peak_mem_mib": timing.peak_memory_mib(step, device), "gap": gap,
-                "kernel": kernel, "launches": launches, "dtype": str(dtype).removeprefix("torch."), "batch": 1,
-                "text": workload.text, "grid": workload.grid, "blocks": workload.blocks, "heads": workload.heads,
-                "dim": sum(workload.axes),
-            })  # fmt: skip
-        print(f"{name:<12}{t.median:10.2f} ms [{t.p20:.2f}, {t.p80:.2f}]  {t.median / stock:.2f} x stock", flush=True)
-    return rows, problems
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 0, or 1 when a contestant was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to append to")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed rounds (default 20)")
-    parser.add_argument("--rev", help="revision to record where there is no git history")
-    options = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    environment = runner.environment(device, options.rev)
-    small = device.type == "cpu"
-    folder = Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / report.slug(environment["gpu"])
-    out = options.out or folder / "kontext.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    workload, dtype = (shared.SMALL, torch.float32) if small else (shared.FULL, torch.bfloat16)
-    rows, problems = measure(workload, device, dtype, options.repeats)
-    with out.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**row, **environment}) + "\n" for row in rows)
-    print(f"rows in {out}")
-    for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds, "x_stock": over,
+                "peak_mem_mib": timing.peak_memory_mib(step, device), "gap": gap, "kernel": kernel,
+                "launches": launches, "batch": 1, **workload.facts,
+            }])  # fmt: skip
+        print(f"  {name:<20}{t.median:10.2f} ms [{t.p20:.2f}, {t.p80:.2f}]  {over or 1:.2f} x stock", flush=True)

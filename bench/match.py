@@ -1,32 +1,29 @@
-#!/usr/bin/env python3
-"""Anchor token matching per token: the fused kernel against the reference, in turns, a row of JSON each.
+"""The suite of anchor token matching, per token: the fused kernel against the reference.
 
-``python bench/match.py`` on a GPU writes ``bench/results/<gpu>/match.jsonl``; on a CPU it is a smoke test that leaves
-its rows in a temporary folder. A contestant whose tokens differ from the reference's is not timed. The vocabularies
-and codebooks have the sizes of the hosts; logits are random, with all but the top k masked. Both contestants also run
-as CUDA graphs, which take the host's launches out of the comparison. Where the model itself is at hand (LlamaGen XL in
-bfloat16, random weights), its decode step is timed beside them, and ``share`` is matching's part of step and matching.
+A contestant whose tokens differ from the reference's is not timed. The vocabularies and codebooks have the sizes of the
+hosts; logits are random, with all but the top k masked. Both contestants also run as CUDA graphs, which take the host's
+launches out of the comparison. Where the model itself is at hand (LlamaGen XL in bfloat16, random weights), its decode
+step is timed beside them, and ``share`` is matching's part of step and matching.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from fastrope import ISLock
-from fastrope.bench import RESULTS, report, runner, timing
 from fastrope.bindings.anchors import guide
 from fastrope.bindings.llamagen import LlamaGen, LlamaGenConfig
 from fastrope.bindings.llamagen.generate import warp
 from fastrope.bindings.llamagen.model import Cache
 
+from . import timing
+from .frame import Selection, Session, Task
+
+SUITE, ROUNDS = "match", 50
 NUM_TOKENS = 1024
 
 
@@ -42,21 +39,38 @@ class MatchCase:
     top_k: int | None
     lock: ISLock
     model: LlamaGenConfig | None = None
+    small: bool = False
+
+    @property
+    def label(self) -> str:
+        """The case of its rows."""
+        return f"islock {self.lock.metric} K={self.lock.candidates}"
 
 
 STEP, GRAPH = "decode step", ", graph"
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # of the step
 XL = LlamaGenConfig.published("XL")
 LLAMAGEN, LUMINA = ISLock(), ISLock(candidates=100, tau=0.4, metric="cosine")
-CASES = (
+HOSTS = (
     MatchCase("llamagen", 1, 16384, 16384, 8, 1000, LLAMAGEN, XL),
-    MatchCase("llamagen, batch 8", 8, 16384, 16384, 8, 1000, LLAMAGEN, XL),
-    MatchCase("llamagen, no top-k", 1, 16384, 16384, 8, None, LLAMAGEN, XL),
+    MatchCase("llamagen-b8", 8, 16384, 16384, 8, 1000, LLAMAGEN, XL),
+    MatchCase("llamagen-no-top-k", 1, 16384, 16384, 8, None, LLAMAGEN, XL),
     MatchCase("lumina-mgpt", 1, 65536, 8192, 4096, 2000, LUMINA),
     MatchCase("emu3", 1, 184622, 32768, 4, 2048, LLAMAGEN),
 )
 TINY = LlamaGenConfig(dim=32, layers=1, heads=2, grid=4, vocabulary=1000, prefix=3, caption_dim=4, hidden=32)
-SMALL = (MatchCase("smoke", 2, 1000, 800, 8, 100, ISLock(candidates=20), TINY),)
+SMALL = (MatchCase("smoke", 2, 1000, 800, 8, 100, ISLock(candidates=20), TINY, small=True),)
+WORKLOADS = {case.name: case for case in HOSTS + SMALL}
+CASES = tuple(dict.fromkeys(case.label for case in WORKLOADS.values()))
+
+
+def tasks(selection: Selection) -> list[Task]:
+    """One for each host."""
+    return [
+        Task(SUITE, case.name, case.label, partial(measure, case=case))
+        for case in selection.of(WORKLOADS)
+        if selection.cases_of([case.label])
+    ]
 
 
 def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -121,61 +135,34 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def measure(case: MatchCase, device: torch.device, repeats: int) -> tuple[list[dict], list[str]]:
-    """Rows of one case, and what was wrong."""
+def measure(session: Session, case: MatchCase) -> None:
+    """Rows of one host."""
+    device = session.device
     runs = problem(case, device)
-    expected, problems = runs["eager"](), []
+    expected = runs["eager"]()
     for name, run in list(runs.items()):
-        found = run()
+        try:
+            found = run()
+        except NotImplementedError as reason:
+            print(f"  {name:<20}unsupported: {reason}", flush=True)
+            del runs[name]
+            continue
         if not (torch.equal(found.tokens, expected.tokens) and torch.equal(found.window, expected.window)):
-            problems.append(f"{case.name} / {name}: other tokens than the reference's")
+            session.problem(f"{SUITE} / {case.name} / {name}", "other tokens than the reference's")
             del runs[name]
     if case.model is not None:
         runs |= with_graphs({STEP: decode_step(case, device)}, device)
-    rows, times = [], timing.interleaved(runs, device, repeats)
+    times = timing.interleaved(runs, device, session.rounds(ROUNDS))
     for name, t in times.items():
         step = times.get(STEP + GRAPH if name.endswith(GRAPH) else STEP)
         share = None if step is None or name.startswith(STEP) else t.median / (t.median + step.median)
         kernel, launches = timing.kernels(runs[name], device)
-        rows.append({
-            "workload": case.name, "case": f"islock {case.lock.metric} K={case.lock.candidates}", "impl": name,
+        session.emit(SUITE, [{
+            "workload": case.name, "case": case.label, "impl": name,
             "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds,
             "peak_mem_mib": timing.peak_memory_mib(runs[name], device), "kernel": kernel, "launches": launches,
             "share": share, "dtype": DTYPES[device.type] if name.startswith(STEP) else "float32", "batch": case.batch,
             "vocab": case.vocab, "image_tokens": case.image, "dim": case.dim, "top_k": case.top_k,
-        })  # fmt: skip
+        }])  # fmt: skip
         part = "" if share is None else f"  {share:.1%} of a step"
-        print(
-            f"{case.name:<22}{name:<20}{t.median:9.4f} ms [{t.p20:.4f}, {t.p80:.4f}]  launches {launches}{part}",
-            flush=True,
-        )
-    return rows, problems
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 0, or 1 when a contestant chose other tokens than the reference."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to append to")
-    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="timed rounds (default 50)")
-    parser.add_argument("--rev", help="revision to record where there is no git history")
-    options = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    environment = runner.environment(device, options.rev)
-    small = device.type == "cpu"
-    folder = Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / report.slug(environment["gpu"])
-    out = options.out or folder / "match.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
-    for case in SMALL if small else CASES:
-        rows, problems = measure(case, device, options.repeats)
-        failures += problems
-        with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**row, **environment}) + "\n" for row in rows)
-    print(f"rows in {out}")
-    for failure in failures:
-        print(f"problem: {failure}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print(f"  {name:<20}{t.median:9.4f} ms [{t.p20:.4f}, {t.p80:.4f}]  launches {launches}{part}", flush=True)

@@ -33,7 +33,7 @@ def key_mask(keys: slice | torch.Tensor, tokens: int, device: torch.device) -> t
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """``q, k, v (B, S, H, D)``, their rope and modulations."""
+    """``q (B, Sq, H, D)``, ``k, v (B, Sk, H, D)``, their rope, modulations and mask ``(B, Sk)``."""
 
     workload: Workload
     q: torch.Tensor
@@ -41,31 +41,58 @@ class Problem:
     v: torch.Tensor
     rope: fr.RoPE
     modulations: list[Modulation]
+    key_rope: fr.RoPE | None = None
+    key_mask: torch.Tensor | None = None
 
     @classmethod
     def make(cls, workload: Workload, case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         """Draw the inputs."""
-        tensors = workload.tensors(device, dtype)
-        return cls(workload, *tensors, workload.rope(device), case.modulations(workload, device))
+        return cls(
+            workload, *workload.tensors(device, dtype), workload.rope(device), case.modulations(workload, device),
+            workload.key_rope(device), workload.key_mask(device),
+        )  # fmt: skip
+
+    @cached_property
+    def plain(self) -> Problem:
+        """The same tensors with nothing to modulate."""
+        return replace(self, modulations=[])
 
     @property
     def scale(self) -> float:
         """Of the logits."""
         return self.workload.dim**-0.5
 
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``q, k, v``, as a timed call that begins before attention gets them."""
+        return self.q, self.k, self.v
+
+    @cached_property
+    def scratch(self) -> dict:
+        """What contestants of this problem make once and share."""
+        return {}
+
     @cached_property
     def plan(self) -> fr.Plan:
         """Made once: contestants are timed without it."""
-        return fr.plan(rope=self.rope, modulations=self.modulations)
+        return fr.plan(
+            rope=self.rope, key_rope=self.key_rope, modulations=self.modulations, key_mask=self.key_mask,
+        )  # fmt: skip
+
+    @property
+    def rotation_of_keys(self) -> fr.RoPE:
+        """Angles of the keys, whether they are the queries' own or not."""
+        return self.key_rope or self.rope
 
     @cached_property
     def applied(self) -> Problem:
         """The same problem as a host's attention call sees it: q and k arrive rotated, in the dtype of the inputs."""
-        q, k = (rotate(x, self.rope.angles, self.rope.pairing) for x in (self.q, self.k))
-        return replace(self, q=q, k=k, rope=self.rope.as_applied())
+        ropes = self.rope, self.rotation_of_keys
+        q, k = (rotate(x, rope.angles, rope.pairing) for x, rope in zip((self.q, self.k), ropes, strict=True))
+        key_rope = self.key_rope and self.key_rope.as_applied()
+        return replace(self, q=q, k=k, rope=self.rope.as_applied(), key_rope=key_rope)
 
     def check(self, out: torch.Tensor) -> Errors:
-        """Hold ``out (B, S, H, D)`` against the reference under the tolerance rule.
+        """Hold ``out (B, Sq, H, D)`` against the reference under the tolerance rule.
 
         Raises:
             ValueError: another shape or dtype, or an element that is not finite anywhere in the output.

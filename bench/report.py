@@ -2,71 +2,81 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
-KEYS = (
-    "workload", "case", "impl", "ms_median", "ms_p20", "ms_p80", "tflops", "peak_pct", "peak_mem_mib", "max_err",
-    "mean_err", "kernel", "gpu", "torch", "triton", "driver", "date", "rev",
-)  # fmt: skip
-PLAIN = "plain"
+from . import rows as records
+
+Cell = Callable[[dict], str]
 
 
-def read(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file.
-
-    Raises:
-        ValueError: a line that is no row, naming it.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        missing = [key for key in KEYS if key not in row]
-        if missing:
-            raise ValueError(f"{path}:{number}: expected a row with {', '.join(missing)}")
-        rows.append(row)
-    return rows
+def number(row: dict, key: str, form: str) -> str:
+    """A field, formatted; empty where the row has none."""
+    value = row.get(key)
+    return "" if value is None else format(value, form)
 
 
-def slug(gpu: str) -> str:
-    """The folder of a device's rows: "NVIDIA H200" -> "nvidia-h200"."""
-    return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
+def spread(row: dict) -> str:
+    """The 20th and the 80th percentile."""
+    return f"{row['ms_p20']:.3f} - {row['ms_p80']:.3f}"
+
+
+def over_plain(row: dict, plain: dict | None) -> float | None:
+    """Time over that of the same contestant's plain call: of the same rounds where it was timed among them, else of the
+    plain row."""
+    if row.get("plain_ms"):
+        return row["ms_median"] / row["plain_ms"]
+    return row["ms_median"] / plain["ms_median"] if plain else None
 
 
 def render(rows: Sequence[dict]) -> str:
-    """Markdown: one table per device, dtype and workload, the latest row of each contestant, conditions below."""
-    tables: dict[tuple, dict[tuple, dict]] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
-        table = tables.setdefault((row["gpu"], row.get("dtype"), row["workload"]), {})
-        table[row["case"], row["impl"]] = row
-    return "\n".join(_table(*place, list(table.values())) for place, table in tables.items())
+    """Markdown: a table per device, dtype, suite and workload: the latest row of each contestant, conditions below."""
+    tables: dict[tuple, list[dict]] = {}
+    for (gpu, dtype, suite, workload, _, _), row in records.latest(list(rows)).items():
+        tables.setdefault((gpu, dtype, suite, workload), []).append(row)
+    return "\n".join(_table(*place, table) for place, table in tables.items())
 
 
-def _table(gpu: str, dtype: str | None, workload: str, rows: list[dict]) -> str:
-    plain = {row["impl"]: row["ms_median"] for row in rows if row["case"] == PLAIN}
-    lines = [
-        f"### {workload}, {dtype}, {gpu}", "",
-        "| case | contestant | ms | spread | over its plain | TFLOP/s | of matmul | MiB | max error | kernel |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]  # fmt: skip
+def _table(gpu: str, dtype: str | None, suite: str | None, workload: str, rows: list[dict]) -> str:
+    plain = {row["impl"]: row for row in rows if row["case"] == "plain"}
+    columns: list[tuple[str, str, Cell]] = [
+        ("case", "---", lambda r: r["case"]),
+        ("contestant", "---", lambda r: r["impl"]),
+        ("rotates", "---", lambda r: r.get("rotation") or ""),
+        ("ms", "---:", lambda r: number(r, "ms_median", ".3f")),
+        ("spread", "---:", spread),
+        ("over its plain", "---:", lambda r: _ratio(over_plain(r, plain.get(r["impl"])))),
+        ("TFLOP/s", "---:", lambda r: number(r, "tflops", ".1f")),
+        ("of matmul", "---:", lambda r: number(r, "peak_pct", ".0f") and number(r, "peak_pct", ".0f") + " %"),
+        ("MiB", "---:", lambda r: number(r, "peak_mem_mib", ".0f")),
+        ("max error", "---:", lambda r: number(r, "max_err", ".1e")),
+        ("launches", "---:", lambda r: number(r, "launches", "d")),
+        ("kernel", "---", lambda r: _short(r["kernel"])),
+    ]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    for row in sorted(rows, key=lambda row: (cases.index(row["case"]), row["ms_median"])):
-        over = f"{row['ms_median'] / plain[row['impl']]:.2f}" if row["impl"] in plain else ""
-        memory = "" if row["peak_mem_mib"] is None else f"{row['peak_mem_mib']:.0f}"
-        lines.append(
-            f"| {row['case']} | {row['impl']} | {row['ms_median']:.3f} | {row['ms_p20']:.3f} - {row['ms_p80']:.3f} "
-            f"| {over} | {row['tflops']:.1f} | {row['peak_pct']:.0f} % | {memory} | {row['max_err']:.1e} "
-            f"| {_short(row['kernel'])} |"
-        )
-    return "\n".join([*lines, "", _conditions(rows), ""])
+    ordered = sorted(rows, key=lambda row: (cases.index(row["case"]), row["ms_median"]))
+    title = f"### {workload}, {dtype}, {gpu}" if suite is None else f"### {suite}: {workload}, {dtype}, {gpu}"
+    return "\n".join([title, "", *markdown(columns, ordered), "", conditions(rows), ""])
+
+
+def markdown(columns: Sequence[tuple[str, str, Cell]], rows: Iterable[dict]) -> list[str]:
+    """Lines of a table; columns that are empty in every row are left out."""
+    rows = list(rows)
+    used = [c for c in columns if any(c[2](row) for row in rows)]
+    lines = [[name for name, _, _ in used], [rule for _, rule, _ in used]]
+    lines += [[cell(row) for _, _, cell in used] for row in rows]
+    head, rule, *body = lines
+    return [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in body)]
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _short(kernel: str | None, length: int = 48) -> str:
     return "" if kernel is None else kernel[:length].replace("|", "/")
 
 
-def _conditions(rows: Iterable[dict]) -> str:
+def conditions(rows: Iterable[dict]) -> str:
     """What the rows were measured with: every value that occurs."""
 
     def values(key: str) -> str:
@@ -75,8 +85,8 @@ def _conditions(rows: Iterable[dict]) -> str:
     rows = list(rows)
     days = sorted({row["date"][:10] for row in rows})
     return (
-        f"Median of interleaved rounds with the 20th and 80th percentile; TFLOP/s count the two products of plain "
-        f"attention in every case; memory is what a call takes beyond its inputs. torch {values('torch')}, triton "
-        f"{values('triton')}, driver {values('driver')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, revision "
-        f"{values('rev')}."
+        f"Median of the rounds with the 20th and 80th percentile; single calls and blocks are timed in turns, TFLOP/s "
+        f"count the two products of plain attention in every case; memory is what a call takes beyond its inputs. "
+        f"torch {values('torch')}, triton {values('triton')}, driver {values('driver')}, "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, revision {values('rev')}."
     )

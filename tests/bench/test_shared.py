@@ -1,23 +1,25 @@
-"""The benchmark of shared steps runs where there is no GPU, and does not time what is wrong."""
+"""The suite of shared steps runs where there is no GPU, and does not time what is wrong."""
 
 from __future__ import annotations
 
 import inspect
-import json
 
 import pytest
 
 pytest.importorskip("diffusers")
 from diffusers import FluxTransformer2DModel
 
-from fastrope.bench import shared
+from fastrope import bench
+from fastrope.bench import flux_model, shared
+from fastrope.bench.rows import read
+
+ARGUMENTS = ["--suite", "shared", "--repeats", "3", "--out"]
 
 
 def test_rows_on_a_cpu(tmp_path):
-    out = tmp_path / "rows.jsonl"
-    assert shared.main(["--out", str(out), "--repeats", "3", "--rev", "abc"]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["impl"] for row in rows] == list(shared.NAMES)
+    assert bench.main([*ARGUMENTS, str(tmp_path), "--rev", "abc"]) == 0
+    rows = read(tmp_path / "shared.jsonl")
+    assert [row["impl"] for row in rows] == list(shared.PEERS)
     for row in rows:
         assert row["ms_median"] > 0
         assert row["x_plain"] == row["ms_median"] / rows[0]["ms_median"]
@@ -30,17 +32,15 @@ def test_rows_on_a_cpu(tmp_path):
 
 def test_a_wrong_contestant_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shared, "TOLERANCE", -1.0)
-    out = tmp_path / "rows.jsonl"
-    assert shared.main(["--out", str(out), "--repeats", "3"]) == 1
-    assert "smoke / kept: another output than the batched step's" in capsys.readouterr().err
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["impl"] for row in rows] == ["plain", "plain, batch 2", "batched"]
+    assert bench.main([*ARGUMENTS, str(tmp_path)]) == 1
+    assert "shared / smoke / kept: another output than the batched step's" in capsys.readouterr().err
+    assert [row["impl"] for row in read(tmp_path / "shared.jsonl")] == ["plain", "plain, batch 2", "batched"]
 
 
 def test_the_full_workload_is_flux():
     """Whose defaults are those of FLUX.1-dev."""
     defaults = {n: p.default for n, p in inspect.signature(FluxTransformer2DModel.__init__).parameters.items()}
-    full = shared.FULL
+    full = flux_model.FULL
     assert full.blocks == (defaults["num_layers"], defaults["num_single_layers"])
     assert full.axes == defaults["axes_dims_rope"]
     assert (full.heads, sum(full.axes)) == (defaults["num_attention_heads"], defaults["attention_head_dim"])
