@@ -15,6 +15,7 @@ from numerics import (
     grid,
     key_masks,
     lay_out,
+    scales,
     skip_unless_runnable,
     uniform,
 )
@@ -176,14 +177,15 @@ def test_nan_around_every_buffer_stays_out(monkeypatch):
         x = empty(*args, **kwargs)
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
-    length, g = TEXT + IMAGE, generator(4)
-    mask = key_masks(g, "random", 2, length)
-    parts = streams(layouts=("padded", "padded"))
+    length = TEXT + IMAGE
+    mask = key_masks(generator(4), "random", 2, length)
+    parts = streams(layouts=("padded", "padded"), heads=(1, 1))
     clean = [s._replace(k=s.k.clone(), v=s.v.clone()) for s in parts]
     for s, here in zip(parts, mask.split([TEXT, IMAGE], dim=1), strict=True):
         s.k[~here], s.v[~here] = torch.nan, torch.inf
     for kind in ("levels", "distinct"):
-        plan = a_plan(modulations=every_modulation(generator(6), length, length, DIM, kind), key_mask=mask)
+        scale = fr.QueryScale(scales(generator(6), kind, length), keys=slice(TEXT, None), axes=(1, 2))
+        plan = a_plan(modulations=[scale, *group()], key_mask=mask)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", poisoned)
             out = fr.joint_attention(parts, plan=plan, backend="triton")

@@ -385,21 +385,19 @@ def watched(monkeypatch) -> list[bool]:
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
-@pytest.mark.parametrize(
-    ("name", "masked"), [("flux", False), ("chroma", True), ("qwen", False), ("qwen", True), ("z-image", False)]
-)
+@pytest.mark.parametrize(("name", "masked"), [("flux", False), ("chroma", True), ("qwen", True), ("z-image", False)])
 def test_the_fused_prologue_equals_the_steps_of_the_host(name, masked, monkeypatch):
     host = TINY_HOSTS[name]
     model, call = host.build().float(), masked_call(host)[0] if masked else host.call(host.layout)
     call = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()}
     call = {k: [x.float() for x in v] if k in ("x", "cap_feats") else v for k, v in call.items()}
-    mods = grag_like(host.layout)
+    mods = fr.At(grag_like(host.layout), layers={1, -1})  # on FLUX one of each kind
     with fr.apply(model, mods, backend="sdpa"):
         expected = run(model, call)
     calls = watched(monkeypatch)
     with fr.apply(model, mods, backend="triton"):
         assert_same(run(model, call), expected, 1e-4)
-    assert calls == [True] * len(host.attentions(model))
+    assert calls == [True, True]
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
@@ -411,11 +409,11 @@ def test_norms_that_are_hooked_are_called(monkeypatch):
     for name, module in model.named_modules():
         if name.endswith("norm_k") and name.startswith("layers"):
             module.register_forward_hook(lambda *_: seen.append(1))
-    mods, calls = grag_like(host.layout), watched(monkeypatch)
-    with fr.apply(model, mods, backend="triton"):
+    calls = watched(monkeypatch)
+    with fr.apply(model, fr.At(grag_like(host.layout), layers=1), backend="triton"):
         run(model, call)
-    assert calls == [False] * len(host.attentions(model))
-    assert len(seen) == len(calls)
+    assert calls == [False]
+    assert len(seen) == len(host.attentions(model))
 
 
 @pytest.mark.parametrize(
@@ -450,7 +448,7 @@ def test_queries_of_another_dtype_take_the_steps_of_the_host(monkeypatch):
             module.register_forward_hook(lambda module, args, out: out.float())
     outs, calls = [], watched(monkeypatch)
     for backend in ("sdpa", "triton"):
-        with fr.apply(model, grag_like(host.layout), backend=backend):
+        with fr.apply(model, fr.At(grag_like(host.layout), layers=1), backend=backend):
             outs.append(run(model, call))
     assert_same(outs[1], outs[0], 1e-2)
-    assert calls == [False] * len(host.attentions(model))
+    assert calls == [False]
