@@ -17,6 +17,7 @@ from .modulations import Modulation
 from .planning import Plan, cached_plan
 from .resolve import same_device
 from .rope import RoPE
+from .rules import rule_for
 
 BACKENDS = ("triton", "sdpa", "eager")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -198,11 +199,9 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     if q.device.type != "cuda":
         why = "interpreted, for tests: it runs when asked for"
         return Choice("sdpa", "compiled code on this device", (("triton", why), never_eager))
-    rotates = "key_cos" in plan.tensors or "query_cos" in plan.tensors
-    if plan.spec.num_keys is None or not (plan.spec.modulated or rotates):
-        why = "nothing to fuse: no rotation and no modulation"
-        return Choice("sdpa", "torch's own kernel is the fastest plain attention", (("triton", why), never_eager))
-    return Choice("triton", "fused kernel, one pass", (("sdpa", "copies the keys per level"), never_eager))
+    rule = rule_for(plan, q.dtype)
+    other = "sdpa" if rule.backend == "triton" else "triton"
+    return Choice(rule.backend, f"{rule.reason} ({rule.basis})", ((other, rule.against), never_eager))
 
 
 def differentiated(x: torch.Tensor) -> bool:
