@@ -18,9 +18,7 @@ MAX_FACTOR, MEAN_FACTOR = 2.0, 1.1
 WIDE_BOUND = 2.0**-40
 # Fewer rows than this say nothing of a mean: one lucky rounding of the reference and the ratio is anything.
 MEAN_ROWS = 16
-# The mean is a statistic of a finite sample, so a row's excess counts from
-# four standard errors on. With 1000 rows that is 8 % of the mean error; pooled over calls it vanishes.
-STANDARD_ERRORS = 4.0
+STANDARD_ERRORS = 4.0  # of a mean, where results are as exact as float32: see measure
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
     """Compare ``out`` with the reference.
 
     ``max|out - exact| <= 2 max|low - exact| + 2 max|exact + 0.3 - 0.3 - exact|``, the last term computed in ``dtype``,
-    and ``mean|out - exact| <= 1.1 mean|low - exact|``.
+    and ``mean|out - exact| <= 1.1 mean|low - exact|``, which fewer than 16 rows are too few to judge.
 
     Args:
         out: what a backend gave, ``(..., n)``.
@@ -60,11 +58,12 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
         low: the reference in ``dtype``.
         dtype: of the inputs; that of ``out`` unless given (a log-sum-exp is wider than the call it belongs to).
 
-    The mean is that of a finite sample, so four standard errors are allowed on it. Two cases lie outside of what the
-    rule was made for:
+    That is all for outputs of 16 bits. Two cases lie outside of what the rule was made for:
 
-    * Float32, where order of summation and the base of the exponential decide errors as small as the reference's own:
-      four roundings of the largest value more for the maximum, an eighth of one for the mean.
+    * Float32, where order of summation and the base of the exponential decide errors as small as the reference's own.
+      Torch's plain scaled_dot_product_attention breaks the rule there (300 random calls on a CPU: largest error up to
+      3.6 times the reference's, mean up to 1.23 times). Four roundings of the largest value more for the maximum; for
+      the mean an eighth of a rounding, and four standard errors, since it is that of a finite sample.
     * A log-sum-exp (``dtype`` given), which is not rounded to ``dtype``: the formula of the floor is zero beyond 0.6,
       and the reference may by luck round nothing. What float32 is allowed, and an eighth of a rounding of the largest
       value in ``dtype`` for the maximum, the square of one for the mean (a product kept as two numbers).
@@ -85,23 +84,24 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
     if dtype == torch.float64:
         bound = WIDE_BOUND * size
         return Errors(float(error.amax()), 0.0, float(error.mean()), 0.0, bound, bound)
-    eps, rounded = torch.finfo(dtype).eps, exact.to(dtype)
+    rounded = exact.to(dtype)
     floor = (rounded + 0.3 - 0.3 - rounded).double().abs()
     max_allowed = MAX_FACTOR * float(error_low.amax()) + 2 * float(floor.amax())
     mean_allowed = MEAN_FACTOR * float(error_low.mean())
     # One sample a query and head: its channels share the errors of its logits.
     excess = error - MEAN_FACTOR * error_low
     samples = excess.mean(dim=-1).flatten() if excess.ndim == 4 else excess.flatten()
-    if len(samples) < MEAN_ROWS:
-        mean_allowed = math.inf
-    else:
-        mean_allowed += STANDARD_ERRORS * float(samples.std()) / math.sqrt(len(samples))
-    if torch.float32 in (dtype, out_dtype):
+    if out_dtype == torch.float32:
         fine = torch.finfo(torch.float32).eps
         max_allowed += 4 * fine * size
         mean_allowed += fine / 8 * float(exact.abs().mean())
+        if len(samples) > 1:
+            mean_allowed += STANDARD_ERRORS * float(samples.std()) / math.sqrt(len(samples))
     if dtype != out_dtype:
+        eps = torch.finfo(dtype).eps
         max_allowed, mean_allowed = max_allowed + eps / 8 * size, mean_allowed + eps**2 * size
+    if len(samples) < MEAN_ROWS:
+        mean_allowed = math.inf
     return Errors(
         float(error.amax()), float(error_low.amax()), float(error.mean()), float(error_low.mean()),
         max_allowed, mean_allowed,

@@ -121,8 +121,12 @@ def check(call: Call, backend: str, tally: Tally | None = None) -> tuple[torch.T
     return out, lse
 
 
-def compare(call: Call, out: torch.Tensor, lse: torch.Tensor, name: str = "", tally: Tally | None = None) -> None:
-    """Hold a result against the reference of ``call``."""
+def compare(
+    call: Call, out: torch.Tensor, lse: torch.Tensor, name: str = "", tally: Tally | None = None,
+    twin: Call | None = None,
+) -> None:  # fmt: skip
+    """Hold a result against the reference of ``call``; how exact it can be, the low dtype's run of ``twin`` says, where
+    that is the call which gave the result."""
     batch, queries, heads, _ = call.q.shape
     dtype = call.q.dtype
     assert out.shape == call.q.shape
@@ -130,7 +134,7 @@ def compare(call: Call, out: torch.Tensor, lse: torch.Tensor, name: str = "", ta
     assert out.is_contiguous()
     assert lse.shape == (batch, heads, queries)
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
-    exact, low = call.exact(), call.low() if dtype != torch.float64 else (out, lse)
+    exact, low = call.exact(), (twin or call).low() if dtype != torch.float64 else (out, lse)
     errors = assert_close(out, exact[0], low[0], name=f"{name} {dtype} out")
     assert_close(lse, exact[1], low[1], dtype, name=f"{name} {dtype} lse")
     if tally is not None:

@@ -57,10 +57,10 @@ def made(dtype, tokens=48, dim=32, batch=1, heads=1, key_heads=1, seed=0, rope=T
 
 
 def same(call: Call, twin: Call, backend: str) -> None:
-    """Both calls mean the same: a result of one is as near to the other's reference as the rule asks."""
-    compare(call, *twin.run(backend), name=backend)
+    """Both calls mean the same: a result of one is as near to the other's reference as the rule asks of it."""
+    compare(call, *twin.run(backend), name=backend, twin=twin)
     if backend != "triton" or not triton.interpreted():  # slow, and each call against itself is tested elsewhere
-        compare(twin, *call.run(backend), name=backend)
+        compare(twin, *call.run(backend), name=backend, twin=call)
 
 
 def bitwise(call: Call, twin: Call, backend: str) -> None:
