@@ -1,8 +1,9 @@
 """Compile every shipped kernel variant for every architecture, without a GPU, and say what it costs.
 
 ``python tests/compile_kernels.py --out table.json [--kernel K] [--arch A]`` runs in a process of its own, since
-``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, registers,
-stack and spilled bytes, shared memory, whether wgmma was serialized, whether multiply-adds were fused.
+``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, seconds it
+took, registers, stack and spilled bytes, shared memory, whether wgmma was serialized, whether the products of the inner
+loop overlap its softmax, whether multiply-adds were fused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -135,7 +137,7 @@ def compile_one(job: tuple) -> dict:
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     row = dict(kernel=kernel, arch=arch, dtype=element, head_dim=head_dim, variant=variant, block_m=block_m,
                block_n=block_n, num_warps=launch.num_warps, num_stages=num_stages)  # fmt: skip
-    log = io.StringIO()
+    log, start = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(log):
             binary = triton.compile(source, target=TARGETS[arch], options=options)
@@ -143,8 +145,22 @@ def compile_one(job: tuple) -> dict:
         while error.__cause__ is not None:  # of nested jit functions the innermost says what is wrong
             error = error.__cause__
         return {**row, "error": f"{type(error).__name__}: {error}"[-500:]}
+    row["seconds"] = time.perf_counter() - start
     row["shared"] = binary.metadata.shared
+    if kernel in config.TMA_LOOPS and launch.pipelined:
+        row["overlapped"] = overlapped(binary.asm["ttgir"])
     return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, log.getvalue()))}
+
+
+def overlapped(ttgir: str) -> bool:
+    """Whether the loop over keys waits for one of its two products only: the other runs on until the next tile."""
+    lines = ttgir.splitlines()
+    product = next(i for i, line in enumerate(lines) if "warp_group_dot " in line)
+    first = max(i for i in range(product) if "scf.for" in lines[i])
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    last = next(i for i in range(product, len(lines)) if lines[i].startswith(" " * indent + "}"))
+    body = lines[first:last]
+    return [sum(op in line for line in body) for op in ("warp_group_dot ", "warp_group_dot_wait ")] == [2, 1]
 
 
 def _nvidia_cost(binary, log: str) -> dict:
