@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .environment import output, revision
+from .links import BENCH, CLONE, site
 from .report import markdown
 from .rows import read
 
-HERE = Path(__file__).resolve().parent
-PARTS = ("kernels", "bindings")  # folders that become subpackages of fastrope
 CHILD = """
 import sys, fastrope
 if sys.argv[1] and not fastrope.__file__.startswith(sys.argv[1]):
@@ -48,23 +47,11 @@ def unpack(rev: str, folder: Path) -> tuple[Path, str]:
     if commit is None:
         raise ValueError(f"--against: expected a revision of this clone or a folder with a fastrope, received {rev!r}")
     # In a folder of a clone git archives that folder alone.
-    root = output("git", "-C", str(HERE), "rev-parse", "--show-toplevel")
+    root = output("git", "-C", str(BENCH), "rev-parse", "--show-toplevel")
     archive = subprocess.run(["git", "-C", root, "archive", commit], capture_output=True, check=True)
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
     return folder, commit
-
-
-def site(sources: Path, folder: Path) -> Path:
-    """A folder to import ``fastrope`` from: the library of ``sources``, the benchmark of this revision."""
-    package = folder / "fastrope"
-    package.mkdir(parents=True)
-    for path in (sources / "fastrope").iterdir():
-        (package / path.name).symlink_to(path)
-    for name in PARTS:
-        (package / name).symlink_to(sources / name)
-    (package / "bench").symlink_to(HERE)
-    return folder
 
 
 def run(
@@ -81,9 +68,10 @@ def run(
     with tempfile.TemporaryDirectory(prefix="fastrope-bench-") as scratch:
         sources, name = unpack(rev, Path(scratch) / "sources")
         own = revision() or "this"
-        sites = {own: None, name: site(sources, Path(scratch) / "site")}
         if own == name:
             raise ValueError(f"--against: expected another revision than this one, received {rev!r} = {name}")
+        here = None if CLONE is None else site(CLONE, Path(scratch) / "this")
+        sites = {own: here, name: site(sources, Path(scratch) / "other")}
         order = [side for n in range(turns) for side in (list(sites) if n % 2 == 0 else list(sites)[::-1])]
         for n, side in enumerate(order):
             extra = []

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import site
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,8 +37,6 @@ def test_revisions_side_by_side():
 
 def other_checkout(folder: Path, change) -> Path:
     """The library of this clone with a change in the sdpa backend."""
-    import shutil
-
     for name in ("fastrope", "kernels", "bindings"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "fastrope" / "backends" / "sdpa.py"
@@ -89,6 +91,17 @@ def test_a_revision_is_unpacked(tmp_path):
     package = compare.site(sources, tmp_path / "site") / "fastrope"
     assert (package / "kernels" / "__init__.py").is_file()
     assert (package / "bench").resolve() == ROOT / "bench"
+
+
+def test_a_clone_runs_without_being_installed(tmp_path):
+    """Without ``site`` Python reads no ``.pth``, so that an editable installation is not found."""
+    places = [*site.getsitepackages(), *sys.path[1:]]
+    path = os.pathsep.join(p for p in places if p.endswith("site-packages"))
+    command = [sys.executable, "-S", str(ROOT / "bench" / "run.py"), "--suite", "attention", "--workload", "tiny",
+               "--case", "plain", "--peer", "fastrope-sdpa", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, env={"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 rows in" in done.stdout
 
 
 def test_neither_revision_nor_folder(capsys):
