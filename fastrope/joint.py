@@ -83,7 +83,7 @@ def joint_attention(
     _check(streams, plan)
     scale = scale_of(streams[0].q, scale)
     streams = [s for s in streams if s.q.shape[1]] or streams[:1]
-    if not _fuses(streams, plan, scale, backend):
+    if not fuses(streams, plan, backend):
         return attention(*join(streams), plan=plan, scale=scale, backend=backend)
     q, k, v, norms_q, norms_k = zip(*streams, strict=True)
     norms = norms_q + norms_k
@@ -92,8 +92,12 @@ def joint_attention(
     return streamed_attention(list(q), list(k), list(v), weights, eps, tensors, plan.spec_string, scale, backend)
 
 
-def _fuses(streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -> bool:
-    """Whether the fused prologue takes this call as it is; for traced calls, whether it takes it if triton runs it."""
+def fuses(streams: Sequence[Stream], plan: Plan, backend: str) -> bool:
+    """Whether the fused prologue takes this call; while tracing, whether it takes it if triton turns out to run it.
+
+    Raises:
+        NotImplementedError: the backend asked for cannot run this call.
+    """
     normed = all(s.norm_q is not None and s.norm_k is not None for s in streams)
     if len(streams) > 2 or not normed or not {"query_cos", "key_cos"} <= plan.tensors.keys():
         return False
@@ -102,9 +106,7 @@ def _fuses(streams: Sequence[Stream], plan: Plan, scale: float, backend: str) ->
         return backend != "eager" and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     if debugging.enabled(None) or (torch.is_grad_enabled() and any(differentiated(x) for x in tensors)):
         return False
-    q, k, v, *_ = streams[0]
-    check_tensors(q, k, v, scale, backend)
-    return choose(q, k, v, plan, backend).backend == "triton"
+    return choose(*streams[0][:3], plan, backend).backend == "triton"
 
 
 @torch.library.custom_op("fastrope::joint_attention", mutates_args=())

@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 import fastrope as fr
+from fastrope.joint import fuses
 
 from .sequences import JointSequence
 
@@ -30,7 +31,7 @@ class Work:
     Args:
         sequence, rope: the tokens and their angles.
         modulations: over the keys.
-        key_rope: angles of the keys, where they are more than the sequence.
+        key_rope: angles of the keys, where they are more than the sequence; its masks are over the keys, then.
         like: work over the same tokens with modulations of the same :func:`structure_of`, whose plans serve again.
     """
 
@@ -71,7 +72,7 @@ class Work:
             return fr.attention(q, k, v, plan=self._plan("seen", applied, q.device), backend=backend)
         # Keys with and without the bonus apart, joined by their log-sum-exp: the bonus is added after any gain.
         if q.device not in self._bonus:
-            self._bonus[q.device] = self._masks["raised"].to(q.device)[:, :, None, None]
+            self._bonus[q.device] = self._masks["raised"].to(q.device)[:, : q.shape[1], None, None]
         outs, lses = [], []
         for keys in ("raised", "rest"):
             plan = self._plan(keys, applied, q.device)
@@ -82,11 +83,12 @@ class Work:
         return torch.lerp(outs[1].to(share.dtype), outs[0].to(share.dtype), share).to(q.dtype)
 
     def attend_streams(self, streams: list[fr.Stream], backend: str) -> Tensor | None:
-        """Modulated attention straight from the projections, or None where a call takes more than that."""
+        """Modulated attention straight from the projections; None where a call takes more than that, or where nothing
+        is fused and the host's own steps do as well."""
         if "raised" in self._masks or self.key_rope is not None:
             return None
         plan = self._plan("seen", False, streams[0].q.device)
-        return fr.joint_attention(streams, plan=plan, backend=backend)
+        return fr.joint_attention(streams, plan=plan, backend=backend) if fuses(streams, plan, backend) else None
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device

@@ -46,7 +46,7 @@ def require_format(path: Path) -> None:
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out: unknown file extension: {path.suffix}")
+        raise ValueError(f"--out: unknown file extension: {path.suffix or 'none'}; {path.stem}.png would do")
     require_folder("--out", path.parent)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +117,15 @@ def test_progress_is_shown(capsys):
 # ---- what does not work, and says so --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/hosts.md"])
+def test_commands_in_prose_run(page):
+    text = (Path(__file__).resolve().parents[2] / page).read_text(encoding="utf-8")
+    found = re.findall(r"`fastrope (edit [^`]*--model tiny[^`]*)`", text)
+    assert found
+    for words in found:
+        assert main([*words.split(), "--steps", "2"]) == 0
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--method", "grag", "--image", "none.png"], "fastrope edit: --image: no file none.png"),
     (["--method", "looserope", "--image", "photo.png"], "fastrope edit: looserope wants --mask or --original"),
@@ -132,7 +143,8 @@ def test_progress_is_shown(capsys):
     (["--method", "grag", "--guidance", "nan"], "fastrope edit: --guidance: expected a finite number, received nan"),
     (["--method", "grag", "--offload"], "fastrope edit: --offload: expected a GPU to keep parts on, received cpu"),
     (["--method", "grag", "--negative-prompt", "x"], "fastrope edit: --negative-prompt: FluxKontextPipeline takes"),
-    (["--method", "looserope", "--out", "picture.what"], "fastrope edit: --out: unknown file extension"),
+    (["--method", "looserope", "--out", "picture.what"], "fastrope edit: --out: unknown file extension: .what; pict"),
+    (["--method", "looserope", "--out", "edited"], "fastrope edit: --out: unknown file extension: none; edited.png"),
 ])  # fmt: skip
 def test_problems_are_named_in_one_line(words, message, capsys):
     photo("photo.png")
