@@ -193,17 +193,22 @@ class TensorRows:
         return theirs if theirs.shape[-2] >= own.shape[-2] else own  # the host takes the first row's for all
 
     def _masks(self, call: Call, alone: Call, texts: list[Tensor], memo: Memo) -> Tensor | None:
-        """``(B + R, S_text)`` bool, ``(B + R, S)`` where the host's mask is over both; None where nothing is masked."""
+        """``(B + R, S_text)`` bool, ``(B + R, S)`` where the host's mask is over both; None where nothing is masked. A
+        mask that the host adds to the logits stays as it is."""
         given = [next((each[m] for m in self.masks if each.get(m) is not None), None) for each in (call, alone)]
         if all(m is None for m in given) and texts[0].shape[1] == texts[1].shape[1]:
             return None
-        for mask in given:
-            if self.joint_mask and mask is not None and mask.is_floating_point():
+        added = [self.joint_mask and mask is not None and mask.is_floating_point() for mask in given]
+        if any(added):  # to the logits, by the host
+            if not all(added) or texts[0].shape[1] != texts[1].shape[1]:
                 raise NotImplementedError(
-                    f"{self.joint_mask}: expected a bool mask beside a reference in the same batch, received "
-                    f"{mask.dtype}, which the host adds to the logits; pass prompt_attention_mask.bool(), or use a "
+                    f"{self.joint_mask}: expected bool masks, or floating-point ones of texts of one length, beside a "
+                    f"reference in the same batch, received {[getattr(m, 'dtype', None) for m in given]} of "
+                    f"{[text.shape[1] for text in texts]} tokens; pass prompt_attention_mask.bool(), or use a "
                     "fastrope.ReferenceCache"
                 )
+            rows = len(texts[1])
+            return memo(lambda x, y: torch.cat([x, y.to(x).expand(rows, -1)]), *given, rows)
         shapes = tuple(tuple(text.shape[:2]) for text in texts)
         image = call[self.image].shape[1] if self.joint_mask else 0
         device = texts[0].device if self.masks else torch.device("cpu")  # ours is read on the host alone

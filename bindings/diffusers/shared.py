@@ -468,22 +468,19 @@ class SharedAttention:
         """The target's attention, over the sequence and, where it is shared, the reference."""
         if not shares(sharings):
             return Work(sequence, rope, modulations, like=like)
-        if sequence.bonus is not None:
-            raise NotImplementedError(
-                "attention_mask: expected a bool mask with a shared reference, received a floating-point one, which "
-                "the host adds to the logits; pass prompt_attention_mask.bool()"
-            )
         length = rope.tokens
         keys = None if like is None else like.key_rope
         if keys is None:
             keys = shared.to(rope.angles)
             keys = keys if rope.angles.ndim == 2 else keys.expand(len(rope.angles), -1, -1)
             keys = fr.RoPE(torch.cat([rope.angles, keys], dim=-2), rope.axis, rope.pairing)
-        mask = sequence.key_mask
+        mask, bonus = sequence.key_mask, sequence.bonus
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), shared.shape[-2])], dim=1)
+        if bonus is not None:  # what the host adds to logits within its own sequence
+            bonus = torch.cat([bonus, bonus.new_zeros(len(bonus), shared.shape[-2])], dim=1)
         modulations = tuple(over_sequence(m, length) for m in modulations)
-        return Work(replace(sequence, key_mask=mask), rope, modulations, keys, like)
+        return Work(replace(sequence, key_mask=mask, bonus=bonus), rope, modulations, keys, like)
 
 
 def with_shared(tokens: fr.TokenLayout, grids: Sequence[tuple[int, int]]) -> fr.TokenLayout:

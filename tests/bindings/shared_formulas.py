@@ -40,7 +40,8 @@ class Shared:
 
     Args:
         host: whose axes and theta.
-        layout: of the target; positions ``(S, axes)`` or ``(B, S, axes)``; key_mask ``(B, S)``.
+        layout: of the target; positions ``(S, axes)`` or ``(B, S, axes)``; key_mask ``(B, S)``; bonus ``(B, S)``: 1 is
+            added to logits of a query and a key of the sequence that both have it.
         seen, span, angles_at: the reference's layers, its image tokens, its positions ``(S, axes)``.
         weights: of the reference's keys, ``(D/2,)``.
         layers: where it is shared; None: everywhere.
@@ -50,6 +51,7 @@ class Shared:
     span_target: slice
     positions: torch.Tensor
     key_mask: torch.Tensor | None = None
+    bonus: torch.Tensor | None = None
     seen: Seen | None = None
     span: slice | None = None
     positions_reference: torch.Tensor | None = None
@@ -92,6 +94,8 @@ class Shared:
                 values = torch.cat([values, v_ref[row].expand(len(values), -1, -1, -1)], dim=1)
                 mask = torch.cat([mask, torch.ones(len(mask), extra.shape[1], dtype=torch.bool)], dim=1)
         s = torch.einsum("bihc,bjhc->bhij", queries.conj(), keys).real * q.shape[-1] ** -0.5
+        if self.bonus is not None:
+            s[..., : q.shape[1]] += (self.bonus[:, :, None] & self.bonus[:, None, :])[:, None]
         p = s.masked_fill(~mask[:, None, None], -torch.inf).softmax(dim=-1)
         return torch.einsum("bhij,bjhd->bihd", p, values.double()).to(v.dtype).flatten(2)
 
@@ -116,6 +120,7 @@ class Row:
     layout: fr.TokenLayout
     positions: torch.Tensor
     key_mask: torch.Tensor | None = None
+    bonus: torch.Tensor | None = None
 
     @classmethod
     def of(cls, host: TinyHost, layout: fr.TokenLayout) -> Row:
@@ -127,7 +132,7 @@ class Row:
 def watching(host: TinyHost, model, row: Row):
     """The model with plain attention from the formulas, written down in the ``Seen`` that this yields."""
     seen = Seen()
-    plain = Shared(host, row.layout.target, row.positions, row.key_mask, records=seen)
+    plain = Shared(host, row.layout.target, row.positions, row.key_mask, row.bonus, records=seen)
     with host.by_formulas(model, plain):
         yield seen
 
@@ -135,7 +140,7 @@ def watching(host: TinyHost, model, row: Row):
 @contextlib.contextmanager
 def sharing(host: TinyHost, model, row: Row, seen: Seen, reference: Row, **dials):
     """The model with shared attention from the formulas."""
-    shared = Shared(host, row.layout.target, row.positions, row.key_mask, seen, reference.layout.target,
+    shared = Shared(host, row.layout.target, row.positions, row.key_mask, row.bonus, seen, reference.layout.target,
                     reference.positions, **dials)  # fmt: skip
     with host.by_formulas(model, shared):
         yield

@@ -41,14 +41,8 @@ def flux2_generate(pipe, steps, batch, lengths):
     return pipe(prompt_embeds=prompt(batch, lengths[0]), **latent_arguments(steps, pixels=2))[0]
 
 
-def chroma_generate(pipe, steps, batch, lengths):
-    """With bool masks, which mask."""
-    masks = {"prompt_attention_mask": torch.ones(batch, lengths[0], dtype=torch.bool)}
-    return TINY_HOSTS["chroma"].generate(pipe, steps, batch, lengths, **masks)
-
-
 GENERATE = {"flux2": flux2_generate}
-NAMES = ("flux", "flux2", "qwen", "z-image", "ovis")
+NAMES = ("flux", "chroma", "flux2", "qwen", "z-image", "ovis")
 
 
 class Path:
@@ -154,20 +148,22 @@ def to_float(value):
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def test_chroma_masks_and_refuses_what_it_adds():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_chroma_takes_either_mask(dtype):
     """Its pipelines hand a bool mask over as it is, and anything else as numbers to be added to the logits."""
     host = TINY_HOSTS["chroma"]
     pipe = host.pipeline()
-    call = {key: to_float(value) for key, value in call_of(host, TEXT + 2, 1).items()}
-    for carried in ("batched", "kept"):
-        source = Path(call, "hidden_states")
-        reference = source if carried == "batched" else fr.ReferenceCache(source)
-        with fr.apply(pipe, fr.UntwistingRoPE(), reference=reference):
-            out = chroma_generate(pipe, STEPS, 2, host.lengths)
-            masks = {"prompt_attention_mask": torch.ones(2, TEXT)}
-            with pytest.raises(NotImplementedError, match=r"^attention_mask: expected a bool mask"):
-                host.generate(pipe, STEPS, 2, (TEXT, None), **masks)
-        assert bool(out.isfinite().all())
+    call = {key: to_float(value) for key, value in call_of(host, TEXT, 1).items()}
+    path, mask = Path(call, "hidden_states"), torch.ones(2, TEXT, dtype=dtype)
+    mask[:, -2:] = 0
+    path.arguments["attention_mask"] = torch.cat([mask[:1], torch.ones(1, math.prod(TARGET), dtype=dtype)], dim=1)
+    found = []
+    for reference in (path, fr.ReferenceCache(path)):
+        with fr.apply(pipe, fr.UntwistingRoPE(**DIALS), reference=reference):
+            masks = {"prompt_attention_mask": mask}
+            found.append(host.generate(pipe, STEPS, 2, (TEXT, None), **masks))
+    assert_same(found[1], found[0], 1e-4)
+    assert_differ(found[0], host.generate(pipe, STEPS, 2, (TEXT, None), **masks))
 
 
 @CARRIED

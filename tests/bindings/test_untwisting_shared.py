@@ -228,6 +228,31 @@ def test_masked_texts(name, carried):
 
 
 @CARRIED
+def test_masks_that_the_host_adds_to_the_logits(carried):
+    """Chroma's pipelines hand them over as numbers; keys of the reference are outside."""
+    host = TINY_HOSTS["chroma"]
+    model, layout = host.build().double(), plain_layout(host)
+    call, reference = call_of(host, TEXT, 2), call_of(host, TEXT, 2)
+    rows = []
+    for each, hidden in ((call, 2), (reference, 1)):
+        mask = torch.ones(2, len(layout), dtype=torch.bool)
+        mask[1, TEXT - hidden : TEXT] = False
+        each["attention_mask"] = mask.double()
+        rows.append(Row(layout, Row.of(host, layout).positions, bonus=mask))
+    expected = by_formulas(host, model, call, reference, *rows)
+    for rotation in ("op", "host"):
+        with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS), rotation=rotation):
+            assert_same(run(model, call), expected, 1e-10 if rotation == "op" else 1e-5)
+    call["attention_mask"] = call["attention_mask"].bool()
+    with apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS)):
+        if carried == "kept":  # each has its own
+            assert_differ(run(model, call), expected)
+        else:
+            with pytest.raises(NotImplementedError, match=r"^attention_mask: expected bool masks, or floating-point"):
+                run(model, call)
+
+
+@CARRIED
 def test_captions_of_different_length_in_a_batch(carried):
     """Z-Image: positions of the target's picture differ from row to row, and from the reference's."""
     host = TINY_HOSTS["z-image"]
