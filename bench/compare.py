@@ -42,7 +42,9 @@ def unpack(rev: str, folder: Path) -> tuple[Path, str]:
     """
     given = Path(rev)
     if (given / "fastrope" / "__init__.py").is_file():
-        return given.resolve(), revision(folder=given) or given.name
+        given = given.resolve()
+        clone = output("git", "-C", str(given), "rev-parse", "--show-toplevel") == str(given)  # not within another
+        return given, (revision(folder=given) if clone else None) or given.name
     commit = revision(rev)
     if commit is None:
         raise ValueError(f"--against: expected a revision of this clone or a folder with a fastrope, received {rev!r}")

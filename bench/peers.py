@@ -86,11 +86,12 @@ def careful(attend: str, stacked: bool = False) -> Callable[[Problem], Contestan
     """See :mod:`prologue`; ``attend`` names a function of :mod:`fused_calls`. Not compiled on a CPU, for tests."""
 
     def build(problem: Problem) -> Contestant:
-        cuda = _on_cuda(problem)
+        cuda, kernel = _on_cuda(problem), getattr(fused_calls, attend)
         if attend == "cudnn" and not cuda:
             raise Unsupported("cuDNN is for CUDA")
-        wrap = _compiled if cuda else as_is
-        return Contestant(_tried(prologue.careful(problem, getattr(fused_calls, attend), stacked, wrap)), problem)
+        few = problem.q[:1, :64]
+        _tried(lambda: kernel(few, few, few, problem.scale))  # a compiler's failure is none of the kernel's
+        return Contestant(prologue.careful(problem, kernel, stacked, _compiled if cuda else as_is), problem)
 
     return build
 

@@ -104,6 +104,15 @@ def test_a_clone_runs_without_being_installed(tmp_path):
     assert "1 rows in" in done.stdout
 
 
+def test_a_folder_within_a_clone_is_called_by_its_name(tmp_path):
+    """The enclosing clone's revision is not its own."""
+    folder = tmp_path / "clone" / "build" / "other"
+    (folder / "fastrope").mkdir(parents=True)
+    (folder / "fastrope" / "__init__.py").touch()
+    subprocess.run(["git", "init", "-q", str(tmp_path / "clone")], check=True)
+    assert compare.unpack(str(folder), tmp_path / "unused") == (folder, "other")
+
+
 def test_neither_revision_nor_folder(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--device", "cpu", "--against", "no-such-branch"])

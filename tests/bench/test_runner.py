@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,6 +21,11 @@ from fastrope.bench.workloads import WORKLOADS
 CPU = torch.device("cpu")
 TINY = WORKLOADS["tiny"]
 INTERPRETED = ("fastrope-triton", "fastrope-triton-applied")  # a second a call: some cases will do
+
+
+@pytest.fixture(autouse=True)
+def _one_warm_up(monkeypatch):
+    monkeypatch.setattr(timing, "WARMUPS", 1)
 
 
 def run(peers, cases, folder, workload=TINY) -> Session:
@@ -64,7 +70,7 @@ def test_every_supported_peer_runs_every_case(tmp_path, capsys):
 
 
 def test_the_fused_kernels_run_interpreted(tmp_path):
-    peers = [PEERS[name] for name in INTERPRETED]
+    peers = [replace(PEERS[name], own_plain=False) for name in INTERPRETED]
     reason = fr.backends.triton.unsupported(torch.empty(1))
     session = run(peers, [CASES["grag"]], tmp_path)
     assert session.problems == []

@@ -23,7 +23,7 @@ from numerics import (
 )
 
 import fastrope as fr
-from fastrope.bench.cases import CASES
+from fastrope.bench.cases import CASES, chosen
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
 
@@ -64,7 +64,7 @@ def kontext(case: str, dtype: torch.dtype) -> Problem:
 
 @pytest.mark.parametrize("applied", [False, True], ids=["raw", "applied"])  # varies fastest: the problem is remembered
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case.name for case in chosen(WORKLOADS["kontext"], None)])
 def test_flux_kontext(applied, case, dtype):
     """1 x 8704 x 24 x 128; the reference computes a sample of the queries."""
     problem = kontext(case, dtype)
