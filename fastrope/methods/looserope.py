@@ -196,6 +196,7 @@ class LooseRoPE:
         if site not in self._active:
             return []
         tokens, count = site.tokens, len(site.tokens.reference_grids)
+        require(count > 0, "LooseRoPE", "a sequence with at least one reference picture", repr(tokens))
         require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)
         phase = self.phase(site.step, site.num_steps)
         key = tokens, site.spatial_axes, phase

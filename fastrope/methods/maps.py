@@ -22,7 +22,7 @@ def as_map(name: str, value: object) -> torch.Tensor:
     """
     hint = "an array or tensor (h, w) or (B, h, w)"
     require(isinstance(value, (np.ndarray, torch.Tensor)), name, hint, type(value).__name__)
-    x = torch.as_tensor(value).detach().cpu().double()
+    x = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value.detach()).cpu().double()
     require(x.ndim in (2, 3) and x.numel() > 0, name, hint, tuple(x.shape))
     require(bool(x.isfinite().all()), name, "finite values", "values that are not")
     return x.reshape(-1, *x.shape[-2:])

@@ -252,10 +252,16 @@ def test_bad_arguments_are_named(kwargs, name):
         plain(**kwargs)
 
 
+@pytest.mark.filterwarnings("error")
 def test_arrays_are_as_good_as_tensors():
-    assert fr.LooseRoPE(np.ones((4, 4), dtype=np.float32), np.ones((4, 4), dtype=bool)).mask.all()
+    """Those of pictures, too, which numpy may not write to."""
+    mask = np.ones((4, 4), dtype=bool)
+    mask.flags.writeable = False
+    assert fr.LooseRoPE(np.ones((4, 4), dtype=np.float32), mask).mask.all()
 
 
 def test_a_reference_that_is_not_there():
     with pytest.raises(ValueError, match=r"LooseRoPE.reference: expected a reference in \[0, 1\), received 1"):
         plain(reference=1).modulations(fr.Site(layout()))
+    with pytest.raises(ValueError, match=r"LooseRoPE: expected a sequence with at least one reference picture"):
+        plain().modulations(fr.Site(fr.TokenLayout(2, (4, 4))))
