@@ -52,9 +52,9 @@ def attend(
 
     Every tile is bounds-checked: a second body for the last tile takes registers that a 128-row tile does not have
     (compiled for sm_80 and sm_90: spills). Pipelined, a tile's values are weighed one tile late, so that this product
-    runs while the softmax of the next tile does.
+    runs while the softmax of the next tile does. Descriptors know no mask: masked values arrive as zeros.
     """
-    tl.static_assert(not PIPELINED or (TMA and not HAS_MASK), "the tile before is read without a mask")
+    tl.static_assert(TMA or not PIPELINED, "the tile before is read without a mask")
     if MODULATED:  # a row's constant is a shift of its running maximum
         m_i -= row_bias
         factor = row_scale[:, None]
@@ -253,7 +253,7 @@ def fused_attention(
         state: ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)`` float32 of the continuous slots, or None.
         scale: factor of the logits.
         dtype: of the output.
-        config: with ``tma``, k and v must be :func:`describable` and there is no ``key_mask``.
+        config: with ``tma``, k and v must be :func:`describable` and the values of masked keys zero.
 
     Returns:
         out ``(B, Sq, H, D)`` and lse ``(B, H, Sq)`` float32, natural log.

@@ -64,7 +64,7 @@ NUMBERS = {"log2_scale", "tau", "eps", "eps2"}
 
 FLAGS = {
     **{loop: {"MODULATED": (loop != "attention",), "HAS_MASK": (False, True)} for loop in config.LOOPS},
-    **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_MASK": (False,)} for loop in config.TMA_LOOPS},
+    **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_MASK": (False, True)} for loop in config.TMA_LOOPS},
     "patches": {"HAS_MASK": (False, True)},
     "pack": {"GATHER": (False, True), "ROTATE": (False, True), "STREAMS": (False, True)},
     "queries": {"ROTATE": (False, True), "STREAMS": (False, True)},

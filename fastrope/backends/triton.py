@@ -86,6 +86,9 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
     if "key_order" in t or _far_apart(v):
         order = t["key_source"][: k.shape[1]] if "key_order" in t else None
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
+    if mask is not None and kernels.ships("attention_tma", _arch(q.device), q.dtype):
+        # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v.
+        values = values.masked_fill(~mask[:, None, :, None], 0.0)
     if spec.continuous and _far_apart(q):
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     if not spec.modulated:
@@ -96,7 +99,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
             queries = q.transpose(1, 2)
         return kernels.fused_attention(
             queries.unsqueeze(2), keys, values, q.shape[1], k.shape[1], mask, None, None, None, scale, q.dtype,
-            config(_loop("attention", q, keys, values, mask)),
+            config(_loop("attention", q, keys, values)),
         )  # fmt: skip
     means = None
     if spec.num_groups:
@@ -148,19 +151,18 @@ def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: 
         state = kernels.patch_attention(
             q, keys, values, rotation, half, mask, tables, bias, patches, scale, config("patches")
         )
-    loop = _loop("attention_modulated", q, keys, values, mask) if dtype == q.dtype else "attention_parts"
+    loop = _loop("attention_modulated", q, keys, values) if dtype == q.dtype else "attention_parts"
     return kernels.fused_attention(
         queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype, config(loop)
     )
 
 
-def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> str:
-    """The form of a loop that these tensors can have: tensor descriptors where the architecture has them. A descriptor
-    reads masked values too, which may be NaN."""
+def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str:
+    """The form of a loop that these tensors can have: tensor descriptors where the architecture has them."""
     from .. import kernels
 
     tma = f"{kernel}_tma"
-    ships = mask is None and kernels.ships(tma, _arch(q.device), q.dtype)
+    ships = kernels.ships(tma, _arch(q.device), q.dtype)
     return tma if ships and kernels.describable(keys) and kernels.describable(values) else kernel
 
 
