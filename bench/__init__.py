@@ -78,7 +78,7 @@ def _measure(options: argparse.Namespace, argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / slug(facts["gpu"])
     session = Session(device, dtype, options.repeats, facts, options.out or folder, options.quick)
     if options.resume:
-        done = [task for task in tasks if session.measured(task)]
+        done = session.measured(tasks, {session.folder, RESULTS / slug(facts["gpu"])})
         tasks = [task for task in tasks if task not in done]
         print(f"measured already: {', '.join(map(str, done)) or 'nothing'}")
     try:
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds (default: 50 calls, 20 steps)")
     parser.add_argument("--quick", action="store_true", help="the first workload, 10 rounds")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing that would end later")
-    parser.add_argument("--resume", action="store_true", help="leave out what --out holds of this revision and device")
+    parser.add_argument("--resume", action="store_true", help="leave out what rows of this revision and device tell")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16, float32 on a CPU"

@@ -8,6 +8,8 @@ import torch
 
 import fastrope as fr
 
+from .problem import Unsupported
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -32,9 +34,15 @@ class Workload:
         }  # fmt: skip
 
     def build(self, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """The transformer with random weights."""
-        from diffusers import FluxTransformer2DModel
+        """The transformer with random weights.
 
+        Raises:
+            Unsupported: without diffusers.
+        """
+        try:
+            from diffusers import FluxTransformer2DModel
+        except ImportError as error:
+            raise Unsupported(f"diffusers is not installed ({error})") from error
         with torch.device("meta"):
             model = FluxTransformer2DModel(
                 patch_size=1, in_channels=self.channels, num_layers=self.blocks[0], num_single_layers=self.blocks[1],

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .problem import Unsupported
 from .rows import KEYS, read
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
@@ -131,18 +132,21 @@ class Session:
             try:
                 with torch.no_grad():
                     task.measure(self)
+            except Unsupported as reason:
+                print(f"  unsupported: {reason}", flush=True)
             except Exception as error:  # one broken suite must not cost the others their rows
                 traceback.print_exc()
                 self.problem(str(task), error)
             longest[task.suite] = max(longest.get(task.suite, 0.0), clock() - start - now)
             self._tidy()
 
-    def measured(self, task: Task) -> bool:
-        """Whether the folder holds rows of this task, revision, device and dtype."""
-        path, dtype = self.path(task.suite), str(self.dtype).removeprefix("torch.")
-        same = {**{key: self.environment[key] for key in ("rev", "gpu")}, "dtype": dtype}
-        rows = read(path) if path.exists() else []
-        return any(task.has(row) and all(row.get(key) == value for key, value in same.items()) for row in rows)
+    def measured(self, tasks: Sequence[Task], folders: Iterable[Path]) -> list[Task]:
+        """The tasks of which one of the folders holds rows of this revision, device and dtype."""
+        same = {**{key: self.environment[key] for key in ("rev", "gpu")}, "dtype": str(self.dtype)[len("torch.") :]}
+        paths = {folder / f"{task.suite}.jsonl" for folder in folders for task in tasks}
+        rows = [row for path in paths if path.exists() for row in read(path)]
+        rows = [row for row in rows if all(row.get(key) == value for key, value in same.items())]
+        return [task for task in tasks if any(task.has(row) for row in rows)]
 
     def _tidy(self) -> None:
         gc.collect()

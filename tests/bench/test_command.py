@@ -185,13 +185,14 @@ def test_every_row_says_where_it_comes_from(tmp_path):
 def test_rows_of_other_revisions_and_devices_are_not_the_same_measurement(tmp_path):
     run = session(tmp_path)
     task = Task("attention", "kontext", "plain", partial(print))
-    assert not run.measured(task)
+    assert run.measured([task], [tmp_path]) == []
     for changes in ({"rev": "def"}, {"gpu": "other"}, {"dtype": "float16"}, {"case": "grag"}, {"workload": "flux"}):
         row = {**a_row(rev="abc", gpu="cpu", dtype="float32"), **changes}
         Session(CPU, torch.float32, 1, {}, tmp_path).emit("attention", [row])
-        assert not run.measured(task), changes
+        assert run.measured([task], [tmp_path]) == [], changes
     Session(CPU, torch.float32, 1, {}, tmp_path).emit("attention", [a_row(rev="abc", gpu="cpu", dtype="float32")])
-    assert run.measured(task)
+    assert run.measured([task], [tmp_path]) == [task]
+    assert run.measured([task], [tmp_path / "none", tmp_path]) == [task]
 
 
 def test_a_revision_that_is_none(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -31,6 +33,13 @@ def test_a_wrong_contestant_is_not_timed(tmp_path, monkeypatch, capsys):
     assert bench.main([*ARGUMENTS, str(tmp_path)]) == 1
     assert [row["case"] for row in read(tmp_path / "kontext.jsonl")] == ["stock", "neutral"]
     assert "kontext / smoke / GRAG: another output" in capsys.readouterr().err
+
+
+def test_without_diffusers_there_is_nothing_to_measure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert bench.main([*ARGUMENTS, str(tmp_path)]) == 0
+    assert "unsupported: diffusers is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "kontext.jsonl").exists()
 
 
 def test_cases_are_chosen(tmp_path):
