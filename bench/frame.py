@@ -149,7 +149,9 @@ class Session:
         return [task for task in tasks if any(task.has(row) for row in rows)]
 
     def _tidy(self) -> None:
+        cuda = self.device.type == "cuda" and not self.lost
+        if cuda:  # earlier problems count towards the limit of recompilations, and live in the compiler's caches
+            torch.compiler.reset()
         gc.collect()
-        if self.device.type == "cuda" and not self.lost:
+        if cuda:
             torch.cuda.empty_cache()
-            torch.compiler.reset()  # earlier problems count towards the limit of recompilations

@@ -139,6 +139,14 @@ def test_axes_none_scales_every_pair():
     assert some.check(careful(some)).passed
 
 
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_cuda_kernels_are_called_as_torch_declares_them(kernel):
+    """On tensors without data: arguments and shapes, not results."""
+    q, k = (torch.empty(2, n, 3, 128, dtype=torch.bfloat16, device="meta") for n in (205, 4096))
+    out, lse = getattr(fused_calls, kernel)(q, k, k, 0.1)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 3, 205), torch.float32)
+
+
 @pytest.mark.parametrize("shape", ["with an axis of 1", "with more rows", "as it should be"])
 def test_log_sum_exps_of_every_layout(shape):
     """cuDNN's has an axis behind since torch 2.9; FlashAttention-2's may have rows beyond the queries."""
