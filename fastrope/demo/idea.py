@@ -36,24 +36,29 @@ class Panel:
     weights: torch.Tensor
 
 
-def compute(device: torch.device) -> tuple[list[Panel], torch.Tensor]:
-    """The five panels, and the crop ``(GRID, GRID)`` that LogitGain covers.
+def tokens_of(picture: torch.Tensor, near: float = NEAR, alike: float = ALIKE) -> torch.Tensor:
+    """Queries, or keys, ``(rows * columns, D)`` of a picture ``(3, rows, columns)``; ``near`` and ``alike`` say how
+    strongly they prefer what is close and what has their colour.
 
     Keys prefer near queries through the fast pairs of each axis and queries of their own colour through the slow ones:
     pair ``c`` of a token with colour ``x`` is ``(cos w_c x, sin w_c x)``, whose dot product is a kernel in the colour.
     """
     generator = torch.Generator().manual_seed(SEED)
-    scene = scenes.draw_scene()
-    colour = scenes.at_size(scene, GRID).flatten(1).T  # (GRID * GRID, 3)
     band = torch.cat([torch.linspace(0, 1, dim // 2) for dim in AXES])
     spatial = torch.cat([torch.zeros(AXES[0] // 2), torch.ones((AXES[1] + AXES[2]) // 2)])
-    near = NEAR * spatial * torch.exp(-0.5 * ((band - 0.27) / 0.1) ** 2)
-    alike = ALIKE * spatial * (band > 0.6)
+    fast = near * spatial * torch.exp(-0.5 * ((band - 0.27) / 0.1) ** 2)
+    slow = alike * spatial * (band > 0.6)
     frequencies = torch.randn(3, len(band), generator=generator) / (0.1 * WIDTH)
     phase = 2 * torch.pi * torch.rand(len(band), generator=generator)
-    turn = torch.where(alike > 0, colour @ frequencies, phase)  # (tokens, pairs)
-    length = near + alike
-    keys = torch.stack([length * turn.cos(), length * turn.sin()], dim=-1).flatten(1)
+    turn = torch.where(slow > 0, picture.flatten(1).T @ frequencies, phase)  # (tokens, pairs)
+    length = fast + slow
+    return torch.stack([length * turn.cos(), length * turn.sin()], dim=-1).flatten(1)
+
+
+def compute(device: torch.device) -> tuple[list[Panel], torch.Tensor]:
+    """The five panels, and the crop ``(GRID, GRID)`` that LogitGain covers."""
+    scene = scenes.draw_scene()
+    keys = tokens_of(scenes.at_size(scene, GRID))
     positions, index = grid_positions(GRID, GRID), QUERY[0] * GRID + QUERY[1]
     rope = fr.RoPE.axial(positions[index : index + 1].to(device), AXES)
     key_rope = fr.RoPE.axial(positions.to(device), AXES)
@@ -91,21 +96,26 @@ def draw(panels: list[Panel], crop: torch.Tensor, path: Path, paper: style.Paper
         figure = style.new_figure(12.4, 3.6, paper)
         axes = figure.subplots(1, len(panels))
         for n, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
-            light = (panel.weights / panel.weights.quantile(0.993)).clamp(0, 1).sqrt()
-            light = F.interpolate(light[None, None].float(), size=(scenes.SIZE,) * 2, mode="bilinear")[0]
-            grey = composite.mean(0, keepdim=True)
-            picture = 0.34 * grey + light * (composite - 0.34 * grey)
-            ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            x, y = (QUERY[1] + 0.5) * cell, (QUERY[0] + 0.5) * cell
-            for colour, width in (("white", 2.2), ("black", 0.8)):
-                ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
+            spotlight(ax, composite, panel.weights / panel.weights.quantile(0.993), QUERY, paper)
             if panel.name == "LogitGain":
                 grid = ((torch.arange(GRID) + 0.5) * cell).numpy()
                 ax.contour(grid, grid, crop.float().numpy(), [0.5], colors="white", linewidths=1.2, linestyles="--")
-            style.picture_axes(ax, paper)
             ax.set_title(panel.name if n else "attention with RoPE", fontsize=13, fontweight="bold", loc="center")
             ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8)
         return style.save(figure, path)
+
+
+def spotlight(ax, picture: torch.Tensor, weights: torch.Tensor, query: tuple[int, int], paper: style.Paper) -> None:
+    """A picture ``(3, h, w)``, lit as far as ``weights (rows, columns)`` go from 0 to 1, with a ring at the query."""
+    size, cell = picture.shape[1:], picture.shape[1] / weights.shape[0]
+    light = F.interpolate(weights.clamp(0, 1).sqrt()[None, None].float(), size=size, mode="bilinear")[0]
+    grey = picture.mean(0, keepdim=True)
+    lit = 0.34 * grey + light * (picture - 0.34 * grey)
+    ax.imshow(lit.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    x, y = (query[1] + 0.5) * cell, (query[0] + 0.5) * cell
+    for colour, width in (("white", 2.2), ("black", 0.8)):
+        ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
+    style.picture_axes(ax, paper)
 
 
 def main(argv: list[str] | None = None) -> int:
