@@ -207,6 +207,20 @@ def test_compilations_of_a_modulated_call(recorders):
     assert counts == dict.fromkeys(COUNTS, 1)
 
 
+@interpreted
+def test_compilations_of_streams(recorders):
+    """However tokens are shared out between two streams, with norms of either kind: one binary of each kernel."""
+    for text, image in ((1, 15), (8, 8), (77, 36), (16, 240), (255, 1)):
+        for weight, eps in ((None, 1e-6), (torch.rand(16), 0)):
+            norm = fr.Norm(weight, eps)
+            streams = [fr.Stream(*torch.randn(3, 1, n, 2, 16), norm, norm) for n in (text, image)]
+            mods = [fr.BiasDelta(1, 1.1, keys=slice(1, None))]
+            rope = fr.RoPE.axial(torch.arange(text + image)[:, None], (16,))
+            fr.joint_attention(streams, plan=fr.plan(rope=rope, modulations=mods), backend="triton")
+    counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
+    assert counts == dict.fromkeys(("attention_kernel", "pack_kernel", "queries_kernel", "means_kernel"), 1)
+
+
 # ---- launch configuration --------------------------------------------------------------------------------------------
 
 

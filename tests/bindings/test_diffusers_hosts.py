@@ -385,7 +385,9 @@ def watched(monkeypatch) -> list[bool]:
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
-@pytest.mark.parametrize(("name", "masked"), [("flux", False), ("chroma", True), ("qwen", True), ("z-image", False)])
+@pytest.mark.parametrize(
+    ("name", "masked"), [("flux", False), ("flux2", False), ("chroma", True), ("qwen", True), ("z-image", False)]
+)
 def test_the_fused_prologue_equals_the_steps_of_the_host(name, masked, monkeypatch):
     host = TINY_HOSTS[name]
     model, call = host.build().float(), masked_call(host)[0] if masked else host.call(host.layout)
