@@ -116,6 +116,12 @@ def _less(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     from .suites import SUITES
 
@@ -127,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     told = "; ".join(f"{name}: {what}" for name, what in SUITES.items())
     parser.add_argument(
         "--suite", nargs="+", action=_Suites, default=["attention"], choices=(*SUITES, "all"), metavar="NAME",
-        help=f"{told}; all of them in the order that tells most first. Default: attention",
+        help=f"{told}; all: every suite, what tells most first. Default: attention",
     )  # fmt: skip
     for name in ("workload", "case", "peer"):
         what = f"some of the suite's {name}s; an unknown one is answered with the list"
@@ -135,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help=f"where <suite>.jsonl are appended to ({RESULTS}/<gpu>)"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds (default: 50 calls, 20 steps)")
+    parser.add_argument("--repeats", type=_count, metavar="N", help="timed rounds (default: 50 calls, 20 steps)")
     parser.add_argument("--quick", action="store_true", help="the first workload, 10 rounds")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing that would end later")
     parser.add_argument("--resume", action="store_true", help="leave out what rows of this revision and device tell")
@@ -147,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against", metavar="REV", help="another revision, or a folder that holds one: both in turns, side by side"
     )
-    parser.add_argument("--turns", type=int, default=2, metavar="N", help="processes of each revision (default 2)")
+    parser.add_argument("--turns", type=_count, default=2, metavar="N", help="processes of each revision (default 2)")
     parser.add_argument(
         "--report", nargs="*", type=Path, metavar="ROWS", help="tables and bars of earlier rows instead (default: all)"
     )

@@ -65,6 +65,14 @@ def test_names_nobody_knows_are_answered_with_those_there_are(option, known, cap
     assert "received tyni" in message
 
 
+@pytest.mark.parametrize("option", ["--repeats", "--turns"])
+@pytest.mark.parametrize("number", ["0", "-3", "two"])
+def test_counts_are_counts(option, number, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([f"{option}={number}"])
+    assert f"{option}: expected a whole number of at least 1, received {number}" in capsys.readouterr().err
+
+
 def test_no_rows_to_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert bench.main(["--report"]) == 2
