@@ -59,8 +59,8 @@ def find_step(
     if index is not None and index < count and getattr(pipe, "_current_timestep", None) is not None:
         return int(index), count
     # Before they are given steps, schedulers hold those of their training.
-    stale = getattr(scheduler, "num_inference_steps", None) is None or (index is not None and index >= count)
-    if stale or not isinstance(timestep, torch.Tensor):
+    never = index is None and getattr(scheduler, "num_inference_steps", None) is None
+    if never or (index is not None and index >= count) or not isinstance(timestep, torch.Tensor):
         return None
     dtype = timestep.dtype if timestep.is_floating_point() else torch.float32
     # The pipeline rounds to the model's dtype, then divides; the same here makes equal values equal.
