@@ -25,6 +25,8 @@ def over_plain(row: dict, plain: dict | None) -> float | None:
     plain row."""
     if row.get("plain_ms"):
         return row["ms_median"] / row["plain_ms"]
+    if row.get("x_stock") or row.get("x_plain"):  # of a step, over the stock or the plain one
+        return row.get("x_stock") or row.get("x_plain")
     return row["ms_median"] / plain["ms_median"] if plain else None
 
 
@@ -49,6 +51,8 @@ def _table(gpu: str, dtype: str | None, suite: str | None, workload: str, rows: 
         ("of matmul", "---:", lambda r: number(r, "peak_pct", ".0f") and number(r, "peak_pct", ".0f") + " %"),
         ("MiB", "---:", lambda r: number(r, "peak_mem_mib", ".0f")),
         ("max error", "---:", lambda r: number(r, "max_err", ".1e")),
+        ("cache MiB", "---:", lambda r: number(r, "cache_mib", ".0f")),
+        ("share of a step", "---:", lambda r: number(r, "share", ".1%")),
         ("launches", "---:", lambda r: number(r, "launches", "d")),
         ("kernel", "---", lambda r: _short(r["kernel"])),
     ]

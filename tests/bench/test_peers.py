@@ -109,11 +109,17 @@ def test_calls_are_as_few_as_can_be():
     assert all(calls[0] is False and all(calls[1:]) for calls in counts.values())
 
 
-def test_consecutive_keys_are_views():
-    some = problem("tiny", "loose-levels")
-    ((_, lowered),) = prologue.lower(some)
+def test_sets_of_keys_are_views():
+    """Of the keys as they stand, or sorted where they are scattered."""
+    ((_, lowered),) = prologue.lower(problem("tiny", "loose-levels"))
     assert [keyset.rows for keyset in lowered.sets] == [slice(0, 72), slice(72, 136)]
     assert lowered.left == slice(0, 136)
+    ((_, lowered),) = prologue.lower(problem("tiny", "all"))
+    assert [keyset.rows for keyset in lowered.sets] == [slice(0, 72), slice(72, 120), slice(120, 136)]
+    assert [keyset.places for keyset in lowered.sets] == [None, slice(0, 48), slice(48, 64)]
+    assert sorted(lowered.left.tolist()) == list(range(136))
+    for row in prologue.lower(problem("tiny-masked", "all")):
+        assert all(isinstance(keyset.rows, slice) for keyset in row[1].sets)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,11 @@ def test_report_needs_rows_and_nothing_else():
 def test_rows_of_every_suite_are_reported():
     """Whatever a suite does not measure is null."""
     nothing = dict.fromkeys(("tflops", "peak_pct", "peak_mem_mib", "max_err", "mean_err", "kernel"))
-    text = report.render([a_row(suite="match", **nothing), a_row(suite="kontext", launches=3, **nothing)])
+    match = a_row(suite="match", share=0.0123, **nothing)
+    text = report.render([match, a_row(suite="kontext", case="GRAG", launches=3, x_stock=1.04, **nothing)])
     assert "### match: kontext" in text
+    assert "| 1.2% |" in text
+    assert "| 1.04 |" in text
     assert "TFLOP/s |" not in text  # a column that nobody fills
     assert "| launches |" in text
 
