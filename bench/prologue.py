@@ -6,8 +6,8 @@ others meet the keys in sets: those that are not scaled in one call for all of t
 distinct scale, whose keys are rotated once more; the parts are merged by their log-sum-exps. Rows of a batch that mask
 keys are attended one by one, over the keys that are left.
 
-Keys that a modulation scatters are sorted, so that every set of them is a view. Tables of cosines and index sets are made
-before the clock starts, as are the plans of our own contestants.
+Keys that a modulation scatters are sorted, so that every set of them is a view. Tables of cosines and index sets are
+made before the clock starts, as are the plans of our own contestants.
 """
 
 from __future__ import annotations
