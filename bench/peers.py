@@ -19,6 +19,7 @@ from .names import APPLIED, AUTO, CUDNN, MATERIALISED, TRITON
 from .problem import Problem, Unsupported, key_mask
 
 INSIDE, BEFORE = "inside", "before"  # of the timed call: where q and k are rotated
+SAGE_DIMS = (64, 96, 128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +145,8 @@ def sage(problem: Problem) -> Contestant:
         raise Unsupported("no mask")
     if not _on_cuda(problem):
         raise Unsupported("for CUDA only")
+    if problem.q.shape[3] not in SAGE_DIMS:
+        raise Unsupported(f"head dims {SAGE_DIMS}")
     try:
         from sageattention import sageattn
     except ImportError as error:

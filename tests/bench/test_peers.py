@@ -198,8 +198,11 @@ def test_materialised_keys_of_single_queries(case, monkeypatch):
 
 def test_a_library_that_is_missing_is_unsupported(monkeypatch):
     monkeypatch.setitem(sys.modules, "sageattention", None)
-    q = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    some = SimpleNamespace(modulations=[], key_mask=None, q=q)
+    monkeypatch.setattr(peers, "_on_cuda", lambda problem: True)
+    some = problem("tiny", "plain")
+    with pytest.raises(Unsupported, match="head dims"):
+        PEERS["sage"].build(some)
+    monkeypatch.setattr(peers, "SAGE_DIMS", (32,))
     with pytest.raises(Unsupported, match="sageattention is not installed"):
         PEERS["sage"].build(some)
 
@@ -211,6 +214,7 @@ def test_sage_attention_is_called_as_its_first_version_is(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
     monkeypatch.setattr(peers, "_on_cuda", lambda problem: True)
+    monkeypatch.setattr(peers, "SAGE_DIMS", (32,))
     some = problem("tiny", "plain")
     contestant = PEERS["sage"].build(some)
     assert contestant.problem.check(contestant.run()).passed
