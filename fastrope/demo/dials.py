@@ -80,14 +80,14 @@ def draw(rows: list[list[Panel]], path: Path) -> Path:
 
     composite = scenes.draw_scene().composite
     with rc_context(style.settings()):
-        figure = style.new_figure(9.8, 6.9)
+        figure = style.new_figure(9.8, 7.3)
         axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
         for line, panels, (_, _, others) in zip(axes, rows, ROWS, strict=True):
             for ax, panel in zip(line, panels, strict=True):
                 weights = panel.weights / panel.weights.quantile(0.995)
                 idea.spotlight(ax, composite, weights, place(len(weights)), style.LIGHT)
                 ax.set_title(f"{panel.dial} {panel.value:g}", loc="center", fontweight="bold")
-                ax.set_xlabel(f"{panel.share:.2g} on the reference,\n{panel.locked:.0%} of it on the same place")
+                ax.set_xlabel(f"share {panel.share:.2g}, {panel.locked:.0%} here")
             line[0].set_ylabel(", ".join(f"{name} {value:g}" for name, value in others.items()))
         return style.save(figure, path)
 

@@ -4,6 +4,7 @@ carried out, the others parsed; its tables are the code's."""
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 import shlex
@@ -176,6 +177,12 @@ def test_the_presets_are_the_codes():
         for preset, text in (("paper", paper), ("community", community)):
             assert eval(text) == getattr(fr.UntwistingRoPE.from_preset(preset), name)
     assert set(PRESETS) == {"paper", "community"}
+
+
+def test_the_default_gamma_is_as_stated():
+    gamma = inspect.signature(fr.prepare_reference).parameters["gamma"].default
+    assert f"The default is the published {gamma:g}." in PAGE
+    assert gamma == 0.5
 
 
 def test_the_memory_is_as_stated():
