@@ -16,6 +16,7 @@ from numerics import (
     key_masks,
     lay_out,
     scales,
+    scatter,
     skip_unless_runnable,
     uniform,
 )
@@ -141,6 +142,14 @@ def test_head_dims_and_blocks(dim, pairing, monkeypatch):
 def test_lengths_and_strides(lengths, layouts, monkeypatch):
     parts = streams(lengths=lengths, layouts=layouts, heads=(4, 2))
     check(parts, a_plan(58, modulations=group(58)), monkeypatch)
+
+
+def test_rows_with_positions_and_scales_of_their_own(monkeypatch):
+    """Tables that differ from batch row to batch row, for levels of QueryScale that do, too."""
+    length, g = TEXT + IMAGE, generator(7)
+    scale = fr.QueryScale(scales(g, "levels", length, batch=2), keys=slice(TEXT, None), axes=(1, 2))
+    plan = fr.plan(rope=axial(scatter(g, length, batch=2), DIM), modulations=[scale])
+    check(streams(heads=(1, 1)), plan, monkeypatch)
 
 
 @pytest.mark.parametrize("weights", [(None, None), (None, torch.float32), (torch.float64, torch.bfloat16)])
