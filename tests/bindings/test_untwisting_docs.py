@@ -24,6 +24,8 @@ pytest.importorskip("transformers")
 import diffusers_hosts as hosts  # noqa: E402
 from test_trajectories import PIPELINES  # noqa: E402
 
+from fastrope.bindings.diffusers import trajectories  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = page("untwisting.md")
 PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -180,7 +182,7 @@ def test_the_presets_are_the_codes():
 
 
 def test_the_default_gamma_is_as_stated():
-    gamma = inspect.signature(fr.prepare_reference).parameters["gamma"].default
+    gamma = inspect.signature(trajectories.prepare_reference).parameters["gamma"].default
     assert f"The default is the published {gamma:g}." in PAGE
     assert gamma == 0.5
 
