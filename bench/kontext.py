@@ -85,7 +85,7 @@ def measure(session: Session, workload: Workload, names: list[str]) -> None:
             over = None if stock is None else t.median / stock
             session.emit(SUITE, [{
                 "workload": workload.name, "case": name, "impl": "diffusers" if name == "stock" else "fastrope",
-                "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds, "x_stock": over,
+                **t.fields, "x_stock": over,
                 "peak_mem_mib": timing.peak_memory_mib(step, device), "gap": gap, "kernel": kernel,
                 "launches": launches, "batch": 1, **workload.facts,
             }])  # fmt: skip

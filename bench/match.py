@@ -159,7 +159,7 @@ def measure(session: Session, case: MatchCase) -> None:
         kernel, launches = timing.kernels(runs[name], device)
         session.emit(SUITE, [{
             "workload": case.name, "case": case.label, "impl": name,
-            "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds,
+            **t.fields,
             "peak_mem_mib": timing.peak_memory_mib(runs[name], device), "kernel": kernel, "launches": launches,
             "share": share, "dtype": DTYPES[device.type] if name.startswith(STEP) else "float32", "batch": case.batch,
             "vocab": case.vocab, "image_tokens": case.image, "dim": case.dim, "top_k": case.top_k,

@@ -51,6 +51,7 @@ def _table(gpu: str, dtype: str | None, suite: str | None, workload: str, rows: 
         ("of matmul", "---:", lambda r: number(r, "peak_pct", ".0f") and number(r, "peak_pct", ".0f") + " %"),
         ("MiB", "---:", lambda r: number(r, "peak_mem_mib", ".0f")),
         ("max error", "---:", lambda r: number(r, "max_err", ".1e")),
+        ("host ms", "---:", lambda r: number(r, "host_ms", ".2f")),
         ("cache MiB", "---:", lambda r: number(r, "cache_mib", ".0f")),
         ("share of a step", "---:", lambda r: number(r, "share", ".1%")),
         ("launches", "---:", lambda r: number(r, "launches", "d")),
@@ -90,7 +91,8 @@ def conditions(rows: Iterable[dict]) -> str:
     days = sorted({row["date"][:10] for row in rows})
     return (
         f"Median of the rounds with the 20th and 80th percentile; single calls and blocks are timed in turns, TFLOP/s "
-        f"count the two products of plain attention in every case; memory is what a call takes beyond its inputs. "
+        f"count the two products of plain attention in every case; memory is what a call takes beyond its inputs; "
+        f"the host's time to queue a call overlaps the device's. "
         f"torch {values('torch')}, triton {values('triton')}, driver {values('driver')}, "
         f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, revision {values('rev')}."
     )

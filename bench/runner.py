@@ -98,8 +98,7 @@ def measure(session: Session, task: Task, entries: Sequence[Entry], flops: float
         if not entry.yardstick:
             rows.append({
                 "workload": task.workload, "case": entry.case, "impl": entry.impl,
-                "ms_median": t.median, "ms_p20": t.p20, "ms_p80": t.p80, "rounds": t.rounds,
-                "tflops": tflops, "peak_pct": 100 * tflops / ceiling, "matmul_tflops": ceiling,
+                **t.fields, "tflops": tflops, "peak_pct": 100 * tflops / ceiling, "matmul_tflops": ceiling,
                 "plain_ms": plain.get(entry.impl), **facts[entry.name], **entry.facts,
             })  # fmt: skip
     session.emit(task.suite, rows)

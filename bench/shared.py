@@ -97,8 +97,7 @@ def measure(session: Session, workload: Workload) -> None:
             kernel, launches = timing.kernels(contestant.run, device)
             cache = contestant.cache
             session.emit(SUITE, [{
-                "workload": workload.name, "case": CASE, "impl": name, "ms_median": t.median, "ms_p20": t.p20,
-                "ms_p80": t.p80, "rounds": t.rounds, "x_plain": t.median / plain,
+                "workload": workload.name, "case": CASE, "impl": name, **t.fields, "x_plain": t.median / plain,
                 "peak_mem_mib": timing.peak_memory_mib(contestant.run, device),
                 "cache_mib": None if cache is None else cache.nbytes / 2**20, "kernel": kernel, "launches": launches,
                 "batch": contestant.batch, **workload.facts,

@@ -11,7 +11,7 @@ import torch
 Run = Callable[[], object]
 
 FLUSH_MIB = 256  # several times the L2 of any GPU: a contestant must not find its inputs there
-SPACERS = 4  # flushes before a run keep the device busy until the host has queued the run, or its gaps were timed
+SPACERS = 16  # flushes before a run keep a fast device busy for a millisecond, in which the host queues the run
 BUDGET_MS = 4000.0  # of one contestant: slow ones take part in the first rounds only
 LEAST_ROUNDS = 3
 WARMUPS = 3
@@ -20,20 +20,28 @@ SLOW_MS = 500.0  # needs no warm-up beyond its first run
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds over the rounds."""
+    """Milliseconds over the rounds: of the device, and the median of what the host takes to queue a run."""
 
     median: float
     p20: float
     p80: float
     rounds: int
+    host: float
 
     @classmethod
-    def of(cls, samples: list[float]) -> Times:
-        """Median and spread."""
-        quantiles = torch.tensor(samples, dtype=torch.float64).quantile(
-            torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-        )
-        return cls(*quantiles.tolist(), len(samples))
+    def of(cls, samples: list[tuple[float, float]]) -> Times:
+        """Median and spread of ``(device, host)``."""
+        device, host = torch.tensor(samples, dtype=torch.float64).unbind(dim=1)
+        quantiles = device.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+        return cls(*quantiles.tolist(), len(samples), float(host.quantile(0.5)))
+
+    @property
+    def fields(self) -> dict:
+        """As a row says it."""
+        return {
+            "ms_median": self.median, "ms_p20": self.p20, "ms_p80": self.p80, "rounds": self.rounds,
+            "host_ms": self.host,
+        }  # fmt: skip
 
 
 def synchronise(device: torch.device) -> None:
@@ -62,7 +70,7 @@ def interleaved(runs: dict[str, Run], device: torch.device, repeats: int) -> dic
     """
     rounds = {name: _rounds(warm_up(run, device), repeats) for name, run in runs.items()}
     flush = torch.empty(FLUSH_MIB * 2**18, dtype=torch.int32, device=device) if device.type == "cuda" else None
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     names = list(runs)
     for n in range(max(rounds.values())):
         first = n % len(names)
@@ -76,23 +84,29 @@ def _rounds(estimate_ms: float, repeats: int) -> int:
     return min(repeats, max(LEAST_ROUNDS, int(BUDGET_MS / max(estimate_ms, 1e-3))))
 
 
-def _round(runs: dict[str, Run], device: torch.device, flush: torch.Tensor | None) -> dict[str, float]:
+def _round(runs: dict[str, Run], device: torch.device, flush: torch.Tensor | None) -> dict[str, tuple[float, float]]:
+    """Milliseconds ``(device, host)`` of one run each."""
+    host = {}
     if flush is None:
-        elapsed = {}
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            elapsed[name] = (time.perf_counter() - start) * 1e3
-        return elapsed
+            host[name] = _queue(run)
+        return {name: (elapsed, elapsed) for name, elapsed in host.items()}
     events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in runs}
     for name, run in runs.items():
         for _ in range(SPACERS):
             flush.zero_()
         events[name][0].record()
-        run()
+        host[name] = _queue(run)
         events[name][1].record()
     synchronise(device)
-    return {name: start.elapsed_time(stop) for name, (start, stop) in events.items()}
+    return {name: (start.elapsed_time(stop), host[name]) for name, (start, stop) in events.items()}
+
+
+def _queue(run: Run) -> float:
+    """Milliseconds until a run returns, which on a GPU is before it ends."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def peak_memory_mib(run: Run, device: torch.device) -> float | None:

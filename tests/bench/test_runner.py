@@ -239,8 +239,34 @@ def test_rounds_are_interleaved_and_rotate(monkeypatch):
 
 
 def test_times_are_median_and_spread():
-    times = timing.Times.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (times.median, times.p20, times.p80, times.rounds) == (3.5, 2.0, 5.0, 6)
+    times = timing.Times.of([(5.0, 1.0), (1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 9.0), (100.0, 9.0)])
+    assert (times.median, times.p20, times.p80, times.rounds, times.host) == (3.5, 2.0, 5.0, 6, 1.0)
+
+
+def test_a_round_on_a_gpu_times_the_device_and_the_host(monkeypatch):
+    """With events that count what was queued between them."""
+    queued = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(queued)
+
+        def elapsed_time(self, stop):
+            return float(stop.at - self.at)
+
+    class Flush:
+        def zero_(self):
+            queued.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    runs = {"one": lambda: queued.append("one"), "two": lambda: queued.extend(["two", "two"])}
+    found = timing._round(runs, CPU, Flush())
+    assert {name: device for name, (device, _) in found.items()} == {"one": 1.0, "two": 2.0}
+    assert all(0 < host < 1000 for _, host in found.values())
+    assert queued == ["flush"] * timing.SPACERS + ["one"] + ["flush"] * timing.SPACERS + ["two", "two"]
 
 
 def test_a_folder_for_every_device():
