@@ -20,6 +20,7 @@ from numerics import (
     skip_unless_runnable,
     uniform,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrope as fr
@@ -72,8 +73,8 @@ def a_plan(length: int = TEXT + IMAGE, dim: int = DIM, pairing: str = "interleav
     return fr.plan(rope=axial(grid(length, min(TEXT, length // 2)), dim, pairing), **more)
 
 
-def group(length: int = TEXT + IMAGE) -> list:
-    return [fr.BiasDelta(1.0, 0.8, keys=slice(length // 3, None))]
+def group(delta: float = 0.8, length: int = TEXT + IMAGE) -> list:
+    return [fr.BiasDelta(1.0, delta, keys=slice(length // 3, None))]
 
 
 def watched(monkeypatch) -> list[bool]:
@@ -141,7 +142,7 @@ def test_head_dims_and_blocks(dim, pairing, monkeypatch):
 )
 def test_lengths_and_strides(lengths, layouts, monkeypatch):
     parts = streams(lengths=lengths, layouts=layouts, heads=(4, 2))
-    check(parts, a_plan(58, modulations=group(58)), monkeypatch)
+    check(parts, a_plan(58, modulations=group(length=58)), monkeypatch)
 
 
 def test_rows_with_positions_and_scales_of_their_own(monkeypatch):
@@ -216,7 +217,7 @@ def test_offsets_beyond_32_bits():
                 pytest.skip("the system refuses to reserve the address space")
             moved.append(buffer.as_strided(x.shape, (0, stride, x.shape[3], 1)).copy_(x))
         far.append(s._replace(q=moved[0], k=moved[1], v=moved[2]))
-    for modulations in ([], group(7)):
+    for modulations in ([], group(length=7)):
         plan = a_plan(7, modulations=modulations)
         expected = fr.joint_attention(near, plan=plan, backend="triton")
         assert torch.equal(fr.joint_attention(far, plan=plan, backend="triton"), expected)
@@ -296,30 +297,35 @@ def arguments(parts, plan: fr.Plan, backend: str) -> tuple:
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_opcheck(backend):
     skip_unless_runnable(backend)
-    given = arguments(streams(lengths=(3, 4), weights=(None, torch.float32)), a_plan(7, modulations=group(7)), backend)
+    given = arguments(
+        streams(lengths=(3, 4), weights=(None, torch.float32)), a_plan(7, modulations=group(length=7)), backend
+    )
     torch.library.opcheck(joint.streamed_attention, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_streams_compile_into_one_graph():
-    """One opaque op, also where the kernels run; norms and weights are inputs of the graph."""
+    """One opaque op, also where the kernels run; norms, weights and a plan's numbers are inputs of the graph."""
     skip_unless_runnable("triton")
-    plan = a_plan(modulations=group())
 
-    def attend(q, k, v, weight, backend):
+    def attend(q, k, v, weight, plan, backend):
         first = fr.Stream(q[:, :TEXT], k[:, :TEXT], v[:, :TEXT], fr.Norm(weight, 1e-6), fr.Norm(None, 1e-6))
         last = fr.Stream(q[:, TEXT:], k[:, TEXT:], v[:, TEXT:], fr.Norm(weight + 1, 1e-6), fr.Norm(weight, 1e-5))
         return fr.joint_attention([first, last], plan=plan, backend=backend) * 2
 
     q, k, v = (torch.cat(x, dim=1) for x in list(zip(*streams(), strict=True))[:3])
     weight = torch.linspace(0.5, 1.5, DIM, device=DEVICE)
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for backend in ("auto", "triton"):
-        torch.testing.assert_close(compiled(q, k, v, weight, backend), attend(q, k, v, weight, backend))
+    plan, other = (a_plan(modulations=group(delta)) for delta in (0.8, 0.9))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for n, (held, backend) in enumerate(((plan, "auto"), (other, "auto"), (plan, "triton"))):
+        given = q, k, v, weight, held, backend
+        torch.testing.assert_close(compiled(*given), attend(*given))
+        assert counter.frame_count == (1, 1, 2)[n]
     leaf = k.clone().requires_grad_()
-    grads = [torch.autograd.grad(f(q, leaf, v, weight, "auto").sum(), leaf)[0] for f in (compiled, attend)]
+    grads = [torch.autograd.grad(f(q, leaf, v, weight, plan, "auto").sum(), leaf)[0] for f in (compiled, attend)]
     torch.testing.assert_close(*grads)
     with pytest.raises(Exception, match="eager"):
-        compiled(q, k, v, weight, "eager")
+        compiled(q, k, v, weight, plan, "eager")
 
 
 def test_fake_tensors_pass_through():
