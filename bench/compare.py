@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -115,7 +116,7 @@ def render(rows: Sequence[dict]) -> str:
 
 
 def _line(key: tuple, *sides: list[dict]) -> tuple[str, ...]:
-    medians = [sorted(row["ms_median"] for row in side)[len(side) // 2] for side in sides]
+    medians = [statistics.median(row["ms_median"] for row in side) for side in sides]
     spreads = [(min(row["ms_p20"] for row in side), max(row["ms_p80"] for row in side)) for side in sides]
     apart = spreads[0][0] > spreads[1][1] or spreads[1][0] > spreads[0][1]
     ratio = medians[0] / medians[1]

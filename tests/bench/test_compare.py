@@ -29,7 +29,7 @@ def test_revisions_side_by_side():
     assert text.startswith("### new over old")
     lines = [line for line in text.splitlines() if " plain " in line]
     assert len(lines) == 2
-    assert "| 2.100 (1.900 - 2.200) | 3.200 (2.900 - 3.300) | 0.656 | faster |" in lines[0]
+    assert "| 2.050 (1.900 - 2.200) | 3.100 (2.900 - 3.300) | 0.661 | faster |" in lines[0]
     assert lines[1].endswith("| 0.980 |  |")  # the spreads meet
     assert "slower" in compare.render([row("new", 3.0), row("old", 2.0)])
     assert "found new" in compare.render([row("new", 1.0)])
