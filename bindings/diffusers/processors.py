@@ -259,6 +259,7 @@ def _as_norm(module, x: torch.Tensor) -> fr.Norm | None:
     if module.eps is None or tuple(getattr(module, "normalized_shape", x.shape[3:])) != tuple(x.shape[3:]):
         return None
     weight = module.weight
-    if weight is not None and (weight.shape != x.shape[3:] or weight.device != x.device):
-        return None
-    return fr.Norm(weight, module.eps)
+    if weight is None:
+        return fr.Norm(None, module.eps)
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # neither quantised nor sharded
+    return fr.Norm(weight, module.eps) if plain and weight.shape == x.shape[3:] and weight.device == x.device else None

@@ -423,6 +423,15 @@ def test_the_hosts_own_norms_are_called(why, monkeypatch):
     assert seen == [1]
 
 
+class Quantised(torch.Tensor):
+    """Stands for tensors whose storage is not what they say."""
+
+
+def quantised(norm):
+    norm.weight = torch.nn.Parameter(norm.weight.detach().as_subclass(Quantised))
+    return norm
+
+
 @pytest.mark.parametrize(
     ("norm", "known"),
     [
@@ -433,6 +442,7 @@ def test_the_hosts_own_norms_are_called(why, monkeypatch):
         (torch.nn.RMSNorm((2, 16), eps=1e-5, elementwise_affine=False), False),  # over all heads
         (RMSNorm(32, eps=1e-5), False),  # before heads are told apart
         (RMSNorm(16, eps=1e-5, bias=True), False),
+        (quantised(torch.nn.RMSNorm(16, eps=1e-5)), False),
         (torch.nn.LayerNorm(16), False),
         (None, False),
     ],
