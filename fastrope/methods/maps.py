@@ -15,14 +15,15 @@ SIGMA = 1.1  # of the 5 x 5 Gaussian: what image libraries derive from its width
 
 
 def as_map(name: str, value: object) -> torch.Tensor:
-    """An array or tensor ``(h, w)`` or ``(B, h, w)`` as ``(B, h, w)`` float64 on the CPU.
+    """A copy of an array or tensor ``(h, w)`` or ``(B, h, w)`` as ``(B, h, w)`` float64 on the CPU.
 
     Raises:
         ValueError: another rank, an empty map, values that are not finite.
     """
     hint = "an array or tensor (h, w) or (B, h, w)"
     require(isinstance(value, (np.ndarray, torch.Tensor)), name, hint, type(value).__name__)
-    x = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value.detach()).cpu().double()
+    x = torch.as_tensor(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
+    x = x.to("cpu", torch.float64, copy=True)
     require(x.ndim in (2, 3) and x.numel() > 0, name, hint, tuple(x.shape))
     require(bool(x.isfinite().all()), name, "finite values", "values that are not")
     return x.reshape(-1, *x.shape[-2:])

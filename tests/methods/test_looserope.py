@@ -260,6 +260,15 @@ def test_arrays_are_as_good_as_tensors():
     assert fr.LooseRoPE(np.ones((4, 4), dtype=np.float32), mask).mask.all()
 
 
+def test_maps_are_the_methods_own():
+    saliency = flat(0.5)
+    method = plain(saliency=saliency)
+    before = method.modulations(fr.Site(layout()))[0].scale
+    saliency.zero_()
+    assert torch.equal(method.modulations(fr.Site(layout(), num_steps=27))[0].scale, before)
+    assert float(method.saliency.min()) == 0.5
+
+
 def test_a_reference_that_is_not_there():
     with pytest.raises(ValueError, match=r"LooseRoPE.reference: expected a reference in \[0, 1\), received 1"):
         plain(reference=1).modulations(fr.Site(layout()))
