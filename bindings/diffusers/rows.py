@@ -345,7 +345,9 @@ def _join_masks(given: list[Tensor | None], shapes: tuple, image: int, device: t
 
 def _lengthened(ids: Tensor, length: int) -> Tensor:
     """Text ids that go on as they end: all zeros, or counting."""
-    more = length - ids.shape[-2]
-    stride = ids[..., -1:, :] - ids[..., -2:-1, :] if ids.shape[-2] > 1 else torch.zeros_like(ids[..., -1:, :])
+    what = f"{length} ids, as the target's single one does not tell how they go on"
+    require(len(ids) > 1, 'reference.arguments["txt_ids"]', what, None)
+    more = length - len(ids)
+    stride = ids[-1:] - ids[-2:-1]
     count = torch.arange(1, more + 1, device=ids.device)[:, None].to(ids.dtype)
-    return torch.cat([ids, ids[..., -1:, :] + stride * count], dim=-2)
+    return torch.cat([ids, ids[-1:] + stride * count])

@@ -203,20 +203,32 @@ def share(
     return SharedKeys(k, v, angles is not None, *found)
 
 
-def adapters_of(model: torch.nn.Module) -> Hashable:
+class _Adapters:
     """Which adapters (LoRAs) are at work in a model and how strongly, as something to compare: peft's layers say it.
     Weights that are changed in place, by hand or by fusing, go unnoticed."""
-    if not getattr(model, "peft_config", None):
-        return ()
-    found = []
-    for layer in model.modules():
-        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling") and not layer.disable_adapters:
-            parts = [getattr(layer, name) for name in layer.adapter_layer_names[:1]]
-            for adapter in layer.active_adapters:
-                # By reference: an adapter that was loaded anew under the same name is another one.
-                own = [weakref.ref(part[adapter]) for part in parts if adapter in part]
-                found.append((adapter, layer.scaling.get(adapter), *own))
-    return tuple(found)
+
+    def __init__(self):
+        self._configs: list = []
+        self._layers: list = []
+
+    def of(self, model: torch.nn.Module) -> Hashable:
+        """Layer by layer: names and strengths of what is active."""
+        configs = list((getattr(model, "peft_config", None) or {}).values())
+        if not configs:
+            return ()
+        if len(configs) != len(self._configs) or any(a is not b for a, b in zip(configs, self._configs, strict=True)):
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            self._configs = configs
+            self._layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        found = []
+        for layer in self._layers:
+            part = getattr(layer, layer.adapter_layer_names[0])
+            for adapter in () if layer.disable_adapters else layer.active_adapters:
+                if adapter in part:
+                    # By reference: an adapter that was loaded anew under the same name is another one.
+                    found.append((weakref.ref(part[adapter]), getattr(layer, "scaling", {}).get(adapter)))
+        return tuple(found)
 
 
 def combine(sharings: Sequence[Sharing]) -> tuple[Sharing, ...]:
@@ -271,7 +283,7 @@ class SharedAttention:
                                       f"{state.host.transformer}, whose row says nothing of it")  # fmt: skip
         self._recording: tuple[Snapshot, set[int]] | None = None
         self._dropped = 0
-        self._sigmas, self._guidance, self._memo = _Read(), _Read(), Memo()
+        self._sigmas, self._guidance, self._memo, self._adapters = _Read(), _Read(), Memo(), _Adapters()
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -385,7 +397,7 @@ class SharedAttention:
         settings = call.get("joint_attention_kwargs") or call.get("attention_kwargs") or {}  # a LoRA's scale
         numbers = tuple(sorted((n, x) for n, x in settings.items() if isinstance(x, (int, float))))
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        name = *moment, dtype, autocast, own_key, strength, numbers, adapters_of(self._state.model)
+        name = *moment, dtype, autocast, own_key, strength, numbers, self._adapters.of(self._state.model)
         self._cache.claim(self._state.model)
         known = self._cache.find(name)
         if known is not None and wanted <= set(known.layers):

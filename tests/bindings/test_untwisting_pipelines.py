@@ -502,6 +502,16 @@ def test_references_that_do_not_fit(name, changes, message):
         run(model, call)
 
 
+@CARRIED
+def test_text_ids_that_nobody_tells_are_not_guessed(carried):
+    """Ovis counts its text on the diagonal, FLUX.1 does not count: one id looks the same in both."""
+    host = TINY_HOSTS["ovis"]
+    model, source = host.build().double(), source_of(host, call_of(host, 3, 1))
+    expected = r'^reference\.arguments\["txt_ids"\]: expected 3 ids, as the target\'s single one does not tell'
+    with apply(model, carried, source, fr.UntwistingRoPE()), pytest.raises(ValueError, match=expected):
+        run(model, call_of(host, 1, 1))
+
+
 @pytest.mark.parametrize("name", ["flux", "z-image"])
 def test_latents_that_do_not_fit(name):
     model, call, source = small(name)
