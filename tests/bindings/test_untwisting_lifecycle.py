@@ -134,6 +134,28 @@ def test_a_lora_that_comes_changes_and_goes():
     assert_differ(same_as_a_new_cache(bound(), 5), ink)  # another one of the same name
 
 
+@CARRIED
+def test_guidance_is_the_targets_unless_the_reference_has_its_own(carried):
+    """FLUX.2's model is told its guidance; what is kept for one number is not used for another."""
+    host = TINY_HOSTS["flux2"]
+    model, call, source = host.build().double(), call_of(host, 5, 2), source_of(host, call_of(host, 6, 1))
+    own = fr.Reference(source.latents, {**source.arguments, "guidance": torch.tensor([9.0]).double()})
+    for given, counts in ((source, (1, 2, 2)), (own, (1, 1, 1))):
+        cache, found, fresh = fr.ReferenceCache(given), [], []
+        for strength, count in zip((2.5, 6.0, 2.5), counts, strict=True):
+            told = call | {"guidance": torch.full((2,), strength).double()}
+            for reference, outputs in (
+                (cache, found),
+                (given if carried == "batched" else fr.ReferenceCache(given), fresh),
+            ):
+                with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=reference):
+                    outputs.append(run(model, told))
+            assert len(cache) == count
+            assert_same(found[-1], fresh[-1], 1e-10)
+        assert_differ(found[1], found[0])
+        assert torch.equal(found[2], found[0])
+
+
 def test_autocast_is_part_of_what_is_kept():
     model, call, source = small()
     model, call = model.float(), {key: to_float(value) for key, value in call.items()}
@@ -316,6 +338,7 @@ def test_nothing_is_held_after_clear_and_remove():
     run(model, call)
     held = [weakref.ref(x) for keys in next(iter(cache._snapshots.values())).layers.values() for x in keys.tensors()]
     assert len(held) == 4 * 6
+    assert all(ref().untyped_storage().nbytes() == ref().nbytes for ref in held)  # no views of what is larger
     cache.clear()
     handle.remove()
     assert not any(ref() is not None for ref in held)
