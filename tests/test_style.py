@@ -306,10 +306,10 @@ def test_commands_are_listed(capsys):
 # ---- real pipelines --------------------------------------------------------------------------------------------------
 
 
-def calls_of(
+def prepared(
     pipeline: str, monkeypatch, *words: str, size=(1200, 800), guidance_embeds=False
-) -> tuple[dict, dict, object]:
-    """The arguments of the reference's call and of the target's, and the method, for a pipeline that is not loaded."""
+) -> tuple[dict, styling.Styling, argparse.Namespace]:
+    """The arguments of the reference's call, what is ready, and the options, for a pipeline that is not loaded."""
     kind = getattr(diffusers, pipeline)
     transformer = torch.nn.Linear(1, 1)
     transformer.config = argparse.Namespace(guidance_embeds=guidance_embeds)
@@ -329,7 +329,22 @@ def calls_of(
     known = set(inspect.signature(kind.__call__).parameters)
     assert set(ready.call) <= known
     assert set(asked) - {"gamma"} <= known
+    return asked, ready, options
+
+
+def calls_of(pipeline: str, monkeypatch, *words: str, **more) -> tuple[dict, dict, object]:
+    """The arguments of the reference's call and of the target's, and the method."""
+    asked, ready, options = prepared(pipeline, monkeypatch, *words, **more)
     return asked, ready.call, styling.method_of(options, ready.axis0)
+
+
+def test_where_keys_are_kept(monkeypatch):
+    kept = {}
+    for place in ("none", "device", "host"):
+        kept[place] = prepared("FluxPipeline", monkeypatch, "--cache", place)[1].reference
+    assert type(kept["none"]) is fr.Reference
+    assert type(kept["device"]) is type(kept["host"]) is fr.ReferenceCache
+    assert (kept["device"].device, kept["host"].device) == (None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("pipeline", "expected"), [

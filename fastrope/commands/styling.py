@@ -210,8 +210,8 @@ def _reference(options, pipe, pictures: Sequence, settings: Settings, height: in
     if options.model == TINY:  # whose weights look for a reference in the next frame
         ids = reference.arguments["img_ids"]
         ids = torch.cat([torch.ones_like(ids[:, :1]), ids[:, 1:]], dim=1)
-        return ReferenceCache(replace(reference, arguments={**reference.arguments, "img_ids": ids}))
-    if options.cache == "none":
+        reference = replace(reference, arguments={**reference.arguments, "img_ids": ids})
+    elif options.cache == "none":
         return reference
     return ReferenceCache(reference, device="cpu" if options.cache == "host" else None)
 
