@@ -62,7 +62,9 @@ def check_reference(source: object) -> None:
         ValueError: naming what is missing.
     """
     latents, arguments = getattr(source, "latents", None), getattr(source, "arguments", None)
-    require(callable(latents), "reference.latents", "a function (step, sigma) -> latents", repr(latents))
+    expected = "a function (step, sigma) -> latents, as fastrope.prepare_reference makes of one or several pictures"
+    received = f"nothing, of a {type(source).__name__}" if latents is None else repr(latents)
+    require(callable(latents), "reference.latents", expected, received)
     named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
     require(named, "reference.arguments", "a mapping from names of the transformer's arguments", repr(arguments))
 

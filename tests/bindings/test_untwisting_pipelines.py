@@ -526,10 +526,12 @@ def test_latents_that_do_not_fit(name):
 
 def test_what_is_no_reference():
     model = TINY_HOSTS["flux"].build()
-    for wrong in (torch.ones(1, 15, 4), "shared", {"latents": None}):
-        with pytest.raises(ValueError, match=r"^reference\.latents: expected a function"):
+    known = fr.Reference(lambda step, sigma: None, {})
+    for wrong in (torch.ones(1, 15, 4), "shared", {"latents": None}, [known, known]):
+        expected = rf"^reference\.latents: expected a function .*, received nothing, of a {type(wrong).__name__}$"
+        with pytest.raises(ValueError, match=expected):
             fr.apply(model, fr.UntwistingRoPE(), reference=wrong)
-        with pytest.raises(ValueError, match=r"^reference\.latents: expected a function"):
+        with pytest.raises(ValueError, match=expected):
             fr.ReferenceCache(wrong)
     with pytest.raises(ValueError, match=r"^reference\.arguments: expected a mapping"):
         fr.Reference(lambda step, sigma: None, [1])
