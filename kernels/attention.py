@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import (
     LEVEL_BASE,
     LN2,
+    LOWEST,
     SCALED,
     SEGMENT_FIELDS,
     START,
@@ -79,13 +80,14 @@ def attend(
                 V, b, h, start_n - BLOCK_N, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
             )
             acc = tl.dot(carried.to(dtype, bitcast=True), v, acc * alpha[:, None])
-        p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i, HAS_MASK)
+        p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
         if PIPELINED:
             carried = p.to(dtype).to(tl.int16, bitcast=True)
         else:
+            acc = acc * alpha[:, None]  # before the values take registers
             # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
             v = load_block(V, b, h, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
-            acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] float32
+            acc = tl.dot(p.to(dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] float32
     if PIPELINED:
         last = start + (tl.cdiv(stop - start, BLOCK_N) - 1) * BLOCK_N
         v = load_block(
@@ -103,11 +105,10 @@ def resume(
 ):  # fmt: skip
     """Merge what queries with a scale of their own have met in the patch kernel: rows ``state`` of its state."""
     offs_d = tl.arange(0, BLOCK_D)
-    state_m = tl.load(STATE_M + state, mask=resumed, other=-float("inf"))
+    state_m = tl.load(STATE_M + state, mask=resumed, other=LOWEST)
     state_l = tl.load(STATE_L + state, mask=resumed, other=0.0)
     m_new = tl.maximum(m_i, state_m)
-    m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
-    alpha, beta = tl.exp2(m_i - m_ref), tl.exp2(state_m - m_ref)
+    alpha, beta = tl.exp2(m_i - m_new), tl.exp2(state_m - m_new)
     state_acc = tl.load(
         STATE + state[:, None] * HEAD_DIM + offs_d[None, :],
         mask=resumed[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
@@ -152,7 +153,7 @@ def attention_kernel(
     mask_base = KEY_MASK
     if HAS_MASK:
         mask_base = KEY_MASK + b * mask_batch_stride
-    m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
@@ -202,7 +203,7 @@ def attention_kernel(
     # No key left: zeros, and a log-sum-exp of -inf.
     total = tl.where(l_i == 0.0, 1.0, l_i)
     out = acc / total[:, None]
-    lse = m_i * LN2 + tl.log(total)
+    lse = m_i * LN2 + tl.log(l_i)
     offs_d = tl.arange(0, BLOCK_D)
     out_rows = (b * num_queries + rows) * heads + h
     tl.store(

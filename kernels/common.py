@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 # Columns of the segment table a plan hands over.
 SEGMENT_FIELDS = tl.constexpr(12)
@@ -136,13 +137,11 @@ def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, num_queries, 
 
 
 @triton.jit
-def softmax_step(qk, m_i, l_i, MASKED: tl.constexpr):
+def softmax_step(qk, m_i, l_i):
     """Online softmax in base 2: weights of one tile, the factor that brings what was summed before to the new maximum,
-    and the running state."""
+    and the running state. m starts at LOWEST and not at -inf: a row that has met no key yet subtracts it from itself.
+    """
     m_new = tl.maximum(m_i, tl.max(qk, 1))
-    m_ref = m_new
-    if MASKED:  # a row without any key so far has m = -inf, and -inf - -inf is not a number
-        m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.exp2(qk - m_ref[:, None])
-    alpha = tl.exp2(m_i - m_ref)
+    p = tl.exp2(qk - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)

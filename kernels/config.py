@@ -99,13 +99,14 @@ def ships(kernel: str, arch: str, dtype: torch.dtype) -> bool:
     return kernel not in TMA_LOOPS or (arch in TMA_ARCHS and dtype != torch.float32)
 
 
-def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
+def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> LaunchConfig:
     """The configuration of a launch.
 
     Args:
         kernel: one of ``KERNELS``.
         arch: one of ``ARCHS``.
         head_dim: 16 to 256.
+        masked: the call has a key mask.
 
     Raises:
         ValueError: nothing ships for these.
@@ -121,6 +122,8 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> LaunchC
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
     if kernel in LOOPS and head_dim < block_d == 128 and dtype != torch.float32 and arch != "gfx942":
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
+    if masked and kernel == "attention_modulated_tma" and block_d <= 128:
+        config = replace(config, pipelined=False)  # beside a mask, carried weights spill under triton 3.6
     fields = (_OVERRIDES.get() or {}).get(kernel)
     return replace(config, **fields) if fields else config
 
@@ -168,8 +171,8 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
 # Query rows, keys, warps, stages and whether pipelined. With descriptors addresses take no registers, which leaves them
 # for weights that are carried to the next tile; at 256 channels the plain loop would wait for its products one by one.
 _TMA = {
-    "attention_tma": ((128, 128, 8, 3, True), (128, 64, 8, 4, True), (128, 64, 8, 2, False)),
-    "attention_modulated_tma": ((128, 128, 8, 3, True), (128, 64, 8, 4, True), (64, 64, 8, 2, True)),
+    "attention_tma": ((128, 64, 8, 4, True), (128, 64, 8, 4, True), (128, 32, 8, 3, False)),
+    "attention_modulated_tma": ((128, 64, 8, 4, True), (128, 64, 8, 4, True), (64, 64, 8, 2, True)),
 }
 
 

@@ -13,7 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import PATCH_START, PATCH_STOP, SEGMENT_FIELDS, WEIGHT, logit_map, sincos_of_product, softmax_step, when
+from .common import (
+    LOWEST,
+    PATCH_START,
+    PATCH_STOP,
+    SEGMENT_FIELDS,
+    WEIGHT,
+    logit_map,
+    sincos_of_product,
+    softmax_step,
+    when,
+)  # fmt: skip
 from .config import LaunchConfig, precision
 from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
 
@@ -81,6 +91,28 @@ def turned_product(
         s = tl.dot(turned_x, k_x, s, input_precision=PRECISION)
         s = tl.dot(turned_y, k_y, s, input_precision=PRECISION)
     return s
+
+
+@triton.jit
+def whole_patch_product(
+    qk, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
+    K, KEY_PHASE, phase_low, representative, keys, present, stride_ks, stride_kd,
+    COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the scores of the pairs whose angles a whole patch shares to qk [M, KEYS]: queries turned once.
+
+    keys, present: [KEYS]. The class also holds the pairs no scale covers: their phases are zero.
+    """
+    for c in range(0, num_columns, CHUNK):
+        pair = tl.load(COLUMNS + c + tl.arange(0, CHUNK))
+        x, y = query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS)
+        phase, low = key_turns(KEY_PHASE, representative, pair >= 0, pair, phase_low, PAIRS)
+        sin, cos = sincos_of_product(factor[:, None], factor_low[:, None], phase[None, :], low[None, :])  # [M, C]
+        mask = (pair >= 0)[:, None] & present[None, :]
+        k_x, k_y = load_pairs(K, keys[None, :], mask, pair[:, None], stride_ks, stride_kd, half, PAIRS)  # [C, KEYS]
+        qk = tl.dot((x * cos - y * sin).to(k_x.dtype), k_x, qk, input_precision=PRECISION)
+        qk = tl.dot((y * cos + x * sin).to(k_y.dtype), k_y, qk, input_precision=PRECISION)
+    return qk
 
 
 @triton.jit
@@ -154,7 +186,7 @@ def patch_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_u = tl.arange(0, PATCH)
 
-    m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for s in range(num_segments):
@@ -186,26 +218,14 @@ def patch_kernel(
             )  # [U, M, N]  # fmt: skip
             qk = tl.reshape(tl.permute(qk, (1, 0, 2)), (BLOCK_M, KEYS))
 
-            key = tl.reshape(keys, (KEYS,))
             flat = tl.reshape(present, (KEYS,))
-            patch_key = tl.load(PATCH_C + patch).to(tl.int64)
-            for c in range(0, columns_c, CHUNK):
-                pair = tl.load(COLUMNS_C + c + tl.arange(0, CHUNK))
-                x, y = query_pairs(
-                    q_base, cos, sin, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS
-                )
-                # Class C also holds the pairs no scale covers: their phases are zero.
-                phase, low = key_turns(key_phase, patch_key, pair >= 0, pair, phase_low, PAIRS)
-                sin_c, cos_c = sincos_of_product(factor[:, None], factor_low[:, None], phase[None, :], low[None, :])
-                mask = (pair >= 0)[:, None] & flat[None, :]
-                k_x, k_y = load_pairs(
-                    k_base, key[None, :], mask, pair[:, None], stride_ks, stride_kd, half, PAIRS
-                )  # [C, KEYS]
-                qk = tl.dot((x * cos_c - y * sin_c).to(k_x.dtype), k_x, qk, input_precision=PRECISION)
-                qk = tl.dot((y * cos_c + x * sin_c).to(k_y.dtype), k_y, qk, input_precision=PRECISION)
-
+            qk = whole_patch_product(
+                qk, q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
+                k_base, key_phase, phase_low, tl.load(PATCH_C + patch).to(tl.int64), tl.reshape(keys, (KEYS,)), flat,
+                stride_ks, stride_kd, COLUMNS_C, columns_c, half, PAIRS, PRECISION,
+            )  # fmt: skip
             qk = tl.where(flat[None, :], qk * row_scale[:, None] + row_bias[:, None], -float("inf"))
-            p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i, HAS_MASK)
+            p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
             acc = weigh_values(
                 acc * alpha[:, None], p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
                 HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // PATCH, PRECISION=PRECISION,

@@ -107,7 +107,7 @@ def compile_one(job: tuple) -> dict:
         constants = {"BLOCK_V": launch.block_v, "BLOCK_K": launch.block_k, "BLOCK_D": launch.block_d, **variant}
         block_m, block_n, num_stages, options = 1, launch.block_v, 1, launch.options
     else:
-        launch = config.select(kernel, arch, dtype, head_dim)
+        launch = config.select(kernel, arch, dtype, head_dim, variant.get("HAS_MASK", False))
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,

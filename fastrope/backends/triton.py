@@ -99,7 +99,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
             queries = q.transpose(1, 2)
         return kernels.fused_attention(
             queries.unsqueeze(2), keys, values, q.shape[1], k.shape[1], mask, None, None, None, scale, q.dtype,
-            config(_loop("attention", q, keys, values)),
+            config(_loop("attention", q, keys, values), mask is not None),
         )  # fmt: skip
     means = None
     if spec.num_groups:
@@ -128,7 +128,7 @@ def _configs(q: torch.Tensor):
     from .. import kernels
 
     arch = _arch(q.device)
-    return lambda kernel: kernels.select(kernel, arch, q.dtype, q.shape[3])
+    return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
 
 
 def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: float, dtype: torch.dtype):
@@ -153,8 +153,9 @@ def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: 
         )
     loop = _loop("attention_modulated", q, keys, values) if dtype == q.dtype else "attention_parts"
     return kernels.fused_attention(
-        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype, config(loop)
-    )
+        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
+        config(loop, mask is not None),
+    )  # fmt: skip
 
 
 def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str:
