@@ -157,8 +157,9 @@ COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 2), (2, 3), (1, 4), (4, 1)])
-def test_every_picture_has_its_place(rows, columns):
+def test_every_picture_has_its_place(rows, columns, monkeypatch):
     """Rows go down by s_hf, columns across by s_lf; the reference and the plain picture stand to the left."""
+    monkeypatch.setattr("fastrope.demo.style.DPI", 60)
 
     def flat(n: int):
         return Image.new("RGB", (20, 30), COLOURS[n])

@@ -428,7 +428,7 @@ class Largest(TorchDispatchMode):
 
 
 @CARRIED
-@pytest.mark.parametrize("name", ["flux", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
 def test_no_tensor_of_queries_by_keys(name, carried):
     """1024 image tokens: queries by keys is 1029 x 2053; nothing else is a quarter of that."""
     host, grid = TINY_HOSTS[name], (32, 32)
