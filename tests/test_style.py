@@ -314,7 +314,8 @@ def prepared(
     kind = getattr(diffusers, pipeline)
     transformer = torch.nn.Linear(1, 1)
     transformer.config = argparse.Namespace(guidance_embeds=guidance_embeds)
-    pipe = object.__new__(type(pipeline, (), {"set_progress_bar_config": lambda *a, **k: None, "vae_scale_factor": 8}))
+    known = {"set_progress_bar_config": lambda *a, **k: None, "vae_scale_factor": 8, "__call__": kind.__call__}
+    pipe = object.__new__(type(pipeline, (), known))
     pipe.transformer = transformer
     asked = {}
 
@@ -395,6 +396,12 @@ def test_native_references_go_into_the_call(monkeypatch):
     assert picture.size == (1200, 800)
     assert call == {"prompt": "p", "num_inference_steps": 28, "guidance_scale": 2.5, "width": 1200, "height": 800}
     assert method.reference == 0
+
+
+def test_models_that_do_not_fit(monkeypatch):
+    """A text-to-image model has no reference of its own."""
+    with pytest.raises(ValueError, match=r"^--native: expected a model that reads pictures .*, received FluxPipeline$"):
+        prepared("FluxPipeline", monkeypatch, "--native")
 
 
 def test_a_whole_pipeline_from_disk(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import GRAG, LooseRoPE, apply, steer
-from .editors import HARMONISE, SETTINGS, arguments, load, settings_for
+from .editors import HARMONISE, SETTINGS, arguments, load, require_editor, settings_for
 from .files import as_picture, open_picture, plain_path, require_format, save_picture, save_record
 from .running import TINY, Missing, add_run_options, command, ends, machine, name_of
 
@@ -78,6 +78,7 @@ def _run(options: argparse.Namespace) -> list[Path]:
     method = _method(options, images[0], pasted)
     device, dtype = machine(options)
     pipe = load(options.model, device, dtype, options.offload)
+    require_editor("--model", pipe)
     settings = settings_for(pipe, SETTINGS[options.method]).with_options(options, pipe)
     prompt = HARMONISE if options.prompt is None else options.prompt
     call = arguments(pipe, options.model, settings, images, prompt, options.seed)

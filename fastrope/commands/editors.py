@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checks import require
 from .running import TINY, Missing
 
 if TYPE_CHECKING:
@@ -81,6 +82,16 @@ def takes_negative(pipe) -> bool:
     """True where a negative prompt makes a difference."""
     known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters
     return known and not type(pipe).__name__.startswith("Flux")  # which ignores it at these settings
+
+
+def require_editor(option: str, pipe) -> None:
+    """Require a pipeline that reads a picture.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    known = "image" in inspect.signature(type(pipe).__call__).parameters
+    require(known, option, "a model that reads pictures (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit)", type(pipe).__name__)
 
 
 def load(model: str, device: torch.device, dtype: torch.dtype, offload: bool):

@@ -117,6 +117,7 @@ def prepare(options: argparse.Namespace) -> Styling:
     axis0 = {"axis0": "match"} if type(pipe).__name__.startswith("ZImage") else {}
     prompt = options.prompt or ""
     if options.native:
+        editors.require_editor("--native", pipe)
         call = editors.arguments(pipe, options.model, settings, pictures, prompt, options.seed)
         del call["generator"]
         call |= {n: getattr(options, n) for n in ("height", "width") if getattr(options, n) is not None}

@@ -272,6 +272,16 @@ def test_a_folder_with_weights_is_loaded(folder):
     assert pipe.transformer.dtype == torch.bfloat16
 
 
+def test_a_model_that_reads_no_picture_is_named(tmp_path, capsys):
+    from diffusers import FluxPipeline
+
+    FluxPipeline(**tiny_flux.parts()).save_pretrained(tmp_path / "flux")
+    words = "--model", str(tmp_path / "flux"), "--image", photo("a.png"), "--prompt", "x"
+    assert main(["edit", "--method", "grag", *words]) == 2
+    said = capsys.readouterr().err
+    assert "fastrope edit: --model: expected a model that reads pictures (FLUX.1 Kontext, FLUX.2, Qwen-Image" in said
+
+
 def test_a_folder_without_is_named(tmp_path):
     with pytest.raises(editors.Missing, match=r"^cannot load .*: .*model_index.json"):
         editors.load(str(tmp_path), torch.device("cpu"), torch.float32, False)
