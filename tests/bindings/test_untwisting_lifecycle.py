@@ -243,17 +243,19 @@ def test_a_pipeline_that_broke_off_draws_again(carried):
 
 
 @CARRIED
-@pytest.mark.parametrize("sequential", [False, True], ids=["model", "layer by layer"])
-def test_offload(carried, sequential):
-    """Hooks of accelerate around every forward, also of the reference alone."""
-    accelerate = pytest.importorskip("accelerate")
+@pytest.mark.parametrize("how", ["model", "layer by layer", "blocks"])
+def test_offload(carried, how):
+    """Hooks of accelerate and diffusers around every forward, also of the reference alone."""
+    accelerate, cpu = pytest.importorskip("accelerate"), torch.device("cpu")
     model, call, source = small()
     with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)):
         expected = run(model, call)
-    if sequential:
-        accelerate.cpu_offload(model, torch.device("cpu"))
+    if how == "model":
+        accelerate.cpu_offload_with_hook(model, cpu)
+    elif how == "layer by layer":
+        accelerate.cpu_offload(model, cpu)
     else:
-        accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
+        model.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
     with apply(model, carried, source, fr.UntwistingRoPE(**DIALS)):
         assert torch.equal(run(model, call), expected)
         assert torch.equal(run(model, call), expected)
