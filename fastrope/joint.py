@@ -131,7 +131,8 @@ def streamed_attention(
         if choose(q[0], k[0], v[0], plan, backend).backend == "triton":
             own = plan.spec.continuous > 0
             queries = _cat([s.norm_q(s.q) for s in streams]) if own else _streamed(q, norms[: len(q)])
-            return triton.run(queries, _streamed(k, norms[len(q) :]), _cat(v), plan, scale)[0].contiguous()
+            values = _streamed(v) if len(v) > 1 else v[0]
+            return triton.run(queries, _streamed(k, norms[len(q) :]), values, plan, scale)[0].contiguous()
         return sdpa.run(*join(streams), plan, scale)[0].contiguous()
 
 
@@ -142,10 +143,12 @@ def _(q, k, v, weights, eps, tensors, spec, scale, backend):
     return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, dim))
 
 
-def _streamed(parts: Sequence[Tensor], norms: Sequence[Norm]):
-    """What the kernels read in the place of a joint sequence."""
+def _streamed(parts: Sequence[Tensor], norms: Sequence[Norm] = ()):
+    """What the kernels read in the place of a joint sequence; values have no norms."""
     from .kernels import Streams
 
+    if not norms:
+        return Streams(tuple(parts))
     weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
     return Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(n.eps for n in norms))
 

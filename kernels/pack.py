@@ -18,6 +18,7 @@ from .common import (
     WEIGHT,
     load_rotated,
     load_rows,
+    load_stream,
     pair_of,
     when,
 )  # fmt: skip
@@ -39,7 +40,8 @@ def pack_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr,
     STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X normalised first if STREAMS."""
+    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X joined of streams if STREAMS,
+    and normalised if it is rotated too."""
     blocks = tl.cdiv(num_rows, BLOCK_N)
     block = tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
@@ -56,6 +58,12 @@ def pack_kernel(
             base, X2 + b * stride_yb + h * stride_yh, W, W2,
             COS + b * table_batch_stride, SIN + b * table_batch_stride, source, offs_n, valid, split, eps, eps2,
             stride_xs, stride_xd, stride_ys, stride_yd, half, HEAD_DIM, BLOCK_D, STREAMS,
+        )  # fmt: skip
+    elif STREAMS:
+        channels = tl.arange(0, BLOCK_D)
+        x = load_stream(
+            base, X2 + b * stride_yb + h * stride_yh, source, channels, valid[:, None] & (channels < HEAD_DIM)[None, :],
+            split, stride_xs, stride_xd, stride_ys, stride_yd, STREAMS,
         )  # fmt: skip
     else:
         x = load_rows(base, source, valid, stride_xs, stride_xd, HEAD_DIM, BLOCK_D)
@@ -75,7 +83,8 @@ def pack_rows(
     """Gather and rotate tokens.
 
     Args:
-        x: ``(B, S, H, D)``, any strides, or streams, which are joined and normalised in the same pass (``cos`` given).
+        x: ``(B, S, H, D)``, any strides, or streams, which are joined in the same pass, and normalised where ``cos`` is
+            given.
         source: ``(R,)`` int32, the token each packed row is made from; None keeps all ``R = S`` where they are.
         cos, sin: ``(1 or B, R, D/2)`` float32, rows contiguous, or None to gather only.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.

@@ -1,4 +1,4 @@
-"""Queries or keys as a host's projections leave them: tokens in one or two streams, RMS norm still to come."""
+"""Queries, keys or values as a host's projections leave them: tokens in one or two streams, RMS norm still to come."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ import torch
 class Streams:
     """Tokens ``(B, S1 + S2, H, D)`` that kernels join and normalise while they read them.
 
-    parts: one or two ``(B, Si, H, D)``, any strides. weights: ``(D,)`` of each part's RMS norm. eps: of each.
+    parts: one or two ``(B, Si, H, D)``, any strides. weights: ``(D,)`` of each part's RMS norm; none for values, which
+    have no norm and are not rotated. eps: of each.
     """
 
     parts: tuple[torch.Tensor, ...]
-    weights: tuple[torch.Tensor, ...]
-    eps: tuple[float, ...]
+    weights: tuple[torch.Tensor, ...] = ()
+    eps: tuple[float, ...] = (0.0,)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -39,7 +40,7 @@ def stream_arguments(x: torch.Tensor | Streams) -> dict:
     streamed = isinstance(x, Streams)
     parts = x.parts if streamed else (x,)
     first, second = parts[0], parts[-1]
-    weights = x.weights if streamed else (x,)
+    weights = (x.weights if streamed else ()) or parts
     arguments = {"X": first, "X2": second, "W": weights[0], "W2": weights[-1], "STREAMS": streamed}
     for name, part in (("stride_x", first), ("stride_y", second)):
         arguments |= {f"{name}{axis}": stride for axis, stride in zip("bshd", part.stride(), strict=True)}

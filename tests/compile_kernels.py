@@ -77,7 +77,8 @@ def variants(kernel: str) -> list[dict]:
     """Every combination of flags a launcher can ask for."""
     flags = FLAGS[kernel]
     found = [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
-    return [v for v in found if v.get("ROTATE", True) or not v.get("STREAMS")]  # streams are read to be rotated
+    # Streams of queries are read to be rotated; those of keys too, but values are only joined.
+    return [v for v in found if kernel == "pack" or v.get("ROTATE", True) or not v.get("STREAMS")]
 
 
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:

@@ -78,11 +78,13 @@ def group(delta: float = 0.8, length: int = TEXT + IMAGE) -> list:
 
 
 def watched(monkeypatch) -> list[bool]:
-    """Whether each run of the kernels was handed streams."""
+    """Whether each run of the kernels was handed streams, of keys and, where there are two, of values."""
     calls, run = [], triton.run
-    monkeypatch.setattr(
-        triton, "run", lambda q, k, *rest: calls.append(not isinstance(k, torch.Tensor)) or run(q, k, *rest)
-    )
+
+    def streamed(k, v) -> bool:
+        return not isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) == (len(k.parts) == 1)
+
+    monkeypatch.setattr(triton, "run", lambda q, k, v, *rest: calls.append(streamed(k, v)) or run(q, k, v, *rest))
     return calls
 
 

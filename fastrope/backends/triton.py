@@ -61,9 +61,9 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`fastrope.backends.eager.run`; forward only. q and k may be :class:`fastrope.kernels.Streams` where the
-    plan rotates both (q: and no query has a scale of its own). Extra memory: the packed keys, at most
-    ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, and float32 state of the queries with a scale of
-    their own."""
+    plan rotates both (q: and no query has a scale of its own), v wherever. Extra memory: the packed keys, at most
+    ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked, and
+    float32 state of the queries with a scale of their own."""
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
@@ -76,16 +76,17 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
 
     t, spec = plan.tensors, plan.spec
     half, mask, config = spec.pairing == "half", t.get("key_mask"), _configs(q)
-    values = v.transpose(1, 2)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
     elif _far_apart(k):
         keys = kernels.pack_rows(k, None, None, None, half, config("pack"))
     else:
         keys = k.transpose(1, 2)
-    if "key_order" in t or _far_apart(v):
+    if "key_order" in t or isinstance(v, kernels.Streams) or _far_apart(v):
         order = t["key_source"][: k.shape[1]] if "key_order" in t else None
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
+    else:
+        values = v.transpose(1, 2)
     if mask is not None and kernels.ships("attention_tma", _arch(q.device), q.dtype):
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v.
         values = values.masked_fill(~mask[:, None, :, None], 0.0)
