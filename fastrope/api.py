@@ -223,6 +223,7 @@ class Explanation:
     dropped: int
     plan_bytes: int
     passes: int = 1
+    loop: str | None = None  # how the fused loop reads keys and values
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -236,6 +237,8 @@ class Explanation:
             levels = ", ".join(f"{r:.4g}" for r in self.levels)
             lines.append(f"levels: 1{', ' if levels else ''}{levels}; queries with a scale of their own: "
                          f"{self.continuous_queries}")  # fmt: skip
+        if self.loop:
+            lines.append(f"keys and values: through {self.loop}")
         if self.passes > 1:
             lines.append(f"passes: {self.passes}, merged (more treatments than one launch holds)")
         if self.dropped:
@@ -278,6 +281,7 @@ def explain(
         keys_reordered="key_order" in plan.tensors, dropped=max(len(tuple(modulations)) - kept, 0),
         plan_bytes=plan.nbytes,
         passes={"eager": 1, "sdpa": len(sdpa.passes(plan)), "triton": max(len(plan.spec.passes), 1)}[choice.backend],
+        loop=triton.explain_loop(q, k, v, plan) if choice.backend == "triton" else None,
     )  # fmt: skip
 
 

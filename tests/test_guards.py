@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 from fastrope import kernels
 from fastrope.kernels import attention, config, means, pack, patches
 
+README = " ".join((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split())
 interpreted = pytest.mark.skipif(not backend.interpreted(), reason="runs interpreted kernels on CPU tensors")
 
 
@@ -196,6 +198,7 @@ def test_compilations_do_not_grow_with_lengths(recorders):
     launch_all((7, 64), batch=3, heads=5)
     counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
     assert counts == {"attention_kernel": 1, "pack_kernel": 2}  # keys are gathered, queries are not
+    assert f"A first plain call compiles {sum(counts.values())} kernels, " in README
 
 
 @interpreted
@@ -205,6 +208,7 @@ def test_compilations_of_a_modulated_call(recorders):
         launch_all((24, 113, 128, 239, 256, 600), scale_of)
     counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
     assert counts == dict.fromkeys(COUNTS, 1)
+    assert f", a modulated one {len(counts)} at most, whatever lengths, batches and numbers of heads follow" in README
 
 
 @interpreted

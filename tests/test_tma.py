@@ -108,6 +108,7 @@ def test_masked_keys_may_hold_anything(kind, launches):
     k, v = (x.masked_fill(~mask[:, :, None, None], torch.nan) for x in (call.k, call.v))
     out, lse = replace(call, k=k, v=v).run("triton")
     assert not out[1].any()
+    assert fr.explain(call.q, k, v, rope=call.rope, key_mask=mask, backend="triton").loop == "tensor descriptors"
     compare(call, out, lse)
     assert set(launches) == {"attention_tma" if kind is None else "attention_modulated_tma"}
 
@@ -117,9 +118,12 @@ def test_what_a_descriptor_cannot_say(launches):
     g = generator(1)
     q, k, v = (draw(g, 2, 21, 2, 16, dtype=HALF) for _ in range(3))
     shifted = v.new_zeros(2 * 21 * 2 * 16 + 1)[1:].view(v.shape).copy_(v)  # 2 bytes off the 16 that are asked for
+    assert "through tensor descriptors" in str(fr.explain(q, k, v, backend="triton"))
     for other in (lay_out(v, "transposed"), lay_out(v, "expanded"), shifted):
         assert not kernels.describable(other.transpose(1, 2))
+        assert fr.explain(q, k, other, backend="triton").loop.startswith("pointers (v: ")
         check(Call(q, k, other), "triton")
+    assert fr.explain(q.float(), k.float(), v.float(), backend="triton").loop.startswith("pointers (no descriptors on ")
     check(Call(q.float(), k.float(), v.float()), "triton")
     assert set(launches) == {"attention"}
 

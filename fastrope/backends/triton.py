@@ -168,6 +168,28 @@ def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return tma if ships and kernels.describable(keys) and kernels.describable(values) else kernel
 
 
+def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> str:
+    """How the fused loop would read keys and values, and why not through tensor descriptors."""
+    from .. import kernels
+
+    t, arch = plan.tensors, _arch(q.device)
+    if not kernels.ships("attention_tma", arch, q.dtype):
+        return f"pointers (no descriptors on {arch} in {str(q.dtype).removeprefix('torch.')})"
+    if len(plan.spec.passes) > 1:
+        return "pointers (parts of several passes are merged)"
+    copied = {"k": "key_source" in t or _far_apart(k), "v": not t.keys().isdisjoint(_COPIES_VALUES) or _far_apart(v)}
+    for name, x in (("k", k), ("v", v)):
+        x = x.transpose(1, 2)
+        if not kernels.describable(torch.empty(x.shape, dtype=x.dtype, device="meta") if copied[name] else x):
+            return (
+                f"pointers ({name}: a descriptor wants adjacent channels, rows in steps of 16 bytes, nothing expanded)"
+            )
+    return "tensor descriptors"
+
+
+_COPIES_VALUES = {"key_order", "key_mask"}
+
+
 def _far_apart(x: torch.Tensor) -> bool:
     """Whether the rows of one head of ``(B, S, H, D)`` span more elements than the loops' int32 offsets reach."""
     return (x.shape[1] - 1) * x.stride(1) + (x.shape[3] - 1) * x.stride(3) >= 2**31
