@@ -128,6 +128,16 @@ def test_what_a_descriptor_cannot_say(launches):
     assert set(launches) == {"attention"}
 
 
+def test_descriptors_can_be_switched_off(launches, monkeypatch):
+    """To compare, and for a machine where they fail."""
+    g = generator(3)
+    q, k, v = (draw(g, 1, 21, 2, 16, dtype=HALF) for _ in range(3))
+    monkeypatch.setenv("FASTROPE_TMA", "0")
+    assert fr.explain(q, k, v, backend="triton").loop == "pointers (FASTROPE_TMA=0)"
+    check(Call(q, k, v), "triton")
+    assert launches == ["attention"]
+
+
 def test_an_axis_of_length_one_has_a_legal_stride():
     """torch leaves any number there: slices of one batch row, or of one head."""
     x = torch.zeros(5, 7, 3, 16, dtype=HALF)

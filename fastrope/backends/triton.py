@@ -87,7 +87,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
     else:
         values = v.transpose(1, 2)
-    if mask is not None and kernels.ships("attention_tma", _arch(q.device), q.dtype):
+    if mask is not None and _descriptors(q):
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v.
         values = values.masked_fill(~mask[:, None, :, None], 0.0)
     if spec.continuous and _far_apart(q):
@@ -163,9 +163,15 @@ def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     """The form of a loop that these tensors can have: tensor descriptors where the architecture has them."""
     from .. import kernels
 
-    tma = f"{kernel}_tma"
-    ships = kernels.ships(tma, _arch(q.device), q.dtype)
-    return tma if ships and kernels.describable(keys) and kernels.describable(values) else kernel
+    described = _descriptors(q) and kernels.describable(keys) and kernels.describable(values)
+    return f"{kernel}_tma" if described else kernel
+
+
+def _descriptors(q: torch.Tensor) -> bool:
+    """Whether loops with tensor descriptors ship for tensors like ``q``, and are not switched off."""
+    from .. import kernels
+
+    return os.environ.get("FASTROPE_TMA", "1") != "0" and kernels.ships("attention_tma", _arch(q.device), q.dtype)
 
 
 def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> str:
@@ -173,7 +179,9 @@ def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) 
     from .. import kernels
 
     t, arch = plan.tensors, _arch(q.device)
-    if not kernels.ships("attention_tma", arch, q.dtype):
+    if kernels.ships("attention_tma", arch, q.dtype) and not _descriptors(q):
+        return "pointers (FASTROPE_TMA=0)"
+    if not _descriptors(q):
         return f"pointers (no descriptors on {arch} in {str(q.dtype).removeprefix('torch.')})"
     if len(plan.spec.passes) > 1:
         return "pointers (parts of several passes are merged)"
