@@ -10,13 +10,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 
 from fastrope.checks import require
-from fastrope.methods.judges import CLASSES, RegionJudge, Verdict, read_verdict
+from fastrope.methods.judges import CLASSES, MOVES, RegionJudge, Verdict, read_verdict
 from fastrope.methods.maps import as_pixels
 from fastrope.methods.schedules import require_number
 
 from .handle import bind
-
-MOVES = {"neglect": -0.045, "suppression": 0.05}  # of the boost, as the authors' code has it
 
 
 @dataclass(frozen=True)
@@ -62,39 +60,7 @@ def steer(
     backend: str = "auto",
     **call,
 ) -> Steered:
-    """Run a pipeline under a method, and start again with another value of its parameter where a judge is not content.
-
-    After step ``ask_after`` (from 0) the one-step estimate ``x0 = x - sigma v`` is decoded by the pipeline itself,
-    ``v`` being what its scheduler was given: guidance included. The judge sees the composite and the estimate. On
-    success the run goes on to its end; otherwise the parameter moves and the run starts again from the same noise.
-    After ``max_tries`` verdicts a last run follows that nobody is asked about.
-
-    A run whose first verdict is success equals a run without steering, bit for bit. Nothing stays behind: method,
-    processors, scheduler and generator are as before, after errors too.
-
-    Args:
-        pipe: a diffusers pipeline that :func:`fastrope.apply` can bind, with a ``FlowMatchEulerDiscreteScheduler``.
-        method: a dataclass with ``modulations(site)`` and the parameter, :class:`fastrope.LooseRoPE`. It is not
-            changed.
-        judge: a function ``(composite, estimate) -> verdict`` of two PIL pictures (:mod:`fastrope.methods.judges`); the
-            name of a vision-language chat model, which is then loaded
-            (:class:`fastrope.bindings.transformers.judge.ChatJudge`); None compares the method's mask with its
-            surroundings (:class:`fastrope.methods.judges.RegionJudge`). An answer that cannot be read counts as
-            success.
-        max_tries: verdicts at most, at least 0.
-        parameter: the number to move.
-        moves: what each verdict but success adds to it; the result is never below 0.
-        ask_after: the step to ask after; the last one where a run is shorter.
-        composite: the picture to show the judge; the first ``image`` of the call by default.
-        beside: other methods and modulations to apply.
-        backend: of :func:`fastrope.attention`.
-        call: arguments of the pipeline, for one picture. A ``generator`` is copied for every start; without
-            ``generator`` and ``latents`` the noise is drawn once from torch's global generator.
-
-    Raises:
-        ValueError: an argument that does not fit, named; a call that makes more than one picture.
-        NotImplementedError: another scheduler, or a pipeline without ``interrupt``.
-    """
+    """See :func:`fastrope.steer`."""
     ok = is_dataclass(method) and parameter in {f.name for f in fields(method)}
     require(ok, "method", f"a dataclass with a field {parameter!r}", repr(type(method).__name__))
     value = getattr(method, parameter)

@@ -45,43 +45,7 @@ def prepare_reference(
     width: int | None = None,
     **call,
 ) -> fr.Reference:
-    """A picture, or several, as the reference that ``fr.apply(pipe, ..., reference=...)`` takes.
-
-    Trajectories, that is what stands for the reference at the target's noise level sigma:
-
-    * ``"linear"``: ``(1 - sigma) image + sigma noise`` with one noise for all steps. The model is not asked.
-    * ``"rf_inversion"``: the picture carried up the scheduler's noise levels by the model (Euler),
-      ``v = gamma v_model + (1 - gamma) (noise - z) / (1 - sigma)``; one call of the transformer per step. The target
-      may have other noise levels than the reference (another size or number of steps): between two of its own the path
-      is straight, as Euler's steps are.
-    * ``"latents"``: your own, ``latents``: a tensor per step, or a function ``(step, sigma)``.
-
-    Args:
-        pipe: a text-to-image pipeline whose ``transformer`` is in the table of hosts, with its VAE.
-        image: a PIL picture, a tensor ``(3, H, W)`` or ``(R, 3, H, W)`` in 0..1, or a list of pictures: R references,
-            each of which every target sees. None for ``"latents"``.
-        trajectory: one of :data:`TRAJECTORIES`.
-        latents: for ``"latents"``: packed ``(R, tokens, C)`` per step as the transformer takes them (what
-            ``callback_on_step_end`` hands out); for Z-Image ``(R, C, rows, columns)``. As many as the call has steps; a
-            target whose noise levels are others is refused.
-        gamma: for ``"rf_inversion"``: 1 follows the model alone, 0 is ``"linear"``.
-        height, width: of the reference in pixels; by default the picture's own, made smaller to a megapixel at most and
-            cut to what the pipeline can pack. A PIL picture of other proportions is cropped, a tensor stretched.
-        call: further arguments of the pipeline's call, of the reference alone: ``prompt`` (what the picture shows;
-            empty by default), ``prompt_embeds``, ``num_inference_steps``, ``sigmas``, ``guidance_scale``,
-            ``generator``: one, or a list of R. The noise is the pipeline's own, so a target with the same seed and size
-            starts from it. Classifier-free guidance is off unless asked for.
-
-    Returns:
-        A :class:`fastrope.Reference`; its ``latents`` is the trajectory of :mod:`fastrope.methods.trajectories`, in the
-        dtype the transformer is given. ``pipe`` is as it was; its global generator has moved if none was given.
-
-    Raises:
-        ValueError: naming the argument; for ``"rf_inversion"`` also a pipeline that methods are bound to.
-        NotImplementedError: a pipeline that cannot do without a picture of its own (Qwen-Image-Edit, image to image,
-            inpainting, ControlNet), another VAE, for ``"rf_inversion"`` another scheduler than
-            ``FlowMatchEulerDiscreteScheduler``.
-    """
+    """See :func:`fastrope.prepare_reference`."""
     require(trajectory in TRAJECTORIES, "trajectory", f"one of {TRAJECTORIES}", repr(trajectory))
     require_gamma(gamma)
     given = {"image": image, "latents": latents}

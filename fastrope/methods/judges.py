@@ -20,6 +20,7 @@ from .maps import as_map, as_pixels, dilate, resize_mask
 from .schedules import require_number
 
 CLASSES = ("success", "neglect", "suppression")
+MOVES = {"neglect": -0.045, "suppression": 0.05}  # of LooseRoPE's boost, as the authors' code has it
 RING = 4  # cells around the paste whose mean colour stands for a background nobody gave
 
 
