@@ -211,7 +211,17 @@ def differentiated(x: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found. ``str()`` of it is the report."""
+    """What :func:`explain` found. ``str()`` of it is the report.
+
+    Args:
+        backend: the one that would run, for ``reason``; ``rejected`` has ``(name, why)`` of the others.
+        segments: runs of keys under one treatment, in the order of the keys (sorted, where they are).
+        levels: scales that queries share, other than 1; ``continuous_queries`` counts those with a scale of their own.
+        keys_reordered: True when keys are sorted by treatment.
+        dropped: neutral modulations.
+        plan_bytes: memory of the plan's tables.
+        passes: launches over the keys, merged by their log-sum-exps.
+    """
 
     backend: str
     reason: str

@@ -69,9 +69,14 @@ class RoPE:
             positions: ``(S, axes)`` or ``(B, S, axes)``, tokens; integer, float32 or float64 (fractions are kept).
             axes_dim: channels of each axis, even; they sum to the head dim ``D``.
             theta: base of the frequencies.
+            pairing, applied: as in :class:`RoPE`.
 
-        Angles are computed and kept in float64 (float32 on devices without it), so that a common offset of the
-        positions does not cost precision.
+        Returns:
+            A :class:`RoPE` with angles ``(S, D/2)`` or ``(B, S, D/2)``, computed and kept in float64 (float32 on
+            devices without it), so that a common offset of the positions does not cost precision.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
         """
         require_tensor("positions", positions, ndim=(2, 3), shape_hint="(S, axes) or (B, S, axes)")
         require(

@@ -189,5 +189,6 @@ def find_host(model: torch.nn.Module) -> Host:
     names = {(cls.__name__, cls.__module__.split(".")[0]) for cls in lineage}
     host = next((h for h in HOSTS if (h.transformer, h.package) in names), None)
     known = ", ".join(h.transformer for h in HOSTS)
-    require(host is not None, "pipe", f"a pipeline with, or one of, the transformers {known}", type(model).__name__)
+    expected = f"a pipeline with, or one of, the transformers {known} (register_host adds others, see docs/hosts.md)"
+    require(host is not None, "pipe", expected, type(model).__name__)
     return host
