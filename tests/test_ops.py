@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrope as fr
 from fastrope import ops
-from fastrope.backends import sdpa
+from fastrope.backends import sdpa, triton
 
 SCALE = 0.25
 
@@ -422,7 +422,7 @@ def test_sdpa_stacks_few_key_copies_for_queries_of_their_own():
 @pytest.mark.parametrize(("backend", "kind"), [("sdpa", "levels"), ("sdpa", None), ("triton", None)])
 def test_memory_does_not_grow_with_the_treatments(backend, kind):
     """A group for every other key: what is held at once stays a small multiple of the keys, and no table is N x N."""
-    tokens, dim = 256, 16
+    tokens, dim = 160 if backend == "triton" and triton.interpreted() else 256, 16
     skip_unless_runnable(backend)
     g = generator(8)
     q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
