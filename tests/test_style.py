@@ -59,7 +59,7 @@ def test_a_picture_and_its_record(capsys):
         "s_hf": [0.9, 1.0], "s_lf": 1.2, "beta": 3.0, "adain": 0.25, "axis0": "low", "blocks": None, "layers": None,
     }  # fmt: skip
     assert (kept["seed"], kept["reference_seed"], kept["steps"], kept["trajectory"]) == (5, 6, 3, "linear")
-    assert (kept["reference"], kept["prompt"]) == (["ref.png"], "a heron")
+    assert (kept["reference"], kept["prompt"], kept["gamma"]) == (["ref.png"], "a heron", None)
 
 
 def test_the_picture_is_that_of_the_library():
@@ -129,6 +129,7 @@ def test_progress_is_shown(capsys):
     said = capsys.readouterr().err
     assert "rf_inversion: 100%" in said
     assert "style: 100%" in said
+    assert record()["gamma"] == 0.5  # the default, written down where it was used
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------

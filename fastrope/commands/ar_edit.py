@@ -32,11 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--edit-prompt", required=True, action="append", metavar="PROMPT", help="once for every edit")
     add("--image", type=Path, help="a picture to edit, instead of an original generated from --prompt")
     add("--out", type=Path, default=Path("ar-edit"), metavar="DIR", help="where to write (default: ar-edit)")
-    add("--candidates", type=int, help="K, tokens drawn at the first position (default: that of the model)")
+    add("--candidates", type=int, help=f"K, tokens drawn at the first position (default: {_told('candidates')})")
     add("--alpha", type=float, default=0.6, help="how much of the window is gone at the end (default: 0.6)")
     add("--tau", type=float, help="largest distance accepted, inf too; larger: closer to the original (default: 1)")
     add("--metric", choices=("l2", "cosine"), default="l2", help="of the codebook space (default: l2, squared)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="(default: 0)")
     add("--plain", action="store_true", help="also draw the edit prompts without anchors, for comparison")
     add("--weights", help="llamagen: its .pt file; emu3, janus: model id or folder")
     add("--tokenizer", help="llamagen: the .pt file of its VQ tokenizer")
@@ -44,12 +44,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative-prompt", default="lowres, blurry, worst quality", help="emu3: what guidance leads away from")
     sizes = "llamagen 32, or 16 for a file ..._256.pt; emu3 90; tiny 12; janus has one"
     add("--size", type=int, help=f"tokens per side (default: {sizes})")
-    add("--guidance", type=float, help="scale of classifier-free guidance (default: that of the model)")
-    add("--temperature", type=float, default=1.0)
-    add("--top-k", type=int, help="(default: that of the model)")
-    add("--top-p", type=float, default=1.0)
+    add("--guidance", type=float, help=f"scale of classifier-free guidance (default: {_told('guidance')})")
+    add("--temperature", type=float, default=1.0, help="(default: 1)")
+    add("--top-k", type=int, help=f"0 keeps all (default: {_told('top_k')})")
+    add("--top-p", type=float, default=1.0, help="1 keeps all (default: 1)")
     add_machine_options(add)
     return parser
+
+
+def _told(name: str) -> str:
+    """The defaults of all models, for people."""
+    return ", ".join(f"{model} {getattr(ar_hosts.DEFAULTS[model], name):g}" for model in MODELS)
 
 
 def _run(arguments: argparse.Namespace) -> list[Path]:

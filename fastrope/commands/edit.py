@@ -13,6 +13,7 @@ from .editors import HARMONISE, SETTINGS, arguments, load, require_editor, setti
 from .files import as_picture, open_picture, plain_path, require_format, save_picture, save_record
 from .running import TINY, Missing, add_run_options, command, ends, machine, name_of
 
+SALIENCY = "spectral_residual", "mask_rcnn"  # the first is LooseRoPE.from_images's own choice
 DIALS = {
     "looserope": ("mask", "original", "boost", "levels", "saliency", "judge", "max_tries"),
     "grag": ("bias", "delta"),
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "of the picture is kept (grag).",
     )
     add = parser.add_argument
-    add("--method", required=True, choices=tuple(DIALS))
+    add("--method", required=True, choices=tuple(DIALS), help="what to edit with; each has options of its own, below")
     add("--model", required=True, help="black-forest-labs/FLUX.1-Kontext-dev, Qwen/Qwen-Image-Edit-2509, another model "
         "of these families, a folder, or tiny: random weights, offline")  # fmt: skip
     add("--image", type=Path, action="append", metavar="FILE",
@@ -57,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     loose("--original", type=Path, metavar="FILE", help="the picture before the paste, instead of a mask")
     loose("--boost", type=float, help="lower blends more, higher keeps more (default: 0.83)")
     loose("--levels", type=_levels, metavar="N", help='levels of saliency, or "continuous" (default: 5)')
-    sources = "spectral_residual", "mask_rcnn"
-    loose("--saliency", choices=sources, help="the first needs no model, the second torchvision (default: the first)")
+    loose("--saliency", choices=SALIENCY, help="the first needs no model, the second torchvision (default: the first)")
     loose("--judge", metavar="JUDGE", help='steer the boost: "region" needs no model; or the name of a vision-language '
           "chat model, Qwen/Qwen3-VL-4B-Instruct for one")  # fmt: skip
     loose("--max-tries", type=int, metavar="N", help="verdicts at most (default: 4)")
@@ -91,6 +91,7 @@ def _run(options: argparse.Namespace) -> list[Path]:
         written.append(save_picture(pipe(**call).images[0], plain_path(options.out)))
     record = {
         "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
+        **_sources(options),
         "prompt": prompt, "seed": options.seed, "steps": settings.steps, "guidance": settings.guidance,
         "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": name_of(dtype),
         "layers": ends(options.layers), "judge": options.judge, "tries": tries,
@@ -112,7 +113,9 @@ def _make(options, pipe, method, call: dict, pasted: dict, composite):
     try:
         steered = steer(pipe, method, judge, tries, composite=composite, **call)
     except OSError as error:
-        raise Missing(f"--judge: cannot load {options.judge}: {str(error).strip().splitlines()[0]}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        advice = 'a model id or folder is wanted; "region" needs no model'
+        raise Missing(f"--judge: cannot load {options.judge}: {lines[0]} ({advice})") from error
     for t in steered.tries:
         said = "not judged" if t.verdict is None else f"{t.verdict.kind} ({t.verdict.reasoning})"
         print(f"boost {t.value:.3f}: {said}", file=sys.stderr)
@@ -145,6 +148,14 @@ def _method(options, composite, pasted: dict) -> GRAG | LooseRoPE:
         return GRAG(**{name: v[0] if len(v) == 1 else tuple(v) for name, v in given.items()}, **layers)
     dials = {name: getattr(options, name) for name in ("boost", "levels", "saliency")}
     return LooseRoPE.from_images(composite, **pasted, **{n: v for n, v in dials.items() if v is not None}, **layers)
+
+
+def _sources(options) -> dict:
+    """Which pictures were read, and what told the saliency."""
+    read = {name: path and str(path) for name, path in (("mask", options.mask), ("original", options.original))}
+    loose = options.method == "looserope"
+    saliency = (options.saliency or SALIENCY[0]) if loose else None
+    return {"image": [str(path) for path in options.image or ()], **read, "saliency": saliency}
 
 
 def _dials(method: GRAG | LooseRoPE) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import ReferenceCache, UntwistingRoPE, prepare_reference
+from ..methods.trajectories import GAMMA
 from ..methods.untwisting import AXIS0, PRESETS
 from ..sharing import SHARED
 from . import editors
@@ -69,8 +70,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--native", action="store_true", help="give the picture to the model as its own reference (Kontext, FLUX.2, "
         "Qwen-Image-Edit) instead of sharing attention with it")  # fmt: skip
     add("--preset", choices=tuple(PRESETS), default="paper", help="dials that are not given (default: paper)")
-    add("--beta", type=float, help="exponent of the curve from high to low frequencies")
-    add("--adain", type=float, metavar="A", help="0 to 1: statistics of the reference's queries and keys")
+    add("--beta", type=float, help="exponent of the curve from high to low frequencies (default: the preset's)")
+    add("--adain", type=float, metavar="A", help="0 to 1: how far queries and keys take on the reference's "
+        "statistics (default: the preset's)")  # fmt: skip
     add("--axis0", type=_axis0, help='weights of the frame axis: low, match or a number (default: low; "match" on '
         "Z-Image)")  # fmt: skip
     add("--blocks", nargs="+", choices=("double", "single", "joint"), help="kinds of block (default: all)")
@@ -82,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--reference-seed", type=int, metavar="SEED", help="noise of the reference (default: the next seed)")
     add_run_options(add, steps="28; Z-Image 9, FLUX.2 klein 4", guidance="what suits the model")
     add("--height", type=int, help="in pixels (default: the reference's proportions, a megapixel at most)")
-    add("--width", type=int)
+    add("--width", type=int, help="likewise; one of the two alone keeps the proportions")
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -152,7 +154,7 @@ def record(options: argparse.Namespace, styling: Styling) -> dict[str, object]:
         "reference": [str(path) for path in options.reference or ()], "reference_prompt": options.reference_prompt,
         "prompt": options.prompt, "negative_prompt": styling.settings.negative_prompt, "seed": options.seed,
         "reference_seed": _reference_seed(options), "trajectory": None if options.native else options.trajectory,
-        "gamma": options.gamma, "cache": options.cache, "steps": styling.settings.steps,
+        "gamma": _gamma(options), "cache": options.cache, "steps": styling.settings.steps,
         "guidance": styling.settings.guidance, "height": styling.call.get("height"), "width": styling.call.get("width"),
         "device": str(pipe.device), "dtype": name_of(pipe.transformer.dtype),
     }  # fmt: skip
@@ -220,6 +222,13 @@ def _reference(options, pipe, pictures: Sequence, settings: Settings, height: in
 def _reference_seed(options) -> int:
     # With the target's own noise the two would start alike, place by place.
     return options.seed + 1 if options.reference_seed is None else options.reference_seed
+
+
+def _gamma(options) -> float | None:
+    """None where no inversion asks for it."""
+    if options.trajectory != "rf_inversion" or options.native:
+        return None
+    return GAMMA if options.gamma is None else options.gamma
 
 
 def _axis0(text: str) -> str | float:

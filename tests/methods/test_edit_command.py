@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -73,6 +74,8 @@ def test_looserope_with_files(capsys):
     kept = record("made/loose.json")
     assert kept["dials"] == {"boost": 0.4, "levels": 5}
     assert (kept["method"], kept["model"], kept["steps"], kept["guidance"]) == ("looserope", "tiny", 4, 2.5)
+    assert (kept["image"], kept["mask"], kept["original"]) == (["photo.png"], "mask.png", None)
+    assert kept["saliency"] == inspect.signature(fr.LooseRoPE.from_images).parameters["saliency"].default
 
 
 def test_an_original_says_where_the_paste_is_as_a_mask_does():
