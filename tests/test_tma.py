@@ -8,7 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from numerics import Call, axial, calls, check, compare, draw, generator, grid, lay_out, scales, tensors, uniform
+from numerics import (
+    LAYOUTS,
+    Call,
+    axial,
+    calls,
+    check,
+    compare,
+    draw,
+    generator,
+    grid,
+    lay_out,
+    scales,
+    tensors,
+    uniform,
+)
 
 import fastrope as fr
 from fastrope.backends import triton as backend
@@ -126,6 +140,24 @@ def test_what_a_descriptor_cannot_say(launches):
     assert fr.explain(q.float(), k.float(), v.float(), backend="triton").loop.startswith("pointers (no descriptors on ")
     check(Call(q.float(), k.float(), v.float()), "triton")
     assert set(launches) == {"attention"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masked_values_are_copied_once(layout, launches, monkeypatch):
+    """The copy keeps the order of the axes, and explain says what becomes of it."""
+
+    def refuse(*args):
+        raise AssertionError("masked_fill copies, then fills the copy")
+
+    monkeypatch.setattr(torch.Tensor, "masked_fill", refuse)
+    g = generator(4)
+    q, k, v = (draw(g, 2, 21, 2, 16, dtype=HALF) for _ in range(3))
+    mask, v = torch.rand(2, 21, generator=g) < 0.7, lay_out(v, layout)
+    fr.attention(q, k, v, key_mask=mask, backend="triton", debug=False)
+    expected = "attention" if layout == "transposed" else "attention_tma"
+    assert launches == [expected]
+    found = fr.explain(q, k, v, key_mask=mask, backend="triton").loop
+    assert found.startswith("tensor descriptors" if expected == "attention_tma" else "pointers (v: ")
 
 
 def test_descriptors_can_be_switched_off(launches, monkeypatch):

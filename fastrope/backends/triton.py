@@ -88,8 +88,9 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
     else:
         values = v.transpose(1, 2)
     if mask is not None and _descriptors(q):
-        # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v.
-        values = values.masked_fill(~mask[:, None, :, None], 0.0)
+        # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
+        # would copy first and fill the copy).
+        values = torch.where(mask[:, None, :, None], values, values.new_zeros(()))
     if spec.continuous and _far_apart(q):
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     if not spec.modulated:
@@ -185,17 +186,18 @@ def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) 
         return f"pointers (no descriptors on {arch} in {str(q.dtype).removeprefix('torch.')})"
     if len(plan.spec.passes) > 1:
         return "pointers (parts of several passes are merged)"
-    copied = {"k": "key_source" in t or _far_apart(k), "v": not t.keys().isdisjoint(_COPIES_VALUES) or _far_apart(v)}
+    packed = {"k": "key_source" in t or _far_apart(k), "v": "key_order" in t or _far_apart(v)}
     for name, x in (("k", k), ("v", v)):
         x = x.transpose(1, 2)
-        if not kernels.describable(torch.empty(x.shape, dtype=x.dtype, device="meta") if copied[name] else x):
+        if packed[name]:
+            x = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        elif name == "v" and "key_mask" in t:  # a copy in the order of its axes
+            x = torch.empty_like(x, device="meta")
+        if not kernels.describable(x):
             return (
                 f"pointers ({name}: a descriptor wants adjacent channels, rows in steps of 16 bytes, nothing expanded)"
             )
     return "tensor descriptors"
-
-
-_COPIES_VALUES = {"key_order", "key_mask"}
 
 
 def _far_apart(x: torch.Tensor) -> bool:
