@@ -15,7 +15,7 @@ from .backends import eager, sdpa, triton
 from .checks import require, require_tensor
 from .modulations import Modulation
 from .planning import Plan, cached_plan
-from .resolve import same_device
+from .resolve import as_tuple, same_device
 from .rope import RoPE
 from .rules import rule_for
 
@@ -64,7 +64,7 @@ def attention(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    scale_value, modulations = scale_of(q, scale), _as_tuple(modulations)
+    scale_value, modulations = scale_of(q, scale), as_tuple(modulations)
     require(debug is None or isinstance(debug, bool), "debug", "True, False or None", repr(debug))
     if torch.compiler.is_compiling():
         require(not debug, "debug", "None in compiled code (call once without the compiler to check)", debug)
@@ -128,7 +128,8 @@ def check_plan(q, k, plan: Plan) -> None:
     """That the plan was made for tensors like these."""
     spec = plan.spec
     for name, x, length in (("q", q, spec.num_queries), ("k", k, spec.num_keys)):
-        require(length is None or x.shape[1] == length, name, f"{length} tokens, as in the plan", x.shape[1])
+        require(length is None or x.shape[1] == length, name, f"{length} tokens (dim 1), as in the plan",
+                x.shape[1])  # fmt: skip
     require(spec.pairs is None or q.shape[3] == 2 * spec.pairs, "q", f"head dim {2 * (spec.pairs or 0)}, two channels "
             "per RoPE pair", q.shape[3])  # fmt: skip
     require(spec.batch is None or q.shape[0] == spec.batch, "q", f"batch {spec.batch}, as in the plan", q.shape[0])
@@ -143,12 +144,6 @@ def scale_of(q, scale: float | None) -> float:
         return q.shape[-1] ** -0.5
     require(isinstance(scale, Real) and not isinstance(scale, bool), "scale", "a number or None", repr(scale))
     return float(scale)
-
-
-def _as_tuple(modulations) -> tuple:
-    is_sequence = isinstance(modulations, (list, tuple))
-    require(is_sequence, "modulations", "a list or tuple of modulations", type(modulations).__name__)
-    return tuple(modulations)
 
 
 def _plan_for(q, k, rope, key_rope, modulations, key_mask, plan) -> Plan:
@@ -277,7 +272,7 @@ def explain(
     Returns:
         An :class:`Explanation`: the backend and the reasons against the others, the segments and levels found.
     """
-    modulations = _as_tuple(modulations)
+    modulations = as_tuple(modulations)
     check_tensors(q, k, v, scale_of(q, scale), backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan)

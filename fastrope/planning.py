@@ -19,7 +19,17 @@ import torch
 from .checks import require, require_finite, require_tensor
 from .lowering import Segment
 from .modulations import MODULATIONS, Modulation
-from .resolve import Group, Resolved, Weight, check_arguments, common_device, group_values, lengths, resolve
+from .resolve import (
+    Group,
+    Resolved,
+    Weight,
+    as_tuple,
+    check_arguments,
+    common_device,
+    group_values,
+    lengths,
+    resolve,
+)
 from .rope import RoPE
 
 
@@ -184,7 +194,7 @@ def plan(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    modulations = tuple(modulations)
+    modulations = as_tuple(modulations)
     # Plans outlive the mode and the default device they are made under.
     with torch.inference_mode(False), torch.device("cpu"):
         return _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)

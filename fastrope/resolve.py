@@ -67,6 +67,13 @@ class Resolved:
         )
 
 
+def as_tuple(modulations: object) -> tuple:
+    """Modulations as they are handed over, a list or tuple, as a tuple."""
+    is_sequence = isinstance(modulations, (list, tuple))
+    require(is_sequence, "modulations", "a list or tuple of modulations", type(modulations).__name__)
+    return tuple(modulations)
+
+
 def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) -> None:
     """Check what does not depend on lengths. ``values=False`` reads no tensor, for tracing."""
     require(rope is None or isinstance(rope, RoPE), "rope", "a fastrope.RoPE or None", type(rope).__name__)
@@ -83,7 +90,9 @@ def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) 
             r is None or not r.angles.requires_grad, f"{name}.angles", "constants: detach them", "requires_grad=True"
         )
     for m in modulations:
-        require(isinstance(m, MODULATIONS), "modulations", "QueryScale, BandWeight, BiasDelta or LogitGain", repr(m))
+        if not isinstance(m, MODULATIONS):
+            method = ", which methods give when they are bound by fastrope.apply" if hasattr(m, "modulations") else ""
+            require(False, "modulations", f"QueryScale, BandWeight, BiasDelta or LogitGain{method}", repr(m))
         for name in ("scale", "weight", "bias", "delta", "gain"):
             value = getattr(m, name, None)
             if isinstance(value, torch.Tensor) and value.requires_grad:
@@ -126,22 +135,23 @@ def same_device(a: torch.device, b: torch.device) -> bool:
 def lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys):
     """``Sq`` and ``Sk``, agreed on by everything that tells them; None where nothing does."""
 
-    def agree(current, name, length):
-        require(current is None or current == length, name, f"{current} tokens", length)
+    def agree(current, name, length, whose):
+        require(current is None or current == length, name, f"{current} tokens, as many as dim 1 of {whose}", length)
         return length
 
     if rope is not None:
-        num_queries = agree(num_queries, "rope.angles", rope.tokens)
-        num_keys = agree(num_keys, "key_rope.angles" if key_rope else "rope.angles", (key_rope or rope).tokens)
+        num_queries = agree(num_queries, "rope.angles", rope.tokens, "q")
+        name = "key_rope.angles" if key_rope else "rope.angles"
+        num_keys = agree(num_keys, name, (key_rope or rope).tokens, "k")
     if key_mask is not None:
-        num_keys = agree(num_keys, "key_mask", key_mask.shape[1])
+        num_keys = agree(num_keys, "key_mask", key_mask.shape[1], "k")
     for m in modulations:
         if isinstance(m, QueryScale):
-            num_queries = agree(num_queries, "QueryScale.scale", m.scale.shape[-1])
+            num_queries = agree(num_queries, "QueryScale.scale", m.scale.shape[-1], "q")
         if isinstance(m, LogitGain):
-            num_queries = agree(num_queries, "LogitGain.gain", m.gain.shape[-1])
+            num_queries = agree(num_queries, "LogitGain.gain", m.gain.shape[-1], "q")
         if isinstance(m.keys, torch.Tensor) and m.keys.dtype == torch.bool:
-            num_keys = agree(num_keys, f"{type(m).__name__}.keys", m.keys.shape[0])
+            num_keys = agree(num_keys, f"{type(m).__name__}.keys", m.keys.shape[0], "k")
     require(not modulations or num_keys is not None, "num_keys", "Sk, which no argument tells", None)
     return num_queries, num_keys
 

@@ -92,6 +92,8 @@ BAD = {
     "no such backend": (lambda: {"backend": "cuda"}, "backend"),
     "modulations of another kind": (lambda: {"modulations": ["QueryScale"]}, "modulations"),
     "modulation is a class": (lambda: {"modulations": [fr.LogitGain]}, "modulations"),
+    "method for a modulation": (lambda: {"modulations": [fr.GRAG()]}, "modulations: .*bound by fastrope.apply"),
+    "heads before tokens": (lambda: {n: random(2, 4, 12, 16) for n in "qkv"}, r"rope\.angles: .*dim 1 of q"),
     # RoPE
     "angles of integers": (lambda: {"rope": half_rope(angles=ones(TOKENS, PAIRS).long())}, r"RoPE\.angles"),
     "angles of half precision": (lambda: {"rope": half_rope(angles=ones(TOKENS, PAIRS).half())}, r"RoPE\.angles"),
@@ -192,6 +194,14 @@ def test_explain_refuses_what_attention_refuses(name):
     changes, argument = BAD[name]
     with pytest.raises(ValueError, match=argument):
         fr.explain(**{**good(), **changes()})
+
+
+def test_a_plan_wants_a_list_as_a_call_does():
+    for function in (fr.plan, lambda modulations: fr.attention(**good(), modulations=modulations)):
+        with pytest.raises(
+            ValueError, match="modulations: expected a list or tuple of modulations, received BiasDelta"
+        ):
+            function(modulations=fr.BiasDelta(2.0))
 
 
 def test_the_good_call_is_good():
