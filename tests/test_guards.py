@@ -177,13 +177,13 @@ COUNTS = {
 }  # fmt: skip
 
 
-def launch_all(lengths, scale_of=None, batch=1, heads=2) -> None:
+def launch_all(lengths, scale_of=None, batch=1, heads=2, scattered=False) -> None:
     for length in lengths:
         x = torch.randn(batch, length, heads, 16)
         rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
         mods = []
         if scale_of is not None:
-            keys = slice(length // 2, length)
+            keys = slice(None, None, 2) if scattered else slice(length // 2, length)
             mods = [
                 fr.QueryScale(scale_of(length), keys=keys), fr.BandWeight(torch.linspace(0.5, 1.5, 8), keys=keys),
                 fr.BiasDelta(1, 1.1, keys=keys), fr.LogitGain(torch.linspace(0.5, 1, length), keys=keys),
@@ -203,12 +203,18 @@ def test_compilations_do_not_grow_with_lengths(recorders):
 
 @interpreted
 def test_compilations_of_a_modulated_call(recorders):
-    """Levels and continuous scales, many lengths: one binary of each of the five kernels."""
-    for scale_of in (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.4, 1, n)):
+    """Levels and continuous scales, many lengths: one binary of each of the five kernels, and one more of the kernel
+    that packs keys where it sorts values too."""
+    scales = (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.4, 1, n))
+    for scale_of in scales:
         launch_all((24, 113, 128, 239, 256, 600), scale_of)
-    counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
-    assert counts == dict.fromkeys(COUNTS, 1)
-    assert f", a modulated one {len(counts)} at most, whatever lengths, batches and numbers of heads follow" in README
+    assert {name: len(r.keys) for name, r in recorders.items()} == dict.fromkeys(COUNTS, 1)
+    for scale_of in scales:
+        launch_all((24, 113, 600), scale_of, scattered=True)
+    counts = {name: len(r.keys) for name, r in recorders.items()}
+    assert counts == {**dict.fromkeys(COUNTS, 1), "pack_kernel": 2}
+    most = sum(counts.values())
+    assert f", a modulated one {most} at most, whatever lengths, batches and numbers of heads follow" in README
 
 
 @interpreted
