@@ -124,6 +124,8 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
     if masked and kernel == "attention_modulated_tma" and block_d <= 128:
         config = replace(config, pipelined=False)  # beside a mask, carried weights spill under triton 3.6
+    if masked and kernel == "attention_modulated_tma" and 128 < head_dim < block_d:
+        config = replace(config, block_n=32, num_stages=3)  # beside both masks 64 keys spill under triton 3.6
     fields = (_OVERRIDES.get() or {}).get(kernel)
     return replace(config, **fields) if fields else config
 

@@ -2,8 +2,8 @@
 
 ``python tests/compile_kernels.py --out table.json [--kernel K] [--arch A]`` runs in a process of its own, since
 ``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, seconds it
-took, registers, stack and spilled bytes, shared memory, whether wgmma was serialized, whether the products of the inner
-loop overlap its softmax, whether multiply-adds were fused.
+took, registers, stack and spilled bytes, shared memory, whether wgmma was serialized, the order of products and waits
+in a pipelined loop, whether multiply-adds were fused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Head dims of the usual run, one per launch configuration and padded size; --all adds those that share a configuration
 # with them, and float16, which differs from bfloat16 in the instruction's type only.
 HEAD_DIMS = (16, 64, 128, 256)
-MORE_HEAD_DIMS = (32, 96)
+MORE_HEAD_DIMS = (32, 96, 192)
 # Codebook channels, of match: a row in one tile, and one walked through.
 MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
@@ -149,19 +149,19 @@ def compile_one(job: tuple) -> dict:
     row["seconds"] = time.perf_counter() - start
     row["shared"] = binary.metadata.shared
     if kernel in config.TMA_LOOPS and launch.pipelined:
-        row["overlapped"] = overlapped(binary.asm["ttgir"])
+        row["order"] = order_of_products(binary.asm["ttgir"])
     return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, log.getvalue()))}
 
 
-def overlapped(ttgir: str) -> bool:
-    """Whether the loop over keys waits for one of its two products only: the other runs on until the next tile."""
+def order_of_products(ttgir: str) -> str:
+    """Products of the loop over keys and the waits for them, such as "dot wait dot"."""
     lines = ttgir.splitlines()
     product = next(i for i, line in enumerate(lines) if "warp_group_dot " in line)
     first = max(i for i in range(product) if "scf.for" in lines[i])
     indent = len(lines[first]) - len(lines[first].lstrip())
     last = next(i for i in range(product, len(lines)) if lines[i].startswith(" " * indent + "}"))
-    body = lines[first:last]
-    return [sum(op in line for line in body) for op in ("warp_group_dot ", "warp_group_dot_wait ")] == [2, 1]
+    found = (re.search(r"warp_group_dot(_wait)? ", line) for line in lines[first:last])
+    return " ".join("wait" if match[1] else "dot" for match in found if match)
 
 
 def _nvidia_cost(binary, log: str) -> dict:
