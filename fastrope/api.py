@@ -271,6 +271,9 @@ def explain(
 
     Returns:
         An :class:`Explanation`: the backend and the reasons against the others, the segments and levels found.
+
+    Raises:
+        ValueError, NotImplementedError: what :func:`attention` would raise.
     """
     modulations = as_tuple(modulations)
     check_tensors(q, k, v, scale_of(q, scale), backend)

@@ -162,6 +162,12 @@ HOSTS: list[Host] = [
 def register_host(host: Host) -> Host:
     """Add a row to the table, for transformers of other libraries or of one's own. Rows added later are found first.
 
+    Args:
+        host: the row; :class:`Host` says what it holds, docs/hosts.md has a complete one.
+
+    Returns:
+        The same row.
+
     Raises:
         ValueError: not a :class:`Host`, or a name that the same package has in the table already.
     """
