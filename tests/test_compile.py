@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "kernels.md"
+README = ROOT / "README.md"
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 ARCHS = tuple(SHARED_MEMORY)
 
@@ -101,6 +103,9 @@ def test_every_variant_compiles_without_spills(tmp_path):
     assert len(rows) > 400
     assert {r["arch"] for r in rows} == set(ARCHS)
     assert problems(rows) == []
+    stated = re.search(r"on one CPU core: ([\d.]+) s and ([\d.]+) s", README.read_text(encoding="utf-8"))
+    for modulated, figure in enumerate(stated.groups()):  # of another machine
+        assert seconds(rows, bool(modulated)) < 5 * float(figure)
     table = render(rows)
     if os.environ.get("FASTROPE_WRITE_DOCS") == "1":
         TABLE.write_text(table)
@@ -108,6 +113,32 @@ def test_every_variant_compiles_without_spills(tmp_path):
 
     if triton.__version__ == "3.9.0":  # shared memory differs a little between releases
         assert TABLE.read_text() == table, "run with FASTROPE_WRITE_DOCS=1 and commit docs/kernels.md"
+
+
+def seconds(rows: list[dict], modulated: bool) -> float:
+    """What a first call on sm_90 compiles, in bfloat16 at head dim 128 (means work on 32 channels whatever it is)."""
+    kernels = [("pack", {"GATHER", "ROTATE"})]
+    if modulated:
+        kernels += [("pack", {"GATHER"}), ("means", set()), ("queries", {"ROTATE"}), ("patches", set())]
+        kernels += [("attention_modulated_tma", {"MODULATED"})]
+    else:
+        kernels += [("pack", {"ROTATE"}), ("attention_tma", set())]
+    found = {
+        (row["kernel"], frozenset(name for name, on in row["variant"].items() if on)): row["seconds"]
+        for row in rows
+        if (row["arch"], row["dtype"], row["head_dim"]) == ("sm_90", "bf16", 64 if row["kernel"] == "means" else 128)
+    }
+    return sum(found[kernel, frozenset(flags)] for kernel, flags in kernels)
+
+
+def test_seconds_are_of_what_a_first_call_compiles():
+    row = {"arch": "sm_90", "dtype": "bf16", "head_dim": 128, "seconds": 1.0}
+    on = [("pack", "GATHER ROTATE"), ("pack", "GATHER"), ("pack", "ROTATE"), ("queries", "ROTATE"), ("patches", ""),
+          ("attention_tma", ""), ("attention_modulated_tma", "MODULATED"), ("match", "")]  # fmt: skip
+    rows = [{**row, "kernel": kernel, "variant": dict.fromkeys(flags.split(), True)} for kernel, flags in on]
+    rows += [{**row, "kernel": "means", "head_dim": 64, "variant": {"HAS_MASK": False}}, {**rows[0], "arch": "sm_80"}]
+    counts = re.search(r"compiles (\d+) kernels, a modulated one (\d+) at most", README.read_text(encoding="utf-8"))
+    assert [seconds(rows, False), seconds(rows, True)] == [float(n) for n in counts.groups()]
 
 
 @pytest.mark.compile
