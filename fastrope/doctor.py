@@ -20,7 +20,7 @@ from .rope import RoPE
 
 PACKAGES = ("torch", "numpy", "triton", "diffusers", "transformers")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BINDINGS = ("diffusers",)
+BINDINGS = ("diffusers", "transformers")  # extras of the same names bring what they need
 GRID = 6  # the sample call attends over a target and a reference of 6 x 6 tokens
 HEAD_DIM = 64
 
@@ -50,7 +50,7 @@ def report() -> dict:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in ("FASTROPE_DEBUG", "TRITON_INTERPRET")},
         "devices": _devices(),
         "backends": [_backends(device, dtype) for dtype in DTYPES],
-        "bindings": {name: _importable(f"fastrope.bindings.{name}") for name in BINDINGS},
+        "bindings": {name: _importable(name) for name in BINDINGS},
         "self_check": _self_check(device),
     }
 
@@ -176,10 +176,12 @@ def _host_memory() -> float | None:
         return None
 
 
-def _importable(module: str) -> str | None:
-    """Why ``module`` cannot be imported, None if it can."""
+def _importable(binding: str) -> str | None:
+    """Why a binding cannot be imported, None if it can."""
     try:
-        importlib.import_module(module)
+        importlib.import_module(f"fastrope.bindings.{binding}")
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        absent = isinstance(error, ModuleNotFoundError) and error.name == binding
+        advice = f'; pip install "fastrope[{binding}]"' if absent else ""
+        return f"{type(error).__name__}: {error}{advice}"
     return None

@@ -49,6 +49,16 @@ def test_doctor_text_names_everything_in_the_report(report):
         assert word in text
 
 
+@pytest.mark.parametrize("host", doctor.BINDINGS)
+def test_doctor_says_how_to_get_a_missing_host(host, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named {host!r}", name=host)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    expected = f"ModuleNotFoundError: No module named '{host}'; pip install \"fastrope[{host}]\""
+    assert doctor._importable(host) == expected
+
+
 def test_doctor_prints_json_and_nothing_else(capsys, monkeypatch, report):
     monkeypatch.setattr(doctor, "report", lambda: report)
     assert cli.main(["doctor", "--json"]) == 0
