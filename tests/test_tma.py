@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from numerics import (
     LAYOUTS,
     Call,
+    assert_close,
     axial,
     calls,
     check,
@@ -19,6 +20,7 @@ from numerics import (
     generator,
     grid,
     lay_out,
+    many_treatments,
     scales,
     tensors,
     uniform,
@@ -125,6 +127,22 @@ def test_masked_keys_may_hold_anything(kind, launches):
     assert fr.explain(call.q, k, v, rope=call.rope, key_mask=mask, backend="triton").loop == "tensor descriptors"
     compare(call, out, lse)
     assert set(launches) == {"attention_tma" if kind is None else "attention_modulated_tma"}
+
+
+def test_merged_parts_read_no_masked_value(launches, monkeypatch):
+    """Calls of several passes go through pointers, whose loads are masked: no pass over v is spent on zeroing it."""
+    g = generator(5)
+    q, k, v = tensors(g, queries=24, heads=1, dim=16, dtype=HALF)
+    mask = torch.arange(24)[None] % 5 != 3
+    call = Call(q, k, v, axial(grid(24), 16), modulations=many_treatments(g, 24, 24, 16, None), key_mask=mask)
+    assert len(call.planned().spec.passes) > 1
+    expected = call.exact(), call.low()
+    zeroed, where = [], torch.where
+    monkeypatch.setattr(torch, "where", lambda *x: zeroed.append(x) or where(*x))
+    out, _ = replace(call, v=v.masked_fill(~mask[:, :, None, None], torch.nan)).run("triton")
+    assert not any(len(x) == 3 and x[1].shape == (1, 1, 24, 16) for x in zeroed)
+    assert set(launches) == {"attention_parts"}
+    assert_close(out, expected[0][0], expected[1][0])
 
 
 def test_what_a_descriptor_cannot_say(launches):

@@ -87,7 +87,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
     else:
         values = v.transpose(1, 2)
-    if mask is not None and _descriptors(q):
+    if mask is not None and len(spec.passes) < 2 and _descriptors(q):
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
         # would copy first and fill the copy).
         values = torch.where(mask[:, None, :, None], values, values.new_zeros(()))
