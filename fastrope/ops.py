@@ -25,6 +25,11 @@ from .rope import RoPE
 
 
 def plan_from(tensors: Sequence[Tensor], spec: str) -> Plan:
+    """A plan as ops hand it over: ``list(plan.tensors.values())`` and ``plan.spec_string``.
+
+    Raises:
+        ValueError: another number of tensors than the spec names.
+    """
     parsed = PlanSpec.from_string(spec)
     return Plan(parsed, spec, dict(zip(parsed.tensor_names, tensors, strict=True)))
 
