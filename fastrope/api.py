@@ -229,6 +229,7 @@ class Explanation:
     plan_bytes: int
     passes: int = 1
     loop: str | None = None  # how the fused loop reads keys and values
+    own: str | None = None  # what the fused kernels do with queries that have a scale of their own
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -242,6 +243,8 @@ class Explanation:
             levels = ", ".join(f"{r:.4g}" for r in self.levels)
             lines.append(f"levels: 1{', ' if levels else ''}{levels}; queries with a scale of their own: "
                          f"{self.continuous_queries}")  # fmt: skip
+        if self.own:
+            lines.append(f"  these through {self.own}")
         if self.loop:
             lines.append(f"keys and values: through {self.loop}")
         if self.passes > 1:
@@ -290,6 +293,7 @@ def explain(
         plan_bytes=plan.nbytes,
         passes={"eager": 1, "sdpa": len(sdpa.passes(plan)), "triton": max(len(plan.spec.passes), 1)}[choice.backend],
         loop=triton.explain_loop(q, k, v, plan) if choice.backend == "triton" else None,
+        own=triton.explain_own(q, plan) if choice.backend == "triton" else None,
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def joint_attention(
     There, one kernel reads each stream as the projections left it, normalises in float32, rotates, weighs, makes the
     key copies of all levels and writes the joint sequence, rounding once where separate steps round up to three times.
     Elsewhere the streams are joined first: for more than two streams, streams without norms, inputs or weights that
-    are differentiated, and in debug mode. Queries with a scale of their own are joined first, too, their keys are not.
+    are differentiated, and in debug mode. Queries that meet patches of keys are joined first, too, their keys are not.
 
     Args:
         streams: tokens of the joint sequence, in order, such as ``[text, image]``; one without tokens counts for
@@ -129,8 +129,8 @@ def streamed_attention(
     streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
     with torch.no_grad(), no_autocast(v[0].device):
         if choose(q[0], k[0], v[0], plan, backend).backend == "triton":
-            own = plan.spec.continuous > 0
-            queries = _cat([s.norm_q(s.q) for s in streams]) if own else _streamed(q, norms[: len(q)])
+            patched = triton.patched(q[0], plan)
+            queries = _cat([s.norm_q(s.q) for s in streams]) if patched else _streamed(q, norms[: len(q)])
             values = _streamed(v) if len(v) > 1 else v[0]
             return triton.run(queries, _streamed(k, norms[len(q) :]), values, plan, scale)[0].contiguous()
         return sdpa.run(*join(streams), plan, scale)[0].contiguous()

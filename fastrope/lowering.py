@@ -149,21 +149,22 @@ def find_levels(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, level
 
 
-def query_slots(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Sort queries by level so that no tile of ``SLOT_TILE`` slots holds two.
+def query_slots(level: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Sort queries by level so that no tile of ``SLOT_TILE`` slots holds two, and those without one by their scale.
 
     Args:
-        level: ``(Bs, Sq)``.
+        level, scale: ``(Bs, Sq)``.
 
     Returns:
         slots ``(Bs, T * SLOT_TILE)`` query index or -1; slot_level ``(Bs, T)``; the number of leading slots that may
         hold continuous queries, which come first since they take longest.
     """
     rows, row_levels, continuous = [], [], 0
-    for row in level:
+    for row, r in zip(level, scale, strict=True):
         slots, levels = [], []
         for value in [CONTINUOUS, *(v for v in row.unique().tolist() if v != CONTINUOUS)]:
             index = (row == value).nonzero().flatten()
+            index = index[r[index].argsort(stable=True)]
             padding = -len(index) % SLOT_TILE
             slots.append(torch.nn.functional.pad(index, (0, padding), value=-1))
             levels += [value] * (len(slots[-1]) // SLOT_TILE)

@@ -38,7 +38,8 @@ class PlanSpec:
     """The static part of a plan: what a launch must know without looking at a device tensor.
 
     ``batch``, ``num_queries``, ``num_keys`` and ``pairs`` are None where the plan fits any. ``continuous`` counts the
-    leading query slots that may hold queries with a scale of their own. ``level_counts`` has, per row of the
+    leading query slots that may hold queries with a scale of their own, and ``reach`` is the largest angle of the keys
+    they meet, from the middle of all (0: no series). ``level_counts`` has, per row of the
     scale, the number of queries with a scale of their own, at r = 1, and at each level. ``passes`` are runs of segments
     the fused kernels hold at once; ``gain_sets`` the gains that segments multiply.
     """
@@ -57,6 +58,7 @@ class PlanSpec:
     num_groups: int = 0
     gain_sets: tuple[tuple[int, ...], ...] = ()
     continuous: int = 0
+    reach: float = 0.0
     passes: tuple[tuple[int, int], ...] = ()
     tensor_names: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from . import lowering
+from . import lowering, series
 from .checks import require
 from .lowering import Segment
 from .planning import PlanSpec, gain_products
@@ -61,6 +61,8 @@ def lower(
         patch_bounds = [(0, 0)] * len(segments)
         if fields.get("continuous"):
             patch_bounds = _patch_tables(tensors, rope, key_rope, resolved, segments)
+            counts = [row[0] for row in fields["level_counts"]]
+            fields["reach"] = _series_tables(tensors, rope, key_rope, resolved, counts)
         passes = lowering.launch_passes(segments, bool(fields.get("continuous")))
         tensors["segments"] = _segment_table(segments, passes, patch_bounds)
         fields["passes"] = passes
@@ -135,7 +137,7 @@ def _query_tables(tensors, resolved: Resolved):
     """``scale (Bs, Sq)``, ``levels (L,)``, ``level_order (Bs, Sq)`` the queries sorted by level, and for the kernels
     ``slots (Bs, N)``, ``slot_level (Bs, T)``."""
     levels, level = lowering.find_levels(resolved.scale.r)
-    slots, slot_level, continuous = lowering.query_slots(level)
+    slots, slot_level, continuous = lowering.query_slots(level, resolved.scale.r)
     tensors.update(scale=resolved.scale.r, levels=levels, scaled_pairs=resolved.scale.pairs)
     tensors.update(level_order=level.argsort(dim=1, stable=True), slots=slots, slot_level=slot_level)
     classes = range(lowering.CONTINUOUS, len(levels) + 1)
@@ -208,6 +210,25 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
     if resolved.groups:
         _class_tables(tensors, ordered[:, rows], rows, classes, segments)
     return bounds
+
+
+def _series_tables(tensors, rope, key_rope, resolved, counts: list[int]) -> float:
+    """What :func:`fastrope.series.tables` says, if anything, with the scaled keys it is of: their rows in key order and
+    the token each is made from, and unless they arrive rotated, the rotation of the pairs that no scale turns.
+    Returns their reach."""
+    scale, key = resolved.scale, tensors["key_angles"]
+    order = tensors.get("key_order", torch.arange(key.shape[1]))
+    rows = scale.keys[order].nonzero().flatten()
+    angles, turned_by = key[:, order[rows]], 1 - scale.r if key_rope.applied else -scale.r
+    found, reach = series.tables(turned_by, tensors["slots"], counts, angles, scale.pairs, rope.pairing)
+    if found:
+        found["series_origin"] = split(found["series_origin"])
+        found["series_factor"] = split(turned_by)
+        tensors.update(found, series_rows=rows)
+        if not key_rope.applied:
+            _store_rotation(tensors, "series", torch.where(scale.pairs, 0.0, angles))
+            tensors["series_source"] = order[rows].int()
+    return reach
 
 
 def split(x: torch.Tensor) -> torch.Tensor:

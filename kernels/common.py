@@ -5,6 +5,8 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it is an integer, in the low bits of the mantissa
+HALF_PI = tl.constexpr(1.5707963267948966)
 
 # Columns of the segment table a plan hands over.
 SEGMENT_FIELDS = tl.constexpr(12)
@@ -106,8 +108,20 @@ def sincos_of_product(a, a_low, b, b_low):
     """
     product = a * b
     low = a * b_low + a_low * (b + b_low)
-    shifted = (product + low) + 12582912.0  # 1.5 * 2**23: rounds to an integer, in the low bits of the mantissa
-    t = ((product - (shifted - 12582912.0)) + low) * 1.5707963267948966
+    shifted = (product + low) + ROUND
+    return sincos_of_rest(((product - (shifted - ROUND)) + low) * HALF_PI, shifted)
+
+
+@triton.jit
+def sincos(turns):
+    """Sine and cosine of quarter turns, float32, to about 1e-7 plus what rounding has done to ``turns``."""
+    shifted = turns + ROUND
+    return sincos_of_rest((turns - (shifted - ROUND)) * HALF_PI, shifted)
+
+
+@triton.jit
+def sincos_of_rest(t, shifted):
+    """Of ``t`` in [-pi/4, pi/4] past the whole quarter turns in the low bits of ``shifted``."""
     z = t * t
     sin = t + t * z * (-1.6666667e-1 + z * (8.3333333e-3 + z * (-1.984127e-4 + z * 2.7557319e-6)))
     cos = 1.0 + z * (-0.5 + z * (4.1666667e-2 + z * (-1.3888889e-3 + z * 2.4801587e-5)))

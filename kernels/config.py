@@ -18,7 +18,8 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 LOOPS = ("attention", "attention_modulated", "attention_parts")
 TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
 TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
-KERNELS = (*LOOPS, *TMA_LOOPS, "patches", "pack", "queries", "means")
+SERIES = ("series", "series_tma", "terms")  # for 16-bit inputs of up to 128 channels
+KERNELS = (*LOOPS, *TMA_LOOPS, "patches", *SERIES, "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 # Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
@@ -94,9 +95,12 @@ def override(kernel: str, **fields: int) -> Iterator[None]:
         _OVERRIDES.reset(token)
 
 
-def ships(kernel: str, arch: str, dtype: torch.dtype) -> bool:
-    """Whether :func:`select` has a configuration: all but loops with descriptors, which are for few architectures."""
-    return kernel not in TMA_LOOPS or (arch in TMA_ARCHS and dtype != torch.float32)
+def ships(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether :func:`select` has a configuration: descriptors are for few architectures, and they and the series for
+    16-bit inputs; a series of more than 128 channels spills."""
+    if (kernel.endswith("_tma") and arch not in TMA_ARCHS) or (kernel in SERIES and head_dim > 128):
+        return False
+    return dtype != torch.float32 or kernel not in (*TMA_LOOPS, *SERIES)
 
 
 def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> LaunchConfig:
@@ -116,16 +120,15 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
             f"launch: expected a kernel of {KERNELS}, an architecture of {ARCHS}, float32, float16 or bfloat16 and "
             f"a head dim from 16 to 256, received {kernel!r}, {arch!r}, {dtype}, {head_dim}"
         )
-    if not ships(kernel, arch, dtype):
-        raise ValueError(f"launch: expected one of {TMA_ARCHS} and 16 bits for {kernel!r}, received {arch!r}, {dtype}")
+    if not ships(kernel, arch, dtype, head_dim):
+        expected = f"16 bits, for descriptors one of {TMA_ARCHS} and for a series a head dim up to 128, for {kernel!r}"
+        raise ValueError(f"launch: expected {expected}, received {arch!r}, {dtype}, {head_dim}")
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
     if kernel in LOOPS and head_dim < block_d == 128 and dtype != torch.float32 and arch != "gfx942":
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
-    if masked and kernel == "attention_modulated_tma" and block_d <= 128:
-        config = replace(config, pipelined=False)  # beside a mask, carried weights spill under triton 3.6
-    if masked and kernel == "attention_modulated_tma" and 128 < head_dim < block_d:
-        config = replace(config, block_n=32, num_stages=3)  # beside both masks 64 keys spill under triton 3.6
+    if masked and kernel == "attention_modulated_tma" and head_dim < block_d == 128:
+        config = replace(config, pipelined=False)  # beside both masks, carried weights spill under triton 3.6
     fields = (_OVERRIDES.get() or {}).get(kernel)
     return replace(config, **fields) if fields else config
 
@@ -195,6 +198,26 @@ def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(16, 16, block_d, 8, 1)
 
 
+# Query rows, keys, warps, stages, for head blocks of up to 64 and of 128 channels; where tensor cores take their left
+# operand from registers, the terms of 64 queries are more than they hold.
+_SERIES = {
+    "sm_80": ((64, 32, 8, 2), (32, 32, 8, 2)),
+    "sm_89": ((64, 32, 8, 2), (32, 32, 8, 2)),
+    "sm_90": ((128, 64, 8, 2), (128, 32, 8, 2)),
+    "sm_100": ((128, 64, 8, 2), (64, 64, 8, 2)),
+    "gfx942": ((64, 32, 8, 1), (64, 32, 8, 1)),
+}
+
+
+def _series(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    if kernel == "terms":
+        return LaunchConfig(32, 1, block_d, 8, 1)
+    block_m, block_n, num_warps, num_stages = _SERIES[arch][block_d == 128]
+    if kernel == "series_tma":
+        block_n = 64
+    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, tma=kernel == "series_tma")
+
+
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(1, max(8, 2048 // block_d), block_d, 4, 1)
 
@@ -211,5 +234,6 @@ _SELECTORS = {
     "attention": partial(_fused, _PLAIN_16_BIT), "attention_modulated": partial(_fused, _MODULATED_16_BIT),
     "attention_parts": partial(_fused, _PARTS_16_BIT),
     **{loop: partial(_tma, loop) for loop in TMA_LOOPS},
+    **{kernel: partial(_series, kernel) for kernel in SERIES},
     "patches": _patches, "pack": _pack, "queries": _queries, "means": _means,
 }  # fmt: skip

@@ -107,25 +107,26 @@ def pack_rows(
 
 QUERIES_COUNTS = (
     "num_segments", "num_views", "num_rows", "num_slots", "heads", "key_heads", "num_groups", "num_levels",
-    "own_groups", "continuous", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride", "slots_batch_stride",
-    "level_batch_stride", "half", "split",
+    "own_groups", "continuous", "num_rest", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride",
+    "slots_batch_stride", "level_batch_stride", "half", "split",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=QUERIES_COUNTS)
 def queries_kernel(
-    X, X2, W, W2, OUT, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
+    X, X2, W, W2, OUT, REST, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
     stride_xb, stride_xs, stride_xh, stride_xd,
     stride_yb, stride_ys, stride_yh, stride_yd,
     num_segments, num_views, num_rows, num_slots, heads, key_heads, num_groups, num_levels,
-    own_groups, continuous, cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride,
+    own_groups, continuous, num_rest, cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride,
     level_batch_stride, half, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLOT_TILE: tl.constexpr,
     ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """Queries of one block of rows (slots, where there are any) as every segment sees them.
 
-    OUT[b, h, view, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>.
+    OUT[b, h, view, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>. REST, of the
+    first num_rest rows, is what rounding left of OUT.
     """
     blocks = tl.cdiv(num_rows, BLOCK_M)
     block = tl.program_id(0) % blocks
@@ -163,7 +164,11 @@ def queries_kernel(
         x = x * w[None, :]  # [BLOCK_M, BLOCK_D]
         out = ((bh.to(tl.int64) * num_views + view) * num_rows + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
         first = tl.load(row + FIRST_OF_VIEW) != 0
-        tl.store(OUT + out, x.to(OUT.dtype.element_ty), mask=when(first, in_range)[:, None] & channel[None, :])
+        rounded = x.to(OUT.dtype.element_ty)
+        tl.store(OUT + out, rounded, mask=when(first, in_range)[:, None] & channel[None, :])
+        rest = ((bh.to(tl.int64) * num_views + view) * num_rest + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
+        rest_mask = when(first, offs_m < num_rest)[:, None] & channel[None, :]
+        tl.store(REST + rest, (x - rounded.to(tl.float32)).to(OUT.dtype.element_ty), mask=rest_mask)
         means = (kv * num_groups + group) * num_levels + tl.maximum(level, 0)
         mu = tl.load(MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (level >= 0), channel), other=0.0)
         own_group = kv * own_groups + tl.load(row + OWN_GROUP)
@@ -181,8 +186,9 @@ def prepare_queries(
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
     half: bool,
     tables: SegmentTables,
+    rest: bool,
     config: LaunchConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Queries as every segment sees them, in slot order.
 
     Args:
@@ -190,10 +196,11 @@ def prepare_queries(
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32, or None.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
         tables: the plan's tables, with the means of the groups.
+        rest: also return what rounding left of the continuous slots.
 
     Returns:
-        ``(B, H, views, N, D)`` in the dtype of q, ``N`` slots (``Sq`` where queries keep their order), and the row
-        bias ``(B, H, segments, N)`` float32, of segments in a group.
+        ``(B, H, views, N, D)`` in the dtype of q, ``N`` slots (``Sq`` where queries keep their order), the row bias
+        ``(B, H, segments, N)`` float32, of segments in a group, and with ``rest`` ``(B, H, views, C, D)``, else None.
     """
     batch, num_queries, heads, dim = q.shape
     t = tables
@@ -202,20 +209,22 @@ def prepare_queries(
     segments = t.segments.shape[0]
     out = torch.empty((batch, heads, t.num_views, rows, dim), dtype=q.dtype, device=q.device)
     bias = torch.empty((batch, heads, segments, rows), dtype=torch.float32, device=q.device)
+    left = out.new_empty((batch, heads, t.num_views, t.continuous, dim)) if rest else None
     cos, sin = rotation or (bias, bias)
     groups, means, row_means = (bias if x is None else x for x in (t.groups, t.means, t.row_means))
     queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        OUT=out, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin, WEIGHTS=bias if t.weights is None else t.weights,
+        OUT=out, REST=out if left is None else left, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin,
+        WEIGHTS=bias if t.weights is None else t.weights,
         GROUPS=groups, MEANS=means, ROW_MEANS=row_means, SLOTS=t.segments if t.slots is None else t.slots,
         SLOT_LEVEL=t.segments if t.slots is None else t.slot_level, num_segments=segments, num_views=t.num_views,
         num_rows=rows, num_slots=num_slots, heads=heads, key_heads=t.key_heads,
         num_groups=0 if t.groups is None else t.groups.shape[1], num_levels=1 + t.num_levels,
         own_groups=0 if t.row_means is None else t.row_means.shape[2], continuous=t.continuous,
-        cos_batch_stride=batch_stride(rotation and cos),
+        num_rest=t.continuous if rest else 0, cos_batch_stride=batch_stride(rotation and cos),
         cos_variant_stride=cos.stride(1) if rotation and cos.shape[1] > 1 else 0,
         groups_batch_stride=batch_stride(t.groups), slots_batch_stride=batch_stride(t.slots),
         level_batch_stride=batch_stride(t.slot_level), half=int(half), **stream_arguments(q),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, SLOT_TILE=SLOT_TILE, ROTATE=rotation is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out, bias
+    return out, bias, left

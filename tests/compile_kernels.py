@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrope.kernels import attention, config, match, means, pack, patches, tables
+from fastrope.kernels import attention, config, match, means, pack, patches, series, tables
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -38,7 +38,8 @@ TARGETS = {
 }  # fmt: skip
 FUNCTIONS = {
     **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},
-    "patches": patches.patch_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
+    "patches": patches.patch_kernel, "series": series.series_kernel, "series_tma": series.series_kernel,
+    "terms": series.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
     "means": means.means_kernel, "match": match.match_kernel,
 }  # fmt: skip
 KERNELS = (*config.KERNELS, "match")
@@ -54,18 +55,21 @@ DTYPES = (torch.bfloat16, torch.float32)
 INT_POINTERS = {
     "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
+    "COLUMNS", "TILES",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
-DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "LOGITS", "CODEBOOK"}
+DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "REST", "LOGITS", "CODEBOOK"}
 BOOL_POINTERS = {"KEY_MASK", "ACTIVE", "ACCEPTED"}
 UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd", "stride_yd", "stride_lv"}
-NUMBERS = {"log2_scale", "tau", "eps", "eps2"}
+NUMBERS = {"log2_scale", "tau", "eps", "eps2", "reach"}
 
 
 FLAGS = {
     **{loop: {"MODULATED": (loop != "attention",), "HAS_MASK": (False, True)} for loop in config.LOOPS},
     **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_MASK": (False, True)} for loop in config.TMA_LOOPS},
     "patches": {"HAS_MASK": (False, True)},
+    **{kernel: {"HAS_MASK": (False, True)} for kernel in ("series", "series_tma")},
+    "terms": {},
     "pack": {"GATHER": (False, True), "ROTATE": (False, True), "STREAMS": (False, True)},
     "queries": {"ROTATE": (False, True), "STREAMS": (False, True)},
     "means": {"HAS_MASK": (False, True)},
@@ -92,7 +96,7 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
             if kernel == "attention_parts" and dtype == torch.float32:  # the same as attention_modulated
                 continue
-            if kernel != "match" and not config.ships(kernel, arch, dtype):
+            if kernel != "match" and not config.ships(kernel, arch, dtype, head_dim):
                 continue
             found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
     return found
@@ -112,19 +116,19 @@ def compile_one(job: tuple) -> dict:
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
-            "PIPELINED": launch.pipelined, **variant,
+            "PIPELINED": launch.pipelined, "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
         options = {"num_warps": launch.num_warps, "num_stages": num_stages}
     wide_out = kernel in ("means", "attention_parts")
-    described = {"K", "V"} if kernel in config.TMA_LOOPS else set()
+    described = _described(kernel, element, launch) if kernel != "match" and launch.tma else {}
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants or name in UNIT_STRIDES:
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name, 1)
         elif name in described:
-            signature[name] = f"tensordesc<{element}[1, 1, {launch.block_n}, {launch.block_d}]>"
+            signature[name] = described[name]
         elif name.isupper():
             kind = "i32" if name in INT_POINTERS else "i1" if name in BOOL_POINTERS else "fp32"
             kind = "i64" if name in LONG_POINTERS else kind
@@ -151,6 +155,19 @@ def compile_one(job: tuple) -> dict:
     if kernel in config.TMA_LOOPS and launch.pipelined:
         row["order"] = order_of_products(binary.asm["ttgir"])
     return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, log.getvalue()))}
+
+
+def _described(kernel: str, element: str, launch) -> dict[str, str]:
+    """Types of the arguments that are tensor descriptors."""
+
+    def of(kind: str, channels: int) -> str:
+        return f"tensordesc<{kind}[1, 1, {launch.block_n}, {channels}]>"
+
+    values = of(element, launch.block_d)
+    if kernel in config.TMA_LOOPS:
+        return {"K": values, "V": values}
+    pairs = max(8, launch.block_d // 4)
+    return {"K": of(element, 2 * pairs), "PHASE": of("fp32", pairs), "V": values}
 
 
 def order_of_products(ttgir: str) -> str:

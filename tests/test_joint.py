@@ -24,7 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrope as fr
-from fastrope import joint
+from fastrope import joint, series
 from fastrope.backends import triton
 from fastrope.tolerance import measure
 
@@ -117,6 +117,17 @@ def test_streams_equal_the_steps_one_by_one(kind, pairing, dtype, monkeypatch):
     modulations = every_modulation(g, length, length, DIM, kind) if kind else []
     plan = a_plan(pairing=pairing, modulations=modulations, key_mask=key_masks(g, "row", 2, length))
     check(streams(dtype), plan, monkeypatch)
+
+
+@pytest.mark.parametrize("serial", [True, False])
+def test_queries_with_scales_of_their_own_stay_streams_in_a_series(serial, monkeypatch):
+    monkeypatch.setattr(series, "LEAST_FILLED", 0.0 if serial else 1.0)
+    length, g, kinds = TEXT + IMAGE, generator(4), []
+    plan = a_plan(modulations=every_modulation(g, length, length, DIM, "distinct"))
+    run = triton.run
+    monkeypatch.setattr(triton, "run", lambda q, *rest: kinds.append(type(q).__name__) or run(q, *rest))
+    check(streams(torch.float16), plan, monkeypatch)
+    assert kinds == ["Streams" if serial else "Tensor"]
 
 
 @pytest.mark.parametrize(("dim", "pairing"), [(80, "interleaved"), (96, "half"), (128, "half")])

@@ -74,11 +74,12 @@ def test_many_values_are_continuous_but_for_those_that_fill_a_tile():
     assert (level == PLAIN).sum() == 3
 
 
-@given(st.lists(st.lists(st.integers(-1, 4), min_size=5, max_size=200), min_size=1, max_size=3))
-def test_slots_hold_every_query_once_and_tiles_one_level(rows):
+@given(st.lists(st.lists(st.integers(-1, 4), min_size=5, max_size=200), min_size=1, max_size=3), st.integers(0, 99))
+def test_slots_hold_every_query_once_and_tiles_one_level(rows, seed):
     length = min(len(r) for r in rows)
     level = torch.tensor([r[:length] for r in rows])
-    slots, slot_level, continuous = lowering.query_slots(level)
+    scale = torch.rand(level.shape, generator=torch.Generator().manual_seed(seed))
+    slots, slot_level, continuous = lowering.query_slots(level, scale)
     assert slots.shape[1] == slot_level.shape[1] * SLOT_TILE
     for b in range(len(rows)):
         assert sorted(s for s in slots[b].tolist() if s >= 0) == list(range(length))
@@ -86,6 +87,9 @@ def test_slots_hold_every_query_once_and_tiles_one_level(rows):
             assert all(level[b, s] == value for s in tile.tolist() if s >= 0)
     own = (slots >= 0) & (slot_level.repeat_interleave(SLOT_TILE, dim=1) == CONTINUOUS)
     assert not bool(own[:, continuous:].any())
+    for b in range(len(rows)):
+        ascending = scale[b, slots[b][own[b]].long()]
+        assert torch.equal(ascending, ascending.sort().values)
 
 
 @pytest.mark.parametrize("kind", ["grid", "ragged", "two references", "line", "scattered", "one axis"])

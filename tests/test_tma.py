@@ -31,7 +31,7 @@ from fastrope.backends import triton as backend
 
 pytest.importorskip("triton")
 from fastrope import kernels
-from fastrope.kernels import attention, config
+from fastrope.kernels import attention, config, descriptors
 
 pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="chooses Hopper's loops on CPU tensors")
 HALF = torch.float16
@@ -191,15 +191,14 @@ def test_descriptors_can_be_switched_off(launches, monkeypatch):
 def test_an_axis_of_length_one_has_a_legal_stride():
     """torch leaves any number there: slices of one batch row, or of one head."""
     x = torch.zeros(5, 7, 3, 16, dtype=HALF)
-    launch = kernels.select("attention_tma", "sm_90", HALF, 16)
     for part in (x[2:3], x[:, :, 1:2], x[:, 3:4], torch.zeros(1).half().expand(1, 1, 1, 16)[..., :16].clone()):
         odd = part.as_strided(part.shape, [s if n > 1 else 3 for n, s in zip(part.shape, part.stride(), strict=True)])
         odd = odd.transpose(1, 2)
         assert kernels.describable(odd)
-        found = attention.descriptor(odd, launch)
+        found = descriptors.descriptor(odd, 64, 16)
         assert found.shape == list(odd.shape)
         assert all(2 * stride % 16 == 0 for stride in found.strides[:3])
-        assert found.block_shape == [1, 1, launch.block_n, launch.block_d]
+        assert found.block_shape == [1, 1, 64, 16]
 
 
 def test_one_binary_for_all_shapes(monkeypatch):
@@ -222,7 +221,7 @@ def test_one_binary_for_all_shapes(monkeypatch):
 
 
 def test_ships_for_hopper_and_16_bits():
-    for loop in config.TMA_LOOPS:
-        assert [arch for arch in config.ARCHS if kernels.ships(loop, arch, HALF)] == ["sm_90"]
-        with pytest.raises(ValueError, match="expected one of"):
+    for loop in (*config.TMA_LOOPS, "series_tma"):
+        assert [arch for arch in config.ARCHS if kernels.ships(loop, arch, HALF, 128)] == ["sm_90"]
+        with pytest.raises(ValueError, match="expected 16 bits"):
             kernels.select(loop, "sm_90", torch.float32, 64)

@@ -1,7 +1,7 @@
 """The fused kernels of ``fastrope.kernels``, driven by a plan.
 
-A call packs the keys once (rotated, per level), takes the means of BiasDelta groups, lets the patch kernel do queries
-with a scale of their own against the scaled keys, and runs the fused loop.
+A call packs the keys once (rotated, per level), takes the means of BiasDelta groups, lets the series or the patch
+kernel do queries with a scale of their own against the scaled keys, and runs the fused loop.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from ..planning import Plan, gain_products
+from ..series import DTYPES as SERIES_DTYPES
 from .merging import merge
 
 ROW_MEAN_BLOCK = 2**21  # elements of the float64 tables of one block of row means
@@ -61,9 +62,10 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`fastrope.backends.eager.run`; forward only. q and k may be :class:`fastrope.kernels.Streams` where the
-    plan rotates both (q: and no query has a scale of its own), v wherever. Extra memory: the packed keys, at most
-    ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked, and
-    float32 state of the queries with a scale of their own."""
+    plan rotates both (q: and :func:`patched` is false), v wherever. Extra memory: the packed keys, at most
+    ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked; for
+    queries with a scale of their own float32 state, and for a series the scaled keys once more and three copies of
+    these queries."""
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
@@ -91,7 +93,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
         # would copy first and fill the copy).
         values = torch.where(mask[:, None, :, None], values, values.new_zeros(()))
-    if spec.continuous and _far_apart(q):
+    if patched(q, plan) and _far_apart(q):
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     if not spec.modulated:
         if "query_cos" in t or _far_apart(q):
@@ -116,11 +118,12 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
             spec.scaled_keys,
             config("means"),
         )
+    scaled = _series_keys(k, keys, plan, config) if serial(q, plan) else None
     if len(spec.passes) == 1:
-        return _attend(q, keys, values, plan, means, spec.passes[0], scale, q.dtype)
+        return _attend(q, keys, values, scaled, plan, means, spec.passes[0], scale, q.dtype)
     result = None
     for bounds in spec.passes:
-        part = _attend(q, keys, values, plan, means, bounds, scale, torch.float32)
+        part = _attend(q, keys, values, scaled, plan, means, bounds, scale, torch.float32)
         result = part if result is None else merge(result, part)
     return result[0].to(q.dtype), result[1]
 
@@ -133,11 +136,12 @@ def _configs(q: torch.Tensor):
     return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
 
 
-def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: float, dtype: torch.dtype):
+def _attend(q, keys, values, scaled, plan: Plan, means, bounds: tuple[int, int], scale: float, dtype: torch.dtype):
     """Attention over the segments of one pass: ``(B, Sq, H, D)`` in ``dtype``, ``(B, H, Sq)``.
 
     Args:
         q: ``(B, Sq, H, D)``; keys ``(B, Hkv, R, D)`` packed; values ``(B, Hkv, Sk, D)``.
+        scaled: keys of the series, or None.
         means: of all groups, or None.
     """
     from .. import kernels
@@ -146,18 +150,58 @@ def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: 
     half, mask = spec.pairing == "half", t.get("key_mask")
     rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
     tables = _tables(keys, plan, means, bounds)
-    queries, bias = kernels.prepare_queries(q, rotation, half, tables, config("queries"))
-    state = None
-    if spec.continuous:
+    queries, bias, rest = kernels.prepare_queries(q, rotation, half, tables, scaled is not None, config("queries"))
+    state, whole = None, dtype == q.dtype
+    if scaled is not None:
+        series = {name: t[f"series_{name}"] for name in _SERIES_TABLES}
+        series |= {name: t[f"series_{name}_{SERIES_DTYPES[q.dtype]}"] for name in ("tiles", "middle")}
+        loop = _loop("series", q, keys, values) if whole else "series"
+        state = kernels.series_attention(
+            queries, rest, scaled, values, half, mask, tables, bias, series, spec.reach, q.shape[1], scale,
+            config(loop), config("terms"),
+        )  # fmt: skip
+    elif spec.continuous:
         patches = {name: t[f"patch_{name}"] for name in _PATCH_TABLES}
         state = kernels.patch_attention(
             q, keys, values, rotation, half, mask, tables, bias, patches, scale, config("patches")
         )
-    loop = _loop("attention_modulated", q, keys, values) if dtype == q.dtype else "attention_parts"
+    loop = _loop("attention_modulated", q, keys, values) if whole else "attention_parts"
     return kernels.fused_attention(
         queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
         config(loop, mask is not None),
     )  # fmt: skip
+
+
+def serial(q: torch.Tensor, plan: Plan) -> bool:
+    """Whether queries with a scale of their own go through the series: 16 bits, in tiles that the plan could fill."""
+    from .. import kernels
+
+    if (
+        f"series_tiles_{SERIES_DTYPES.get(q.dtype)}" not in plan.tensors
+        or os.environ.get("FASTROPE_SERIES", "1") == "0"
+    ):
+        return False
+    return kernels.ships("series", _arch(q.device), q.dtype, q.shape[3])
+
+
+def patched(q: torch.Tensor, plan: Plan) -> bool:
+    """Whether queries with a scale of their own go through patches, exact in any dtype."""
+    return plan.spec.continuous > 0 and not serial(q, plan)
+
+
+def _series_keys(k, keys: torch.Tensor, plan: Plan, config) -> torch.Tensor:
+    """The scaled keys with their channels in the order of the series, ``(B, 2 Hkv, n, channels)``: as they arrive, but
+    for pairs that no scale turns, so that a key is rounded once, after its turn."""
+    from .. import kernels
+
+    t = plan.tensors
+    rows, channels = t["series_rows"], t["series_channels"]
+    if "series_source" in t:
+        keys = kernels.pack_rows(
+            k, t["series_source"], t["series_cos"], t["series_sin"], plan.spec.pairing == "half", config("pack")
+        )
+        rows = torch.arange(keys.shape[2], device=keys.device)
+    return keys[:, :, rows[None, :, None], channels[:, None, :]].flatten(1, 2)
 
 
 def _loop(kernel: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str:
@@ -172,7 +216,9 @@ def _descriptors(q: torch.Tensor) -> bool:
     """Whether loops with tensor descriptors ship for tensors like ``q``, and are not switched off."""
     from .. import kernels
 
-    return os.environ.get("FASTROPE_TMA", "1") != "0" and kernels.ships("attention_tma", _arch(q.device), q.dtype)
+    return os.environ.get("FASTROPE_TMA", "1") != "0" and kernels.ships(
+        "attention_tma", _arch(q.device), q.dtype, q.shape[3]
+    )
 
 
 def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> str:
@@ -180,7 +226,7 @@ def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) 
     from .. import kernels
 
     t, arch = plan.tensors, _arch(q.device)
-    if kernels.ships("attention_tma", arch, q.dtype) and not _descriptors(q):
+    if kernels.ships("attention_tma", arch, q.dtype, q.shape[3]) and not _descriptors(q):
         return "pointers (FASTROPE_TMA=0)"
     if not _descriptors(q):
         return f"pointers (no descriptors on {arch} in {str(q.dtype).removeprefix('torch.')})"
@@ -198,6 +244,22 @@ def explain_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) 
                 f"pointers ({name}: a descriptor wants adjacent channels, rows in steps of 16 bytes, nothing expanded)"
             )
     return "tensor descriptors"
+
+
+def explain_own(q: torch.Tensor, plan: Plan) -> str | None:
+    """What would compute queries with a scale of their own against the scaled keys; None where there are none."""
+    if not plan.spec.continuous:
+        return None
+    if serial(q, plan):
+        tiles = plan.tensors[f"series_tiles_{SERIES_DTYPES[q.dtype]}"]
+        return f"a series, in {tiles.shape[1] - 1} tiles of similar scales"
+    if q.dtype not in SERIES_DTYPES:
+        return f"patches, exact ({str(q.dtype).removeprefix('torch.')})"
+    if os.environ.get("FASTROPE_SERIES", "1") == "0":
+        return "patches, exact (FASTROPE_SERIES=0)"
+    if q.shape[3] > 128:
+        return "patches, exact (a series of more than 128 channels spills)"
+    return "patches, exact (scales too far apart to share a turn of the keys)"
 
 
 def _far_apart(x: torch.Tensor) -> bool:
@@ -225,6 +287,7 @@ def _tables(keys, plan: Plan, means, bounds: tuple[int, int]):
     )  # fmt: skip
 
 
+_SERIES_TABLES = ("columns", "factor", "origin", "share", "phase")
 _PATCH_TABLES = (
     "keys", "a", "b", "c", "columns_a", "columns_b", "columns_c", "phase", "factor",
 )  # fmt: skip

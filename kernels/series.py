@@ -1,0 +1,326 @@
+"""Attention of queries that each have a position scale of their own, against the scaled keys, by a series.
+
+Queries come sorted by scale, so those of a tile differ little from the middle one. The middle one's scale turns the
+keys, once for the whole tile; what is left for query i, the small angle ``x = (f_i - f) psi_j``, goes into a polynomial
+whose terms are a factor of the query times a factor of the key (pairs as complex numbers, reach R = max |psi_j|)::
+
+    <R(x) q, k>  =  sum over n of  < a_n i^n ((f_i - f) R)^n q , (psi_j / R)^n k >
+
+so that every term is one more product of the loop's own shape. ``psi_j`` is the key's angle from the middle of all
+scaled keys, ``-f`` the scale, less 1 where keys arrive rotated. The half of the pairs that reach furthest gets degree
+3, the others 1; the plan makes tiles so narrow that no pair is turned wrongly by more than half a rounding of the dtype
+(``fastrope/series.py``). In float32 the exact kernel of ``patches.py`` serves. The running softmax is left for the
+fused loop to resume.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    FIRST_OF_VIEW,
+    LEVEL_BASE,
+    LOWEST,
+    SCALED,
+    SEGMENT_FIELDS,
+    START,
+    STOP,
+    VIEW,
+    logit_map,
+    sincos,
+    sincos_of_product,
+    softmax_step,
+)  # fmt: skip
+from .config import LaunchConfig
+from .descriptors import descriptor, load_block
+from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
+
+FAR, NEAR = tl.constexpr(3), tl.constexpr(1)  # degrees
+TERMS = tl.constexpr(6)  # FAR + 1 of the pairs that reach furthest, then NEAR + 1 of the others
+QUARTER = tl.constexpr(0.6366197723675814)  # quarter turns in a radian
+
+
+@triton.jit
+def coefficients(x, DEGREE: tl.constexpr):
+    """``a_n`` of the polynomial nearest to ``exp(i t)`` over ``|t| <= x``, up to order x^4: Chebyshev's, whose error is
+    ``x^4 / 192`` at degree 3 and ``x^2 / 4`` at degree 1. The sign of ``i^2`` is in them."""
+    z = x * x
+    if DEGREE == 3:
+        a0, a1, a2, a3 = 1.0 - z * z / 192, 1.0 - z * z / 384, z / 24 - 0.5, z / 96 - 0.16666667
+    else:
+        a0, a1, a2, a3 = 1.0 - z / 4, 1.0 - z / 8, z, z
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def side_by_side(x, y, dtype: tl.constexpr):
+    """Members [rows, C] of pairs as adjacent channels, [rows, 2 C]."""
+    return tl.reshape(tl.join(x.to(dtype), y.to(dtype)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M: tl.constexpr):
+    """Slots of a part of a tile, [BLOCK_M], and which of them there are."""
+    tiles = TILES + b * tiles_batch_stride + tile
+    offs_m = tl.load(tiles) + part * BLOCK_M + tl.arange(0, BLOCK_M)
+    return offs_m, offs_m < tl.load(tiles + 1)
+
+
+TERMS_COUNTS = (
+    "num_tiles", "num_segments", "num_queries", "num_views", "continuous", "heads", "tiles_batch_stride",
+    "middle_batch_stride", "slots_batch_stride", "factor_batch_stride", "origin_batch_stride", "half",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=TERMS_COUNTS)
+def terms_kernel(
+    Q, REST, OUT, SEGMENTS, TILES, MIDDLE, SLOTS, FACTOR, ORIGIN, SHARE, COLUMNS,
+    stride_qb, stride_qh, stride_qv, stride_qs, stride_qd,
+    num_tiles, num_segments, num_queries, num_views, continuous, heads, tiles_batch_stride, middle_batch_stride,
+    slots_batch_stride, factor_batch_stride, origin_batch_stride, half, reach,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, SLOT_TILE: tl.constexpr,
+):  # fmt: skip
+    """OUT[b, h, view, slot, n] = a_n i^n ((f_i - f) R)^n R(f_i origin) q, of the views of scaled segments."""
+    PAIRS: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = 2 * BLOCK_P
+    PARTS: tl.constexpr = SLOT_TILE // BLOCK_M
+    part = tl.program_id(0) % PARTS
+    tile = tl.program_id(0) // PARTS % num_tiles
+    bh = tl.program_id(0) // (PARTS * num_tiles)
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    offs_m, row_mask = slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M)
+    rows = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=row_mask, other=0)
+    factors = FACTOR + b * factor_batch_stride + rows
+    factor = tl.load(factors, mask=row_mask, other=0.0)
+    factor_low = tl.load(factors + num_queries, mask=row_mask, other=0.0)
+    middles = MIDDLE + b * middle_batch_stride + 2 * tile
+    delta = ((factor - tl.load(middles)) + factor_low) * reach
+    half_width = tl.load(middles + 1) * reach
+    d = delta[:, None]
+    dtype: tl.constexpr = OUT.dtype.element_ty
+    for s in range(num_segments):
+        row = SEGMENTS + s * SEGMENT_FIELDS
+        view = tl.load(row + VIEW).to(tl.int64)
+        wanted = (tl.load(row + SCALED) != 0) & (tl.load(row + FIRST_OF_VIEW) != 0)
+        mask = tl.where(wanted, row_mask, False)[:, None]
+        q_rows = Q + b * stride_qb + h * stride_qh + view * stride_qv + offs_m.to(tl.int64)[:, None] * stride_qs
+        slot = ((bh.to(tl.int64) * num_views + view) * continuous + offs_m)[:, None]
+        rest_rows = REST + slot * HEAD_DIM
+        out = OUT + slot * (TERMS * WIDTH) + tl.arange(0, WIDTH)[None, :]
+        for near in tl.static_range(2):
+            pair = tl.load(COLUMNS + near * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+            known = pair >= 0
+            first = tl.where(half != 0, pair, 2 * pair)
+            second = tl.where(half != 0, pair + PAIRS, 2 * pair + 1)
+            x = tl.load(q_rows + first * stride_qd, mask=mask & known, other=0.0).to(tl.float32)
+            y = tl.load(q_rows + second * stride_qd, mask=mask & known, other=0.0).to(tl.float32)
+            x += tl.load(rest_rows + first, mask=mask & known, other=0.0).to(tl.float32)
+            y += tl.load(rest_rows + second, mask=mask & known, other=0.0).to(tl.float32)
+            origin = ORIGIN + b * origin_batch_stride + pair
+            sin, cos = sincos_of_product(
+                factor[:, None], factor_low[:, None],
+                tl.load(origin, mask=known, other=0.0), tl.load(origin + PAIRS, mask=known, other=0.0),
+            )  # fmt: skip
+            x, y = x * cos - y * sin, y * cos + x * sin
+            a0, a1, a2, a3 = coefficients(
+                half_width * tl.load(SHARE + pair, mask=known, other=0.0), NEAR if near else FAR
+            )
+            term = out + near * (FAR + 1) * WIDTH
+            tl.store(term, side_by_side(x * a0, y * a0, dtype), mask=mask)
+            x, y = -y * d, x * d
+            tl.store(term + WIDTH, side_by_side(x * a1, y * a1, dtype), mask=mask)
+            if near == 0:  # the sign of i^2 is in the coefficients
+                x, y = y * d, -x * d
+                tl.store(term + 2 * WIDTH, side_by_side(x * a2, y * a2, dtype), mask=mask)
+                x, y = -y * d, x * d
+                tl.store(term + 3 * WIDTH, side_by_side(x * a3, y * a3, dtype), mask=mask)
+
+
+@triton.jit
+def load_term(Q, offs_m, row_mask, TERM: tl.constexpr, WIDTH: tl.constexpr):
+    """Query factors of one term, [M, WIDTH]."""
+    ptrs = Q + offs_m[:, None] * (TERMS * WIDTH) + (TERM * WIDTH + tl.arange(0, WIDTH))[None, :]
+    return tl.load(ptrs, mask=row_mask[:, None], other=0.0)
+
+
+@triton.jit
+def add_scores(qk, q0, q1, q2, q3, k, phase, turn, DEGREE: tl.constexpr):
+    """qk [M, N] plus the scores of some pairs: of the query factors and the keys k [N, 2 C], turned back by
+    turn * phase [N, C] and times powers of phase."""
+    dtype: tl.constexpr = k.dtype
+    x, y = tl.split(tl.reshape(k.to(tl.float32), (k.shape[0], phase.shape[1], 2)))
+    sin, cos = sincos(turn * phase)
+    x, y = x * cos + y * sin, y * cos - x * sin
+    qk = tl.dot(q0, tl.trans(side_by_side(x, y, dtype)), qk)
+    x, y = x * phase, y * phase
+    qk = tl.dot(q1, tl.trans(side_by_side(x, y, dtype)), qk)
+    if DEGREE == 3:
+        x, y = x * phase, y * phase
+        qk = tl.dot(q2, tl.trans(side_by_side(x, y, dtype)), qk)
+        x, y = x * phase, y * phase
+        qk = tl.dot(q3, tl.trans(side_by_side(x, y, dtype)), qk)
+    return qk
+
+
+SERIES_COUNTS = (
+    "num_tiles", "num_segments", "num_queries", "num_views", "num_slots", "num_keys", "num_scaled", "continuous",
+    "heads", "key_heads", "phase_rows", "tiles_batch_stride", "middle_batch_stride", "slots_batch_stride",
+    "groups_batch_stride", "gains_batch_stride", "mask_batch_stride",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SERIES_COUNTS)
+def series_kernel(
+    Q, K, V, PHASE, STATE, STATE_M, STATE_L, SEGMENTS, TILES, MIDDLE, SLOTS, BIAS, GROUPS, GAINS, KEY_MASK,
+    stride_vb, stride_vh, stride_vs, stride_vd,
+    num_tiles, num_segments, num_queries, num_views, num_slots, num_keys, num_scaled, continuous, heads, key_heads,
+    phase_rows, tiles_batch_stride, middle_batch_stride, slots_batch_stride, groups_batch_stride, gains_batch_stride,
+    mask_batch_stride, reach, log2_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, SLOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of continuous queries of one head against all scaled segments."""
+    WIDTH: tl.constexpr = 2 * BLOCK_P
+    PARTS: tl.constexpr = SLOT_TILE // BLOCK_M
+    part = tl.program_id(0) % PARTS
+    tile = tl.program_id(0) // PARTS % num_tiles
+    bh = tl.program_id(0) // (PARTS * num_tiles)
+    b = (bh // heads).to(tl.int64)
+    kv_head = bh % heads // (heads // key_heads)
+    offs_m, row_mask = slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M)
+    rows = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=row_mask, other=0)
+    turn = tl.load(MIDDLE + b * middle_batch_stride + 2 * tile) * reach * QUARTER
+    # The pairs that reach furthest and the others lie apart, like heads of their own.
+    far, near, phase_row = 2 * kv_head, 2 * kv_head + 1, tl.where(phase_rows > 1, b, 0)
+    if TMA:
+        k_far, k_near, phase_far, phase_near, v_head = K, K, PHASE, PHASE, V
+    else:
+        k_far = K + (b * 2 * key_heads + far) * num_scaled * WIDTH
+        k_near = k_far + num_scaled.to(tl.int64) * WIDTH
+        phase_far = PHASE + 2 * phase_row * num_scaled * BLOCK_P
+        phase_near = phase_far + num_scaled.to(tl.int64) * BLOCK_P
+        v_head = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    b32, phase_row = b.to(tl.int32), phase_row.to(tl.int32)
+    mask_base = KEY_MASK
+    if HAS_MASK:
+        mask_base = KEY_MASK + b * mask_batch_stride
+    offs_n = tl.arange(0, BLOCK_N)
+    m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for s in range(num_segments):
+        row = SEGMENTS + s * SEGMENT_FIELDS
+        start = tl.load(row + START)
+        met = (tl.load(row + SCALED) != 0) & (tl.max(row_mask.to(tl.int32)) > 0)
+        stop = tl.where(met, tl.load(row + STOP), start)
+        shift = tl.load(row + LEVEL_BASE) - (num_keys - num_scaled) - start  # K holds scaled keys alone, in order
+        bias_rows = (bh.to(tl.int64) * num_segments + s) * num_slots + offs_m
+        row_scale, row_bias = logit_map(
+            row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
+            num_queries, log2_scale,
+        )  # fmt: skip
+        terms = Q + (bh.to(tl.int64) * num_views + tl.load(row + VIEW)) * continuous * (TERMS * WIDTH)
+        q0 = load_term(terms, offs_m, row_mask, 0, WIDTH)
+        q1 = load_term(terms, offs_m, row_mask, 1, WIDTH)
+        q2 = load_term(terms, offs_m, row_mask, 2, WIDTH)
+        q3 = load_term(terms, offs_m, row_mask, 3, WIDTH)
+        q4 = load_term(terms, offs_m, row_mask, 4, WIDTH)
+        q5 = load_term(terms, offs_m, row_mask, 5, WIDTH)
+        m_i -= row_bias  # a row's constant is a shift of its running maximum
+        for start_n in tl.range(start, stop, BLOCK_N, disable_licm=True):  # moved out of the loop, constants spill
+            at = start_n + shift
+            valid = offs_n < stop - start_n
+            if HAS_MASK:
+                valid = valid & (tl.load(mask_base + start_n + offs_n, mask=valid, other=0) != 0)
+            k = load_block(k_near, b32, near, at, offs_n, valid, WIDTH, 1, WIDTH, WIDTH, BLOCK_N, TMA)
+            phase = load_block(phase_near, phase_row, 1, at, offs_n, valid, BLOCK_P, 1, BLOCK_P, BLOCK_P, BLOCK_N, TMA)
+            qk = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            qk = add_scores(qk, q4, q5, q5, q5, k, phase, turn, NEAR)
+            k = load_block(k_far, b32, far, at, offs_n, valid, WIDTH, 1, WIDTH, WIDTH, BLOCK_N, TMA)
+            phase = load_block(phase_far, phase_row, 0, at, offs_n, valid, BLOCK_P, 1, BLOCK_P, BLOCK_P, BLOCK_N, TMA)
+            qk = add_scores(qk, q0, q1, q2, q3, k, phase, turn, FAR)
+            qk = tl.where(valid[None, :], qk * row_scale[:, None], -float("inf"))
+            p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
+            acc = acc * alpha[:, None]
+            # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
+            v = load_block(
+                v_head, b32, kv_head, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
+            )
+            acc = tl.dot(p.to(v.dtype), v, acc)
+        m_i += row_bias
+
+    state = bh.to(tl.int64) * continuous + offs_m
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(STATE_M + state, m_i, mask=row_mask)
+    tl.store(STATE_L + state, l_i, mask=row_mask)
+    tl.store(
+        STATE + state[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+    )
+
+
+def series_attention(
+    queries: torch.Tensor,
+    rest: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    half: bool,
+    key_mask: torch.Tensor | None,
+    tables: SegmentTables,
+    bias: torch.Tensor,
+    series: dict[str, torch.Tensor],
+    reach: float,
+    num_queries: int,
+    scale: float,
+    config: LaunchConfig,
+    terms_config: LaunchConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Online softmax of the continuous slots over the scaled segments, 16-bit inputs.
+
+    Args:
+        queries, rest: ``(B, H, views, N, D)`` and ``(B, H, views, C, D)`` of :func:`prepare_queries`.
+        k: ``(B, 2 Hkv, n, 2 P)`` contiguous: the scaled keys in key order as adjacent members of the P pairs that reach
+            furthest, then of the P others, as heads of their own; to be turned by ``-factor`` times their angle.
+        v: ``(B, Hkv, Sk, D)``; any strides, unless ``config.tma``.
+        half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
+        series: ``tiles (Bx, T + 1)`` int32, bounds of the tiles in slots; ``middle (Bx, T, 2)`` float32, the factor in
+            the middle of each and how far its others lie from it; ``columns (2 P,)`` int32, the pairs in the
+            order of k, or -1; ``phase (Bx, 2, n, P)`` float32, angles from the origin over ``reach``, 0 on pairs no
+            scale covers; ``share (D/2,)`` float32, the largest of each pair; ``origin (Bx, 2, D/2)`` quarter turns and
+            ``factor (Bx, 2, Sq)``, ``1 - r`` or where k is not rotated ``-r``: leading and trailing parts, see
+            :func:`sincos_of_product`.
+        reach: the largest angle of a scaled key from the origin, radians.
+
+    Returns:
+        as :func:`patch_attention`.
+    """
+    batch, heads, views, slots, dim = queries.shape
+    t, s, own, half_pairs = tables, series, tables.continuous, k.shape[3] // 2
+    tiles, segments, dtype, device = s["tiles"].shape[1] - 1, t.segments.shape[0], queries.dtype, queries.device
+    terms = torch.empty((batch, heads, views, own, TERMS.value * 2 * half_pairs), dtype=dtype, device=device)
+    terms_kernel[(tiles * (SLOT_TILE // terms_config.block_m) * batch * heads,)](
+        queries, rest, terms, t.segments, s["tiles"], s["middle"], t.slots, s["factor"], s["origin"], s["share"],
+        s["columns"], *queries.stride(), tiles, segments, num_queries, views, own, heads, batch_stride(s["tiles"]),
+        batch_stride(s["middle"]), batch_stride(t.slots), batch_stride(s["factor"]), batch_stride(s["origin"]),
+        int(half), reach,
+        HEAD_DIM=dim, BLOCK_M=terms_config.block_m, BLOCK_P=half_pairs, SLOT_TILE=SLOT_TILE,
+        num_warps=terms_config.num_warps, num_stages=terms_config.num_stages,
+    )  # fmt: skip
+    acc = torch.empty((batch, heads, own, dim), dtype=torch.float32, device=device)
+    m, l_sum = (torch.empty((batch, heads, own), dtype=torch.float32, device=device) for _ in range(2))
+    # Pointers of the right type stand in for tables whose loads are all masked off.
+    groups, gains, mask = (m if x is None else x for x in (t.groups, t.gains, key_mask))
+    keys, phase, values = k, s["phase"], v
+    if config.tma:
+        keys, values = descriptor(k, config.block_n, 2 * half_pairs), descriptor(v, config.block_n, config.block_d)
+        phase = descriptor(phase, config.block_n, half_pairs)
+    series_kernel[(tiles * (SLOT_TILE // config.block_m) * batch * heads,)](
+        terms, keys, values, phase, acc, m, l_sum, t.segments, s["tiles"], s["middle"], t.slots, bias, groups, gains,
+        mask, *v.stride(), tiles, segments, num_queries, views, slots, v.shape[2], k.shape[2], own, heads, v.shape[1],
+        s["phase"].shape[0], batch_stride(s["tiles"]), batch_stride(s["middle"]), batch_stride(t.slots),
+        batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), reach, scale * LOG2E,
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=half_pairs,
+        SLOT_TILE=SLOT_TILE, HAS_MASK=key_mask is not None, TMA=config.tma,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return acc, m, l_sum

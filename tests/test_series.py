@@ -1,0 +1,326 @@
+"""Queries with scales of their own, in 16 bits: tiles of similar scales, a turn of the keys, and a series."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import (
+    DEVICE,
+    LAYOUTS,
+    Call,
+    axial,
+    check,
+    compare,
+    disjoint_sets,
+    generator,
+    grid,
+    key_masks,
+    lay_out,
+    many_treatments,
+    scatter,
+    skip_unless_runnable,
+    tensors,
+    uniform,
+)  # fmt: skip
+
+import fastrope as fr
+from fastrope import series
+from fastrope.backends import triton as backend
+from fastrope.lowering import SLOT_TILE
+
+kernels = pytest.importorskip("fastrope.kernels")
+INTERPRETED = backend.interpreted()
+HALVES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
+dtypes = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d).removeprefix("torch."))
+TOKENS = 70 if INTERPRETED else 400
+
+
+@pytest.fixture(autouse=True)
+def _runnable():
+    skip_unless_runnable("triton")
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """Series for calls of few queries, too, whose tiles a plan would rather leave to patches."""
+    monkeypatch.setattr(series, "LEAST_FILLED", 0.0)
+
+
+def picture(dtype, dim=32, tokens=TOKENS, text=6, batch=1, heads=2, low=0.6, seed=0, applied=False, **options):
+    """``[text | target | reference]``; queries of the target loosened, each its own way."""
+    g = generator(seed)
+    reference = (tokens - text) // 2
+    positions = torch.cat([grid(tokens - reference, text), grid(reference, frame=1)])
+    q, k, v = tensors(g, batch=batch, queries=tokens, heads=heads, dim=dim, dtype=dtype, **options)
+    r = torch.ones(batch, tokens, device=DEVICE)
+    r[:, text : tokens - reference] = uniform(g, batch, tokens - reference - text, low=low)
+    where = slice(tokens - reference, None)
+    scale = fr.QueryScale(r if batch > 1 else r[0], keys=where, axes=(1, 2))
+    return g, Call(q, k, v, axial(positions, dim, applied=applied), modulations=[scale]), where
+
+
+def serially(call: Call) -> Call:
+    """The call, which must go through the series."""
+    assert backend.serial(call.q, call.planned())
+    return call
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), max_size=400), st.floats(0, 1))
+def test_tiles_partition_the_queries(values, width):
+    r = torch.tensor(sorted(values), dtype=torch.float64)
+    bounds = series.tile_bounds(r, width)
+    assert bounds[0] == 0
+    assert bounds[-1] == len(r)
+    for first, last in itertools.pairwise(bounds):
+        assert 0 < last - first <= SLOT_TILE
+        assert last == first + 1 or r[last - 1] - r[first] <= width
+        if last < len(r) and last - first < SLOT_TILE:  # as wide as may be
+            assert r[last] - r[first] > width
+
+
+def nearest(degree: int, x: float) -> float:
+    """The error of Chebyshev's polynomial for ``exp(i t)``, ``|t| <= x``: numpy's, not ours."""
+    t = np.linspace(-1, 1, 2001)
+    real, imaginary = (np.polynomial.chebyshev.chebinterpolate(lambda s, f=f: f(x * s), degree + 1)[: degree + 1]
+                       for f in (np.cos, np.sin))  # fmt: skip
+    value = np.polynomial.chebyshev.chebval(t, real) + 1j * np.polynomial.chebyshev.chebval(t, imaginary)
+    return float(abs(value - np.exp(1j * x * t)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("far", "near", "degree"), [(31.5, 0.1, 3), (31.5, 25.0, 1), (800.0, 1.0, 3), (2.0, 2.0, 1)])
+def test_tiles_are_as_wide_as_half_a_rounding_lets_them(dtype, far, near, degree):
+    width = series.tile_width(far, near, 0.0, dtype)
+    allowed = torch.finfo(dtype).eps / 4
+    assert nearest(3, far * width / 2) <= allowed
+    assert nearest(1, near * width / 2) <= allowed
+    assert nearest(degree, (far if degree == 3 else near) * width / 2) > 0.9 * allowed
+
+
+def test_angles_that_float32_cannot_hold_get_no_series():
+    assert series.tile_width(31.5, 1.0, 1.0, torch.float16) > 0
+    assert series.tile_width(1e3, 1.0, 1.0, torch.float16) == 0
+    assert series.tile_width(0.0, 0.0, 1.0, torch.float16) == float("inf")
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("pairs", [8, 9, 24, 33, 64])
+def test_channels_hold_every_pair_once_furthest_first(pairs, pairing):
+    g = generator(pairs)
+    angles = uniform(g, 2, 5, pairs, low=-3.0, high=3.0).double().cpu()
+    turned = torch.arange(pairs) % 3 > 0
+    slots = torch.arange(SLOT_TILE)[None].int()
+    factor = -torch.linspace(0.7, 0.701, SLOT_TILE, dtype=torch.float64)[None]
+    found, reach = series.tables(factor, slots, [SLOT_TILE], angles, turned, pairing)
+    columns, channels = found["series_columns"], found["series_channels"].flatten()
+    known = columns >= 0
+    assert sorted(columns[known].tolist()) == list(range(pairs))
+    first = 2 * columns if pairing == "interleaved" else columns
+    assert torch.equal(
+        channels.view(-1, 2)[known], torch.stack([first, first + (1 if pairing == "interleaved" else pairs)], 1)[known]
+    )
+    share = found["series_share"][columns[known]]
+    assert torch.equal(share, share.sort(descending=True).values)
+    assert share[0] == 1
+    phase = found["series_phase"].double().transpose(1, 2).flatten(2)  # (Bk, n, columns)
+    spread = torch.where(turned, angles, 0.0)[..., columns[known]]
+    assert torch.allclose(phase[..., known] * reach, spread - (spread.amax(1) + spread.amin(1))[:, None] / 2, atol=1e-5)
+    assert not phase[..., ~known].any()
+
+
+# ---- against the reference -------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [16, 34, 96, 128])
+def test_head_dims(dtype, dim, sparse):
+    check(serially(picture(dtype, dim=dim)[1]), "triton")
+
+
+@dtypes
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_pairings_of_applied_and_other_ropes(dtype, pairing, applied, sparse):
+    g, call, _ = picture(dtype)
+    rope = axial(torch.cat([grid(38, 6), grid(32, frame=1)]) if INTERPRETED else scatter(g, TOKENS), 32, pairing)
+    call = replace(call, rope=rope.as_applied() if applied else rope)
+    check(serially(call), "triton")
+
+
+@dtypes
+@pytest.mark.parametrize("axes", [None, (2,), (0, 1)])
+def test_axes(dtype, axes, sparse):
+    _, call, where = picture(dtype)
+    scale = call.modulations[0].scale
+    check(serially(replace(call, modulations=[fr.QueryScale(scale, keys=where, axes=axes)])), "triton")
+
+
+@dtypes
+def test_batch_of_scales_positions_and_grouped_heads(dtype, sparse):
+    g, call, where = picture(dtype, batch=2, heads=2, key_heads=1)
+    rope = axial(scatter(g, TOKENS, batch=2), 32)
+    out, lse = check(serially(replace(call, rope=rope)), "triton")
+    for b in range(2):
+        row = fr.QueryScale(call.modulations[0].scale[b], keys=where, axes=(1, 2))
+        one = Call(
+            *(x[b : b + 1] for x in (call.q, call.k, call.v)), fr.RoPE(rope.angles[b], rope.axis), modulations=[row]
+        )
+        compare(serially(one), out[b : b + 1], lse[b : b + 1], "row", twin=one)
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(dtype, layout, sparse):
+    _, call, _ = picture(dtype)
+    check(serially(replace(call, **{name: lay_out(getattr(call, name), layout) for name in "qkv"})), "triton")
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["random", "rows"])
+def test_key_masks_and_what_masked_keys_hold(dtype, kind, sparse):
+    g, call, _ = picture(dtype, batch=2)
+    mask = key_masks(g, "random", 2, TOKENS)
+    if kind == "rows":
+        mask[1] = False
+    clean = replace(call, key_mask=mask)
+    out, lse = check(serially(clean), "triton")
+    for name in "kv":
+        getattr(call, name)[~mask] = float("nan")
+    again = clean.run("triton")
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+
+
+@dtypes
+def test_beside_every_other_modulation(dtype, sparse):
+    """Weights, groups and gains that each cover a part of the scaled keys and a part of the others."""
+    g, call, where = picture(dtype, tokens=TOKENS + 3)
+    start, n = where.start, call.q.shape[1]
+    members = disjoint_sets(g, 2, n)
+    others = [
+        fr.BandWeight(uniform(g, 16, low=0.3, high=1.4), keys=slice(start - 5, start + 9)),
+        fr.BiasDelta(0.7, 1.3, keys=members[0]), fr.BiasDelta(1.2, 0.6, keys=members[1]),
+        fr.LogitGain(uniform(g, n, low=-0.5, high=1.4), keys=slice(start + 4, n - 3)),
+    ]  # fmt: skip
+    check(serially(replace(call, modulations=[*call.modulations, *others])), "triton")
+
+
+@dtypes
+def test_more_treatments_than_one_launch_holds(dtype, sparse):
+    g, call, _ = picture(dtype, dim=16, tokens=24, heads=1)
+    call = serially(replace(call, modulations=many_treatments(g, 24, 24, 16, "distinct")))
+    assert len(call.planned().spec.passes) > 1
+    check(call, "triton")
+
+
+@dtypes
+def test_scattered_keys_and_other_tokens(dtype, sparse):
+    """Keys that are sorted by treatment, of a rope of their own."""
+    g = generator(5)
+    q, k, v = tensors(g, batch=1, queries=TOKENS, keys=51, heads=2, dim=32, dtype=dtype)
+    scale = fr.QueryScale(uniform(g, TOKENS, low=0.5), keys=torch.randperm(51, generator=g)[:30])
+    call = Call(q, k, v, axial(grid(TOKENS), 32), axial(scatter(g, 51), 32), modulations=[scale])
+    assert "key_order" in call.planned().tensors
+    check(serially(call), "triton")
+
+
+@dtypes
+def test_levels_beside_scales_of_their_own(dtype, sparse):
+    g = generator(6)
+    q, k, v = tensors(g, batch=1, queries=210, heads=1, dim=16, dtype=dtype)
+    r = uniform(g, 210, low=0.5)
+    r[torch.randperm(210, generator=g)[:140]] = 0.75
+    call = Call(q, k, v, axial(grid(210), 16), modulations=[fr.QueryScale(r, keys=slice(150, None), axes=(1, 2))])
+    assert call.planned().spec.num_levels == 1
+    check(serially(call), "triton")
+
+
+@dtypes
+def test_the_origin_does_not_matter(dtype, sparse):
+    """Positions that start at -3000: angles from the middle of the keys are as small as before."""
+    g, call, _ = picture(dtype)
+    positions = scatter(g, TOKENS)
+    plain, shifted = (replace(call, rope=axial(x, 32)) for x in (positions, positions - 3000.0))
+    compare(plain, *serially(shifted).run("triton"), "shifted", twin=shifted)
+
+
+def test_r_of_almost_zero_is_attention_without_rope_on_these_keys(sparse):
+    """Scales of next to nothing, each its own, against the closed form."""
+    _, call, where = picture(torch.float16)
+    r = torch.where(call.modulations[0].scale == 1, 1.0, torch.arange(TOKENS, device=DEVICE) * 1e-7)
+    own, none = (replace(call, modulations=[fr.QueryScale(x, keys=where)]) for x in (r, torch.where(r == 1, 1.0, 0.0)))
+    compare(none, *serially(own).run("triton"), "zero", twin=own)
+
+
+@settings(max_examples=6 if INTERPRETED else 30)
+@given(st.integers(0, 999), st.sampled_from([(1, 1), (2, 1)]), st.floats(0.0, 0.99), st.integers(14, 60))
+def test_any_scales(seed, heads, low, tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(series, "LEAST_FILLED", 0.0)
+        _, call, _ = picture(
+            HALVES[0], dim=16, tokens=tokens + 14, low=low, seed=seed, heads=heads[0], key_heads=heads[1]
+        )
+        check(serially(call), "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="chooses Hopper's kernel on CPU tensors")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dim", [16, 40])
+def test_through_descriptors(dim, masked, sparse, monkeypatch):
+    chosen, select = [], kernels.select
+    monkeypatch.setattr(kernels, "select", lambda kernel, *where: chosen.append(kernel) or select(kernel, *where))
+    monkeypatch.setattr(backend, "_arch", lambda device: "sm_90")
+    g, call, _ = picture(torch.float16, dim=dim, batch=2)
+    call = replace(call, key_mask=key_masks(g, "random", 2, TOKENS) if masked else None)
+    with contextlib.ExitStack() as stack:
+        for kernel in ("series_tma", "attention_modulated_tma"):
+            stack.enter_context(kernels.override(kernel, block_m=32, block_n=16))
+        check(serially(call), "triton")
+    assert {"series_tma", "terms", "attention_modulated_tma"} <= set(chosen)
+
+
+# ---- where it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_what_goes_through_patches(monkeypatch):
+    """Float32, wide heads, scales too far apart, and a switch; explain says which."""
+    _, call, where = picture(torch.float16)
+
+    def own(call):
+        return fr.explain(call.q, call.k, call.v, **call.tokens(), backend="triton").own
+
+    assert "too far apart" in own(call)  # 32 queries
+    near = fr.QueryScale(torch.linspace(0.7, 0.71, TOKENS), keys=where)
+    full = replace(call, modulations=[near])
+    assert own(full) == "a series, in 1 tiles of similar scales"
+    assert "these through a series" in str(fr.explain(full.q, full.k, full.v, **full.tokens(), backend="triton"))
+    assert "patches, exact (float32)" in own(full.to(torch.float32))
+    wide = picture(torch.float16, dim=256)[1]
+    assert "128 channels" in own(replace(wide, modulations=[near]))
+    monkeypatch.setenv("FASTROPE_SERIES", "0")
+    assert "FASTROPE_SERIES=0" in own(full)
+    assert fr.explain(call.q, call.k, call.v, rope=call.rope, backend="triton").own is None
+
+
+def test_it_is_as_exact_as_patches(sparse, monkeypatch):
+    """Every query loosened against every key, mean errors of both: a series whose error shows would be the larger."""
+    g = generator(1)
+    n = 14 * 14
+    q, k, v = tensors(g, batch=1, queries=n, heads=1, dim=32, dtype=torch.float16)
+    call = Call(q, k, v, axial(grid(n), 32), modulations=[fr.QueryScale(uniform(g, n, low=0.6), keys=slice(0, n))])
+    exact = call.exact()[0]
+    errors = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("FASTROPE_SERIES", switch)
+        errors.append(float((call.run("triton")[0].double() - exact).abs().mean()))
+    assert errors[0] <= 1.02 * errors[1], errors
