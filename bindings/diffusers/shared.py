@@ -7,7 +7,6 @@ drops from its output, or it is run alone once per step and its keys and values 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,7 +20,9 @@ from fastrope.checks import require
 from fastrope.rope import rotate
 from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain, check_reference
 
+from .adapters import Adapters
 from .dispatch import Work
+from .fingerprints import Readings
 from .prefetch import Prefetch
 from .rows import Joined, Memo
 from .sequences import Call, JointSequence, device_of
@@ -146,22 +147,6 @@ class _Layer:
         return self._work.attend(q, k, v, applied, backend, self._kept.take(self._n), self._angles)
 
 
-class _Read:
-    """The values of a tensor that comes again and again: a run has one schedule and one guidance."""
-
-    def __init__(self):
-        self._known: tuple[Tensor, int, list[float]] | None = None
-
-    def values(self, x: Tensor) -> list[float]:
-        """All of ``x``, read once unless torch saw a write to it. Inference tensors, which it does not watch, are read
-        every time."""
-        if x.is_inference():
-            return x.flatten().tolist()
-        if self._known is None or self._known[0] is not x or self._known[1] != x._version:
-            self._known = x, x._version, x.flatten().tolist()
-        return self._known[2]
-
-
 class _Recorder:
     """Plain attention of a reference alone, whose keys and values are put into a snapshot."""
 
@@ -201,34 +186,6 @@ def share(
             found[n] = Statistics.of(x.flatten(0, 1)[None])
     k, v = (x[:, span].flatten(0, 1)[None] for x in (k, v))
     return SharedKeys(k, v, angles is not None, *found)
-
-
-class _Adapters:
-    """Which adapters (LoRAs) are at work in a model and how strongly, as something to compare: peft's layers say it.
-    Weights that are changed in place, by hand or by fusing, go unnoticed."""
-
-    def __init__(self):
-        self._configs: list = []
-        self._layers: list = []
-
-    def of(self, model: torch.nn.Module) -> Hashable:
-        """Layer by layer: names and strengths of what is active."""
-        configs = list((getattr(model, "peft_config", None) or {}).values())
-        if not configs:
-            return ()
-        if len(configs) != len(self._configs) or any(a is not b for a, b in zip(configs, self._configs, strict=True)):
-            from peft.tuners.tuners_utils import BaseTunerLayer
-
-            self._configs = configs
-            self._layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-        found = []
-        for layer in self._layers:
-            part = getattr(layer, layer.adapter_layer_names[0])
-            for adapter in () if layer.disable_adapters else layer.active_adapters:
-                if adapter in part:
-                    # By reference: an adapter that was loaded anew under the same name is another one.
-                    found.append((weakref.ref(part[adapter]), getattr(layer, "scaling", {}).get(adapter)))
-        return tuple(found)
 
 
 def combine(sharings: Sequence[Sharing]) -> tuple[Sharing, ...]:
@@ -283,7 +240,7 @@ class SharedAttention:
                                       f"{state.host.transformer}, whose row says nothing of it")  # fmt: skip
         self._recording: tuple[Snapshot, set[int]] | None = None
         self._dropped = 0
-        self._sigmas, self._guidance, self._memo, self._adapters = _Read(), _Read(), Memo(), _Adapters()
+        self._sigmas, self._guidance, self._memo, self._adapters = Readings(), Readings(), Memo(), Adapters()
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -330,11 +287,11 @@ class SharedAttention:
         scheduler = getattr(self._state.pipe, "scheduler", None)
         sigmas = getattr(scheduler, "sigmas", None)
         known = self._state.told is None and isinstance(sigmas, Tensor)
-        return self._sigmas.values(sigmas) if known else None
+        return self._sigmas.of(sigmas) if known else None
 
     def _strength(self, guidance) -> float | None:
         """The number that the transformer is given as guidance."""
-        return self._guidance.values(guidance)[0] if isinstance(guidance, Tensor) else guidance
+        return self._guidance.of(guidance)[0] if isinstance(guidance, Tensor) else guidance
 
     # ---- rows of one batch ------------------------------------------------------------------------------------------
 
