@@ -16,7 +16,9 @@ from diffusers_hosts import TEXT, TINY_HOSTS, assert_differ, assert_same, run
 from test_untwisting_pipelines import GENERATE, Path, to_float
 from test_untwisting_shared import CARRIED, DIALS, apply, call_of, source_of
 
-from fastrope.bindings.diffusers import Handle, fingerprints, prefetch, rows, shared
+from fastrope.bindings.diffusers import Handle, JointSequence, fingerprints, prefetch, rows
+from fastrope.bindings.diffusers.extended import target_work
+from fastrope.bindings.diffusers.layers import BatchedWork, ReferenceWork, SharedWork
 from fastrope.bindings.diffusers.prefetch import Prefetch
 from fastrope.sharing import SharedKeys, Sharing, Statistics
 
@@ -288,11 +290,9 @@ def test_statistics_know_the_pairing(applied):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, len(layout), 2, 16, generator=g).double() for _ in range(3))
     sharings = (Sharing(adain=0.6),)
-    sequence = shared.JointSequence(layout.positions("flux"), lambda: layout)
-    work = shared.SharedWork(
-        shared.SharedAttention._targets(sequence, rope, (), sharings, rope.angles[layout.target], None),
-        sharings, layout, rope, shared.Work(sequence, rope, ()), 1,
-    )  # fmt: skip
+    sequence = JointSequence(layout.positions("flux"), lambda: layout)
+    targets = target_work(sequence, rope, (), rope.angles[layout.target], None)
+    work = BatchedWork(SharedWork(targets, sharings, layout, rope), ReferenceWork(sequence, rope), 1)
     expected = work.attend(q, k, v, False)
     turned = [fr.rope.rotate(x, rope.angles, "half") for x in (q, k)] if applied else [q, k]
     assert_same(work.attend(*turned, v, applied), expected, 1e-12)
