@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Hashable
 
@@ -16,23 +17,27 @@ class Adapters:
 
     def __init__(self):
         self._configs: list = []
-        self._layers: list = []
+        self._layers: list[weakref.ref] = []  # weak, so that what is unloaded is freed
 
     def of(self, model: torch.nn.Module) -> Hashable:
         """Layer by layer, what is active and how strongly."""
         configs = list((getattr(model, "peft_config", None) or {}).values())
-        if not configs:
-            return ()
-        if len(configs) != len(self._configs) or any(a is not b for a, b in zip(configs, self._configs, strict=True)):
-            from peft.tuners.tuners_utils import BaseTunerLayer
-
-            self._configs = configs
-            self._layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
         found = []
-        for layer in self._layers:
+        for layer in self._layers_of(model, configs) if configs else ():
             part = getattr(layer, layer.adapter_layer_names[0])
             for adapter in () if layer.disable_adapters else layer.active_adapters:
                 if adapter in part:
                     # By reference: an adapter that was loaded anew under the same name is another one.
                     found.append((weakref.ref(part[adapter]), getattr(layer, "scaling", {}).get(adapter)))
         return tuple(found)
+
+    def _layers_of(self, model: torch.nn.Module, configs: list) -> list[torch.nn.Module]:
+        """All that peft put into the model, looked for again when adapters came or went."""
+        layers = [ref() for ref in self._layers]
+        same = len(configs) == len(self._configs) and all(map(operator.is_, configs, self._configs))
+        if not same or None in layers:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+            self._configs, self._layers = configs, list(map(weakref.ref, layers))
+        return layers

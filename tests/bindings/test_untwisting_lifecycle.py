@@ -136,6 +136,23 @@ def test_a_lora_that_comes_changes_and_goes():
     assert_differ(same_as_a_new_cache(bound(), 5), ink)  # another one of the same name
 
 
+def test_a_lora_that_is_unloaded_is_freed():
+    """Also while a handle is bound that kept something with it."""
+    peft = pytest.importorskip("peft")
+    model, call, source = small()
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+        bare = run(model, call)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        model.double()
+        assert_differ(run(model, call), bare)
+        held = [weakref.ref(x) for name, x in model.named_parameters() if "lora" in name]
+        model.unload_lora()
+        gc.collect()
+        assert len(held) == 16
+        assert not any(ref() is not None for ref in held)
+        assert torch.equal(run(model, call), bare)
+
+
 @CARRIED
 def test_guidance_is_the_targets_unless_the_reference_has_its_own(carried):
     """FLUX.2's model is told its guidance; what is kept for one number is not used for another."""
