@@ -21,9 +21,9 @@ class Adapters:
 
     def of(self, model: torch.nn.Module) -> Hashable:
         """Layer by layer, what is active and how strongly."""
-        configs = list((getattr(model, "peft_config", None) or {}).values())
+        known = getattr(model, "peft_config", None) or {}
         found = []
-        for layer in self._layers_of(model, configs) if configs else ():
+        for layer in self._layers_of(model, known) if known else ():
             part = getattr(layer, layer.adapter_layer_names[0])
             for adapter in () if layer.disable_adapters else layer.active_adapters:
                 if adapter in part:
@@ -31,9 +31,11 @@ class Adapters:
                     found.append((weakref.ref(part[adapter]), getattr(layer, "scaling", {}).get(adapter)))
         return tuple(found)
 
-    def _layers_of(self, model: torch.nn.Module, configs: list) -> list[torch.nn.Module]:
+    def _layers_of(self, model: torch.nn.Module, known: dict) -> list[torch.nn.Module]:
         """All that peft put into the model, looked for again when adapters came or went."""
         layers = [ref() for ref in self._layers]
+        # Unloading all takes the dict itself away: the same configuration may come again, in other layers.
+        configs = [known, *known.values()]
         same = len(configs) == len(self._configs) and all(map(operator.is_, configs, self._configs))
         if not same or None in layers:
             from peft.tuners.tuners_utils import BaseTunerLayer

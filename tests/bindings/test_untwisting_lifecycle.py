@@ -153,6 +153,25 @@ def test_a_lora_that_is_unloaded_is_freed():
         assert torch.equal(run(model, call), bare)
 
 
+def test_a_lora_that_takes_the_place_of_another():
+    """Of the very same configuration, with no run between; whoever holds the old layers does not revive them."""
+    peft = pytest.importorskip("peft")
+    model, call, source = small()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    model.add_adapter(config)
+    model.double()
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+        first, held = run(model, call), list(model.modules())
+        model.unload_lora()
+        model.add_adapter(config)
+        model.double()
+        found = run(model, call)
+    assert len(held) > 16
+    assert_differ(found, first)
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+        assert torch.equal(run(model, call), found)
+
+
 @CARRIED
 def test_guidance_is_the_targets_unless_the_reference_has_its_own(carried):
     """FLUX.2's model is told its guidance; what is kept for one number is not used for another."""
