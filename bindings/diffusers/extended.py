@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastrope as fr
+from fastrope.checks import require
 
 from .dispatch import Work
 from .sequences import JointSequence
@@ -41,9 +42,15 @@ def target_work(
 
 def over_sequence(m, length: int):
     """A modulation whose keys count over the host's sequence of ``length`` tokens, where further keys follow it: open
-    and negative bounds mean the sequence's own end."""
+    and negative bounds mean the sequence's own end.
+
+    Raises:
+        ValueError: a slice that begins or ends before the sequence does.
+    """
     keys = m.keys
     if isinstance(keys, slice):
+        inside = all(n is None or n >= -length for n in (keys.start, keys.stop))
+        require(inside, f"{type(m).__name__}.keys", f"a slice within {length} keys", keys)
         start, stop = (n if n is None or n >= 0 else n + length for n in (keys.start, keys.stop))
         stop = length if stop is None and (start or 0) < length else stop
         return m if (start, stop) == (keys.start, keys.stop) else replace(m, keys=slice(start, stop, keys.step))

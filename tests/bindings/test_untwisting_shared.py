@@ -292,6 +292,23 @@ def test_other_modulations_keep_to_the_targets_own_sequence(carried):
     assert_differ(found[3], found[0])
 
 
+@CARRIED
+def test_bounds_before_the_targets_sequence_are_refused(carried):
+    """As without a reference; its keys are not what they count back to."""
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 2), call_of(host, 5, 1)
+    for keys in (slice(None, -21), slice(-21, 5)):
+        modulation = fr.BiasDelta(1.2, 0.6, keys=keys)
+        expected = r"^BiasDelta\.keys: expected a slice within 20 keys"
+        with fr.apply(model, modulation), pytest.raises(ValueError, match=expected):
+            run(model, call)
+        with (
+            apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS), modulation),
+            pytest.raises(ValueError, match=expected),
+        ):
+            run(model, call)
+
+
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
