@@ -95,7 +95,7 @@ class _Batch:
             asked.modulations,
             lambda like: target_work(*self._mine, asked.modulations, shared, like),
         )
-        shared_work = SharedWork(targets, asked.sharings, self.tokens, self._mine[1])
+        shared_work = SharedWork(targets, asked.sharings, self.tokens)
         return self._as_the_host_masks(BatchedWork(shared_work, self._reference, self._count))
 
     def _plain(self) -> Work:

@@ -217,7 +217,7 @@ class CallState:
         for slot, site, (modulations, sharings) in zip(self.slots, sites, asked, strict=False):
             if sharings:
                 base = self._work(key, sequence, rope, self.digest(modulations), modulations)
-                slot.work = SharedWork(base, sharings, site.tokens, rope)
+                slot.work = SharedWork(base, sharings, site.tokens)
 
     @property
     def _applied(self) -> bool:

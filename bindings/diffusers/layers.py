@@ -29,16 +29,14 @@ class SharedWork:
         targets: the attention itself; its keys are the sequence and the shared tokens.
         sharings: what the methods ask for in this layer, see :func:`.asking.combine`.
         tokens: the layout of the sequence.
-        rope: of the sequence.
     """
 
-    def __init__(self, targets: Work, sharings: tuple[Sharing, ...], tokens: fr.TokenLayout, rope: fr.RoPE):
+    def __init__(self, targets: Work, sharings: tuple[Sharing, ...], tokens: fr.TokenLayout):
         self.masked = targets.masked
         self.shares = shares(sharings)
         self._targets = targets
         self._normalising = next((s for s in sharings if s.adain > 0), None)
         self._tokens = tokens
-        self._rotation = Rotation(rope.angles, rope.pairing)
 
     @property
     def plans(self) -> list[fr.Plan]:
@@ -71,14 +69,14 @@ class SharedWork:
         self, q: Tensor, k: Tensor, applied: bool, shared: SharedKeys | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries, and the parts of the keys, after AdaIN of the target's image tokens."""
-        span, found = self._tokens.target, []
+        span, rotation, found = self._tokens.target, self._targets.rotation, []
         for x, statistics in ((q, shared and shared.queries), (k, shared and shared.keys)):
             if not self.needs_statistics:
                 own = self._tokens.reference(self._normalising.reference)
-                statistics = Statistics.of(self._rotation.undo(x[:, own], own) if applied else x[:, own])
-            inner = self._rotation.undo(x[:, span], span) if applied else x[:, span]
+                statistics = Statistics.of(rotation.undo(x[:, own], own) if applied else x[:, own])
+            inner = rotation.undo(x[:, span], span) if applied else x[:, span]
             inner = adain(inner, statistics, self._normalising.adain)
-            inner = self._rotation.do(inner, span) if applied else inner
+            inner = rotation.do(inner, span) if applied else inner
             found.append([x[:, : span.start], inner, x[:, span.stop :]])
         return torch.cat(found[0], dim=1), found[1]
 
@@ -89,7 +87,6 @@ class ReferenceWork(Work):
     def __init__(self, sequence: JointSequence, rope: fr.RoPE):
         super().__init__(sequence, rope, ())
         self._span = sequence.layout().target
-        self._rotation = Rotation(rope.angles, rope.pairing)
 
     def share(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, statistics: bool) -> SharedKeys:
         """The image tokens of all rows as one run of keys.
@@ -104,7 +101,7 @@ class ReferenceWork(Work):
 
     def _statistics(self, x: Tensor, applied: bool) -> Statistics:
         inner = x[:, self._span]
-        inner = self._rotation.undo(inner, self._span) if applied else inner
+        inner = self.rotation.undo(inner, self._span) if applied else inner
         return Statistics.of(inner.flatten(0, 1)[None])
 
 

@@ -137,6 +137,6 @@ class SharedAttention:
             works = state.alike(
                 (key, shape), modulations, lambda like: target_work(sequence, rope, modulations, shared, like)
             )
-            return SharedWork(works, asked.sharings, tokens, rope)
+            return SharedWork(works, asked.sharings, tokens)
 
         return state.remember((key, shape, state.digest(modulations), asked.sharings), make)

@@ -328,7 +328,7 @@ def test_statistics_know_the_pairing(applied):
     sharings = (Sharing(adain=0.6),)
     sequence = JointSequence(layout.positions("flux"), lambda: layout)
     targets = target_work(sequence, rope, (), rope.angles[layout.target], None)
-    work = BatchedWork(SharedWork(targets, sharings, layout, rope), ReferenceWork(sequence, rope), 1)
+    work = BatchedWork(SharedWork(targets, sharings, layout), ReferenceWork(sequence, rope), 1)
     expected = work.attend(q, k, v, False)
     turned = [fr.rope.rotate(x, rope.angles, "half") for x in (q, k)] if applied else [q, k]
     assert_same(work.attend(*turned, v, applied), expected, 1e-12)
