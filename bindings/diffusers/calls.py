@@ -7,24 +7,43 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 import fastrope as fr
-from fastrope.activity import sharings_of
 from fastrope.modulations import MODULATIONS, Modulation
 
+from .asking import Asked
 from .dispatch import Slot, Work, structure_of
 from .fingerprints import Fingerprints
 from .hosts import Host
 from .inspection import Inspector
+from .layers import SharedWork
 from .sequences import Call, JointSequence, device_of
-from .shared import SharedAttention, SharedWork, combine
 from .steps import find_step
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
 KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps
 KNOWN_SEQUENCES = 8
+
+
+class Identified(NamedTuple):
+    """The sequence of a call, its rotation, and what identifies both."""
+
+    key: Hashable
+    sequence: JointSequence
+    rope: fr.RoPE
+
+
+class Filler(Protocol):
+    """What fills the slots in place of :class:`CallState` where a handle has a shared reference."""
+
+    def reset(self) -> None:
+        """Forget the forward before."""
+
+    def fill(self, module, call: Call) -> dict[str, object] | None:
+        """Fill the slots for one forward; arguments to call it with instead, if others."""
 
 
 class CallState:
@@ -54,7 +73,7 @@ class CallState:
         self.axes_dim = host.axes_dim(model)
         self.told: tuple[int, int] | None = None
         self.inspector: Inspector | None = None
-        self.shared: SharedAttention | None = None
+        self.shared: Filler | None = None
         self.installed: tuple[tuple[torch.nn.Module, object], ...] = ()
         self._kinds = tuple(kinds)
         self._known_kinds = tuple(dict.fromkeys(kinds))
@@ -100,10 +119,11 @@ class CallState:
         key, sequence, rope = self.sequence_of(module, call)
         device = device_of(call.get(self.host.hidden))
         sites = self._sites(call, sequence)
-        layers = [self.ask(site) for site in sites] if sites else [list(self.methods)] * len(self.slots)
+        asked = [Asked.of(self.methods, site) for site in sites] if sites else [Asked(self.methods)] * len(self.slots)
+        layers = [each.modulations for each in asked]
         for slot, work in zip(self.slots, self._works_for(key, sequence, rope, layers, device), strict=True):
             slot.work = work
-        self._normalise(key, sequence, rope, sites, layers)
+        self._normalise(key, sequence, rope, sites, asked)
         if self.inspector is not None:
             plain = self._work(key, sequence, rope, (), ())
             for slot, site in zip(self.slots, sites, strict=True):
@@ -119,10 +139,6 @@ class CallState:
         """One site per layer."""
         where = step, num_steps, self.axes_dim, self.host.spatial_axes, len(self.slots)
         return [fr.Site(tokens, layer, *where, kind, self._known_kinds) for layer, kind in enumerate(self._kinds)]
-
-    def ask(self, site: fr.Site) -> list[Modulation]:
-        """All modulations at a site."""
-        return ask(self.methods, site)
 
     def step(self, call: Call) -> tuple[int, int]:
         """The step a call belongs to, and how many there are."""
@@ -144,11 +160,11 @@ class CallState:
 
     # ---- sequences --------------------------------------------------------------------------------------------------
 
-    def sequence_of(self, module, call: Call) -> tuple[Hashable, JointSequence, fr.RoPE]:
-        """The sequence of a call, its rotation, and what identifies both."""
+    def sequence_of(self, module, call: Call) -> Identified:
+        """What a call is over."""
         identified = self.host.identify(module, call)
         key = self._fingerprints.key((*identified, self.host.theta(module)))
-        return key, *self._sequence(module, key, identified, device_of(call.get(self.host.hidden)))
+        return Identified(key, *self._sequence(module, key, identified, device_of(call.get(self.host.hidden))))
 
     def digest(self, parts) -> Hashable:
         """The content of tensors, modulations and values as something to compare."""
@@ -180,9 +196,9 @@ class CallState:
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
-    def _works_for(self, key, sequence, rope, layers: list[list[Modulation]], device) -> list[Work | None]:
+    def _works_for(self, key, sequence, rope, layers: list[tuple[Modulation, ...]], device) -> list[Work | None]:
         """The work of every layer; None where nothing is modulated."""
-        distinct: list[list[Modulation]] = []
+        distinct: list[tuple[Modulation, ...]] = []
         index = []
         for modulations in layers:
             if not distinct or not _same(distinct[-1], modulations):
@@ -191,17 +207,17 @@ class CallState:
         contents = [self._fingerprints.key(modulations) for modulations in distinct]
         works = []
         for modulations, content in zip(distinct, contents, strict=True):
-            work = self._work(key, sequence, rope, content, tuple(modulations)) if modulations else None
+            work = self._work(key, sequence, rope, content, modulations) if modulations else None
             works.append(work if work is not None and work.modulates(self._applied, device) else None)
         self.forget()
         return [works[n] for n in index]
 
-    def _normalise(self, key, sequence, rope, sites: list[fr.Site], layers: list[list[Modulation]]) -> None:
+    def _normalise(self, key, sequence, rope, sites: list[fr.Site], asked: list[Asked]) -> None:
         """Where a method wants the statistics of a reference in the sequence itself."""
-        for slot, site, modulations in zip(self.slots, sites, layers, strict=False):
-            if found := combine(sharings_of(self.methods, site)):
-                base = self._work(key, sequence, rope, self.digest(modulations), tuple(modulations))
-                slot.work = SharedWork(base, found, site.tokens, rope)
+        for slot, site, (modulations, sharings) in zip(self.slots, sites, asked, strict=False):
+            if sharings:
+                base = self._work(key, sequence, rope, self.digest(modulations), modulations)
+                slot.work = SharedWork(base, sharings, site.tokens)
 
     @property
     def _applied(self) -> bool:
@@ -240,25 +256,5 @@ class CallState:
         return sum(held.values())
 
 
-def _same(a: list, b: list) -> bool:
+def _same(a: tuple, b: tuple) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def ask(methods: Sequence, site: fr.Site) -> list[Modulation]:
-    """All modulations at a site.
-
-    Raises:
-        ValueError: a method that returns something else than a list of modulations.
-    """
-    found = []
-    for method in methods:
-        if isinstance(method, MODULATIONS):
-            found.append(method)
-            continue
-        answer = method.modulations(site)
-        if not (isinstance(answer, (list, tuple)) and all(isinstance(m, MODULATIONS) for m in answer)):
-            raise ValueError(
-                f"{type(method).__name__}.modulations: expected a list of modulations, received {answer!r}"
-            )
-        found.extend(answer)
-    return found

@@ -19,6 +19,7 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.joint import fuses
 
+from .rotation import Rotation
 from .sequences import JointSequence
 
 _SLOTS: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
@@ -51,6 +52,7 @@ class Work:
             _check_groups(modulations, sequence.bonus)
         self._rope = rope
         self.key_rope = key_rope
+        self.rotation = Rotation(rope.angles, rope.pairing) if like is None else like.rotation
         self._modulations = modulations
         self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
         self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]

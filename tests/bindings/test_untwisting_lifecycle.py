@@ -16,7 +16,9 @@ from diffusers_hosts import TEXT, TINY_HOSTS, assert_differ, assert_same, run
 from test_untwisting_pipelines import GENERATE, Path, to_float
 from test_untwisting_shared import CARRIED, DIALS, apply, call_of, source_of
 
-from fastrope.bindings.diffusers import Handle, fingerprints, prefetch, rows, shared
+from fastrope.bindings.diffusers import Handle, JointSequence, fingerprints, prefetch, rows
+from fastrope.bindings.diffusers.extended import target_work
+from fastrope.bindings.diffusers.layers import BatchedWork, ReferenceWork, SharedWork
 from fastrope.bindings.diffusers.prefetch import Prefetch
 from fastrope.sharing import SharedKeys, Sharing, Statistics
 
@@ -132,6 +134,42 @@ def test_a_lora_that_comes_changes_and_goes():
     model.double()
     model.set_adapters(["ink"], weights=[1.0])
     assert_differ(same_as_a_new_cache(bound(), 5), ink)  # another one of the same name
+
+
+def test_a_lora_that_is_unloaded_is_freed():
+    """Also while a handle is bound that kept something with it."""
+    peft = pytest.importorskip("peft")
+    model, call, source = small()
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+        bare = run(model, call)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        model.double()
+        assert_differ(run(model, call), bare)
+        held = [weakref.ref(x) for name, x in model.named_parameters() if "lora" in name]
+        model.unload_lora()
+        gc.collect()
+        assert len(held) == 16
+        assert not any(ref() is not None for ref in held)
+        assert torch.equal(run(model, call), bare)
+
+
+def test_a_lora_that_takes_the_place_of_another():
+    """Of the very same configuration, with no run between; whoever holds the old layers does not revive them."""
+    peft = pytest.importorskip("peft")
+    model, call, source = small()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    model.add_adapter(config)
+    model.double()
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+        first, held = run(model, call), list(model.modules())
+        model.unload_lora()
+        model.add_adapter(config)
+        model.double()
+        found = run(model, call)
+    assert len(held) > 16
+    assert_differ(found, first)
+    with fr.apply(model, fr.UntwistingRoPE(**DIALS), reference=fr.ReferenceCache(source)):
+        assert torch.equal(run(model, call), found)
 
 
 @CARRIED
@@ -288,11 +326,9 @@ def test_statistics_know_the_pairing(applied):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, len(layout), 2, 16, generator=g).double() for _ in range(3))
     sharings = (Sharing(adain=0.6),)
-    sequence = shared.JointSequence(layout.positions("flux"), lambda: layout)
-    work = shared.SharedWork(
-        shared.SharedAttention._targets(sequence, rope, (), sharings, rope.angles[layout.target], None),
-        sharings, layout, rope, shared.Work(sequence, rope, ()), 1,
-    )  # fmt: skip
+    sequence = JointSequence(layout.positions("flux"), lambda: layout)
+    targets = target_work(sequence, rope, (), rope.angles[layout.target], None)
+    work = BatchedWork(SharedWork(targets, sharings, layout), ReferenceWork(sequence, rope), 1)
     expected = work.attend(q, k, v, False)
     turned = [fr.rope.rotate(x, rope.angles, "half") for x in (q, k)] if applied else [q, k]
     assert_same(work.attend(*turned, v, applied), expected, 1e-12)

@@ -11,6 +11,8 @@ pytest.importorskip("diffusers")
 from diffusers_hosts import TARGET, TEXT, TINY_HOSTS, assert_differ, assert_same, run
 from shared_formulas import Row, band, sharing, watching
 
+from fastrope.bindings.diffusers.rotation import Rotation
+
 NAMES = ("flux", "chroma", "longcat", "ovis", "flux2", "qwen", "z-image")
 ALL = pytest.mark.parametrize("host", [TINY_HOSTS[name] for name in NAMES], ids=NAMES)
 CARRIED = pytest.mark.parametrize("carried", ["batched", "kept"])
@@ -155,6 +157,31 @@ def test_kept_equals_batched_and_is_made_once(host):
     assert cache.nbytes == 8 * count * (2 * tokens * width + 4 * width)
 
 
+@pytest.mark.parametrize("reference", ["batched", "kept", "native"])
+def test_angles_are_moved_once(reference, monkeypatch):
+    """To a device, if layers see rotated keys: not by every layer, nor in every step."""
+    host, moving, real = TINY_HOSTS["flux"], [], Rotation._of
+
+    def see(self, span, device):
+        moving.append(self)
+        return real(self, span, device)
+
+    monkeypatch.setattr(Rotation, "_of", see)
+    model = host.build().double()
+    if reference == "native":
+        method, given = fr.UntwistingRoPE(**DIALS, reference=0), None
+        call = host.call(fr.TokenLayout(5, TARGET, [TARGET]), batch=2)
+    else:
+        method, call, given = fr.UntwistingRoPE(**DIALS), call_of(host, 5, 2), source_of(host, call_of(host, 5, 1))
+        given = given if reference == "batched" else fr.ReferenceCache(given)
+    with fr.apply(model, method, reference=given, rotation="host") as handle:
+        for step in range(STEPS):
+            handle.set_step(step, STEPS)
+            run(model, call)
+    assert len(moving) > STEPS * len(host.attentions(model))
+    assert len(set(map(id, moving))) == (1 if reference == "native" else 2)  # those of the target, of the reference
+
+
 def test_kept_for_more_layers_when_more_are_asked_for():
     host = TINY_HOSTS["flux"]
     model, call, reference = host.build().double(), call_of(host, 5, 1), call_of(host, 5, 1)
@@ -290,6 +317,23 @@ def test_other_modulations_keep_to_the_targets_own_sequence(carried):
     assert_same(found[1], found[0], 1e-12)
     assert_same(found[2], found[0], 1e-12)
     assert_differ(found[3], found[0])
+
+
+@CARRIED
+def test_bounds_before_the_targets_sequence_are_refused(carried):
+    """As without a reference; its keys are not what they count back to."""
+    host = TINY_HOSTS["flux"]
+    model, call, reference = host.build().double(), call_of(host, 5, 2), call_of(host, 5, 1)
+    for keys in (slice(None, -21), slice(-21, 5)):
+        modulation = fr.BiasDelta(1.2, 0.6, keys=keys)
+        expected = r"^BiasDelta\.keys: expected a slice within 20 keys"
+        with fr.apply(model, modulation), pytest.raises(ValueError, match=expected):
+            run(model, call)
+        with (
+            apply(model, carried, source_of(host, reference), fr.UntwistingRoPE(**DIALS), modulation),
+            pytest.raises(ValueError, match=expected),
+        ):
+            run(model, call)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""The target's sequence with the reference's image tokens behind it: layout, angles, masks and spans of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import fastrope as fr
+from fastrope.checks import require
+
+from .dispatch import Work
+from .sequences import JointSequence
+
+
+def with_shared(tokens: fr.TokenLayout, grids: Sequence[tuple[int, int]]) -> fr.TokenLayout:
+    """The same layout with shared references."""
+    return fr.TokenLayout(
+        tokens.text_tokens, tokens.target_grid, tokens.reference_grids, tokens.order, tokens.padding, grids
+    )
+
+
+def target_work(
+    sequence: JointSequence, rope: fr.RoPE, modulations: Sequence, shared: Tensor | None, like: Work | None
+) -> Work:
+    """The target's attention over its sequence and, where a layer shares, the reference.
+
+    Args:
+        sequence, rope: of the target's rows.
+        modulations: over the sequence's keys, or the shared ones behind them.
+        shared: angles ``(tokens, D/2)`` of the shared keys; None where none are shared.
+        like: work over the same tokens, see :class:`.dispatch.Work`.
+    """
+    if shared is None:
+        return Work(sequence, rope, tuple(modulations), like=like)
+    key_rope = _key_rope(rope, shared) if like is None else like.key_rope
+    modulations = tuple(over_sequence(m, rope.tokens) for m in modulations)
+    return Work(_followed_by(sequence, len(shared)), rope, modulations, key_rope, like)
+
+
+def over_sequence(m, length: int):
+    """A modulation whose keys count over the host's sequence of ``length`` tokens, where further keys follow it: open
+    and negative bounds mean the sequence's own end.
+
+    Raises:
+        ValueError: a slice that begins or ends before the sequence does.
+    """
+    keys = m.keys
+    if isinstance(keys, slice):
+        inside = all(n is None or n >= -length for n in (keys.start, keys.stop))
+        require(inside, f"{type(m).__name__}.keys", f"a slice within {length} keys", keys)
+        start, stop = (n if n is None or n >= 0 else n + length for n in (keys.start, keys.stop))
+        stop = length if stop is None and (start or 0) < length else stop
+        return m if (start, stop) == (keys.start, keys.stop) else replace(m, keys=slice(start, stop, keys.step))
+    if keys.dtype == torch.bool and len(keys) == length:
+        return replace(m, keys=keys.nonzero().flatten())
+    return m
+
+
+def _key_rope(rope: fr.RoPE, shared: Tensor) -> fr.RoPE:
+    shared = shared.to(rope.angles)
+    shared = shared if rope.angles.ndim == 2 else shared.expand(len(rope.angles), -1, -1)
+    return fr.RoPE(torch.cat([rope.angles, shared], dim=-2), rope.axis, rope.pairing)
+
+
+def _followed_by(sequence: JointSequence, tokens: int) -> JointSequence:
+    """Masks over further keys, that every query sees and to which the host adds nothing."""
+    mask, bonus = sequence.key_mask, sequence.bonus
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=1)
+    if bonus is not None:
+        bonus = torch.cat([bonus, bonus.new_zeros(len(bonus), tokens)], dim=1)
+    return replace(sequence, key_mask=mask, bonus=bonus)
