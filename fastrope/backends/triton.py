@@ -64,18 +64,21 @@ def run(
     plan rotates both (q: and no query has a scale of its own), v wherever. Extra memory: the packed keys, at most
     ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked, and
     float32 state of the queries with a scale of their own."""
-    # Triton launches on the current device, which need not be the tensors'.
-    guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with launching_on(q.device):
         out, lse = _run(q, k, v, plan, scale)
     return out, lse if return_lse else None
+
+
+def launching_on(device: torch.device):
+    """A context for launches: triton's go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     from .. import kernels
 
     t, spec = plan.tensors, plan.spec
-    half, mask, config = spec.pairing == "half", t.get("key_mask"), _configs(q)
+    half, mask, config = spec.pairing == "half", t.get("key_mask"), configs(q)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
     elif _far_apart(k):
@@ -125,7 +128,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
     return result[0].to(q.dtype), result[1]
 
 
-def _configs(q: torch.Tensor):
+def configs(q: torch.Tensor):
     """Launch configurations for tensors like ``q``, by kernel."""
     from .. import kernels
 
@@ -142,7 +145,7 @@ def _attend(q, keys, values, plan: Plan, means, bounds: tuple[int, int], scale: 
     """
     from .. import kernels
 
-    t, spec, config = plan.tensors, plan.spec, _configs(q)
+    t, spec, config = plan.tensors, plan.spec, configs(q)
     half, mask = spec.pairing == "half", t.get("key_mask")
     rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
     tables = _tables(keys, plan, means, bounds)
