@@ -163,7 +163,8 @@ class Plan:
         return replace(self, tensors=tensors, resolved=replace(self.resolved, groups=groups))
 
     def with_weight(self, weight: torch.Tensor) -> Plan:
-        """This plan with other values in its only BandWeight; everything else is shared.
+        """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
+        that has them in it.
 
         Args:
             weight: ``(D/2,)`` floating point, finite. A neutral one stays: the result is then that of none up to
