@@ -32,7 +32,7 @@ from test_ops import Watch
 
 import fastrope as fr
 from fastrope import ops
-from fastrope.backends import folded, sdpa
+from fastrope.backends import folded
 from fastrope.rope import rotate
 
 DTYPES = (torch.float32, torch.float16)
@@ -204,8 +204,9 @@ def test_buffers_may_start_as_nan(dtype, monkeypatch):
 
 def test_weights_are_rounded_once_with_the_rotation(monkeypatch):
     call = a_call(torch.float16, modulations=lambda g: [weight(g)])
-    seen, fused = [], sdpa.fused
-    monkeypatch.setattr(sdpa, "fused", lambda q, k, *rest: seen.append(k) or fused(q, k, *rest))
+    seen, attend = [], folded.F.scaled_dot_product_attention
+    monkeypatch.setattr(folded.F, "scaled_dot_product_attention", lambda q, k, v, scale: seen.append(k) or attend(
+        q, k, v, scale=scale))  # fmt: skip
     run(call)
     w = call.modulations[0].weight.repeat_interleave(2)
     exact = (w * rotate(call.k.double(), call.rope.angles, call.rope.pairing)).transpose(1, 2)

@@ -9,9 +9,10 @@ join, normalise, rotate and weigh; keys of groups take two more, one for the mea
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..planning import Plan
-from . import sdpa, triton
+from . import triton
 
 
 def folds(plan: Plan) -> bool:
@@ -38,8 +39,13 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: fl
         if plan.spec.num_groups:
             _move_groups(keys, plan)
     queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
-    out = sdpa.fused(queries, keys, values, None, scale)[..., : q.shape[3]]
+    out = F.scaled_dot_product_attention(*map(_in_eights, (queries, keys, values)), scale=scale)[..., : q.shape[3]]
     return out.unflatten(2, (heads // key_heads, -1)).flatten(1, 2).transpose(1, 2)
+
+
+def _in_eights(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with as many channels as CUDA's kernels want."""
+    return F.pad(x, (0, -x.shape[3] % 8)) if x.shape[3] % 8 else x
 
 
 def prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> str:
@@ -60,8 +66,8 @@ def _rows(plan: Plan) -> dict[str, tuple]:
 
 
 def _needs_pass(name: str, x, plan: Plan, rows: dict[str, tuple]) -> bool:
-    """Whether rows change, or lie where torch's kernels cannot read them: what a descriptor cannot describe would go to
-    the kernel that materialises the logits."""
+    """Whether rows change, or lie where not all of torch's kernels read them: what a descriptor cannot describe may go
+    to the one that materialises the logits."""
     from .. import kernels
 
     source, cos, _ = rows[name]

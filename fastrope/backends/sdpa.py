@@ -143,7 +143,7 @@ def _attend_pass(q, keys, v, plan: Plan, segments, mask, scale: float, return_ls
     keys, values = keys.transpose(1, 2), v.transpose(1, 2)
     alive = None if mask is None else mask.any(dim=1)
     bias = None if mask is None else (mask | ~alive[:, None])[:, None, None, :]
-    out = fused(queries, keys, values, bias, scale)[..., :dim]
+    out = _fused(queries, keys, values, bias, scale)[..., :dim]
     if alive is not None:
         out = out.masked_fill(~alive[:, None, None, None], 0)
     lse = _log_sum_exp(queries, keys, bias, scale, alive) if return_lse else None
@@ -221,22 +221,17 @@ def _rotate(x, angles, scaled: bool, plan: Plan, rows: _Rows, applied: bool) -> 
     return rotate(x, angles * (factor - 1 if applied else factor), plan.spec.pairing)
 
 
-def fused(q, k, v, mask, scale: float) -> torch.Tensor:
-    """SDPA over ``(B, H, S, D)``, in blocks of queries where torch has no kernel that avoids the logits. The result may
-    have more channels than v."""
+def _fused(q, k, v, mask, scale: float) -> torch.Tensor:
+    """SDPA over ``(B, H, S, D)``, in blocks of queries where torch has no kernel that avoids the logits."""
     if q.device.type == "cpu":  # its flash kernel wants equal head dims
-        v, whole = _padded(v, q.shape[-1]), True
+        v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        fused = True
     else:  # CUDA's kernels want head dims in eights
-        q, k, v = (_padded(x, -(-x.shape[-1] // 8) * 8) for x in (q, k, v))
-        whole = q.device.type == "cuda" and q.dtype != torch.float64
-    blocks = [q] if whole else q.split(BLOCK_ROWS, dim=2)
+        fused = q.device.type == "cuda" and q.dtype != torch.float64
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))
+    blocks = [q] if fused else q.split(BLOCK_ROWS, dim=2)
     outs = [F.scaled_dot_product_attention(block, k, v, attn_mask=mask, scale=scale) for block in blocks]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-
-def _padded(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """``x`` with that many channels; as it is where it has them, since ``F.pad`` would copy it."""
-    return x if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1]))
+    return torch.cat(outs, dim=2)
 
 
 def _log_sum_exp(q, k, mask, scale: float, alive) -> torch.Tensor:
