@@ -35,6 +35,9 @@ from fastrope import ops
 from fastrope.backends import folded
 from fastrope.rope import rotate
 
+pytest.importorskip("triton")
+from fastrope import kernels
+
 DTYPES = (torch.float32, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -269,6 +272,24 @@ def test_other_numbers_in_the_groups_of_a_plan(dtype):
     found = run(call, call.planned().with_groups([second]))
     assert torch.equal(found, run(grouped(second)))
     assert not torch.equal(found, run(call))
+
+
+def test_kernels_launch_on_the_device_of_the_tensors(monkeypatch):
+    """Three packs and the means, all inside."""
+    entered = []
+
+    @contextlib.contextmanager
+    def launching_on(device):
+        entered.append(device)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(folded.triton, "launching_on", launching_on)
+    for name in ("pack_rows", "group_means"):
+        launch = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *call, launch=launch: entered.append("ran") or launch(*call))
+    run(a_call(modulations=MODULATIONS["scattered"]))
+    assert entered == [torch.device("cpu"), *["ran"] * 4, "left"]
 
 
 def test_what_folds():
