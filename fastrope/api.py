@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 
 from . import debug, ops
-from .backends import eager, sdpa, triton
+from .backends import eager, folded, sdpa, triton
 from .checks import require, require_tensor
 from .modulations import Modulation
 from .planning import Plan, cached_plan
@@ -78,7 +78,7 @@ def attention(
 def run_plan(q, k, v, plan: Plan, scale: float, return_lse: bool, backend: str, check: bool | None):
     """Choose a backend for a checked call and run it."""
     check_plan(q, k, plan)
-    choice = choose(q, k, v, plan, backend)
+    choice = choose(q, k, v, plan, backend, return_lse)
     if choice.warning:
         _warn_once(choice.warning)
     if debug.enabled(check):
@@ -86,10 +86,10 @@ def run_plan(q, k, v, plan: Plan, scale: float, return_lse: bool, backend: str, 
     with no_autocast(q.device):
         if choice.backend == "eager":
             out, lse = eager.run(q, k, v, plan, scale, return_lse)
-        elif choice.backend == "sdpa":
+        elif not choice.kernels:
             out, lse = sdpa.run(q, k, v, plan, scale, return_lse)
         else:
-            out, lse = ops.apply_plan(q, k, v, plan, scale, return_lse, "triton")
+            out, lse = ops.apply_plan(q, k, v, plan, scale, return_lse, choice.backend)
     out = out.contiguous()
     if debug.enabled(check):
         debug.check_output(q, k, v, plan, scale, out, choice.backend)
@@ -161,15 +161,22 @@ def _plan_for(q, k, rope, key_rope, modulations, key_mask, plan) -> Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs a call, why, and why each of the others does not."""
+    """The backend that runs a call, why, and why each of the others does not; ``folded``: ``sdpa`` in the form of
+    :mod:`fastrope.backends.folded`."""
 
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
     warning: str | None = None
+    folded: bool = False
+
+    @property
+    def kernels(self) -> bool:
+        """Whether ours prepare the call, forward only."""
+        return self.backend == "triton" or self.folded
 
 
-def choose(q, k, v, plan: Plan, backend: str) -> Choice:
+def choose(q, k, v, plan: Plan, backend: str, return_lse: bool = False) -> Choice:
     """Pick the backend. An explicit one runs or raises; ``auto`` never changes the mathematics."""
     grad = torch.is_grad_enabled() and any(differentiated(x) for x in (q, k, v))
     obstacle = triton.unsupported(q)
@@ -181,8 +188,9 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
             )
         if obstacle:
             raise NotImplementedError(f'backend="triton" cannot run this call: {obstacle}')
+    folds = not (grad or return_lse) and folded.takes(q, plan)
     if backend != "auto":
-        return Choice(backend, "asked for")
+        return Choice(backend, "asked for", folded=folds and backend == "sdpa")
     never_eager = ("eager", "materialises the logits; runs only when asked for")
     if obstacle:
         unexpected = q.device.type == "cuda" and q.dtype != torch.float64
@@ -194,9 +202,10 @@ def choose(q, k, v, plan: Plan, backend: str) -> Choice:
     if q.device.type != "cuda":
         why = "interpreted, for tests: it runs when asked for"
         return Choice("sdpa", "compiled code on this device", (("triton", why), never_eager))
-    rule = rule_for(plan, q.dtype)
+    rule = rule_for(plan, q.dtype, return_lse)
     other = "sdpa" if rule.backend == "triton" else "triton"
-    return Choice(rule.backend, f"{rule.reason} ({rule.basis})", ((other, rule.against), never_eager))
+    rejected = (other, rule.against), never_eager
+    return Choice(rule.backend, f"{rule.reason} ({rule.basis})", rejected, folded=folds and rule.backend == "sdpa")
 
 
 def differentiated(x: torch.Tensor) -> bool:
@@ -216,6 +225,9 @@ class Explanation:
         dropped: neutral modulations.
         plan_bytes: memory of the plan's tables.
         passes: launches over the keys, merged by their log-sum-exps.
+        loop: how the fused loop reads keys and values; None where another one runs.
+        own: how the fused kernels meet queries with a scale of their own, exactly or by a series; None without any.
+        prologue: what our kernels prepare for torch's attention, such as ``"q, k"``; None where nothing.
     """
 
     backend: str
@@ -228,8 +240,9 @@ class Explanation:
     dropped: int
     plan_bytes: int
     passes: int = 1
-    loop: str | None = None  # how the fused loop reads keys and values
-    own: str | None = None  # what the fused kernels do with queries that have a scale of their own
+    loop: str | None = None
+    own: str | None = None
+    prologue: str | None = None
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -247,6 +260,8 @@ class Explanation:
             lines.append(f"  these through {self.own}")
         if self.loop:
             lines.append(f"keys and values: through {self.loop}")
+        if self.prologue:
+            lines.append(f"prologue: kernels over {self.prologue}")
         if self.passes > 1:
             lines.append(f"passes: {self.passes}, merged (more treatments than one launch holds)")
         if self.dropped:
@@ -282,7 +297,7 @@ def explain(
     check_tensors(q, k, v, scale_of(q, scale), backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan)
-    choice = choose(q, k, v, plan, backend)
+    choice = choose(q, k, v, plan, backend, return_lse)
     mods = plan.resolved
     kept = (mods.scale is not None) + len(mods.weights) + len(mods.groups) + len(mods.gains)
     return Explanation(
@@ -294,6 +309,7 @@ def explain(
         passes={"eager": 1, "sdpa": len(sdpa.passes(plan)), "triton": max(len(plan.spec.passes), 1)}[choice.backend],
         loop=triton.explain_loop(q, k, v, plan) if choice.backend == "triton" else None,
         own=triton.explain_own(q, plan) if choice.backend == "triton" else None,
+        prologue=folded.prepared(q, k, v, plan) or None if choice.folded else None,
     )  # fmt: skip
 
 

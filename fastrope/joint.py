@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import debug as debugging
 from .api import attention, check_plan, check_tensors, choose, differentiated, no_autocast, scale_of
-from .backends import sdpa, triton
+from .backends import folded, sdpa, triton
 from .checks import require, require_tensor
 from .ops import plan_from
 from .planning import Plan
@@ -93,7 +93,8 @@ def joint_attention(
 
 
 def fuses(streams: Sequence[Stream], plan: Plan, backend: str) -> bool:
-    """Whether the fused prologue takes this call; while tracing, whether it takes it if triton turns out to run it.
+    """Whether the fused prologue takes this call; while tracing, whether it takes it if our kernels turn out to prepare
+    it.
 
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
@@ -106,7 +107,7 @@ def fuses(streams: Sequence[Stream], plan: Plan, backend: str) -> bool:
         return backend != "eager" and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     if debugging.enabled(None) or (torch.is_grad_enabled() and any(differentiated(x) for x in tensors)):
         return False
-    return choose(*streams[0][:3], plan, backend).backend == "triton"
+    return choose(*streams[0][:3], plan, backend).kernels
 
 
 @torch.library.custom_op("fastrope::joint_attention", mutates_args=())
@@ -128,12 +129,15 @@ def streamed_attention(
     norms = [Norm(*each) for each in zip(weights, eps, strict=True)]
     streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
     with torch.no_grad(), no_autocast(v[0].device):
-        if choose(q[0], k[0], v[0], plan, backend).backend == "triton":
-            patched = triton.patched(q[0], plan)
-            queries = _cat([s.norm_q(s.q) for s in streams]) if patched else _streamed(q, norms[: len(q)])
-            values = _streamed(v) if len(v) > 1 else v[0]
-            return triton.run(queries, _streamed(k, norms[len(q) :]), values, plan, scale)[0].contiguous()
-        return sdpa.run(*join(streams), plan, scale)[0].contiguous()
+        choice = choose(q[0], k[0], v[0], plan, backend)
+        if not choice.kernels:
+            return sdpa.run(*join(streams), plan, scale)[0].contiguous()
+        patched = triton.patched(q[0], plan)
+        queries = _cat([s.norm_q(s.q) for s in streams]) if patched else _streamed(q, norms[: len(q)])
+        keys, values = _streamed(k, norms[len(q) :]), _streamed(v) if len(v) > 1 else v[0]
+        if choice.folded:
+            return folded.run(queries, keys, values, plan, scale).contiguous()
+        return triton.run(queries, keys, values, plan, scale)[0].contiguous()
 
 
 @streamed_attention.register_fake

@@ -66,8 +66,11 @@ def planned_attention(
     api.check_tensors(q, k, v, scale, backend)
     api.check_plan(q, k, prepared)
     with torch.no_grad(), api.no_autocast(q.device):
-        if api.choose(q, k, v, prepared, backend).backend == "triton":
+        choice = api.choose(q, k, v, prepared, backend, return_lse)
+        if choice.backend == "triton":
             return _outputs(q, *api.triton.run(q, k, v, prepared, scale, return_lse))
+        if choice.folded:
+            return _outputs(q, api.folded.run(q, k, v, prepared, scale), None)
         return _outputs(q, *api.sdpa.run(q, k, v, prepared, scale, return_lse))
 
 

@@ -90,6 +90,22 @@ def gain_products(gains: torch.Tensor, sets, segments) -> torch.Tensor | None:
     return torch.stack([gains[:, list(members)].prod(dim=1) for members in used], dim=1).float() if used else None
 
 
+def weighted_rotation(tensors: dict[str, torch.Tensor], segments: Sequence[Segment]) -> dict[str, torch.Tensor]:
+    """``weighted_cos, weighted_sin (Bx, Sk, P)`` float32: the rotation of the keys at r = 1 with their band weights in
+    it, so that both are rounded once. Keys of a group keep theirs for after the mean."""
+    weights = tensors["kernel_weights"]
+    if "key_cos" in tensors:
+        cos, sin = tensors["key_cos"].clone(), tensors["key_sin"].clone()
+    else:  # rotated already
+        cos = weights.new_ones(1, segments[-1].stop, weights.shape[1])
+        sin = torch.zeros_like(cos)
+    for s in segments:
+        if s.weight >= 0 and s.group < 0:
+            cos[:, s.start : s.stop] *= weights[s.weight]
+            sin[:, s.start : s.stop] *= weights[s.weight]
+    return {"weighted_cos": cos, "weighted_sin": sin}
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A lowered call. Build it with :func:`fastrope.plan`; treat it as opaque.
@@ -149,7 +165,8 @@ class Plan:
         return replace(self, tensors=tensors, resolved=replace(self.resolved, groups=groups))
 
     def with_weight(self, weight: torch.Tensor) -> Plan:
-        """This plan with other values in its only BandWeight; everything else is shared.
+        """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
+        that has them in it.
 
         Args:
             weight: ``(D/2,)`` floating point, finite. A neutral one stays: the result is then that of none up to
@@ -167,6 +184,8 @@ class Plan:
         with torch.inference_mode(False):
             w = weight.detach().to(held[0].w, copy=True)
             tensors = {**self.tensors, "weights": w[None], "kernel_weights": w[None].float()}
+            if "weighted_cos" in tensors:
+                tensors |= weighted_rotation(tensors, self.spec.segments)
         return replace(self, tensors=tensors, resolved=replace(self.resolved, weights=(Weight(w, held[0].keys),)))
 
 

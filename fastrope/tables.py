@@ -12,7 +12,7 @@ import torch
 from . import lowering, series
 from .checks import require
 from .lowering import Segment
-from .planning import PlanSpec, gain_products
+from .planning import PlanSpec, gain_products, weighted_rotation
 from .resolve import Group, Resolved
 from .rope import RoPE
 
@@ -56,6 +56,8 @@ def lower(
             fields["scaled_keys"] = int(resolved.scale.keys.sum())
         if rope is not None:
             _rotation_tables(tensors, rope, key_rope, resolved, levels, segments)
+        if resolved.weights and resolved.scale is None and not fields["gain_sets"] and key_mask is None:
+            tensors.update(weighted_rotation(tensors, segments))  # read where all else folds into the keys, too
         if order is not None and "key_source" not in tensors:
             tensors["key_source"] = order.int()
         patch_bounds = [(0, 0)] * len(segments)

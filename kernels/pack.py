@@ -27,7 +27,7 @@ from .streams import Streams, stream_arguments
 from .tables import SLOT_TILE, SegmentTables, batch_stride
 
 PACK_COUNTS = (
-    "heads", "num_rows", "table_batch_stride", "half", "split",
+    "heads", "num_rows", "table_batch_stride", "half", "split", "head_rows", "token_rows",
 )  # fmt: skip
 
 
@@ -36,12 +36,12 @@ def pack_kernel(
     X, X2, W, W2, OUT, SOURCE, COS, SIN,
     stride_xb, stride_xs, stride_xh, stride_xd,
     stride_yb, stride_ys, stride_yh, stride_yd,
-    heads, num_rows, table_batch_stride, half, split, eps, eps2,
+    heads, num_rows, table_batch_stride, half, split, head_rows, token_rows, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr,
     STREAMS: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X joined of streams if STREAMS,
-    and normalised if it is rotated too."""
+    and normalised if it is rotated too. In OUT heads lie head_rows rows of HEAD_DIM apart and tokens token_rows."""
     blocks = tl.cdiv(num_rows, BLOCK_N)
     block = tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
@@ -68,7 +68,8 @@ def pack_kernel(
     else:
         x = load_rows(base, source, valid, stride_xs, stride_xd, HEAD_DIM, BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)  # x: [BLOCK_N, BLOCK_D]
-    out = OUT + (bh.to(tl.int64) * num_rows + offs_n.to(tl.int64))[:, None] * HEAD_DIM + offs_d[None, :]
+    row = b * heads * num_rows + h * head_rows + offs_n.to(tl.int64) * token_rows
+    out = OUT + row[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out, x.to(OUT.dtype.element_ty), mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
@@ -79,6 +80,7 @@ def pack_rows(
     sin: torch.Tensor | None,
     half: bool,
     config: LaunchConfig,
+    tokens_first: bool = False,
 ) -> torch.Tensor:
     """Gather and rotate tokens.
 
@@ -88,21 +90,24 @@ def pack_rows(
         source: ``(R,)`` int32, the token each packed row is made from; None keeps all ``R = S`` where they are.
         cos, sin: ``(1 or B, R, D/2)`` float32, rows contiguous, or None to gather only.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
+        tokens_first: lay rows out as ``(B, R, H, D)`` in memory.
 
     Returns:
-        ``(B, H, R, D)``, contiguous, dtype of ``x``; rotated in float32 and rounded once.
+        ``(B, H, R, D)``, contiguous but for ``tokens_first``, dtype of ``x``; rotated in float32 and rounded once.
     """
     batch, tokens, heads, dim = x.shape
     rows = tokens if source is None else source.shape[0]
-    out = torch.empty((batch, heads, rows, dim), dtype=x.dtype, device=x.device)
+    lead, head_rows, token_rows = ((rows, heads), 1, heads) if tokens_first else ((heads, rows), rows, 1)
+    out = torch.empty((batch, *lead, dim), dtype=x.dtype, device=x.device)
     pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
         OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
         SIN=out if sin is None else sin, heads=heads, num_rows=rows, table_batch_stride=batch_stride(cos),
-        half=int(half), **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
+        half=int(half), head_rows=head_rows, token_rows=token_rows, **stream_arguments(x),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
         GATHER=source is not None, ROTATE=cos is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out
+    return out.transpose(1, 2) if tokens_first else out
 
 
 QUERIES_COUNTS = (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope.backends import eager
+from fastrope.backends import eager, folded
 from fastrope.backends import triton as backend
 
 pytest.importorskip("triton")
@@ -200,7 +200,28 @@ def test_compilations_do_not_grow_with_lengths(recorders):
     launch_all((7, 64), batch=3, heads=5)
     counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
     assert counts == {"attention_kernel": 1, "pack_kernel": 2}  # keys are gathered, queries are not
+
+
+@interpreted
+def test_compilations_of_a_call_that_folds(recorders):
+    """Before torch's attention: one binary for queries and one for keys, whichever heads are grouped; one of the means
+    where there is a group."""
+
+    def launch(length, batch=1, heads=2, modulations=()):
+        q, x = torch.randn(batch, length, heads, 16), torch.randn(batch, length, 2, 16)
+        rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
+        folded.run(q, x, x, fr.plan(rope=rope, modulations=modulations), 0.25)
+        return {name: len(r.keys) for name, r in recorders.items() if r.keys}
+
+    for length in (1, 16, 113, 128, 239, 256, 1000, 1023, 1024):
+        counts = launch(length)
+    counts = launch(7, batch=3, heads=4)
+    assert counts == {"pack_kernel": 2}
     assert f"A first plain call compiles {sum(counts.values())} kernels, " in README
+    for length in (24, 113, 600):
+        tail = slice(length // 2, None)
+        counts = launch(length, modulations=[fr.BandWeight(torch.full((8,), 0.5), tail), fr.BiasDelta(1, 1.1, tail)])
+    assert counts == {"pack_kernel": 2, "means_kernel": 1}
 
 
 @interpreted

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrope as fr
 from fastrope import joint, series
-from fastrope.backends import triton
+from fastrope.backends import folded, triton
 from fastrope.tolerance import measure
 
 TEXT, IMAGE, DIM = 9, 25, 16
@@ -234,6 +234,29 @@ def test_offsets_beyond_32_bits():
         plan = a_plan(7, modulations=modulations)
         expected = fr.joint_attention(near, plan=plan, backend="triton")
         assert torch.equal(fr.joint_attention(far, plan=plan, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(TEXT, IMAGE), (TEXT + IMAGE,)], ids=["two", "one"])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_streams_fold_into_the_keys(lengths, modulated, dtype, monkeypatch):
+    """Before torch's attention, too, the kernels read them: normalised, joined, rotated and weighed in one pass."""
+    skip_unless_runnable("triton")
+    weight = fr.BandWeight(uniform(generator(5), DIM // 2, low=0.25, high=1.4), keys=slice(3, 20))
+    plan = a_plan(modulations=[weight, *group()] if modulated else [])
+    parts = streams(dtype, lengths, layouts=("fused",) * len(lengths), heads=(2, 2))
+    reference = fr.attention(*exact(parts), plan=plan, backend="eager")
+    low = fr.joint_attention(parts, plan=plan, backend="eager")
+    monkeypatch.setattr(folded, "takes", lambda q, plan: folded.folds(plan))
+    monkeypatch.setattr(joint, "join", None)
+    seen, run = [], folded.run
+    monkeypatch.setattr(folded, "run", lambda q, k, v, *rest: seen.append((q, k, v)) or run(q, k, v, *rest))
+    out = fr.joint_attention(parts, plan=plan, backend="sdpa")
+    ((q, k, v),) = seen
+    assert [len(getattr(x, "parts", ())) for x in (q, k, v)] == [len(lengths), len(lengths), 2 * (len(lengths) - 1)]
+    assert out.is_contiguous()
+    found = measure(out, reference, low)
+    assert found.passed, found
 
 
 def test_elsewhere_streams_are_joined_first(monkeypatch):

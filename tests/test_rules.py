@@ -15,6 +15,9 @@ LEVELS = fr.QueryScale(torch.where(torch.arange(12) < 6, 0.5, 1.0))
 # More distinct values than there are levels.
 CONTINUOUS = fr.QueryScale(torch.linspace(0.3, 0.9, 12))
 GRAG = fr.BiasDelta(1.0, 1.1, keys=slice(6, 12))
+BANDS = fr.BandWeight(torch.linspace(0.5, 1.2, 8), keys=slice(6, 12))
+GAIN = fr.LogitGain(torch.linspace(0.5, 1.5, 12), keys=slice(6, 12))
+MASK = torch.arange(12)[None] < 10
 
 
 @pytest.fixture
@@ -23,31 +26,44 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(api, "differentiated", lambda x: False)
     monkeypatch.setattr(api.triton, "unsupported", lambda q: None)
 
-    def choose(plan, dtype=torch.bfloat16, backend="auto"):
+    def choose(plan, dtype=torch.bfloat16, backend="auto", return_lse=False):
         x = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-        return api.choose(x, x, x, plan, backend)
+        return api.choose(x, x, x, plan, backend, return_lse)
 
     return choose
 
 
 @pytest.mark.parametrize(
-    ("arguments", "dtype", "expected"),
+    ("arguments", "dtype", "return_lse", "expected"),
     [
-        ({}, torch.bfloat16, "sdpa"),
-        ({"rope": ROPE.as_applied()}, torch.float16, "sdpa"),
-        ({"rope": ROPE}, torch.bfloat16, "triton"),
-        ({"rope": ROPE.as_applied(), "modulations": [GRAG]}, torch.bfloat16, "triton"),
-        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, "triton"),
-        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float32, "sdpa"),
-        ({"rope": ROPE, "modulations": [CONTINUOUS]}, torch.float32, "triton"),
+        ({}, torch.bfloat16, False, "folded"),
+        ({}, torch.bfloat16, True, "triton"),
+        ({"rope": ROPE.as_applied()}, torch.float16, False, "folded"),
+        ({"rope": ROPE}, torch.bfloat16, False, "folded"),
+        ({"rope": ROPE}, torch.bfloat16, True, "triton"),
+        ({"rope": ROPE}, torch.float32, False, "folded"),
+        ({"rope": ROPE}, torch.float32, True, "sdpa"),
+        ({"rope": ROPE.as_applied(), "modulations": [GRAG]}, torch.bfloat16, False, "folded"),
+        ({"rope": ROPE, "modulations": [BANDS, GRAG]}, torch.float16, False, "folded"),
+        ({"rope": ROPE, "modulations": [BANDS, GRAG]}, torch.float16, True, "triton"),
+        ({"rope": ROPE, "modulations": [BANDS, GRAG], "key_mask": MASK}, torch.float16, False, "triton"),
+        ({"rope": ROPE, "key_mask": MASK}, torch.bfloat16, False, "triton"),
+        ({"rope": ROPE.as_applied(), "key_mask": MASK}, torch.bfloat16, False, "sdpa"),
+        ({"rope": ROPE, "modulations": [BANDS, GAIN]}, torch.float16, False, "triton"),
+        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, False, "triton"),
+        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float32, False, "sdpa"),
+        ({"rope": ROPE, "modulations": [CONTINUOUS]}, torch.float32, False, "triton"),
     ],
 )
-def test_rules(on_gpu, arguments, dtype, expected):
+def test_rules(on_gpu, arguments, dtype, return_lse, expected):
+    """``folded``: sdpa, after a prologue of our kernels."""
     plan = fr.plan(**arguments)
-    found = on_gpu(plan, dtype)
+    found = on_gpu(plan, dtype, return_lse=return_lse)
+    assert found.folded == (expected == "folded")
+    expected = "sdpa" if found.folded else expected
     assert found.backend == expected
     assert found.warning is None
-    rule = rules.rule_for(plan, dtype)
+    rule = rules.rule_for(plan, dtype, return_lse)
     assert found.reason == f"{rule.reason} ({rule.basis})"
     assert dict(found.rejected).keys() == {"sdpa", "triton", "eager"} - {expected}
     assert dict(found.rejected)["triton" if expected == "sdpa" else "sdpa"] == rule.against
@@ -55,10 +71,20 @@ def test_rules(on_gpu, arguments, dtype, expected):
 
 def test_a_named_backend_runs_whatever_the_rules_say(on_gpu):
     assert on_gpu(fr.plan(), backend="triton").backend == "triton"
+    for plan, return_lse in ((fr.plan(rope=ROPE), False), (fr.plan(rope=ROPE), True), (fr.plan(key_mask=MASK), False)):
+        found = on_gpu(plan, backend="sdpa", return_lse=return_lse)
+        assert (found.backend, found.folded) == ("sdpa", plan.key_mask is None and not return_lse)
+
+
+def test_gradients_go_to_sdpa_as_it_is(on_gpu, monkeypatch):
+    monkeypatch.setattr(api, "differentiated", lambda x: True)
+    for backend in ("auto", "sdpa"):
+        found = on_gpu(fr.plan(rope=ROPE), backend=backend)
+        assert (found.backend, found.folded) == ("sdpa", False)
 
 
 def test_the_last_rule_takes_what_is_left():
-    assert rules.RULES[-1].applies(fr.plan(rope=ROPE), torch.bfloat16)
+    assert rules.RULES[-1].applies(fr.plan(rope=ROPE), torch.bfloat16, False)
     for rule in rules.RULES:
         assert rule.backend in ("sdpa", "triton")
         assert rule.basis == "predicted" or rule.basis.startswith("measured")

@@ -1,4 +1,5 @@
 """How a plan runs. Each backend is one function ``run(q, k, v, plan, scale, return_lse) -> (out, lse or None)``.
 
-``eager`` defines the result, ``sdpa`` runs anywhere and differentiates, ``triton`` is the fused kernel.
+``eager`` defines the result, ``sdpa`` runs anywhere and differentiates, ``triton`` is the fused kernel. ``folded`` is
+the form that ``sdpa`` takes forward on a GPU, for what leaves nothing but plain attention to a loop over keys.
 """

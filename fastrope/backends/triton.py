@@ -66,18 +66,21 @@ def run(
     ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked; for
     queries with a scale of their own float32 state, and for a series the scaled keys once more and three copies of
     these queries."""
-    # Triton launches on the current device, which need not be the tensors'.
-    guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with launching_on(q.device):
         out, lse = _run(q, k, v, plan, scale)
     return out, lse if return_lse else None
+
+
+def launching_on(device: torch.device):
+    """A context for launches: triton's go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     from .. import kernels
 
     t, spec = plan.tensors, plan.spec
-    half, mask, config = spec.pairing == "half", t.get("key_mask"), _configs(q)
+    half, mask, config = spec.pairing == "half", t.get("key_mask"), configs(q)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
     elif _far_apart(k):
@@ -128,7 +131,7 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
     return result[0].to(q.dtype), result[1]
 
 
-def _configs(q: torch.Tensor):
+def configs(q: torch.Tensor):
     """Launch configurations for tensors like ``q``, by kernel."""
     from .. import kernels
 
@@ -146,7 +149,7 @@ def _attend(q, keys, values, scaled, plan: Plan, means, bounds: tuple[int, int],
     """
     from .. import kernels
 
-    t, spec, config = plan.tensors, plan.spec, _configs(q)
+    t, spec, config = plan.tensors, plan.spec, configs(q)
     half, mask = spec.pairing == "half", t.get("key_mask")
     rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
     tables = _tables(keys, plan, means, bounds)

@@ -11,6 +11,7 @@ from numerics import (
     DEVICE,
     LAYOUTS,
     Call,
+    assert_close,
     axial,
     check,
     compare,
@@ -23,6 +24,8 @@ from numerics import (
 )
 
 import fastrope as fr
+from fastrope import api
+from fastrope.backends import folded
 from fastrope.bench.cases import CASES, chosen
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
@@ -72,6 +75,76 @@ def test_flux_kontext(applied, case, dtype):
     errors = problem.check(fr.attention(problem.q, problem.k, problem.v, plan=problem.plan, backend="triton"))
     print(f"{case} {dtype}: {errors}")
     assert errors.passed, str(errors)
+
+
+# ---- folded into the keys, for torch's attention ---------------------------------------------------------------------
+
+
+def a_folding_call(modulated=True, **options) -> Call:
+    """Two weights and a group that overlap, or rotation alone."""
+    call = a_call(mask=None, **options)
+    kept = [m for m in call.modulations if isinstance(m, (fr.BandWeight, fr.BiasDelta))]
+    return Call(call.q, call.k, call.v, call.rope, None, kept if modulated else ())
+
+
+def check_folded(call: Call) -> None:
+    assert api.choose(call.q, call.k, call.v, call.planned(), "sdpa").folded
+    out = call.run("sdpa", return_lse=False)
+    assert out.is_contiguous()
+    assert_close(out, call.exact()[0], call.low()[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "grag", "bands"])
+def test_flux_kontext_folded(case, dtype):
+    problem = kontext(case, dtype)
+    q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
+    assert api.choose(q, k, v, plan, "auto").folded
+    errors = problem.check(fr.attention(q, k, v, plan=plan))
+    print(f"{case} {dtype}: {errors}")
+    assert errors.passed, str(errors)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [20, 64, 80, 96, 128, 256])
+def test_head_dims_folded(dim, dtype, modulated):
+    check_folded(a_folding_call(modulated, dtype=dtype, dim=dim))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 113, 239, 1023])
+def test_lengths_folded(tokens):
+    check_folded(a_folding_call(tokens=tokens))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_strides_folded(modulated, layout, dtype):
+    call = a_folding_call(modulated, dtype=dtype, layout=layout)
+    check_folded(call)
+    check_folded(Call(call.q, call.k, call.v, call.rope.as_applied(), None, call.modulations))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_folded_output_is_not_copied(dtype):
+    """torch's kernels lay it out as the queries, which are packed for that."""
+    q, k, v = tensors(generator(0), queries=300, heads=4, dim=128, dtype=dtype)
+    plan = fr.plan(rope=axial(grid(300), 128))
+    assert folded.run(q, k, v, plan, 0.1).is_contiguous()
+
+
+def test_streams_fold_into_the_keys():
+    call = a_folding_call(dtype=torch.float16)
+    norm = fr.Norm(torch.linspace(0.5, 1.5, 64, device=DEVICE), 1e-6)
+    plan, parts = call.planned(), (slice(0, 40), slice(40, None))
+    streams = [fr.Stream(call.q[:, s], call.k[:, s], call.v[:, s], norm, norm) for s in parts]
+    wide = [fr.Stream(*(x.double() for x in s[:3]), norm, norm) for s in streams]
+    exact = fr.joint_attention(wide, plan=plan, backend="eager")
+    assert_close(fr.joint_attention(streams, plan=plan), exact, fr.joint_attention(streams, plan=plan, backend="eager"))
+
+
+# ---- the fused loop --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,11 +228,15 @@ def refill(*inputs: torch.Tensor) -> None:
         x.copy_(torch.randn(x.shape, device=x.device).to(x.dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_captured_graph_replays_on_new_values(kind):
-    call = a_call(kind)
+ROUTES = {**{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS}, "folded": (a_folding_call, "sdpa")}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_captured_graph_replays_on_new_values(route):
+    make, backend = ROUTES[route]
+    call = make()
     q, k, v = inputs = [x.clone() for x in (call.q, call.k, call.v)]
-    attend = planned(call)
+    attend = planned(call, backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -174,14 +251,15 @@ def test_a_captured_graph_replays_on_new_values(kind):
         assert torch.equal(out, attend(q, k, v))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_into_cuda_graphs_without_recompiling(kind):
+@pytest.mark.parametrize("route", ROUTES)
+def test_compiled_into_cuda_graphs_without_recompiling(route):
     counters = torch._dynamo.utils.counters
     torch.compiler.reset()
     counters.clear()
-    call = a_call(kind)
+    make, backend = ROUTES[route]
+    call = make()
     q, k, v = inputs = [x.clone() for x in (call.q, call.k, call.v)]
-    attend = planned(call)
+    attend = planned(call, backend)
     compiled = torch.compile(lambda q, k, v: attend(q * 2, k, v) + 1, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(4):
@@ -200,6 +278,17 @@ def test_compiled_with_modulations_made_inside():
 
     out = torch.compile(attend, fullgraph=True)(call.q, call.k, call.v)
     assert torch.equal(out, attend(call.q, call.k, call.v))
+
+
+def test_the_folded_path_does_not_synchronise():
+    call = a_folding_call()
+    attend = planned(call, "sdpa")
+    attend(call.q, call.k, call.v)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(call.q, call.k, call.v)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", KINDS)
