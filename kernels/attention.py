@@ -39,8 +39,9 @@ def attend(
 
     Every tile is bounds-checked: a second body for the last tile takes registers that a 128-row tile does not have
     (compiled for sm_80 and sm_90: spills). Pipelined, a tile's values are weighed one tile late, so that this product
-    runs while the softmax of the next tile does. Descriptors know no mask: masked values arrive as zeros. What does not
-    change in the loop stays in it: moved out by the compiler it takes 10 to 40 registers (compiled for sm_90).
+    runs while the softmax of the next tile does. Descriptors know no mask: masked values arrive as zeros. With them, what
+    does not change stays in the loop: moved out by the compiler it takes up to 40 registers; with pointers it is the
+    other way round (compiled).
     """
     tl.static_assert(TMA or not PIPELINED, "the tile before is read without a mask")
     if MODULATED:  # a row's constant is a shift of its running maximum
@@ -53,7 +54,7 @@ def attend(
     if PIPELINED:  # the first product is of zeros; the compiler keeps weights in registers that are carried as integers
         carried = tl.zeros([acc.shape[0], BLOCK_N], dtype=tl.int16)
         alpha = tl.full([acc.shape[0]], 1.0, dtype=tl.float32)
-    for start_n in tl.range(start, stop, BLOCK_N, disable_licm=True):
+    for start_n in tl.range(start, stop, BLOCK_N, disable_licm=TMA):
         valid = offs_n < stop - start_n
         if HAS_MASK:
             valid = valid & (tl.load(KEY_MASK + start_n + offs_n, mask=valid, other=0) != 0)
