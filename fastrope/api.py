@@ -89,7 +89,7 @@ def run_plan(q, k, v, plan: Plan, scale: float, return_lse: bool, backend: str, 
         elif not choice.kernels:
             out, lse = sdpa.run(q, k, v, plan, scale, return_lse)
         else:
-            out, lse = ops.apply_plan(q, k, v, plan, scale, return_lse, choice.backend)
+            out, lse = ops.apply_plan(q, k, v, plan, scale, return_lse, backend)
     out = out.contiguous()
     if debug.enabled(check):
         debug.check_output(q, k, v, plan, scale, out, choice.backend)
@@ -162,13 +162,14 @@ def _plan_for(q, k, rope, key_rope, modulations, key_mask, plan) -> Plan:
 @dataclass(frozen=True)
 class Choice:
     """The backend that runs a call, why, and why each of the others does not; ``folded``: ``sdpa`` in the form of
-    :mod:`fastrope.backends.folded`."""
+    :mod:`fastrope.backends.folded`; ``divided``: ``triton`` in that of :mod:`fastrope.backends.divided`."""
 
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
     warning: str | None = None
     folded: bool = False
+    divided: bool = False
 
     @property
     def kernels(self) -> bool:
@@ -205,7 +206,10 @@ def choose(q, k, v, plan: Plan, backend: str, return_lse: bool = False) -> Choic
     rule = rule_for(plan, q.dtype, return_lse)
     other = "sdpa" if rule.backend == "triton" else "triton"
     rejected = (other, rule.against), never_eager
-    return Choice(rule.backend, f"{rule.reason} ({rule.basis})", rejected, folded=folds and rule.backend == "sdpa")
+    return Choice(
+        rule.backend, f"{rule.reason} ({rule.basis})", rejected, folded=folds and rule.backend == "sdpa",
+        divided=rule.divided,
+    )  # fmt: skip
 
 
 def differentiated(x: torch.Tensor) -> bool:
@@ -227,6 +231,7 @@ class Explanation:
         passes: launches over the keys, merged by their log-sum-exps.
         loop: how the fused loop reads keys and values; None where another one runs.
         own: how the fused kernels meet queries with a scale of their own, exactly or by a series; None without any.
+        untouched: queries that nothing sets apart, where torch's attention takes them; 0 where not.
         prologue: what our kernels prepare for torch's attention, such as ``"q, k"``; None where nothing.
     """
 
@@ -242,6 +247,7 @@ class Explanation:
     passes: int = 1
     loop: str | None = None
     own: str | None = None
+    untouched: int = 0
     prologue: str | None = None
 
     def __str__(self) -> str:
@@ -258,6 +264,8 @@ class Explanation:
                          f"{self.continuous_queries}")  # fmt: skip
         if self.own:
             lines.append(f"  these through {self.own}")
+        if self.untouched:
+            lines.append(f"queries that nothing sets apart: {self.untouched}, through torch's attention")
         if self.loop:
             lines.append(f"keys and values: through {self.loop}")
         if self.prologue:
@@ -309,6 +317,7 @@ def explain(
         passes={"eager": 1, "sdpa": len(sdpa.passes(plan)), "triton": max(len(plan.spec.passes), 1)}[choice.backend],
         loop=triton.explain_loop(q, k, v, plan) if choice.backend == "triton" else None,
         own=triton.explain_own(q, plan) if choice.backend == "triton" else None,
+        untouched=len(plan.tensors["untouched"]) if choice.divided else 0,
         prologue=folded.prepared(q, k, v, plan) or None if choice.folded else None,
     )  # fmt: skip
 

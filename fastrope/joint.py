@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import debug as debugging
 from .api import attention, check_plan, check_tensors, choose, differentiated, no_autocast, scale_of
-from .backends import folded, sdpa, triton
+from .backends import divided, folded, sdpa, triton
 from .checks import require, require_tensor
 from .ops import plan_from
 from .planning import Plan
@@ -135,6 +135,8 @@ def streamed_attention(
         patched = triton.patched(q[0], plan)
         queries = _cat([s.norm_q(s.q) for s in streams]) if patched else _streamed(q, norms[: len(q)])
         keys, values = _streamed(k, norms[len(q) :]), _streamed(v) if len(v) > 1 else v[0]
+        if choice.divided:
+            return divided.run(queries, keys, values, plan, scale)
         if choice.folded:
             return folded.run(queries, keys, values, plan, scale).contiguous()
         return triton.run(queries, keys, values, plan, scale)[0].contiguous()

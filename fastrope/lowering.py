@@ -16,6 +16,7 @@ import torch
 SLOT_TILE = 128  # query slots are padded per level to this; every kernel's BLOCK_M divides it
 MAX_LEVELS = 8  # key copies a plan may ask for: bounds memory at MAX_LEVELS times the covered keys
 MIN_LEVEL_QUERIES = SLOT_TILE  # with more distinct scales than MAX_LEVELS, a value shared by a full tile stays a level
+LEAST_UNTOUCHED = 0.5  # of the queries; with less a second kernel over them is predicted not to pay
 MAX_RUNS = 16  # runs of keys tolerated before keys are sorted by treatment (a run costs a partial tile, a sort a copy)
 MAX_VIEWS = 4  # prepared copies of the queries alive at once
 MAX_OWN_GROUPS = 4  # groups whose means are alive at once for queries that each have their own
@@ -149,31 +150,46 @@ def find_levels(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, level
 
 
-def query_slots(level: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def query_slots(
+    level: torch.Tensor, scale: torch.Tensor, untouched: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Sort queries by level so that no tile of ``SLOT_TILE`` slots holds two, and those without one by their scale.
 
     Args:
-        level, scale: ``(Bs, Sq)``.
+        level, scale: ``(Bs, Sq)``. untouched: ``(Sq,)`` bool, queries at r = 1 to be put last, in tiles of their own.
 
     Returns:
         slots ``(Bs, T * SLOT_TILE)`` query index or -1; slot_level ``(Bs, T)``; the number of leading slots that may
-        hold continuous queries, which come first since they take longest.
+        hold continuous queries, which come first since they take longest; the number of those before the last kind.
     """
-    rows, row_levels, continuous = [], [], 0
-    for row, r in zip(level, scale, strict=True):
+    last = int(level.max()) + 1
+    kind = torch.where(level == PLAIN, last, level)
+    if untouched is not None:
+        kind = torch.where(untouched, last + 1, kind)
+    rows, row_levels, continuous, touched = [], [], 0, 0
+    for row, r in zip(kind, scale, strict=True):
         slots, levels = [], []
-        for value in [CONTINUOUS, *(v for v in row.unique().tolist() if v != CONTINUOUS)]:
+        for value in row.unique().tolist():
             index = (row == value).nonzero().flatten()
             index = index[r[index].argsort(stable=True)]
-            padding = -len(index) % SLOT_TILE
-            slots.append(torch.nn.functional.pad(index, (0, padding), value=-1))
-            levels += [value] * (len(slots[-1]) // SLOT_TILE)
+            slots.append(torch.nn.functional.pad(index, (0, -len(index) % SLOT_TILE), value=-1))
+            levels += [value if value < last else PLAIN] * (len(slots[-1]) // SLOT_TILE)
             if value == CONTINUOUS:
                 continuous = max(continuous, len(slots[-1]))
+            if value <= last:
+                touched = max(touched, len(levels) * SLOT_TILE)
         rows.append(torch.cat(slots))
         row_levels.append(torch.tensor(levels, dtype=torch.int64))
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, True, -1).int(), pad(row_levels, True, PLAIN).int(), continuous
+    return pad(rows, True, -1).int(), pad(row_levels, True, PLAIN).int(), continuous, touched
+
+
+def untouched_queries(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Queries ``(Sq,)`` bool at 1 in all of ``values (B or 1, Sq)``, scales and gains, if they are most; else None."""
+    if not values:
+        return None
+    alone = torch.stack([(x == 1).all(dim=0) for x in values]).all(dim=0)
+    return alone if alone.sum() >= LEAST_UNTOUCHED * len(alone) else None
 
 
 @dataclass(frozen=True)

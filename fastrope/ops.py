@@ -61,12 +61,15 @@ def planned_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`fastrope.attention` of a plan given as ``list(plan.tensors.values())`` and ``plan.spec_string``."""
     from . import api
+    from .backends import divided
 
     prepared = plan_from(tensors, spec)
     api.check_tensors(q, k, v, scale, backend)
     api.check_plan(q, k, prepared)
     with torch.no_grad(), api.no_autocast(q.device):
         choice = api.choose(q, k, v, prepared, backend, return_lse)
+        if choice.divided:
+            return _outputs(q, divided.run(q, k, v, prepared, scale), None)
         if choice.backend == "triton":
             return _outputs(q, *api.triton.run(q, k, v, prepared, scale, return_lse))
         if choice.folded:

@@ -39,8 +39,9 @@ class PlanSpec:
 
     ``batch``, ``num_queries``, ``num_keys`` and ``pairs`` are None where the plan fits any. ``continuous`` counts the
     leading query slots that may hold queries with a scale of their own, and ``reach`` is the largest angle of the keys
-    they meet, from the middle of all (0: no series). ``level_counts`` has, per row of the
-    scale, the number of queries with a scale of their own, at r = 1, and at each level. ``passes`` are runs of segments
+    they meet, from the middle of all (0: no series). ``touched`` counts the leading slots before those of queries that
+    nothing sets apart. ``level_counts`` has, per row of the scale, the number of queries with a scale of their own, at
+    r = 1, and at each level. ``passes`` are runs of segments
     the fused kernels hold at once; ``gain_sets`` the gains that segments multiply.
     """
 
@@ -59,6 +60,7 @@ class PlanSpec:
     gain_sets: tuple[tuple[int, ...], ...] = ()
     continuous: int = 0
     reach: float = 0.0
+    touched: int = 0
     passes: tuple[tuple[int, int], ...] = ()
     tensor_names: tuple[str, ...] = ()
 
@@ -95,7 +97,7 @@ def weighted_rotation(tensors: dict[str, torch.Tensor], segments: Sequence[Segme
     it, so that both are rounded once. Keys of a group keep theirs for after the mean."""
     weights = tensors["kernel_weights"]
     if "key_cos" in tensors:
-        cos, sin = tensors["key_cos"].clone(), tensors["key_sin"].clone()
+        cos, sin = (tensors[f"key_{name}"][:, : segments[-1].stop].clone() for name in ("cos", "sin"))
     else:  # rotated already
         cos = weights.new_ones(1, segments[-1].stop, weights.shape[1])
         sin = torch.zeros_like(cos)

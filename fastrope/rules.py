@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .backends.divided import divides
 from .backends.folded import folds
 from .planning import Plan
 
@@ -26,6 +27,7 @@ class Rule:
     reason: str
     against: str  # why not the other one
     basis: str = "predicted"
+    divided: bool = False  # torch's attention for queries that nothing sets apart
 
 
 def _plain(plan: Plan, dtype: torch.dtype, return_lse: bool) -> bool:
@@ -42,6 +44,12 @@ RULES = (
         "rotation, weights and groups in 16 bits, no mask, no log-sum-exp",
         lambda plan, dtype, return_lse: dtype != torch.float32 and not return_lse and folds(plan),
         "sdpa", "all of it folds into the keys, for torch's own kernel", "nothing is left for its loop to fuse",
+    ),
+    Rule(
+        "most queries as they are, in 16 bits, no mask, no log-sum-exp",
+        lambda plan, dtype, return_lse: dtype != torch.float32 and not return_lse and divides(plan),
+        "triton", "fused kernel for queries set apart, torch's own for the others",
+        "takes a call and a copy of the keys per scale", divided=True,
     ),
     Rule(
         "float32 without continuous scales",

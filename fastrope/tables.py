@@ -49,15 +49,13 @@ def lower(
         if resolved.groups:
             _group_tables(tensors, resolved, key_mask, segments)
         fields.update(segments=segments, num_groups=len(resolved.groups))
-        levels = torch.empty(0, dtype=torch.float64)
-        if resolved.scale is not None:
-            levels, fields["level_counts"], fields["continuous"] = _query_tables(tensors, resolved)
-            fields["num_levels"] = len(levels)
-            fields["scaled_keys"] = int(resolved.scale.keys.sum())
+        levels, query_fields = _query_tables(tensors, resolved, key_mask)
+        fields |= query_fields
         if rope is not None:
             _rotation_tables(tensors, rope, key_rope, resolved, levels, segments)
-        if resolved.weights and resolved.scale is None and not fields["gain_sets"] and key_mask is None:
-            tensors.update(weighted_rotation(tensors, segments))  # read where all else folds into the keys, too
+        folds = key_mask is None and ("untouched" in tensors or not _per_query(resolved))
+        if resolved.weights and folds:  # for all queries, or for those that nothing sets apart
+            tensors.update(weighted_rotation(tensors, segments))
         if order is not None and "key_source" not in tensors:
             tensors["key_source"] = order.int()
         patch_bounds = [(0, 0)] * len(segments)
@@ -135,16 +133,34 @@ def group_table(groups: tuple[Group, ...], counts: torch.Tensor) -> torch.Tensor
     return torch.stack([*columns, counts.expand(batch, -1)], dim=2)
 
 
-def _query_tables(tensors, resolved: Resolved):
-    """``scale (Bs, Sq)``, ``levels (L,)``, ``level_order (Bs, Sq)`` the queries sorted by level, and for the kernels
-    ``slots (Bs, N)``, ``slot_level (Bs, T)``."""
-    levels, level = lowering.find_levels(resolved.scale.r)
-    slots, slot_level, continuous = lowering.query_slots(level, resolved.scale.r)
-    tensors.update(scale=resolved.scale.r, levels=levels, scaled_pairs=resolved.scale.pairs)
-    tensors.update(level_order=level.argsort(dim=1, stable=True), slots=slots, slot_level=slot_level)
-    classes = range(lowering.CONTINUOUS, len(levels) + 1)
-    counts = tuple(tuple(int((row == n).sum()) for n in classes) for row in level)
-    return levels, counts, continuous
+def _per_query(resolved: Resolved) -> list[torch.Tensor]:
+    """Scales and gains, ``(B or 1, Sq)`` each."""
+    scales = [] if resolved.scale is None else [resolved.scale.r]
+    return scales + [m.g for m in resolved.gains]
+
+
+def _query_tables(tensors, resolved: Resolved, key_mask) -> tuple[torch.Tensor, dict]:
+    """Levels ``(L,)`` and fields of the spec. Tensors: ``scale (Bs, Sq)``, ``levels``, ``level_order (Bs, Sq)`` the
+    queries sorted by level; for the kernels ``slots (Bs, N)``, ``slot_level (Bs, T)``, and ``untouched (n,)`` the
+    queries that nothing sets apart, where they are most."""
+    scale, fields = resolved.scale, {}
+    untouched = None if key_mask is not None else lowering.untouched_queries(_per_query(resolved))
+    if scale is None and untouched is None:
+        return torch.empty(0, dtype=torch.float64), fields
+    r = torch.ones(1, len(untouched), dtype=torch.float64) if scale is None else scale.r
+    levels, level = lowering.find_levels(r)
+    if scale is not None:
+        tensors.update(scale=r, levels=levels, scaled_pairs=scale.pairs)
+        tensors["level_order"] = level.argsort(dim=1, stable=True)
+        classes = range(lowering.CONTINUOUS, len(levels) + 1)
+        fields["level_counts"] = tuple(tuple(int((row == n).sum()) for n in classes) for row in level)
+        fields.update(num_levels=len(levels), scaled_keys=int(scale.keys.sum()))
+    slots, slot_level, fields["continuous"], fields["touched"] = lowering.query_slots(level, r, untouched)
+    tensors.update(slots=slots, slot_level=slot_level)
+    if untouched is not None:
+        rows = untouched.nonzero().flatten()
+        tensors.update(untouched=rows, untouched_source=rows.int())
+    return levels, fields
 
 
 def _rotation_tables(tensors, rope, key_rope, resolved, levels, segments) -> None:
@@ -160,6 +176,8 @@ def _rotation_tables(tensors, rope, key_rope, resolved, levels, segments) -> Non
         variants = list(torch.broadcast_tensors(plain, plain + factor * query * scale.pairs))
     if not rope.applied or scale is not None:
         _store_rotation(tensors, "query", torch.stack(variants, dim=1))
+    if "untouched" in tensors and not rope.applied:
+        _store_rotation(tensors, "untouched", query[:, None, tensors["untouched"]])
     order = tensors.get("key_order", torch.arange(key.shape[1]))
     if key_rope.applied and not len(levels):
         return

@@ -79,7 +79,8 @@ def test_slots_hold_every_query_once_and_tiles_one_level(rows, seed):
     length = min(len(r) for r in rows)
     level = torch.tensor([r[:length] for r in rows])
     scale = torch.rand(level.shape, generator=torch.Generator().manual_seed(seed))
-    slots, slot_level, continuous = lowering.query_slots(level, scale)
+    untouched = (level == PLAIN).all(dim=0) & (torch.arange(length) % 3 > 0) if seed % 2 else None
+    slots, slot_level, continuous, touched = lowering.query_slots(level, scale, untouched)
     assert slots.shape[1] == slot_level.shape[1] * SLOT_TILE
     for b in range(len(rows)):
         assert sorted(s for s in slots[b].tolist() if s >= 0) == list(range(length))
@@ -87,9 +88,21 @@ def test_slots_hold_every_query_once_and_tiles_one_level(rows, seed):
             assert all(level[b, s] == value for s in tile.tolist() if s >= 0)
     own = (slots >= 0) & (slot_level.repeat_interleave(SLOT_TILE, dim=1) == CONTINUOUS)
     assert not bool(own[:, continuous:].any())
+    last = torch.zeros(length, dtype=torch.bool) if untouched is None else untouched
     for b in range(len(rows)):
+        tiles = slots[b].split(SLOT_TILE)
+        assert all(len({bool(last[s]) for s in tile.tolist() if s >= 0}) <= 1 for tile in tiles)
+        assert all(last[s] for s in slots[b, touched:].tolist() if s >= 0)
         ascending = scale[b, slots[b][own[b]].long()]
         assert torch.equal(ascending, ascending.sort().values)
+
+
+def test_untouched_queries_are_those_at_one_in_every_row():
+    scale = torch.tensor([[1.0, 1.0, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    gain = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
+    assert lowering.untouched_queries([scale, gain]).tolist() == [True, True, False, False]
+    assert lowering.untouched_queries([scale, gain, torch.tensor([[2.0, 1, 1, 1]])]) is None  # a quarter is left
+    assert lowering.untouched_queries([]) is None
 
 
 @pytest.mark.parametrize("kind", ["grid", "ragged", "two references", "line", "scattered", "one axis"])

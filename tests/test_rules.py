@@ -50,17 +50,20 @@ def on_gpu(monkeypatch):
         ({"rope": ROPE, "key_mask": MASK}, torch.bfloat16, False, "triton"),
         ({"rope": ROPE.as_applied(), "key_mask": MASK}, torch.bfloat16, False, "sdpa"),
         ({"rope": ROPE, "modulations": [BANDS, GAIN]}, torch.float16, False, "triton"),
-        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, False, "triton"),
+        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, False, "divided"),
+        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, True, "triton"),
+        ({"rope": ROPE, "modulations": [LEVELS], "key_mask": MASK}, torch.bfloat16, False, "triton"),
+        ({"rope": ROPE, "modulations": [CONTINUOUS]}, torch.bfloat16, False, "triton"),
         ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float32, False, "sdpa"),
         ({"rope": ROPE, "modulations": [CONTINUOUS]}, torch.float32, False, "triton"),
     ],
 )
 def test_rules(on_gpu, arguments, dtype, return_lse, expected):
-    """``folded``: sdpa, after a prologue of our kernels."""
+    """``folded``: sdpa, after a prologue of our kernels; ``divided``: that for queries as they are, else triton."""
     plan = fr.plan(**arguments)
     found = on_gpu(plan, dtype, return_lse=return_lse)
-    assert found.folded == (expected == "folded")
-    expected = "sdpa" if found.folded else expected
+    assert (found.folded, found.divided) == (expected == "folded", expected == "divided")
+    expected = {"folded": "sdpa", "divided": "triton"}.get(expected, expected)
     assert found.backend == expected
     assert found.warning is None
     rule = rules.rule_for(plan, dtype, return_lse)
@@ -71,6 +74,7 @@ def test_rules(on_gpu, arguments, dtype, return_lse, expected):
 
 def test_a_named_backend_runs_whatever_the_rules_say(on_gpu):
     assert on_gpu(fr.plan(), backend="triton").backend == "triton"
+    assert not on_gpu(fr.plan(rope=ROPE, modulations=[LEVELS]), backend="triton").divided
     for plan, return_lse in ((fr.plan(rope=ROPE), False), (fr.plan(rope=ROPE), True), (fr.plan(key_mask=MASK), False)):
         found = on_gpu(plan, backend="sdpa", return_lse=return_lse)
         assert (found.backend, found.folded) == ("sdpa", plan.key_mask is None and not return_lse)

@@ -1,7 +1,8 @@
 """Modulations folded into the keys by the kernels, then one call of torch's ``scaled_dot_product_attention``.
 
 The form in which backend ``sdpa`` runs where the kernels do, forward, for plans of rotation, BandWeight and BiasDelta
-without a mask: nothing is left for a loop over keys to do but plain attention. One pass over q and one over k gather,
+without a mask: nothing is left for a loop over keys to do but plain attention. That is also so for the queries of any
+plan that nothing sets apart (``divided.py``). One pass over q and one over k gather,
 join, normalise, rotate and weigh; keys of groups take two more, one for the mean and one for
 ``kt = (lambda - delta) mu + delta khat``.
 """
@@ -27,7 +28,8 @@ def takes(q: torch.Tensor, plan: Plan) -> bool:
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
-    """``out (B, Sq, H, D)`` of a plan that :func:`folds`; forward only. Arguments as for
+    """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the queries that a plan leaves untouched; forward only.
+    Arguments as for
     :func:`fastrope.backends.triton.run`. Extra memory: one copy each of k, of q where it is rotated, and of v where it
     is joined or sorted."""
     rows, heads, key_heads = _rows(plan), q.shape[2], k.shape[2]
@@ -56,12 +58,16 @@ def prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> s
 
 def _rows(plan: Plan) -> dict[str, tuple]:
     """Of q, k and v: the token each row is made from, its cosines and its sines; None where it stays as it is."""
-    t = plan.tensors
+    t, tokens = plan.tensors, plan.spec.num_keys
+    query = "untouched" if "untouched" in t else "query"
     key = "weighted" if "weighted_cos" in t else "key"
-    cos, sin = (t[name][:, 0] if name in t else None for name in ("query_cos", "query_sin"))
+    cos, sin = (t[name][:, 0] if name in t else None for name in (f"{query}_cos", f"{query}_sin"))
+    source, *turn = (t.get(name) for name in ("key_source", f"{key}_cos", f"{key}_sin"))
+    source = None if source is None else source[:tokens]  # without the copies of levels
     return {
-        "q": (None, cos, sin), "k": (t.get("key_source"), t.get(f"{key}_cos"), t.get(f"{key}_sin")),
-        "v": (t["key_source"] if "key_order" in t else None, None, None),
+        "q": (t.get("untouched_source"), cos, sin),
+        "k": (source, *(None if x is None else x[:, :tokens] for x in turn)),
+        "v": (source if "key_order" in t else None, None, None),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -59,15 +59,22 @@ def _arch(device: torch.device) -> str:
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    return_lse: bool = False,
+    touched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`fastrope.backends.eager.run`; forward only. q and k may be :class:`fastrope.kernels.Streams` where the
+    """See :func:`fastrope.backends.eager.run`; forward only. ``touched`` leaves the output of queries that nothing sets
+    apart undefined. q and k may be :class:`fastrope.kernels.Streams` where the
     plan rotates both (q: and :func:`patched` is false), v wherever. Extra memory: the packed keys, at most
     ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked; for
     queries with a scale of their own float32 state, and for a series the scaled keys once more and up to five
     copies of these queries, per view."""
     with launching_on(q.device):
-        out, lse = _run(q, k, v, plan, scale)
+        out, lse = _run(q, k, v, plan, scale, touched)
     return out, lse if return_lse else None
 
 
@@ -76,7 +83,7 @@ def launching_on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(q, k, v, plan: Plan, scale: float, touched: bool) -> tuple[torch.Tensor, torch.Tensor]:
     from .. import kernels
 
     t, spec = plan.tensors, plan.spec
@@ -122,11 +129,12 @@ def _run(q, k, v, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]
             config("means"),
         )
     scaled = _series_keys(k, keys, plan, config) if serial(q, plan) else None
+    tables = partial(_tables, keys, plan, means, spec.touched if touched else None)
     if len(spec.passes) == 1:
-        return _attend(q, keys, values, scaled, plan, means, spec.passes[0], scale, q.dtype)
+        return _attend(q, keys, values, scaled, tables(spec.passes[0]), plan, scale, q.dtype)
     result = None
     for bounds in spec.passes:
-        part = _attend(q, keys, values, scaled, plan, means, bounds, scale, torch.float32)
+        part = _attend(q, keys, values, scaled, tables(bounds), plan, scale, torch.float32)
         result = part if result is None else merge(result, part)
     return result[0].to(q.dtype), result[1]
 
@@ -139,20 +147,18 @@ def configs(q: torch.Tensor):
     return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
 
 
-def _attend(q, keys, values, scaled, plan: Plan, means, bounds: tuple[int, int], scale: float, dtype: torch.dtype):
-    """Attention over the segments of one pass: ``(B, Sq, H, D)`` in ``dtype``, ``(B, H, Sq)``.
+def _attend(q, keys, values, scaled, tables, plan: Plan, scale: float, dtype: torch.dtype):
+    """Attention over the segments of ``tables``: ``(B, Sq, H, D)`` in ``dtype``, ``(B, H, Sq)``.
 
     Args:
         q: ``(B, Sq, H, D)``; keys ``(B, Hkv, R, D)`` packed; values ``(B, Hkv, Sk, D)``.
         scaled: keys of the series, or None.
-        means: of all groups, or None.
     """
     from .. import kernels
 
     t, spec, config = plan.tensors, plan.spec, configs(q)
     half, mask = spec.pairing == "half", t.get("key_mask")
     rotation = (t["query_cos"], t["query_sin"]) if "query_cos" in t else None
-    tables = _tables(keys, plan, means, bounds)
     queries, bias, rest = kernels.prepare_queries(q, rotation, half, tables, scaled is not None, config("queries"))
     state, whole = None, dtype == q.dtype
     if scaled is not None:
@@ -270,8 +276,9 @@ def _far_apart(x: torch.Tensor) -> bool:
     return (x.shape[1] - 1) * x.stride(1) + (x.shape[3] - 1) * x.stride(3) >= 2**31
 
 
-def _tables(keys, plan: Plan, means, bounds: tuple[int, int]):
-    """The plan's own tables and the means of its groups, for the segments of one pass."""
+def _tables(keys, plan: Plan, means, slots: int | None, bounds: tuple[int, int]):
+    """The plan's own tables and the means of its groups, for the segments of one pass and the leading ``slots`` (None:
+    all)."""
     from .. import kernels
 
     t, spec, here = plan.tensors, plan.spec, slice(*bounds)
@@ -283,9 +290,12 @@ def _tables(keys, plan: Plan, means, bounds: tuple[int, int]):
     groups = list(dict.fromkeys(s.group for s in segments if s.group >= 0))
     if groups and spec.continuous:
         row_means = _row_means(keys, plan, means, groups)
+    queries, levels = t.get("slots"), t.get("slot_level")
+    if slots is not None:
+        queries, levels = queries[:, :slots], levels[:, : slots // kernels.SLOT_TILE]
     return kernels.SegmentTables(
         t["segments"][here], t.get("kernel_weights"), t.get("kernel_groups"), gains, means, row_means,
-        t.get("slots"), t.get("slot_level"), keys.shape[1], len({s.view for s in segments}), spec.num_levels,
+        queries, levels, keys.shape[1], len({s.view for s in segments}), spec.num_levels,
         spec.scaled_keys, spec.continuous,
     )  # fmt: skip
 
