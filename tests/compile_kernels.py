@@ -45,13 +45,15 @@ FUNCTIONS = {
 KERNELS = (*config.KERNELS, "match")
 ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Head dims of the usual run, one per launch configuration and padded size; --all adds those that share a configuration
-# with them, and float16, which differs from bfloat16 in the instruction's type only.
+# with them, float16, which differs from bfloat16 in the instruction's type only, and float32 of kernels whose
+# configuration is that of 16 bits (they multiply no matrices; in float32 they take fewer registers).
 HEAD_DIMS = (16, 64, 128, 256)
 MORE_HEAD_DIMS = (32, 96, 192)
 # Codebook channels, of match: a row in one tile, and one walked through.
 MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
 DTYPES = (torch.bfloat16, torch.float32)
+ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "match")
 INT_POINTERS = {
     "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
@@ -95,6 +97,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
             dims = [d for d in dims if d <= 64]
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
             if kernel == "attention_parts" and dtype == torch.float32:  # the same as attention_modulated
+                continue
+            if kernel in ONE_FOR_ALL_DTYPES and dtype == torch.float32 and not everything:
                 continue
             if kernel != "match" and not config.ships(kernel, arch, dtype, head_dim):
                 continue

@@ -276,7 +276,7 @@ def test_one_axis_and_axes_without_channels(backend, dtype):
 @pytest.mark.parametrize("kind", ["levels", "distinct", None])
 def test_more_treatments_than_one_launch_holds(backend, dtype, kind):
     g = generator(11)
-    tokens, heads = (32, 2) if INTERPRETED else (300, 4)
+    tokens, heads = (24, 2) if INTERPRETED else (300, 4)
     q, k, v = tensors(g, batch=2, queries=tokens, heads=heads, key_heads=heads // 2, dim=16, dtype=dtype)
     modulations = many_treatments(g, tokens, tokens, 16, kind)
     call = Call(q, k, v, axial(grid(tokens, 4), 16), None, modulations, key_masks(g, "row", 2, tokens), label=f"{kind}")

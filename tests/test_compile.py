@@ -73,7 +73,7 @@ def render(rows: list[dict]) -> str:
         "that this product overlaps the next softmax (asserted in the intermediate code). `series` and `terms` serve",
         "queries with a scale of their own in 16 bits, `patches` in float32 and where a series does not fit.", "",
         "`match` (anchor token matching) walks rows of logits: rows x vocabulary entries, and codebook channels for",
-        "the head dim.", "",
+        "the head dim. Kernels without rows in fp32 have one configuration for all dtypes.", "",
         "| kernel | dtype | head dim | " + " | ".join(ARCHS) + " |", "|---|---|---|" + "---|" * len(ARCHS),
     ]  # fmt: skip
     keys = []

@@ -23,7 +23,7 @@ from fastrope.backends import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 AXES, HEADS = (16, 56, 56), 1
-LAYOUT = fr.TokenLayout(text=16, target=(12, 12), references=[(12, 12)])
+LAYOUT = fr.TokenLayout(text=16, target=(8, 8), references=[(8, 8)])
 LEVELS = (0.65, 0.66, 0.82, 0.99)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("eager", "sdpa", "triton")
@@ -40,7 +40,7 @@ def cases() -> dict[str, list]:
     level, own, gain = (torch.ones(count, dtype=torch.float64) for _ in range(3))
     size = target.stop - target.start
     level[target] = torch.tensor(LEVELS, dtype=torch.float64)[torch.randint(len(LEVELS), (size,), generator=g)]
-    own[target] = torch.linspace(0.3, 0.99, size, dtype=torch.float64)
+    own[target] = torch.linspace(0.75, 0.99, size, dtype=torch.float64)
     gain[target] = torch.linspace(0.65, 1.345, size, dtype=torch.float64)
     weight = torch.cat([1.4 + (0.25 - 1.4) * torch.linspace(1, 0, d // 2).double() ** 2 for d in AXES])
     levels, continuous = (fr.QueryScale(r, keys=keys, axes=(1, 2)) for r in (level, own))

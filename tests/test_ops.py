@@ -422,12 +422,12 @@ def test_sdpa_stacks_few_key_copies_for_queries_of_their_own():
 @pytest.mark.parametrize(("backend", "kind"), [("sdpa", "levels"), ("sdpa", None), ("triton", None)])
 def test_memory_does_not_grow_with_the_treatments(backend, kind):
     """A group for every other key: what is held at once stays a small multiple of the keys, and no table is N x N."""
-    tokens, dim = 160 if backend == "triton" and triton.interpreted() else 256, 16
+    tokens, dim = 100 if backend == "triton" and triton.interpreted() else 256, 16
     skip_unless_runnable(backend)
     g = generator(8)
     q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
     plan = fr.plan(rope=axial(grid(tokens), dim), modulations=many_treatments(g, tokens, tokens, dim, kind))
-    assert len(plan.spec.passes) > 8
+    assert len(plan.spec.passes) > 5
     with Watch() as watch:
         fr.attention(q, k, v, plan=plan, backend=backend)
     assert watch.largest <= 12 * k.numel() * 4, watch.where
