@@ -233,9 +233,9 @@ def _patch_tables(tensors, rope, key_rope, resolved, segments):
 
 
 def _series_tables(tensors, rope, key_rope, resolved, counts: list[int]) -> float:
-    """What :func:`fastrope.series.tables` says, if anything, with the scaled keys it is of: their rows in key order and
-    the token each is made from, and unless they arrive rotated, the rotation of the pairs that no scale turns.
-    Returns their reach."""
+    """What :func:`fastrope.series.tables` says, if anything, with the scaled keys it is of: their rows among the packed
+    keys, or unless they arrive rotated, among those packed for the series alone, with the token each is made from and
+    the rotation of the pairs that no scale turns. Returns their reach."""
     scale, key = resolved.scale, tensors["key_angles"]
     order = tensors.get("key_order", torch.arange(key.shape[1]))
     rows = scale.keys[order].nonzero().flatten()
@@ -246,6 +246,7 @@ def _series_tables(tensors, rope, key_rope, resolved, counts: list[int]) -> floa
         found["series_factor"] = split(turned_by)
         tensors.update(found, series_rows=rows)
         if not key_rope.applied:
+            tensors["series_rows"] = torch.arange(len(rows))
             _store_rotation(tensors, "series", torch.where(scale.pairs, 0.0, angles))
             tensors["series_source"] = order[rows].int()
     return reach

@@ -209,7 +209,6 @@ def _series_keys(k, keys: torch.Tensor, plan: Plan, config) -> torch.Tensor:
         keys = kernels.pack_rows(
             k, t["series_source"], t["series_cos"], t["series_sin"], plan.spec.pairing == "half", config("pack")
         )
-        rows = torch.arange(keys.shape[2], device=keys.device)
     return keys[:, :, rows[None, :, None], channels[:, None, :]].flatten(1, 2)
 
 
