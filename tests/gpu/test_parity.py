@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -24,8 +25,8 @@ from numerics import (
 )
 
 import fastrope as fr
-from fastrope import api
-from fastrope.backends import folded
+from fastrope import api, series
+from fastrope.backends import folded, triton
 from fastrope.bench.cases import CASES, chosen
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
@@ -103,6 +104,28 @@ def test_flux_kontext_folded(case, dtype):
     errors = problem.check(fr.attention(q, k, v, plan=plan))
     print(f"{case} {dtype}: {errors}")
     assert errors.passed, str(errors)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", ["loose-levels", "crop-gain", "loose-continuous", "all", "all-continuous"])
+def test_flux_kontext_divided(case, dtype):
+    """Queries outside of the crop through torch's attention."""
+    problem = kontext(case, dtype)
+    q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
+    assert api.choose(q, k, v, plan, "auto").divided
+    errors = problem.check(fr.attention(q, k, v, plan=plan))
+    print(f"{case} {dtype}: {errors}")
+    assert errors.passed, str(errors)
+
+
+@pytest.mark.parametrize("mask", [None, "random"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 96, 128])
+def test_head_dims_of_a_series(dim, dtype, mask, monkeypatch):
+    monkeypatch.setattr(series, "LEAST_FILLED", 0.0)
+    call = a_call("distinct", dtype, dim, mask=mask)
+    assert triton.serial(call.q, call.planned())
+    check(call, "triton")
 
 
 @pytest.mark.parametrize("modulated", [False, True])
@@ -228,7 +251,21 @@ def refill(*inputs: torch.Tensor) -> None:
         x.copy_(torch.randn(x.shape, device=x.device).to(x.dtype))
 
 
-ROUTES = {**{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS}, "folded": (a_folding_call, "sdpa")}
+def a_dividing_call() -> Call:
+    """A third of the queries set apart, by scales of their own that share tiles, beside weights and a group."""
+    call = a_folding_call(dim=64)
+    tokens = torch.arange(call.q.shape[1], device=DEVICE)
+    scale = torch.where(tokens % 3 == 0, 0.7 + tokens * 1e-5, 1.0)
+    call = replace(call, modulations=[fr.QueryScale(scale, keys=slice(150, None), axes=(1, 2)), *call.modulations])
+    assert triton.serial(call.q, call.planned())
+    assert api.choose(call.q, call.k, call.v, call.planned(), "auto").divided
+    return call
+
+
+ROUTES = {
+    **{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS},
+    "folded": (a_folding_call, "sdpa"), "divided": (a_dividing_call, "auto"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -280,9 +317,10 @@ def test_compiled_with_modulations_made_inside():
     assert torch.equal(out, attend(call.q, call.k, call.v))
 
 
-def test_the_folded_path_does_not_synchronise():
-    call = a_folding_call()
-    attend = planned(call, "sdpa")
+@pytest.mark.parametrize(("make", "backend"), [(a_folding_call, "sdpa"), (a_dividing_call, "auto")])
+def test_what_torch_attends_does_not_synchronise(make, backend):
+    call = make()
+    attend = planned(call, backend)
     attend(call.q, call.k, call.v)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -340,6 +378,7 @@ def compilations(monkeypatch) -> Counter:
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_share_kernels(monkeypatch, kind):
     """Triton distinguishes sizes that 16 divides from others, and 1; beyond that a length compiles nothing."""
+    monkeypatch.setattr(series, "LEAST_FILLED", 0.0)  # the same kernels at every length
     a_call(kind, dim=32, tokens=384, mask=None).run("triton")  # whatever is compiled by now is of this kind
     found = compilations(monkeypatch)
     for tokens in (768, 960, 1152, 1536, 2304):
