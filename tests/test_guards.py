@@ -123,9 +123,10 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch):
         device = torch.device("cuda", 1)
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(backend, "_run", lambda *args: entered.append("ran") or ("out", None))
+    monkeypatch.setattr(backend, "pack", lambda *args: entered.append("packed") or (None, None))
+    monkeypatch.setattr(backend, "attend", lambda *args, **how: entered.append("ran") or ("out", None))
     backend.run(Elsewhere(), None, None, None, 1.0)
-    assert entered == [torch.device("cuda", 1), "ran", "left"]
+    assert entered == [torch.device("cuda", 1), "packed", "ran", "left"]
 
 
 # ---- compilations ----------------------------------------------------------------------------------------------------

@@ -21,5 +21,9 @@ def divides(plan: Plan) -> bool:
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
     """``out (B, Sq, H, D)`` of a plan that :func:`divides`; forward only. Arguments and memory as of both
     :func:`fastrope.backends.triton.run` and :func:`fastrope.backends.folded.run`."""
-    out, _ = triton.run(q, k, v, plan, scale, touched=True)
-    return out.index_copy_(1, plan.tensors["untouched"], folded.run(q, k, v, plan, scale))
+    with triton.launching_on(q.device):
+        keys, values = triton.pack(q, k, v, plan)
+        out, _ = triton.attend(q, k, keys, values, plan, scale, touched=True)
+    more = plan.spec.num_groups or "weighted_cos" in plan.tensors  # folds into keys that the loop wants as they are
+    packed = None if more else keys[:, :, : k.shape[1]], values
+    return out.index_copy_(1, plan.tensors["untouched"], folded.run(q, k, v, plan, scale, packed))

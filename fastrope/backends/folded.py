@@ -27,17 +27,25 @@ def takes(q: torch.Tensor, plan: Plan) -> bool:
     return folds(plan) and q.device.type == "cuda" and triton.unsupported(q) is None
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float,
+    packed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> torch.Tensor:  # fmt: skip
     """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the queries that a plan leaves untouched; forward only.
-    Arguments as for
-    :func:`fastrope.backends.triton.run`. Extra memory: one copy each of k, of q where it is rotated, and of v where it
-    is joined or sorted."""
+    Arguments as for :func:`fastrope.backends.triton.run`; ``packed`` has keys and values ``(B, Hkv, Sk, D)`` that are
+    prepared already. Extra memory: one copy each of k, of q where it is rotated, and of v where it is joined or
+    sorted."""
+    from .. import kernels
+
     rows, heads, key_heads = _rows(plan), q.shape[2], k.shape[2]
     with triton.launching_on(q.device):
         # The output lies as the queries do: tokens first, so that it is not copied. Grouped heads, which become more
         # rows of the same key head, lie together the other way.
         queries = _prepared("q", q, plan, rows, tokens_first=heads == key_heads)
-        keys, values = (_prepared(name, x, plan, rows) for name, x in (("k", k), ("v", v)))
+        keys, values = (
+            _prepared(name, x, plan, rows) if done is None or not kernels.describable(done) else done
+            for name, x, done in zip("kv", (k, v), packed, strict=True)
+        )
         if plan.spec.num_groups:
             _move_groups(keys, plan)
     queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)

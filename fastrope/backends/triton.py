@@ -65,16 +65,14 @@ def run(
     plan: Plan,
     scale: float,
     return_lse: bool = False,
-    touched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`fastrope.backends.eager.run`; forward only. ``touched`` leaves the output of queries that nothing sets
-    apart undefined. q and k may be :class:`fastrope.kernels.Streams` where the
+    """See :func:`fastrope.backends.eager.run`; forward only. q and k may be :class:`fastrope.kernels.Streams` where the
     plan rotates both (q: and :func:`patched` is false), v wherever. Extra memory: the packed keys, at most
     ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked; for
     queries with a scale of their own float32 state, and for a series the scaled keys once more and up to five
     copies of these queries, per view."""
     with launching_on(q.device):
-        out, lse = _run(q, k, v, plan, scale, touched)
+        out, lse = attend(q, k, *pack(q, k, v, plan), plan, scale)
     return out, lse if return_lse else None
 
 
@@ -83,11 +81,13 @@ def launching_on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _run(q, k, v, plan: Plan, scale: float, touched: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(q, k, v, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``(B, Hkv, R, D)`` and values ``(B, Hkv, Sk, D)`` as the loop reads them: joined, in key order, the keys
+    rotated, and the scaled ones once more per level."""
     from .. import kernels
 
-    t, spec = plan.tensors, plan.spec
-    half, mask, config = spec.pairing == "half", t.get("key_mask"), configs(q)
+    t = plan.tensors
+    half, mask, config = plan.spec.pairing == "half", t.get("key_mask"), configs(q)
     if "key_source" in t:
         keys = kernels.pack_rows(k, t["key_source"], t.get("key_cos"), t.get("key_sin"), half, config("pack"))
     elif _far_apart(k):
@@ -99,10 +99,20 @@ def _run(q, k, v, plan: Plan, scale: float, touched: bool) -> tuple[torch.Tensor
         values = kernels.pack_rows(v, order, None, None, half, config("pack"))
     else:
         values = v.transpose(1, 2)
-    if mask is not None and len(spec.passes) < 2 and _descriptors(q):
+    if mask is not None and len(plan.spec.passes) < 2 and _descriptors(q):
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
         # would copy first and fill the copy).
         values = torch.where(mask[:, None, :, None], values, values.new_zeros(()))
+    return keys, values
+
+
+def attend(q, k, keys, values, plan: Plan, scale: float, touched: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out (B, Sq, H, D)`` and ``lse (B, H, Sq)`` over what :func:`pack` made of keys and values; ``touched`` leaves
+    those of queries that nothing sets apart undefined."""
+    from .. import kernels
+
+    t, spec = plan.tensors, plan.spec
+    half, mask, config = spec.pairing == "half", t.get("key_mask"), configs(q)
     if patched(q, plan) and _far_apart(q):
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     if not spec.modulated:
