@@ -113,6 +113,17 @@ def test_angles_that_float32_cannot_hold_get_no_series():
     assert series.tile_width(0.0, 0.0, 1.0, torch.float16) == float("inf")
 
 
+@pytest.mark.parametrize(("extent", "level", "found"), [(1.0, 0.5, True), (1e4, 0.5, False), (1.0, 1e6, True)])
+def test_equal_scales_do_not_make_up_for_keys_too_far_apart(extent, level, found):
+    """Ten scales of 100 queries each would fill tiles of any width. What queries of a level turn by does not count."""
+    r = torch.cat([torch.linspace(0.6, 0.9, 10).repeat_interleave(100), torch.full((SLOT_TILE,), level)])
+    rope = fr.RoPE.axial(torch.arange(len(r))[:, None] * extent, (16,))
+    plan = fr.plan(rope=rope, modulations=[fr.QueryScale(r, keys=slice(0, 100))])
+    assert plan.spec.num_levels == 1
+    assert ("series_tiles_float16" in plan.tensors) == found
+    assert bool(plan.spec.reach) == found
+
+
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
 @pytest.mark.parametrize("pairs", [8, 9, 24, 33, 64])
 def test_channels_hold_every_pair_once_furthest_first(pairs, pairing):
@@ -299,7 +310,7 @@ def test_what_goes_through_patches(monkeypatch):
     def own(call):
         return fr.explain(call.q, call.k, call.v, **call.tokens(), backend="triton").own
 
-    assert "too far apart" in own(call)  # 32 queries
+    assert "too few queries of similar scales" in own(call)
     near = fr.QueryScale(torch.linspace(0.7, 0.71, TOKENS), keys=where)
     full = replace(call, modulations=[near])
     assert own(full) == "a series, in 1 tiles of similar scales"
