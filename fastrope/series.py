@@ -69,8 +69,12 @@ def half_of(pairs: int) -> int:
 
 def tile_width(far: float, near: float, factor: float, dtype: torch.dtype) -> float:
     """How far apart the scales of a tile may lie so that no pair is turned wrongly by more than half of what rounding
-    to ``dtype`` can change in it; 0 where float32 cannot turn the keys so exactly, however equal the scales. ``far``,
-    ``near``: radians that the two halves of the pairs reach; ``factor``: the largest by which float32 turns the keys."""
+    to ``dtype`` can change in it; 0 where float32 cannot turn the keys so exactly, however equal the scales.
+
+    Args:
+        far, near: radians that the two halves of the pairs reach.
+        factor: the largest by which float32 turns the keys.
+    """
     allowed = torch.finfo(dtype).eps / 4 - factor * far * 2.0**-22
     if allowed <= torch.finfo(dtype).eps / 8:
         return 0.0

@@ -107,6 +107,19 @@ def test_tiles_are_as_wide_as_half_a_rounding_lets_them(dtype, far, near, degree
     assert nearest(degree, (far if degree == 3 else near) * width / 2) > 0.9 * allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("degree", [1, 3])
+def test_the_kernels_polynomial_is_the_nearest(degree, dtype):
+    """For the widest tile and for narrower ones; the sign of ``i^2`` is in the coefficients."""
+    reach = (1.0, 0.0) if degree == 3 else (0.0, 1.0)
+    for part in (1.0, 0.7, 0.4):
+        x = part * series.tile_width(*reach, 0.0, dtype) / 2
+        a0, a1, a2, a3 = kernels.series.coefficients.fn(x, degree)
+        t = np.linspace(-x, x, 2001)
+        value = a0 + a1 * 1j * t + (a2 * t**2 + a3 * 1j * t**3 if degree == 3 else 0)
+        assert abs(value - np.exp(1j * t)).max() < 1.05 * nearest(degree, x)
+
+
 def test_angles_that_float32_cannot_hold_get_no_series():
     assert series.tile_width(31.5, 1.0, 1.0, torch.float16) > 0
     assert series.tile_width(1e3, 1.0, 1.0, torch.float16) == 0
