@@ -318,7 +318,7 @@ def explain(
         loop=triton.explain_loop(q, k, v, plan) if choice.backend == "triton" else None,
         own=triton.explain_own(q, plan) if choice.backend == "triton" else None,
         untouched=len(plan.tensors["untouched"]) if choice.divided else 0,
-        prologue=folded.prepared(q, k, v, plan) or None if choice.folded else None,
+        prologue=folded.prepared(q, k, v, plan) or None if choice.folded or choice.divided else None,
     )  # fmt: skip
 
 

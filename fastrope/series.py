@@ -41,11 +41,11 @@ def tables(
     half = half_of(len(order))
     far, near = (float(furthest[order[n]]) if n < len(order) else 0.0 for n in (0, half))
     own = [row[slot[:n].long()] for row, slot, n in zip(factor, slots, counts, strict=True)]
-    found = {}
+    found, most_turned = {}, float(torch.cat(own).abs().max())
     for dtype, name in DTYPES.items():
-        width = tile_width(far, near, float(factor.abs().max()), dtype)
+        width = tile_width(far, near, most_turned, dtype)
         bounds = [tile_bounds(-row, width) for row in own]
-        if sum(counts) >= LEAST_FILLED * SLOT_TILE * sum(len(b) - 1 for b in bounds):
+        if width and sum(counts) >= LEAST_FILLED * SLOT_TILE * sum(len(b) - 1 for b in bounds):
             found |= {f"series_tiles_{name}": _stack(bounds), f"series_middle_{name}": _middles(own, bounds)}
     if not found:
         return {}, 0.0
@@ -69,8 +69,12 @@ def half_of(pairs: int) -> int:
 
 def tile_width(far: float, near: float, factor: float, dtype: torch.dtype) -> float:
     """How far apart the scales of a tile may lie so that no pair is turned wrongly by more than half of what rounding
-    to ``dtype`` can change in it. ``far``, ``near``: radians that the two halves of the pairs reach; ``factor``: the
-    largest by which float32 turns the keys."""
+    to ``dtype`` can change in it; 0 where float32 cannot turn the keys so exactly, however equal the scales.
+
+    Args:
+        far, near: radians that the two halves of the pairs reach.
+        factor: the largest by which float32 turns the keys.
+    """
     allowed = torch.finfo(dtype).eps / 4 - factor * far * 2.0**-22
     if allowed <= torch.finfo(dtype).eps / 8:
         return 0.0

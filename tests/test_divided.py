@@ -182,6 +182,7 @@ def test_on_the_way_there(auto):
     assert torch.equal(out, auto[0])
     found = fr.explain(call.q, call.k, call.v, **call.tokens())
     assert "queries that nothing sets apart: 64, through torch's attention" in str(found)
+    assert found.prologue == "q, k"
     plan = call.planned()
     arguments = call.q, call.k, call.v, list(plan.tensors.values()), plan.spec_string, 0.25, False, "auto"
     torch.library.opcheck(ops.planned_attention, arguments, test_utils=("test_schema", "test_faketensor"))

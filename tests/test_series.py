@@ -107,10 +107,34 @@ def test_tiles_are_as_wide_as_half_a_rounding_lets_them(dtype, far, near, degree
     assert nearest(degree, (far if degree == 3 else near) * width / 2) > 0.9 * allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("degree", [1, 3])
+def test_the_kernels_polynomial_is_the_nearest(degree, dtype):
+    """For the widest tile and for narrower ones; the sign of ``i^2`` is in the coefficients."""
+    reach = (1.0, 0.0) if degree == 3 else (0.0, 1.0)
+    for part in (1.0, 0.7, 0.4):
+        x = part * series.tile_width(*reach, 0.0, dtype) / 2
+        a0, a1, a2, a3 = kernels.series.coefficients.fn(x, degree)
+        t = np.linspace(-x, x, 2001)
+        value = a0 + a1 * 1j * t + (a2 * t**2 + a3 * 1j * t**3 if degree == 3 else 0)
+        assert abs(value - np.exp(1j * t)).max() < 1.05 * nearest(degree, x)
+
+
 def test_angles_that_float32_cannot_hold_get_no_series():
     assert series.tile_width(31.5, 1.0, 1.0, torch.float16) > 0
     assert series.tile_width(1e3, 1.0, 1.0, torch.float16) == 0
     assert series.tile_width(0.0, 0.0, 1.0, torch.float16) == float("inf")
+
+
+@pytest.mark.parametrize(("extent", "level", "found"), [(1.0, 0.5, True), (1e4, 0.5, False), (1.0, 1e6, True)])
+def test_equal_scales_do_not_make_up_for_keys_too_far_apart(extent, level, found):
+    """Ten scales of 100 queries each would fill tiles of any width. What queries of a level turn by does not count."""
+    r = torch.cat([torch.linspace(0.6, 0.9, 10).repeat_interleave(100), torch.full((SLOT_TILE,), level)])
+    rope = fr.RoPE.axial(torch.arange(len(r))[:, None] * extent, (16,))
+    plan = fr.plan(rope=rope, modulations=[fr.QueryScale(r, keys=slice(0, 100))])
+    assert plan.spec.num_levels == 1
+    assert ("series_tiles_float16" in plan.tensors) == found
+    assert bool(plan.spec.reach) == found
 
 
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
@@ -299,7 +323,7 @@ def test_what_goes_through_patches(monkeypatch):
     def own(call):
         return fr.explain(call.q, call.k, call.v, **call.tokens(), backend="triton").own
 
-    assert "too far apart" in own(call)
+    assert "too few queries of similar scales" in own(call)
     near = fr.QueryScale(torch.linspace(0.7, 0.71, 140, device=DEVICE), keys=where)
     full = replace(call, modulations=[near])
     assert own(full) == "a series, in 2 tiles of similar scales"

@@ -277,7 +277,7 @@ def explain_own(q: torch.Tensor, plan: Plan) -> str | None:
         return "patches, exact (FASTROPE_SERIES=0)"
     if q.shape[3] > 128:
         return "patches, exact (a series of more than 128 channels spills)"
-    return "patches, exact (scales too far apart to share a turn of the keys)"
+    return "patches, exact (too few queries of similar scales to fill tiles, or keys too far apart)"
 
 
 def _far_apart(x: torch.Tensor) -> bool:
