@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -75,6 +75,7 @@ def serially(call: Call) -> Call:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+@example([0.5] * (2 * SLOT_TILE + 1), 0.0)
 @given(st.lists(st.floats(0, 1), max_size=400), st.floats(0, 1))
 def test_tiles_partition_the_queries(values, width):
     r = torch.tensor(sorted(values), dtype=torch.float64)
@@ -337,11 +338,14 @@ def test_what_goes_through_patches(monkeypatch):
 
 
 def test_it_is_as_exact_as_patches(sparse, monkeypatch):
-    """Every query loosened against every key, mean errors of both: a series whose error shows would be the larger."""
+    """Every query loosened against every key, in two views, mean errors of both: a series whose error shows would be
+    the larger."""
     g = generator(1)
     n = 14 * 14
     q, k, v = tensors(g, batch=1, queries=n, heads=1, dim=32, dtype=torch.float16)
-    call = Call(q, k, v, axial(grid(n), 32), modulations=[fr.QueryScale(uniform(g, n, low=0.6), keys=slice(0, n))])
+    scale = fr.QueryScale(uniform(g, n, low=0.6), keys=slice(0, n))
+    weight = fr.BandWeight(uniform(g, 16, low=0.6, high=1.6), keys=slice(n // 2))
+    call = Call(q, k, v, axial(grid(n), 32), modulations=[scale, weight])
     exact = call.exact()[0]
     errors = []
     for switch in ("1", "0"):
