@@ -249,12 +249,14 @@ def test_more_treatments_than_one_launch_holds(dtype, sparse):
 
 
 @dtypes
-def test_scattered_keys_and_other_tokens(dtype, sparse):
-    """Keys that are sorted by treatment, of a rope of their own."""
+@pytest.mark.parametrize("applied", [(False, False), (True, False), (False, True)])
+def test_scattered_keys_and_other_tokens(dtype, applied, sparse):
+    """Keys that are sorted by treatment, of a rope of their own, which alone may be applied or not."""
     g = generator(5)
-    q, k, v = tensors(g, batch=1, queries=TOKENS, keys=51, heads=2, dim=32, dtype=dtype)
-    scale = fr.QueryScale(uniform(g, TOKENS, low=0.5), keys=torch.randperm(51, generator=g)[:30])
-    call = Call(q, k, v, axial(grid(TOKENS), 32), axial(scatter(g, 51), 32), modulations=[scale])
+    q, k, v = tensors(g, batch=1, queries=TOKENS, keys=51, heads=1, dim=32, dtype=dtype)
+    scale = fr.QueryScale(uniform(g, TOKENS, low=0.9), keys=torch.randperm(51, generator=g)[:30])
+    ropes = axial(grid(TOKENS), 32, applied=applied[0]), axial(scatter(g, 51), 32, applied=applied[1])
+    call = Call(q, k, v, *ropes, modulations=[scale])
     assert "key_order" in call.planned().tensors
     check(serially(call), "triton")
 
