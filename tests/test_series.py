@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,17 @@ def test_channels_hold_every_pair_once_furthest_first(pairs, pairing):
     spread = torch.where(turned, angles, 0.0)[..., columns[known]]
     assert torch.allclose(phase[..., known] * reach, spread - (spread.amax(1) + spread.amin(1))[:, None] / 2, atol=1e-5)
     assert not phase[..., ~known].any()
+
+
+def test_memory_is_as_documented():
+    """Keys: packed, then their channels in order; queries: what rounding left, and six terms of half the pairs each."""
+    copies = {dim: (1 + 4 * half / dim, 1 + 12 * half / dim) for dim in range(16, 129, 2)
+              if (half := series.half_of(dim // 2))}  # fmt: skip
+    assert max(copies.values()) == (3, 7)
+    assert copies[128] == (2, 4)
+    assert "three copies of the covered keys and seven of these queries per view (two and four at head dim 128)" in (
+        Path(__file__).parent.parent / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------
