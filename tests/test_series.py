@@ -319,8 +319,9 @@ def test_through_descriptors(dim, masked, sparse, monkeypatch):
     chosen, select = [], kernels.select
     monkeypatch.setattr(kernels, "select", lambda kernel, *where: chosen.append(kernel) or select(kernel, *where))
     monkeypatch.setattr(backend, "_arch", lambda device: "sm_90")
-    g, call, _ = picture(torch.float16, dim=dim, batch=2)
-    call = replace(call, key_mask=key_masks(g, "random", 2, TOKENS) if masked else None)
+    g, call, _ = picture(torch.float16, dim=dim, batch=2, low=0.9)
+    if masked:  # and positions of each row
+        call = replace(call, rope=axial(scatter(g, TOKENS, batch=2), dim), key_mask=key_masks(g, "random", 2, TOKENS))
     with contextlib.ExitStack() as stack:
         for kernel in ("series_tma", "attention_modulated_tma"):
             stack.enter_context(kernels.override(kernel, block_m=32, block_n=16))
