@@ -24,6 +24,7 @@ from numerics import (
     tensors,
     uniform,
 )  # fmt: skip
+from test_ops import Watch
 
 import fastrope as fr
 from fastrope import api, joint, lowering, ops, series
@@ -143,9 +144,13 @@ def test_any_picture(seed, kind, heads):
 
 def test_a_series_among_the_queries_set_apart(monkeypatch):
     monkeypatch.setattr(series, "LEAST_FILLED", 0.0)
-    call = picture("own", dim=32)
-    assert triton.serial(call.q, call.planned())
-    check(call)
+    call = picture("own", dim=32, heads=1, others=("group",))
+    plan = call.planned()
+    assert triton.serial(call.q, plan)
+    with Watch() as watch:
+        out = divided.run(call.q, call.k, call.v, plan, 32**-0.5)
+    assert watch.read == []
+    assert_close(out, call.exact()[0], call.low()[0])
 
 
 def test_the_loop_runs_over_queries_set_apart_alone(monkeypatch):
