@@ -61,6 +61,7 @@ def picture(
     kinds = {
         "weight": fr.BandWeight(uniform(g, dim // 2, low=0.3, high=1.4), keys=reference),
         "group": fr.BiasDelta(0.7, 1.3, keys=slice(44, 66)),
+        "gains": fr.LogitGain(torch.where(where % 11 == 0, 1.3, 1.0), keys=slice(2, 50)),
         "scattered": fr.BiasDelta(1.2, 0.8, keys=disjoint_sets(g, 1, TOKENS)[0]),
     }
     rope = axial(positions, dim, pairing, applied)
@@ -79,7 +80,7 @@ def check(call: Call) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["levels", "own", "gain"])
 @pytest.mark.parametrize(
-    "others", [(), ("weight",), ("group",), ("weight", "group"), ("scattered",), ("weight", "scattered")]
+    "others", [(), ("gains",), ("weight",), ("group",), ("weight", "group"), ("scattered",), ("weight", "scattered")]
 )
 def test_against_the_reference(kind, others):
     check(picture(kind, others=others))

@@ -293,6 +293,18 @@ def test_the_origin_does_not_matter(dtype, sparse):
     compare(plain, *serially(shifted).run("triton"), "shifted", twin=shifted)
 
 
+@dtypes
+def test_keys_that_reach_far(dtype):
+    """Angles of hundreds of radians for a tile of almost equal scales: each is turned by many periods."""
+    g = generator(7)
+    q, k, v = tensors(g, batch=1, queries=SLOT_TILE, keys=60, heads=1, dim=16, dtype=dtype)
+    scale = fr.QueryScale(torch.linspace(0.7, 0.701, SLOT_TILE, device=DEVICE))
+    ropes = (fr.RoPE.axial(scatter(g, n, extent=600.0)[:, :1], (16,)) for n in (SLOT_TILE, 60))
+    call = serially(Call(q, k, v, *ropes, modulations=[scale]))
+    assert call.planned().spec.reach > 250
+    check(call, "triton")
+
+
 def test_r_of_almost_zero_is_attention_without_rope_on_these_keys(sparse):
     """Scales of next to nothing, each its own, against the closed form."""
     _, call, where = picture(torch.float16)
