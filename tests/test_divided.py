@@ -24,6 +24,7 @@ from numerics import (
     tensors,
     uniform,
 )  # fmt: skip
+from test_ops import Watch
 
 import fastrope as fr
 from fastrope import api, joint, lowering, ops, series
@@ -60,6 +61,7 @@ def picture(
     kinds = {
         "weight": fr.BandWeight(uniform(g, dim // 2, low=0.3, high=1.4), keys=reference),
         "group": fr.BiasDelta(0.7, 1.3, keys=slice(44, 66)),
+        "gains": fr.LogitGain(torch.where(where % 11 == 0, 1.3, 1.0), keys=slice(2, 50)),
         "scattered": fr.BiasDelta(1.2, 0.8, keys=disjoint_sets(g, 1, TOKENS)[0]),
     }
     rope = axial(positions, dim, pairing, applied)
@@ -78,7 +80,7 @@ def check(call: Call) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["levels", "own", "gain"])
 @pytest.mark.parametrize(
-    "others", [(), ("weight",), ("group",), ("weight", "group"), ("scattered",), ("weight", "scattered")]
+    "others", [(), ("gains",), ("weight",), ("group",), ("weight", "group"), ("scattered",), ("weight", "scattered")]
 )
 def test_against_the_reference(kind, others):
     check(picture(kind, others=others))
@@ -143,9 +145,13 @@ def test_any_picture(seed, kind, heads):
 
 def test_a_series_among_the_queries_set_apart(monkeypatch):
     monkeypatch.setattr(series, "LEAST_FILLED", 0.0)
-    call = picture("own", dim=32)
-    assert triton.serial(call.q, call.planned())
-    check(call)
+    call = picture("own", dim=32, heads=1, others=("group",))
+    plan = call.planned()
+    assert triton.serial(call.q, plan)
+    with Watch() as watch:
+        out = divided.run(call.q, call.k, call.v, plan, 32**-0.5)
+    assert watch.read == []
+    assert_close(out, call.exact()[0], call.low()[0])
 
 
 def test_the_loop_runs_over_queries_set_apart_alone(monkeypatch):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numerics import (
     DEVICE,
@@ -75,6 +76,7 @@ def serially(call: Call) -> Call:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+@example([0.5] * (2 * SLOT_TILE + 1), 0.0)
 @given(st.lists(st.floats(0, 1), max_size=400), st.floats(0, 1))
 def test_tiles_partition_the_queries(values, width):
     r = torch.tensor(sorted(values), dtype=torch.float64)
@@ -160,6 +162,17 @@ def test_channels_hold_every_pair_once_furthest_first(pairs, pairing):
     spread = torch.where(turned, angles, 0.0)[..., columns[known]]
     assert torch.allclose(phase[..., known] * reach, spread - (spread.amax(1) + spread.amin(1))[:, None] / 2, atol=1e-5)
     assert not phase[..., ~known].any()
+
+
+def test_memory_is_as_documented():
+    """Keys: packed, then their channels in order; queries: what rounding left, and six terms of half the pairs each."""
+    copies = {dim: (1 + 4 * half / dim, 1 + 12 * half / dim) for dim in range(16, 129, 2)
+              if (half := series.half_of(dim // 2))}  # fmt: skip
+    assert max(copies.values()) == (3, 7)
+    assert copies[128] == (2, 4)
+    assert "three copies of the covered keys and seven of these queries per view (two and four at head dim 128)" in (
+        Path(__file__).parent.parent / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------
@@ -248,12 +261,14 @@ def test_more_treatments_than_one_launch_holds(dtype, sparse):
 
 
 @dtypes
-def test_scattered_keys_and_other_tokens(dtype, sparse):
-    """Keys that are sorted by treatment, of a rope of their own."""
+@pytest.mark.parametrize("applied", [(False, False), (True, False), (False, True)])
+def test_scattered_keys_and_other_tokens(dtype, applied, sparse):
+    """Keys that are sorted by treatment, of a rope of their own, which alone may be applied or not."""
     g = generator(5)
-    q, k, v = tensors(g, batch=1, queries=TOKENS, keys=51, heads=2, dim=32, dtype=dtype)
-    scale = fr.QueryScale(uniform(g, TOKENS, low=0.5), keys=torch.randperm(51, generator=g)[:30])
-    call = Call(q, k, v, axial(grid(TOKENS), 32), axial(scatter(g, 51), 32), modulations=[scale])
+    q, k, v = tensors(g, batch=1, queries=TOKENS, keys=51, heads=1, dim=32, dtype=dtype)
+    scale = fr.QueryScale(uniform(g, TOKENS, low=0.9), keys=torch.randperm(51, generator=g)[:30])
+    ropes = axial(grid(TOKENS), 32, applied=applied[0]), axial(scatter(g, 51), 32, applied=applied[1])
+    call = Call(q, k, v, *ropes, modulations=[scale])
     assert "key_order" in call.planned().tensors
     check(serially(call), "triton")
 
@@ -276,6 +291,18 @@ def test_the_origin_does_not_matter(dtype, sparse):
     positions = scatter(g, TOKENS)
     plain, shifted = (replace(call, rope=axial(x, 32)) for x in (positions, positions - 3000.0))
     compare(plain, *serially(shifted).run("triton"), "shifted", twin=shifted)
+
+
+@dtypes
+def test_keys_that_reach_far(dtype):
+    """Angles of hundreds of radians for a tile of almost equal scales: each is turned by many periods."""
+    g = generator(7)
+    q, k, v = tensors(g, batch=1, queries=SLOT_TILE, keys=60, heads=1, dim=16, dtype=dtype)
+    scale = fr.QueryScale(torch.linspace(0.7, 0.701, SLOT_TILE, device=DEVICE))
+    ropes = (fr.RoPE.axial(scatter(g, n, extent=600.0)[:, :1], (16,)) for n in (SLOT_TILE, 60))
+    call = serially(Call(q, k, v, *ropes, modulations=[scale]))
+    assert call.planned().spec.reach > 250
+    check(call, "triton")
 
 
 def test_r_of_almost_zero_is_attention_without_rope_on_these_keys(sparse):
@@ -304,8 +331,9 @@ def test_through_descriptors(dim, masked, sparse, monkeypatch):
     chosen, select = [], kernels.select
     monkeypatch.setattr(kernels, "select", lambda kernel, *where: chosen.append(kernel) or select(kernel, *where))
     monkeypatch.setattr(backend, "_arch", lambda device: "sm_90")
-    g, call, _ = picture(torch.float16, dim=dim, batch=2)
-    call = replace(call, key_mask=key_masks(g, "random", 2, TOKENS) if masked else None)
+    g, call, _ = picture(torch.float16, dim=dim, batch=2, low=0.9)
+    if masked:  # and positions of each row
+        call = replace(call, rope=axial(scatter(g, TOKENS, batch=2), dim), key_mask=key_masks(g, "random", 2, TOKENS))
     with contextlib.ExitStack() as stack:
         for kernel in ("series_tma", "attention_modulated_tma"):
             stack.enter_context(kernels.override(kernel, block_m=32, block_n=16))
@@ -337,11 +365,14 @@ def test_what_goes_through_patches(monkeypatch):
 
 
 def test_it_is_as_exact_as_patches(sparse, monkeypatch):
-    """Every query loosened against every key, mean errors of both: a series whose error shows would be the larger."""
+    """Every query loosened against every key, in two views, mean errors of both: a series whose error shows would be
+    the larger."""
     g = generator(1)
     n = 14 * 14
     q, k, v = tensors(g, batch=1, queries=n, heads=1, dim=32, dtype=torch.float16)
-    call = Call(q, k, v, axial(grid(n), 32), modulations=[fr.QueryScale(uniform(g, n, low=0.6), keys=slice(0, n))])
+    scale = fr.QueryScale(uniform(g, n, low=0.6), keys=slice(0, n))
+    weight = fr.BandWeight(uniform(g, 16, low=0.6, high=1.6), keys=slice(n // 2))
+    call = Call(q, k, v, axial(grid(n), 32), modulations=[scale, weight])
     exact = call.exact()[0]
     errors = []
     for switch in ("1", "0"):

@@ -69,8 +69,8 @@ def run(
     """See :func:`fastrope.backends.eager.run`; forward only. q and k may be :class:`fastrope.kernels.Streams` where the
     plan rotates both (q: and :func:`patched` is false), v wherever. Extra memory: the packed keys, at most
     ``1 + MAX_LEVELS`` times k, at most ``MAX_VIEWS`` copies of q, a copy of v where it is joined, sorted or masked; for
-    queries with a scale of their own float32 state, and for a series the scaled keys once more and up to five
-    copies of these queries, per view."""
+    queries with a scale of their own float32 state, and for a series up to three copies of the scaled keys and seven of
+    these queries, per view (two and four at a head dim of 128)."""
     with launching_on(q.device):
         out, lse = attend(q, k, *pack(q, k, v, plan), plan, scale)
     return out, lse if return_lse else None
