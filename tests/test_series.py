@@ -240,14 +240,15 @@ def test_key_masks_and_what_masked_keys_hold(dtype, kind, sparse):
 
 @dtypes
 def test_beside_every_other_modulation(dtype, sparse):
-    """Weights, groups and gains that each cover a part of the scaled keys and a part of the others."""
-    g, call, where = picture(dtype, tokens=TOKENS + 3)
+    """Weights, groups and gains, those of two rows, that each cover a part of the scaled keys and of the others."""
+    g, call, where = picture(dtype, tokens=TOKENS + 3, batch=2, heads=1, low=0.8)
     start, n = where.start, call.q.shape[1]
     members = disjoint_sets(g, 2, n)
     others = [
         fr.BandWeight(uniform(g, 16, low=0.3, high=1.4), keys=slice(start - 5, start + 9)),
-        fr.BiasDelta(0.7, 1.3, keys=members[0]), fr.BiasDelta(1.2, 0.6, keys=members[1]),
-        fr.LogitGain(uniform(g, n, low=-0.5, high=1.4), keys=slice(start + 4, n - 3)),
+        fr.BiasDelta(*torch.tensor([[0.7, 1.5], [1.3, 0.8]], device=DEVICE), keys=members[0]),
+        fr.BiasDelta(1.2, 0.6, keys=members[1]),
+        fr.LogitGain(uniform(g, 2, n, low=-0.5, high=1.4), keys=slice(start + 4, n - 3)),
     ]  # fmt: skip
     check(serially(replace(call, modulations=[*call.modulations, *others])), "triton")
 
@@ -352,7 +353,7 @@ def test_what_goes_through_patches(monkeypatch):
         return fr.explain(call.q, call.k, call.v, **call.tokens(), backend="triton").own
 
     assert "too few queries of similar scales" in own(call)
-    near = fr.QueryScale(torch.linspace(0.7, 0.71, TOKENS), keys=where)
+    near = fr.QueryScale(torch.linspace(0.7, 0.71, TOKENS, device=DEVICE), keys=where)
     full = replace(call, modulations=[near])
     assert own(full) == "a series, in 1 tiles of similar scales"
     assert "these through a series" in str(fr.explain(full.q, full.k, full.v, **full.tokens(), backend="triton"))
