@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -25,7 +26,7 @@ from numerics import (
 
 import fastrope as fr
 from fastrope import api
-from fastrope.backends import folded
+from fastrope.backends import folded, triton
 from fastrope.bench.cases import CASES, chosen
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
@@ -144,6 +145,55 @@ def test_streams_fold_into_the_keys():
     assert_close(fr.joint_attention(streams, plan=plan), exact, fr.joint_attention(streams, plan=plan, backend="eager"))
 
 
+# ---- queries that nothing sets apart, for torch's attention ----------------------------------------------------------
+
+
+def a_dividing_call(kind="levels", **options) -> Call:
+    """Every third query set apart: by one scale, or in tiles of a series; beside weights, a group and a gain."""
+    call = a_folding_call(**options)
+    tokens = call.q.shape[1]
+    apart = torch.arange(tokens, device=DEVICE) % 3 == 0
+    values = torch.linspace(0.8, 0.81 if kind == "series" else 0.8, tokens, device=DEVICE)
+    scale = fr.QueryScale(torch.where(apart, values, 1.0), keys=slice(tokens // 3, None), axes=(1, 2))
+    gain = fr.LogitGain(torch.where(apart, 1.3, 1.0), keys=slice(tokens // 2, None))
+    return replace(call, modulations=[scale, gain, *call.modulations])
+
+
+def check_divided(call: Call, kind: str) -> None:
+    plan = call.planned()
+    assert api.choose(call.q, call.k, call.v, plan, "auto").divided
+    assert triton.serial(call.q, plan) == (kind == "series")
+    out = call.run("auto", return_lse=False)
+    assert out.is_contiguous()
+    assert_close(out, call.exact()[0], call.low()[0])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", ["loose-levels", "loose-continuous", "crop-gain", "all-continuous"])
+def test_flux_kontext_divided(case, dtype):
+    problem = kontext(case, dtype)
+    q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
+    assert api.choose(q, k, v, plan, "auto").divided
+    errors = problem.check(fr.attention(q, k, v, plan=plan))
+    print(f"{case} {dtype}: {errors}")
+    assert errors.passed, str(errors)
+
+
+@pytest.mark.parametrize("kind", ["levels", "series"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [20, 64, 80, 96, 128])
+def test_head_dims_divided(dim, dtype, kind):
+    check_divided(a_dividing_call(kind, dtype=dtype, dim=dim), kind)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["levels", "series"])
+def test_strides_divided(kind, layout):
+    call = a_dividing_call(kind, layout=layout)
+    check_divided(call, kind)
+    check_divided(replace(call, rope=call.rope.as_applied()), kind)
+
+
 # ---- the fused loop --------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +279,7 @@ def refill(*inputs: torch.Tensor) -> None:
 
 
 ROUTES = {**{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS}, "folded": (a_folding_call, "sdpa")}
+ROUTES |= {kind: (lambda kind=kind: a_dividing_call(kind), "auto") for kind in ("divided", "series")}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -280,9 +331,11 @@ def test_compiled_with_modulations_made_inside():
     assert torch.equal(out, attend(call.q, call.k, call.v))
 
 
-def test_the_folded_path_does_not_synchronise():
-    call = a_folding_call()
-    attend = planned(call, "sdpa")
+@pytest.mark.parametrize("route", ["folded", "divided", "series"])
+def test_other_paths_do_not_synchronise(route):
+    make, backend = ROUTES[route]
+    call = make()
+    attend = planned(call, backend)
     attend(call.q, call.k, call.v)
     torch.cuda.set_sync_debug_mode("error")
     try:
