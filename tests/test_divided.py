@@ -128,7 +128,7 @@ def test_no_rope_at_all():
 
 def test_plans_with_other_numbers():
     call = picture(others=("weight", "group"))
-    weight = torch.linspace(1.4, 0.2, 8)
+    weight = torch.linspace(1.4, 0.2, 8, device=DEVICE)
     plan = call.planned().with_weight(weight).with_groups([(1.1, 0.4)])
     scale, band, group = call.modulations
     other = replace(call, modulations=[scale, replace(band, weight=weight), replace(group, bias=1.1, delta=0.4)])
@@ -215,7 +215,7 @@ def test_what_does_not_divide():
     call = picture()
     assert divided.divides(call.planned())
     assert not divided.divides(replace(call, key_mask=key_masks(generator(0), "random", 1, TOKENS)).planned())
-    most = fr.QueryScale(torch.where(torch.arange(TOKENS) < 36, 1.0, 0.5), keys=slice(40, None))
+    most = fr.QueryScale(torch.where(torch.arange(TOKENS, device=DEVICE) < 36, 1.0, 0.5), keys=slice(40, None))
     assert not divided.divides(replace(call, modulations=[most]).planned())
     assert not divided.divides(replace(call, modulations=[fr.BiasDelta(1, 1.1, keys=slice(40, None))]).planned())
 

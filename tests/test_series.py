@@ -240,14 +240,15 @@ def test_key_masks_and_what_masked_keys_hold(dtype, kind, sparse):
 
 @dtypes
 def test_beside_every_other_modulation(dtype, sparse):
-    """Weights, groups and gains that each cover a part of the scaled keys and a part of the others."""
-    g, call, where = picture(dtype, tokens=TOKENS + 3)
+    """Weights, groups and gains, those of two rows, that each cover a part of the scaled keys and of the others."""
+    g, call, where = picture(dtype, tokens=TOKENS + 3, batch=2, heads=1, low=0.8)
     start, n = where.start, call.q.shape[1]
     members = disjoint_sets(g, 2, n)
     others = [
         fr.BandWeight(uniform(g, 16, low=0.3, high=1.4), keys=slice(start - 5, start + 9)),
-        fr.BiasDelta(0.7, 1.3, keys=members[0]), fr.BiasDelta(1.2, 0.6, keys=members[1]),
-        fr.LogitGain(uniform(g, n, low=-0.5, high=1.4), keys=slice(start + 4, n - 3)),
+        fr.BiasDelta(*torch.tensor([[0.7, 1.5], [1.3, 0.8]], device=DEVICE), keys=members[0]),
+        fr.BiasDelta(1.2, 0.6, keys=members[1]),
+        fr.LogitGain(uniform(g, 2, n, low=-0.5, high=1.4), keys=slice(start + 4, n - 3)),
     ]  # fmt: skip
     check(serially(replace(call, modulations=[*call.modulations, *others])), "triton")
 

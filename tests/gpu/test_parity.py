@@ -167,6 +167,44 @@ def test_streams_fold_into_the_keys():
     assert_close(fr.joint_attention(streams, plan=plan), exact, fr.joint_attention(streams, plan=plan, backend="eager"))
 
 
+# ---- queries that nothing sets apart, for torch's attention ----------------------------------------------------------
+
+
+def a_dividing_call(kind="levels", **options) -> Call:
+    """Every third query set apart: by one scale, or in tiles of a series; beside weights, a group and a gain."""
+    call = a_folding_call(**options)
+    tokens = call.q.shape[1]
+    apart = torch.arange(tokens, device=DEVICE) % 3 == 0
+    values = torch.linspace(0.8, 0.81 if kind == "series" else 0.8, tokens, device=DEVICE)
+    scale = fr.QueryScale(torch.where(apart, values, 1.0), keys=slice(tokens // 3, None), axes=(1, 2))
+    gain = fr.LogitGain(torch.where(apart, 1.3, 1.0), keys=slice(tokens // 2, None))
+    return replace(call, modulations=[scale, gain, *call.modulations])
+
+
+def check_divided(call: Call, kind: str) -> None:
+    plan = call.planned()
+    assert api.choose(call.q, call.k, call.v, plan, "auto").divided
+    assert triton.serial(call.q, plan) == (kind == "series")
+    out = call.run("auto", return_lse=False)
+    assert out.is_contiguous()
+    assert_close(out, call.exact()[0], call.low()[0])
+
+
+@pytest.mark.parametrize("kind", ["levels", "series"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [20, 64, 80, 96, 128])
+def test_head_dims_divided(dim, dtype, kind):
+    check_divided(a_dividing_call(kind, dtype=dtype, dim=dim), kind)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["levels", "series"])
+def test_strides_divided(kind, layout):
+    call = a_dividing_call(kind, layout=layout)
+    check_divided(call, kind)
+    check_divided(replace(call, rope=call.rope.as_applied()), kind)
+
+
 # ---- the fused loop --------------------------------------------------------------------------------------------------
 
 
@@ -251,21 +289,8 @@ def refill(*inputs: torch.Tensor) -> None:
         x.copy_(torch.randn(x.shape, device=x.device).to(x.dtype))
 
 
-def a_dividing_call() -> Call:
-    """A third of the queries set apart, by scales of their own that share tiles, beside weights and a group."""
-    call = a_folding_call(dim=64)
-    tokens = torch.arange(call.q.shape[1], device=DEVICE)
-    scale = torch.where(tokens % 3 == 0, 0.7 + tokens * 1e-5, 1.0)
-    call = replace(call, modulations=[fr.QueryScale(scale, keys=slice(150, None), axes=(1, 2)), *call.modulations])
-    assert triton.serial(call.q, call.planned())
-    assert api.choose(call.q, call.k, call.v, call.planned(), "auto").divided
-    return call
-
-
-ROUTES = {
-    **{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS},
-    "folded": (a_folding_call, "sdpa"), "divided": (a_dividing_call, "auto"),
-}  # fmt: skip
+ROUTES = {**{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS}, "folded": (a_folding_call, "sdpa")}
+ROUTES |= {kind: (lambda kind=kind: a_dividing_call(kind), "auto") for kind in ("divided", "series")}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -317,8 +342,9 @@ def test_compiled_with_modulations_made_inside():
     assert torch.equal(out, attend(call.q, call.k, call.v))
 
 
-@pytest.mark.parametrize(("make", "backend"), [(a_folding_call, "sdpa"), (a_dividing_call, "auto")])
-def test_what_torch_attends_does_not_synchronise(make, backend):
+@pytest.mark.parametrize("route", ["folded", "divided", "series"])
+def test_other_paths_do_not_synchronise(route):
+    make, backend = ROUTES[route]
     call = make()
     attend = planned(call, backend)
     attend(call.q, call.k, call.v)
