@@ -41,8 +41,8 @@ class PlanSpec:
     leading query slots that may hold queries with a scale of their own, and ``reach`` is the largest angle of the keys
     they meet, from the middle of all (0: no series). ``touched`` counts the leading slots before those of queries that
     nothing sets apart. ``level_counts`` has, per row of the scale, the number of queries with a scale of their own, at
-    r = 1, and at each level. ``passes`` are runs of segments
-    the fused kernels hold at once; ``gain_sets`` the gains that segments multiply.
+    r = 1, and at each level. ``passes`` are runs of segments the fused kernels hold at once; ``gain_sets`` the gains
+    that segments multiply.
     """
 
     batch: int | None = None

@@ -27,7 +27,7 @@ def tables(
     """Tables of a plan and the reach of its keys; none where tiles would be too empty in every dtype.
 
     Args:
-        factor: ``(Bs, Sq)`` what the angles of keys are multiplied by for each query, negative, float64.
+        factor: ``(Bs, Sq)`` minus what the angles of keys are multiplied by for each query, float64.
         slots: ``(Bs, N)`` queries, those with a scale of their own first, sorted by it.
         counts: of queries with a scale of their own, in each row.
         angles: ``(Bk, n, D/2)`` of the scaled keys, in key order, float64.

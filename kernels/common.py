@@ -159,3 +159,16 @@ def softmax_step(qk, m_i, l_i):
     p = tl.exp2(qk - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def store_state(
+    STATE, STATE_M, STATE_L, acc, m_i, l_i, state, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Running softmax of some slots, for the fused loop to resume: unnormalised output, maximum and sum, in rows
+    ``state`` (int64) of its tables."""
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(STATE_M + state, m_i, mask=mask)
+    tl.store(STATE_L + state, l_i, mask=mask)
+    rows = STATE + state[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(rows, acc, mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :])

@@ -22,6 +22,7 @@ from .common import (
     logit_map,
     sincos_of_product,
     softmax_step,
+    store_state,
     when,
 )  # fmt: skip
 from .config import LaunchConfig, precision
@@ -183,7 +184,6 @@ def patch_kernel(
     key_phase = KEY_PHASE + b * phase_batch_stride
     factor = tl.load(FACTOR + b * factor_batch_stride + rows, mask=row_mask, other=0.0)
     factor_low = tl.load(FACTOR + b * factor_batch_stride + num_queries + rows, mask=row_mask, other=0.0)
-    offs_d = tl.arange(0, BLOCK_D)
     offs_u = tl.arange(0, PATCH)
 
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
@@ -232,11 +232,7 @@ def patch_kernel(
             )  # fmt: skip
 
     state = bh.to(tl.int64) * continuous + offs_m
-    tl.store(STATE_M + state, m_i, mask=row_mask)
-    tl.store(STATE_L + state, l_i, mask=row_mask)
-    tl.store(
-        STATE + state[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
-    )
+    store_state(STATE, STATE_M, STATE_L, acc, m_i, l_i, state, row_mask, HEAD_DIM, BLOCK_D)
 
 
 def patch_attention(

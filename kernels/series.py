@@ -30,6 +30,7 @@ from .common import (
     sincos,
     sincos_of_product,
     softmax_step,
+    store_state,
 )  # fmt: skip
 from .config import LaunchConfig
 from .descriptors import descriptor, load_block
@@ -251,12 +252,7 @@ def series_kernel(
         m_i += row_bias
 
     state = bh.to(tl.int64) * continuous + offs_m
-    offs_d = tl.arange(0, BLOCK_D)
-    tl.store(STATE_M + state, m_i, mask=row_mask)
-    tl.store(STATE_L + state, l_i, mask=row_mask)
-    tl.store(
-        STATE + state[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
-    )
+    store_state(STATE, STATE_M, STATE_L, acc, m_i, l_i, state, row_mask, HEAD_DIM, BLOCK_D)
 
 
 def series_attention(

@@ -2,9 +2,8 @@
 
 The form in which backend ``sdpa`` runs where the kernels do, forward, for plans of rotation, BandWeight and BiasDelta
 without a mask: nothing is left for a loop over keys to do but plain attention. That is also so for the queries of any
-plan that nothing sets apart (``divided.py``). One pass over q and one over k gather,
-join, normalise, rotate and weigh; keys of groups take two more, one for the mean and one for
-``kt = (lambda - delta) mu + delta khat``.
+plan that nothing sets apart (``divided.py``). One pass over q and one over k gather, join, normalise, rotate and weigh;
+keys of groups take two more, one for the mean and one for ``kt = (lambda - delta) mu + delta khat``.
 """
 
 from __future__ import annotations

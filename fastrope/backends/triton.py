@@ -192,20 +192,28 @@ def _attend(q, keys, values, scaled, tables, plan: Plan, scale: float, dtype: to
 
 
 def serial(q: torch.Tensor, plan: Plan) -> bool:
-    """Whether queries with a scale of their own go through the series: 16 bits, in tiles that the plan could fill."""
-    from .. import kernels
-
-    if (
-        f"series_tiles_{SERIES_DTYPES.get(q.dtype)}" not in plan.tensors
-        or os.environ.get("FASTROPE_SERIES", "1") == "0"
-    ):
-        return False
-    return kernels.ships("series", _arch(q.device), q.dtype, q.shape[3])
+    """Whether queries with a scale of their own go through the series."""
+    return plan.spec.continuous > 0 and _against_a_series(q, plan) is None
 
 
 def patched(q: torch.Tensor, plan: Plan) -> bool:
     """Whether queries with a scale of their own go through patches, exact in any dtype."""
     return plan.spec.continuous > 0 and not serial(q, plan)
+
+
+def _against_a_series(q: torch.Tensor, plan: Plan) -> str | None:
+    """Why queries with a scale of their own meet patches instead, or None."""
+    from .. import kernels
+
+    if q.dtype not in SERIES_DTYPES:
+        return str(q.dtype).removeprefix("torch.")
+    if os.environ.get("FASTROPE_SERIES", "1") == "0":
+        return "FASTROPE_SERIES=0"
+    if not kernels.ships("series", _arch(q.device), q.dtype, q.shape[3]):
+        return "a series of more than 128 channels spills"
+    if f"series_tiles_{SERIES_DTYPES[q.dtype]}" not in plan.tensors:
+        return "too few queries of similar scales to fill tiles, or keys too far apart"
+    return None
 
 
 def _series_keys(k, keys: torch.Tensor, plan: Plan, config) -> torch.Tensor:
@@ -268,16 +276,11 @@ def explain_own(q: torch.Tensor, plan: Plan) -> str | None:
     """What would compute queries with a scale of their own against the scaled keys; None where there are none."""
     if not plan.spec.continuous:
         return None
-    if serial(q, plan):
-        tiles = plan.tensors[f"series_tiles_{SERIES_DTYPES[q.dtype]}"]
-        return f"a series, in {tiles.shape[1] - 1} tiles of similar scales"
-    if q.dtype not in SERIES_DTYPES:
-        return f"patches, exact ({str(q.dtype).removeprefix('torch.')})"
-    if os.environ.get("FASTROPE_SERIES", "1") == "0":
-        return "patches, exact (FASTROPE_SERIES=0)"
-    if q.shape[3] > 128:
-        return "patches, exact (a series of more than 128 channels spills)"
-    return "patches, exact (too few queries of similar scales to fill tiles, or keys too far apart)"
+    why = _against_a_series(q, plan)
+    if why is not None:
+        return f"patches, exact ({why})"
+    tiles = plan.tensors[f"series_tiles_{SERIES_DTYPES[q.dtype]}"]
+    return f"a series, in {tiles.shape[1] - 1} tiles of similar scales"
 
 
 def _far_apart(x: torch.Tensor) -> bool:

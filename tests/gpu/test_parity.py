@@ -66,6 +66,13 @@ def kontext(case: str, dtype: torch.dtype) -> Problem:
     return Problem.make(WORKLOADS["kontext"], CASES[case], torch.device(DEVICE), dtype)
 
 
+def attend_checked(problem: Problem, name: str, backend: str) -> None:
+    """Run a problem and hold a sample of its queries against the reference."""
+    errors = problem.check(fr.attention(problem.q, problem.k, problem.v, plan=problem.plan, backend=backend))
+    print(f"{name}: {errors}")
+    assert errors.passed, str(errors)
+
+
 @pytest.mark.parametrize("applied", [False, True], ids=["raw", "applied"])  # varies fastest: the problem is remembered
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case.name for case in chosen(WORKLOADS["kontext"], None)])
@@ -73,9 +80,7 @@ def test_flux_kontext(applied, case, dtype):
     """1 x 8704 x 24 x 128; the reference computes a sample of the queries."""
     problem = kontext(case, dtype)
     problem = problem.applied if applied else problem
-    errors = problem.check(fr.attention(problem.q, problem.k, problem.v, plan=problem.plan, backend="triton"))
-    print(f"{case} {dtype}: {errors}")
-    assert errors.passed, str(errors)
+    attend_checked(problem, f"{case} {dtype}", "triton")
 
 
 # ---- folded into the keys, for torch's attention ---------------------------------------------------------------------
@@ -99,11 +104,8 @@ def check_folded(call: Call) -> None:
 @pytest.mark.parametrize("case", ["plain", "grag", "bands"])
 def test_flux_kontext_folded(case, dtype):
     problem = kontext(case, dtype)
-    q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
-    assert api.choose(q, k, v, plan, "auto").folded
-    errors = problem.check(fr.attention(q, k, v, plan=plan))
-    print(f"{case} {dtype}: {errors}")
-    assert errors.passed, str(errors)
+    assert api.choose(problem.q, problem.k, problem.v, problem.plan, "auto").folded
+    attend_checked(problem, f"{case} {dtype}", "auto")
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -111,11 +113,8 @@ def test_flux_kontext_folded(case, dtype):
 def test_flux_kontext_divided(case, dtype):
     """Queries outside of the crop through torch's attention."""
     problem = kontext(case, dtype)
-    q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
-    assert api.choose(q, k, v, plan, "auto").divided
-    errors = problem.check(fr.attention(q, k, v, plan=plan))
-    print(f"{case} {dtype}: {errors}")
-    assert errors.passed, str(errors)
+    assert api.choose(problem.q, problem.k, problem.v, problem.plan, "auto").divided
+    attend_checked(problem, f"{case} {dtype}", "auto")
 
 
 @pytest.mark.parametrize("mask", [None, "random"])
