@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import fastrope as fr
-from fastrope.backends import eager
+from fastrope.backends import reference
 from fastrope.joint import join
 from fastrope.tolerance import Errors
 
@@ -74,8 +74,8 @@ class BlockProblem(Problem):
     @cached_property
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         wide = [_double(stream) for stream in self.streams]
-        exact, _ = eager.run(*join(wide), self.plan, self.scale, queries=self._rows)
-        low, _ = eager.run(self.q, self.k, self.v, self.plan, self.scale, queries=self._rows)
+        exact, _ = reference.run(*join(wide), self.plan.resolved, self.scale, queries=self._rows)
+        low, _ = reference.run(self.q, self.k, self.v, self.plan.resolved, self.scale, queries=self._rows)
         return exact, low
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastrope as fr
-from fastrope import api
+from fastrope.dispatch import decide
 
 from . import fused_calls, prologue
 from .materialised import materialised
@@ -55,7 +55,7 @@ def fastrope(backend: str, applied: bool = False) -> Callable[[Problem], Contest
         problem = problem.applied if applied else problem
         q, k, v, plan = problem.q, problem.k, problem.v, problem.plan
         try:
-            api.choose(q, k, v, plan, backend)
+            decide(plan.lowered, q, k, v, backend)
         except NotImplementedError as error:
             raise Unsupported(str(error)) from error
         return Contestant(lambda: fr.attention(q, k, v, plan=plan, backend=backend, debug=False), problem)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 import fastrope as fr
-from fastrope.backends import eager
+from fastrope.backends import reference
 from fastrope.modulations import Modulation
 from fastrope.rope import rotate
 from fastrope.tolerance import Errors, measure
@@ -117,6 +117,6 @@ class Problem:
         """In float64 and in the dtype of the inputs."""
         inputs = self.q, self.k, self.v
         with torch.no_grad():
-            exact, _ = eager.run(*(x.double() for x in inputs), self.plan, self.scale, queries=self._rows)
-            low, _ = eager.run(*inputs, self.plan, self.scale, queries=self._rows)
+            exact, _ = reference.run(*(x.double() for x in inputs), self.plan.resolved, self.scale, queries=self._rows)
+            low, _ = reference.run(*inputs, self.plan.resolved, self.scale, queries=self._rows)
         return exact, low

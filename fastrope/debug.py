@@ -7,12 +7,11 @@ synchronises with the device; not for production. A compiled or captured graph t
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from .checks import first_not_finite, require, require_finite
-from .planning import Plan
+from .device import switched_on, widest_float
+from .planning import Resolved
 
 SAMPLE = 16  # queries compared with the reference, spread evenly
 LOW_PRECISION_SLACK = 4  # times the error of the reference in the input dtype: a backend may round in other places
@@ -22,35 +21,35 @@ ANGLE_ROUNDING = 0.1  # radians: where neighbouring angles are further apart tha
 
 def enabled(argument: bool | None) -> bool:
     """The argument if given, else the environment."""
-    return os.environ.get("FASTROPE_DEBUG", "0") not in ("", "0") if argument is None else argument
+    return switched_on("FASTROPE_DEBUG", False) if argument is None else argument
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> None:
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: Resolved, scale: float) -> None:
     """Require that everything a call reads is finite and in range. Masked keys and values may hold anything;
     modulations were checked with the plan.
 
     Args:
         q, k, v: ``(B, Sq, H, D)``, ``(B, Sk, Hkv, D)`` twice.
-        plan: the call's plan.
+        resolved: what the user asked for.
         scale: factor of the logits.
 
     Raises:
         ValueError: naming the argument, what was expected, what came and where.
     """
     q, k, v = q.detach(), k.detach(), v.detach()
-    mask = plan.key_mask
+    mask = resolved.key_mask
     if mask is not None:
         k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
     for name, x, token in (("q", q, "query"), ("k", k, "key"), ("v", v, "key")):
         require_finite(name, x, ("batch row", token, "head", "channel"))
-    for name, rope in (("rope.angles", plan.rope), ("key_rope.angles", plan.key_rope)):
+    for name, rope in (("rope.angles", resolved.rope), ("key_rope.angles", resolved.key_rope)):
         if rope is not None:
             require_finite(name, rope.angles, ("batch row", "token", "pair"))
             _distinct_angles(name, rope.angles)
-    _check_ranges(q, k, plan, scale)
+    _check_ranges(q, k, resolved, scale)
 
 
-def check_output(q, k, v, plan: Plan, scale: float, out: torch.Tensor, backend: str) -> None:
+def check_output(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor, backend: str) -> None:
     """Require a finite output that agrees with the reference on a sample of queries.
 
     Raises:
@@ -62,7 +61,7 @@ def check_output(q, k, v, plan: Plan, scale: float, out: torch.Tensor, backend: 
         raise RuntimeError(
             f"backend {backend}: expected a finite output for finite inputs, received {bad} (overflow in {q.dtype}?)"
         )
-    error, allowed = deviation(q, k, v, plan, scale, out)
+    error, allowed = deviation(q, k, v, resolved, scale, out)
     if not error <= allowed:
         raise RuntimeError(
             f"backend {backend} disagrees with the reference on a sample of queries: expected an error of at most "
@@ -70,33 +69,33 @@ def check_output(q, k, v, plan: Plan, scale: float, out: torch.Tensor, backend: 
         )
 
 
-def deviation(q, k, v, plan: Plan, scale: float, out: torch.Tensor) -> tuple[float, float]:
+def deviation(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor) -> tuple[float, float]:
     """Largest error of ``out (B, Sq, H, D)`` against the float64 reference on a sample of queries, and what is allowed.
 
     Allowed is a multiple of the error that the reference itself makes in the input dtype. On devices without float64
     the reference runs in float32.
     """
-    from .backends import eager
+    from .backends import reference
 
-    rows = _sample(q.shape[1], plan, q.device)
-    wide = torch.float32 if q.device.type == "mps" else torch.float64
+    rows = _sample(q.shape[1], resolved, q.device)
+    wide = widest_float(q.device)
     with torch.no_grad():
-        exact, _ = eager.run(q.to(wide), k.to(wide), v.to(wide), plan, scale, queries=rows)
+        exact, _ = reference.run(q.to(wide), k.to(wide), v.to(wide), resolved, scale, queries=rows)
         error = float((out[:, rows].to(wide) - exact).abs().amax())
         if q.dtype == torch.float64:
-            values = v if plan.key_mask is None else v[plan.key_mask]
+            values = v if resolved.key_mask is None else v[resolved.key_mask]
             return error, EXACT_SLACK * float(values.abs().amax()) if values.numel() else 0.0
-        low, _ = eager.run(q, k, v, plan, scale, queries=rows)
+        low, _ = reference.run(q, k, v, resolved, scale, queries=rows)
         rounding = float((low.to(wide) - exact).abs().amax())
         floor = torch.finfo(q.dtype).eps * float(exact.abs().amax())
     return error, LOW_PRECISION_SLACK * (rounding + floor)
 
 
-def _sample(num_queries: int, plan: Plan, device) -> torch.Tensor:
+def _sample(num_queries: int, resolved: Resolved, device) -> torch.Tensor:
     """Queries spread evenly, and those with the most extreme scales and gains, ``(n,)``."""
     rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries)).long()]
-    mods = plan.resolved
-    for values in [*([mods.scale.r] if mods.scale is not None else []), *(m.g for m in mods.gains)]:
+    scales = [] if resolved.scale is None else [resolved.scale.r]
+    for values in [*scales, *(m.g for m in resolved.gains)]:
         rows += [values.argmin(dim=1).cpu(), values.argmax(dim=1).cpu()]
     return torch.cat(rows).unique().to(device)
 
@@ -111,21 +110,22 @@ def _distinct_angles(name: str, angles: torch.Tensor) -> None:
     require(largest < limit, name, expected, f"{largest:.3g}")
 
 
-def _check_ranges(q: torch.Tensor, k: torch.Tensor, plan: Plan, scale: float) -> None:
+def _check_ranges(q: torch.Tensor, k: torch.Tensor, resolved: Resolved, scale: float) -> None:
     """Require logits within the accumulator and modulated keys within the input dtype, by bounds on norms.
 
     The norm of a token bounds each of its channels however its pairs are turned, and two norms bound a logit.
     """
-    mods = plan.resolved
-    wide = torch.float32 if q.device.type == "mps" else torch.float64
+    wide = widest_float(q.device)
     accumulator = torch.promote_types(q.dtype, torch.float32)
     logits, keys = f"logits within {accumulator}", f"modulated keys within {k.dtype}"
     query, key = (float(x.to(wide).norm(dim=-1).amax()) for x in (q, k))
     logit = _within("q, k", logits, query * key, accumulator)
     logit = _within("scale", logits, logit * max(abs(scale), 1.0), accumulator)
-    factors = [("BiasDelta.bias, BiasDelta.delta", (m.bias - m.delta).abs() + m.delta.abs(), True) for m in mods.groups]
-    factors += [("BandWeight.weight", m.w.abs(), True) for m in mods.weights]
-    factors += [("LogitGain.gain", m.g.abs(), False) for m in mods.gains]
+    factors = [
+        ("BiasDelta.bias, BiasDelta.delta", (m.bias - m.delta).abs() + m.delta.abs(), True) for m in resolved.groups
+    ]
+    factors += [("BandWeight.weight", m.w.abs(), True) for m in resolved.weights]
+    factors += [("LogitGain.gain", m.g.abs(), False) for m in resolved.gains]
     for name, values, on_keys in factors:
         factor = max(float(values.amax()), 1.0)  # keys outside the set keep theirs
         if on_keys:

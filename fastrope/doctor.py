@@ -12,8 +12,10 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, api, debug
-from .backends import triton
+from . import __version__, debug
+from .api import attention
+from .device import kernel_obstacle
+from .dispatch import decide
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
 from .planning import Plan, plan
 from .rope import RoPE
@@ -104,14 +106,14 @@ def sample_call(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 def _backends(device: torch.device, dtype: torch.dtype) -> dict:
     q, k, v, prepared = sample_call(device, dtype)
-    choice = api.choose(q, k, v, prepared, "auto")
+    choice = decide(prepared.lowered, q, k, v, "auto")
     return {
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "auto": choice.backend,
         "reason": choice.reason,
         "rejected": dict(choice.rejected),
-        "obstacles": {"triton": triton.unsupported(q), "sdpa": None, "eager": None},
+        "obstacles": {"triton": kernel_obstacle(q), "sdpa": None, "eager": None},
     }
 
 
@@ -120,7 +122,7 @@ def _self_check(device: torch.device) -> list[dict]:
     checks = []
     for dtype in DTYPES:
         q, k, v, prepared = sample_call(device, dtype)
-        chosen = api.choose(q, k, v, prepared, "auto").backend
+        chosen = decide(prepared.lowered, q, k, v, "auto").backend
         checks += [_check(q, k, v, prepared, backend) for backend in sorted({"sdpa", chosen})]
     return checks
 
@@ -128,9 +130,8 @@ def _self_check(device: torch.device) -> list[dict]:
 def _check(q, k, v, prepared: Plan, backend: str) -> dict:
     found = {"backend": backend, "dtype": str(q.dtype).removeprefix("torch."), "error": None, "allowed": None}
     try:
-        scale = HEAD_DIM**-0.5
-        out = api.run_plan(q, k, v, prepared, scale, False, backend, False)
-        found["error"], found["allowed"] = debug.deviation(q, k, v, prepared, scale, out)
+        out = attention(q, k, v, plan=prepared, backend=backend, debug=False)
+        found["error"], found["allowed"] = debug.deviation(q, k, v, prepared.resolved, HEAD_DIM**-0.5, out)
     except Exception as error:
         return {**found, "passed": False, "problem": f"{type(error).__name__}: {error}"}
     return {**found, "passed": found["error"] <= found["allowed"], "problem": None}

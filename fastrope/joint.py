@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from . import debug as debugging
-from .api import attention, check_plan, check_tensors, choose, differentiated, no_autocast, scale_of
-from .backends import divided, folded, sdpa, triton
+from . import kernels, ops
+from .api import attention
 from .checks import require, require_tensor
-from .ops import plan_from
-from .planning import Plan
+from .dispatch import Decision, decide, differentiated, execute
+from .planning import Lowered, Plan
+from .validation import check_plan, check_tensors, scale_of
 
 
 class Norm(NamedTuple):
@@ -63,9 +64,9 @@ def joint_attention(
     """:func:`fastrope.attention` of ``join(streams)``; where the fused kernels run, in fewer passes over q and k.
 
     There, one kernel reads each stream as the projections left it, normalises in float32, rotates, weighs, makes the
-    key copies of all levels and writes the joint sequence, rounding once where separate steps round up to three times.
-    Elsewhere the streams are joined first: for more than two streams, streams without norms, inputs or weights that
-    are differentiated, and in debug mode. Queries that meet patches of keys are joined first, too, their keys are not.
+    key copies of all scale buckets and writes the joint sequence, rounding once where separate steps round up to three
+    times. Elsewhere the streams are joined first: for more than two streams, streams without norms, inputs or weights
+    that are differentiated, and in debug mode. Queries that meet axis blocks are joined first, too; their keys are not.
 
     Args:
         streams: tokens of the joint sequence, in order, such as ``[text, image]``; one without tokens counts for
@@ -83,31 +84,41 @@ def joint_attention(
     _check(streams, plan)
     scale = scale_of(streams[0].q, scale)
     streams = [s for s in streams if s.q.shape[1]] or streams[:1]
-    if not fuses(streams, plan, backend):
+    if not _readable(streams, plan.lowered, backend):
         return attention(*join(streams), plan=plan, scale=scale, backend=backend)
-    q, k, v, norms_q, norms_k = zip(*streams, strict=True)
-    norms = norms_q + norms_k
-    weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
-    tensors = list(plan.tensors.values())
-    return streamed_attention(list(q), list(k), list(v), weights, eps, tensors, plan.spec_string, scale, backend)
+    q, k, v, norms = _unzip(streams)
+    if torch.compiler.is_compiling() or ops.observed(*q, *k, *v):
+        weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
+        return streamed_attention(q, k, v, weights, eps, list(plan.tensors), plan.spec, scale, backend)
+    _check_parts(q, k, v, plan.lowered, scale, backend)
+    decision = decide(plan.lowered, *_streams(q, k, v, norms), backend)
+    return _run(decision, plan.lowered, q, k, v, norms, scale)
 
 
-def fuses(streams: Sequence[Stream], plan: Plan, backend: str) -> bool:
-    """Whether the fused prologue takes this call; while tracing, whether it takes it if our kernels turn out to prepare
-    it.
+def fused_joint_attention(streams: Sequence[Stream], plan: Plan, backend: str) -> Tensor | None:
+    """:func:`joint_attention` where our kernels read the streams themselves; None elsewhere, so that a host takes its
+    own steps to q, k and v."""
+    _check(streams, plan)
+    if not _readable(streams, plan.lowered, backend):
+        return None
+    q, k, v, norms = _unzip(streams)
+    scale = scale_of(q[0], None)
+    _check_parts(q, k, v, plan.lowered, scale, backend)
+    decision = decide(plan.lowered, *_streams(q, k, v, norms), backend)
+    return _run(decision, plan.lowered, q, k, v, norms, scale) if decision.kernels else None
 
-    Raises:
-        NotImplementedError: the backend asked for cannot run this call.
-    """
+
+def _readable(streams: Sequence[Stream], lowered: Lowered, backend: str) -> bool:
+    """Whether our kernels could read these streams."""
     normed = all(s.norm_q is not None and s.norm_k is not None for s in streams)
-    if len(streams) > 2 or not normed or not {"query_cos", "key_cos"} <= plan.tensors.keys():
+    rotates = lowered.queries is not None and lowered.queries.rotation is not None and lowered.keys.rotation is not None
+    if len(streams) > 2 or not normed or not rotates or backend == "eager":
         return False
     tensors = [x for s in streams for x in (s.q, s.k, s.v, s.norm_q.weight, s.norm_k.weight) if x is not None]
-    if torch.compiler.is_compiling():
-        return backend != "eager" and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-    if debugging.enabled(None) or (torch.is_grad_enabled() and any(differentiated(x) for x in tensors)):
-        return False
-    return choose(*streams[0][:3], plan, backend).kernels
+    grad = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():  # which knows no tangents
+        return not (grad and any(x.requires_grad for x in tensors))
+    return not debugging.enabled(None) and not (grad and any(differentiated(x) for x in tensors))
 
 
 @torch.library.custom_op("fastrope::joint_attention", mutates_args=())
@@ -123,40 +134,48 @@ def streamed_attention(
     backend: str,
 ) -> Tensor:
     """:func:`joint_attention` of one or two streams. ``weights`` and ``eps`` are those of the norms of all q, then of
-    all k; the plan comes as ``list(plan.tensors.values())`` and ``plan.spec_string``. Forward only."""
-    plan, weights = plan_from(tensors, spec), list(weights)
-    _check_parts(q, k, v, plan, scale, backend)
-    norms = [Norm(*each) for each in zip(weights, eps, strict=True)]
-    streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
-    with torch.no_grad(), no_autocast(v[0].device):
-        choice = choose(q[0], k[0], v[0], plan, backend)
-        if not choice.kernels:
-            return sdpa.run(*join(streams), plan, scale)[0].contiguous()
-        patched = triton.patched(q[0], plan)
-        queries = _cat([s.norm_q(s.q) for s in streams]) if patched else _streamed(q, norms[: len(q)])
-        keys, values = _streamed(k, norms[len(q) :]), _streamed(v) if len(v) > 1 else v[0]
-        if choice.divided:
-            return divided.run(queries, keys, values, plan, scale)
-        if choice.folded:
-            return folded.run(queries, keys, values, plan, scale).contiguous()
-        return triton.run(queries, keys, values, plan, scale)[0].contiguous()
+    all k; the plan comes as ``list(plan.tensors)`` and ``plan.spec``. Forward only."""
+    lowered = Lowered.unflatten(tensors, spec)
+    _check_parts(q, k, v, lowered, scale, backend)
+    ops.refuse_eager(backend)
+    norms = [Norm(*each) for each in zip(list(weights), eps, strict=True)]
+    with torch.no_grad():
+        decision = decide(lowered, *_streams(q, k, v, norms), backend)
+        return _run(decision, lowered, q, k, v, norms, scale)
 
 
 @streamed_attention.register_fake
 def _(q, k, v, weights, eps, tensors, spec, scale, backend):
-    _check_parts(q, k, v, plan_from(tensors, spec), scale, backend)
+    _check_parts(q, k, v, Lowered.unflatten(tensors, spec), scale, backend)
+    ops.refuse_eager(backend)
     batch, _, heads, dim = q[0].shape
     return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, dim))
 
 
-def _streamed(parts: Sequence[Tensor], norms: Sequence[Norm] = ()):
-    """What the kernels read in the place of a joint sequence; values have no norms."""
-    from .kernels import Streams
+def _run(decision: Decision, lowered: Lowered, q, k, v, norms: Sequence[Norm], scale: float) -> Tensor:
+    if not decision.kernels:
+        streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
+        return execute(decision, lowered, *join(streams), scale)[0]
+    queries, keys, values = _streams(q, k, v, norms)
+    if decision.launch is not None and lowered.num_per_query and not decision.launch.polynomial:
+        queries = _cat([norm(x) for norm, x in zip(norms, q, strict=False)])  # axis blocks read them as they are
+    return execute(decision, lowered, queries, keys, values, scale)[0]
 
-    if not norms:
-        return Streams(tuple(parts))
-    weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
-    return Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(n.eps for n in norms))
+
+def _unzip(streams: Sequence[Stream]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Norm]]:
+    q, k, v, norms_q, norms_k = map(list, zip(*streams, strict=True))
+    return q, k, v, norms_q + norms_k
+
+
+def _streams(q, k, v, norms: Sequence[Norm]):
+    """What the kernels read in the place of a joint sequence; values have no norms."""
+
+    def streams(parts, norms):
+        weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
+        return kernels.Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(n.eps for n in norms))
+
+    values = kernels.Streams(tuple(v)) if len(v) > 1 else v[0]
+    return streams(q, norms[: len(q)]), streams(k, norms[len(q) :]), values
 
 
 # ---- validation -----------------------------------------------------------------------------------------------------
@@ -181,7 +200,7 @@ def _check(streams: Sequence[Stream], plan: Plan) -> None:
         _check_norm(f"streams[{i}].norm_q", s.norm_q, s.q)
         _check_norm(f"streams[{i}].norm_k", s.norm_k, s.k)
     normed = any(s.norm_q is not None or s.norm_k is not None for s in streams)
-    applied = plan.spec.queries_applied or plan.spec.keys_applied
+    applied = plan.lowered.queries_applied or plan.lowered.keys_applied
     require(not (normed and applied), "plan", "a rope not applied yet, as norms come before rotation", "applied=True")
 
 
@@ -204,7 +223,7 @@ def _check_norm(name: str, norm: Norm | None, x: Tensor) -> None:
         require(False, f"{name}.weight", f"({x.shape[3]},) floating point on {x.device}", received)
 
 
-def _check_parts(q, k, v, plan: Plan, scale: float, backend: str) -> None:
-    """What the op checks by itself: a graph may be handed other tensors than it was made with."""
+def _check_parts(q, k, v, lowered: Lowered, scale: float, backend: str) -> None:
+    """What can be said of the streams beside a plan; an op checks it again, as a graph may be handed other tensors."""
     check_tensors(q[0], k[0], v[0], scale, backend)
-    check_plan(*(parts[0][:, :1].expand(-1, sum(x.shape[1] for x in parts), -1, -1) for parts in (q, k)), plan)
+    check_plan(*(parts[0][:, :1].expand(-1, sum(x.shape[1] for x in parts), -1, -1) for parts in (q, k)), lowered)

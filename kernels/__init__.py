@@ -1,18 +1,21 @@
-"""Triton kernels and their launchers. They know tensors and tables, not modulations; ``fastrope`` drives them."""
+"""Triton kernels and their launchers. They know tensors and tables, not modulations; ``fastrope`` drives them.
 
-from .attention import fused_attention
-from .config import LaunchConfig, current_arch, override, select, ships
-from .descriptors import describable
-from .match import MatchConfig, match_anchors, select_match
-from .means import group_means
-from .pack import pack_rows, prepare_queries
-from .patches import patch_attention
-from .series import series_attention
-from .streams import Streams
-from .tables import SLOT_TILE, SegmentTables
+Submodules that need triton are imported on first use: ``abi`` and ``config`` serve where it is not installed.
+"""
 
-__all__ = [
-    "SLOT_TILE", "LaunchConfig", "MatchConfig", "SegmentTables", "Streams", "current_arch", "describable",
-    "fused_attention", "group_means", "match_anchors", "override", "pack_rows", "patch_attention", "prepare_queries",
-    "select", "select_match", "series_attention", "ships",
-]  # fmt: skip
+from importlib import import_module
+
+_HOME = {
+    "KernelTables": "tables", "LaunchConfig": "config", "MatchConfig": "match", "Streams": "streams",
+    "axis_block_attention": "axis_blocks", "describable": "descriptors", "fused_attention": "attention",
+    "group_means": "means", "match_anchors": "match", "pack_rows": "pack", "polynomial_attention": "polynomial",
+    "prepare_queries": "pack", "select": "config", "select_match": "match", "ships": "config",
+}  # fmt: skip
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -9,15 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
+from . import abi
 from .common import (
-    LEVEL_BASE,
+    BUCKET_BASE,
     LN2,
     LOWEST,
     SCALED,
     SEGMENT_FIELDS,
     START,
     STOP,
-    VIEW,
+    VARIANT,
     load_tile,
     logit_map,
     softmax_step,
@@ -25,7 +26,7 @@ from .common import (
 )  # fmt: skip
 from .config import LaunchConfig, precision
 from .descriptors import descriptor, load_block
-from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
+from .tables import LOG2E, KernelTables, batch_stride, strides
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def attend(
 def resume(
     acc, l_i, m_i, STATE, STATE_M, STATE_L, state, resumed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Merge what queries with a scale of their own have met in the patch kernel: rows ``state`` of its state."""
+    """Merge what queries with per-query scales have met in a kernel before this one: rows ``state`` of its state."""
     offs_d = tl.arange(0, BLOCK_D)
     state_m = tl.load(STATE_M + state, mask=resumed, other=LOWEST)
     state_l = tl.load(STATE_L + state, mask=resumed, other=0.0)
@@ -105,25 +106,25 @@ def resume(
 
 
 ATTENTION_COUNTS = (
-    "num_segments", "num_queries", "num_keys", "num_rows", "heads", "key_heads", "scaled_keys", "num_slots",
-    "continuous", "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "slots_batch_stride",
-    "level_batch_stride",
+    "num_segments", "num_queries", "num_keys", "num_rows", "heads", "key_heads", "scaled_keys", "num_sorted",
+    "num_per_query", "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "sorted_batch_stride",
+    "bucket_batch_stride",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ATTENTION_COUNTS)
 def attention_kernel(
-    Q, K, V, OUT, LSE, SEGMENTS, BIAS, GROUPS, GAINS, KEY_MASK, SLOTS, SLOT_LEVEL, STATE, STATE_M, STATE_L,
+    Q, K, V, OUT, LSE, SEGMENTS, BIAS, GROUPS, GAINS, KEY_MASK, SORTED_QUERIES, TILE_BUCKET, STATE, STATE_M, STATE_L,
     stride_qb, stride_qh, stride_qv, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
-    num_segments, num_queries, num_keys, num_rows, heads, key_heads, scaled_keys, num_slots, continuous,
-    groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, log2_scale,
+    num_segments, num_queries, num_keys, num_rows, heads, key_heads, scaled_keys, num_sorted, num_per_query,
+    groups_batch_stride, gains_batch_stride, mask_batch_stride, sorted_batch_stride, bucket_batch_stride, log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SLOT_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
+    QUERY_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
     PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head against all segments. num_slots is 0 where queries keep their order."""
+    """One tile of query rows of one head against all segments. num_sorted is 0 where queries keep their order."""
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     tile = tl.program_id(0) % num_tiles
     bh = tl.program_id(0) // num_tiles
@@ -146,37 +147,39 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     if MODULATED:
-        slotted = tile * BLOCK_M < num_slots
-        slot = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=offs_m < num_slots, other=-1)
-        level = tl.load(SLOT_LEVEL + b * level_batch_stride + tile * BLOCK_M // SLOT_TILE, mask=slotted, other=0)
-        rows = tl.where(slotted, slot, offs_m)
+        sorted_tile = tile * BLOCK_M < num_sorted
+        query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)
+        bucket = tl.load(
+            TILE_BUCKET + b * bucket_batch_stride + tile * BLOCK_M // QUERY_TILE, mask=sorted_tile, other=0
+        )
+        rows = tl.where(sorted_tile, query, offs_m)
         row_mask = (rows >= 0) & in_range
         for s in range(num_segments):
             row = SEGMENTS + s * SEGMENT_FIELDS
             start = tl.load(row + START)
             stop = tl.load(row + STOP)
             scaled = tl.load(row + SCALED) != 0
-            skip = (scaled & (level < 0)) | (tl.max(rows) < 0)  # done by the patch kernel; a tile of padding
+            skip = (scaled & (bucket < 0)) | (tl.max(rows) < 0)  # done by an earlier kernel; a tile of padding
             stop = tl.where(skip, start, stop)
-            # The copy of a scaled key at level 0, r = 1, is the key itself in key order.
-            copy = tl.load(row + LEVEL_BASE) + level * scaled_keys
-            key_shift = tl.where(scaled & (level > 0), copy - start, 0)
+            # The copy of a scaled key at bucket 0, r = 1, is the key itself in key order.
+            copy = tl.load(row + BUCKET_BASE) + bucket * scaled_keys
+            key_shift = tl.where(scaled & (bucket > 0), copy - start, 0)
             bias_rows = (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m
             row_scale, row_bias = logit_map(
                 row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
                 num_queries, log2_scale,
             )  # fmt: skip
-            view = q_base + tl.load(row + VIEW).to(tl.int64) * stride_qv
-            q = load_tile(view, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
+            variant = q_base + tl.load(row + VARIANT).to(tl.int64) * stride_qv
+            q = load_tile(variant, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, row_scale, row_bias,
                 k_head, v_head, mask_base, b.to(tl.int32), kv_head, start, stop, key_shift,
                 stride_ks, stride_kd, stride_vs, stride_vd,
                 HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, TMA, PIPELINED, PRECISION,
             )  # fmt: skip
-        state = bh.to(tl.int64) * continuous + offs_m
+        state = bh.to(tl.int64) * num_per_query + offs_m
         acc, l_i, m_i = resume(
-            acc, l_i, m_i, STATE, STATE_M, STATE_L, state, when(level < 0, row_mask), HEAD_DIM, BLOCK_D
+            acc, l_i, m_i, STATE, STATE_M, STATE_L, state, when(bucket < 0, row_mask), HEAD_DIM, BLOCK_D
         )
     else:
         rows, row_mask = offs_m, in_range
@@ -208,7 +211,7 @@ def fused_attention(
     num_queries: int,
     num_keys: int,
     key_mask: torch.Tensor | None,
-    tables: SegmentTables | None,
+    tables: KernelTables | None,
     bias: torch.Tensor | None,
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     scale: float,
@@ -218,13 +221,14 @@ def fused_attention(
     """Attention in one launch.
 
     Args:
-        q: ``(B, H, views, N, D)``, rotated and weighted, in slot order; any strides.
-        k: ``(B, Hkv, R, D)``, rotated; rows beyond ``num_keys`` are the scaled keys once per level. Any strides.
+        q: ``(B, H, variants, N, D)``, rotated and weighted, in the order of ``tables.sorted_queries``; any
+            strides.
+        k: ``(B, Hkv, R, D)``, rotated; rows beyond ``num_keys`` are the scaled keys once per bucket. Any strides.
         v: ``(B, Hkv, Sk, D)``, any strides.
         num_queries, num_keys: ``Sq`` and ``Sk``.
         key_mask: ``(Bx, Sk)`` bool, or None.
         tables, bias: modulations and the row bias of :func:`prepare_queries`, or None for plain attention.
-        state: ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)`` float32 of the continuous slots, or None.
+        state: ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)`` float32 of the queries with per-query scales, or None.
         scale: factor of the logits.
         dtype: of the output.
         config: with ``tma``, k and v must be :func:`describable` and the values of masked keys zero.
@@ -235,20 +239,26 @@ def fused_attention(
     batch, heads, _, rows, dim = q.shape
     out = torch.empty((batch, num_queries, heads, dim), dtype=dtype, device=q.device)
     lse = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
-    t = tables or SegmentTables(lse)
-    # Pointers of the right type stand in for tables whose loads are all masked off.
+    t = tables or KernelTables(lse)
+    # A pointer stands in for a table that a call has not: its loads are masked off, and a flag for each would double the
+    # number of binaries each time.
     bias, groups, gains, mask = (lse if x is None else x for x in (bias, t.groups, t.gains, key_mask))
-    slots, slot_level = (t.segments, t.segments) if t.slots is None else (t.slots, t.slot_level)
+    sorted_queries, tile_bucket = (t.segments if x is None else x for x in (t.sorted_queries, t.tile_bucket))
+    acc, m, l_sum = state or (lse, lse, lse)
     keys, values = (descriptor(x, config.block_n, config.block_d) for x in (k, v)) if config.tma else (k, v)
     attention_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        q, keys, values, out, lse, t.segments, bias, groups, gains, mask, slots, slot_level,
-        *(state or (lse, lse, lse)), *q.stride(), *k.stride(), *v.stride(),
-        t.segments.shape[0], num_queries, num_keys, rows, heads, k.shape[1], t.scaled_keys,
-        0 if t.slots is None else t.slots.shape[1], t.continuous,
-        batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), batch_stride(t.slots),
-        batch_stride(t.slot_level), scale * LOG2E,
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SLOT_TILE=SLOT_TILE,
-        MODULATED=tables is not None, HAS_MASK=key_mask is not None, TMA=config.tma, PIPELINED=config.pipelined,
-        PRECISION=precision(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        Q=q, K=keys, V=values, OUT=out, LSE=lse, SEGMENTS=t.segments, BIAS=bias, GROUPS=groups, GAINS=gains,
+        KEY_MASK=mask, SORTED_QUERIES=sorted_queries, TILE_BUCKET=tile_bucket, STATE=acc, STATE_M=m, STATE_L=l_sum,
+        **strides("q", q, "bhvsd"), **strides("k", k, "bhsd"), **strides("v", v, "bhsd"),
+        num_segments=t.segments.shape[0], num_queries=num_queries, num_keys=num_keys, num_rows=rows, heads=heads,
+        key_heads=k.shape[1], scaled_keys=t.scaled_keys,
+        num_sorted=0 if t.sorted_queries is None else t.sorted_queries.shape[1], num_per_query=t.num_per_query,
+        groups_batch_stride=batch_stride(t.groups), gains_batch_stride=batch_stride(t.gains),
+        mask_batch_stride=batch_stride(key_mask), sorted_batch_stride=batch_stride(t.sorted_queries),
+        bucket_batch_stride=batch_stride(t.tile_bucket), log2_scale=scale * LOG2E,
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        QUERY_TILE=abi.QUERY_TILE, MODULATED=tables is not None, HAS_MASK=key_mask is not None, TMA=config.tma,
+        PIPELINED=config.pipelined, PRECISION=precision(q.dtype), num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

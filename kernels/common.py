@@ -3,25 +3,18 @@
 import triton
 import triton.language as tl
 
+from . import abi
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it is an integer, in the low bits of the mantissa
 HALF_PI = tl.constexpr(1.5707963267948966)
 
-# Columns of the segment table a plan hands over.
-SEGMENT_FIELDS = tl.constexpr(12)
-START = tl.constexpr(0)
-STOP = tl.constexpr(1)
-LEVEL_BASE = tl.constexpr(2)
-SCALED = tl.constexpr(3)
-WEIGHT = tl.constexpr(4)
-GROUP = tl.constexpr(5)
-GAIN = tl.constexpr(6)
-PATCH_START = tl.constexpr(7)
-PATCH_STOP = tl.constexpr(8)
-VIEW = tl.constexpr(9)
-FIRST_OF_VIEW = tl.constexpr(10)
-OWN_GROUP = tl.constexpr(11)
+SEGMENT_FIELDS = tl.constexpr(len(abi.SEGMENT_COLUMNS))
+(
+    START, STOP, BUCKET_BASE, SCALED, WEIGHT, GROUP, GAIN, FIRST_BLOCK, LAST_BLOCK, VARIANT, FIRST_OF_VARIANT,
+    PASS_GROUP,
+) = (tl.constexpr(column) for column in range(len(abi.SEGMENT_COLUMNS)))  # fmt: skip
 
 
 @triton.jit
@@ -81,11 +74,11 @@ def load_rotated(
     x = load_stream(X, X2, rows, offs_d, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
     y = load_stream(X, X2, rows, partner, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
     if STREAMS:
-        own = (rows < split)[:, None]
+        in_first = (rows < split)[:, None]
         square = tl.sum(x * x, 1) / HEAD_DIM
         factor = tl.rsqrt(square + tl.where(rows < split, eps, eps2))[:, None]
-        x *= factor * tl.where(own, norm_weight(W, offs_d, HEAD_DIM), norm_weight(W2, offs_d, HEAD_DIM))
-        y *= factor * tl.where(own, norm_weight(W, partner, HEAD_DIM), norm_weight(W2, partner, HEAD_DIM))
+        x *= factor * tl.where(in_first, norm_weight(W, offs_d, HEAD_DIM), norm_weight(W2, offs_d, HEAD_DIM))
+        y *= factor * tl.where(in_first, norm_weight(W, partner, HEAD_DIM), norm_weight(W2, partner, HEAD_DIM))
     table = table_rows.to(tl.int64)[:, None] * PAIRS + pair[None, :]
     cos = tl.load(COS + table, mask=mask, other=1.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
@@ -109,18 +102,18 @@ def sincos_of_product(a, a_low, b, b_low):
     product = a * b
     low = a * b_low + a_low * (b + b_low)
     shifted = (product + low) + ROUND
-    return sincos_of_rest(((product - (shifted - ROUND)) + low) * HALF_PI, shifted)
+    return sincos_of_fraction(((product - (shifted - ROUND)) + low) * HALF_PI, shifted)
 
 
 @triton.jit
 def sincos(turns):
     """Sine and cosine of quarter turns, float32, to about 1e-7 plus what rounding has done to ``turns``."""
     shifted = turns + ROUND
-    return sincos_of_rest((turns - (shifted - ROUND)) * HALF_PI, shifted)
+    return sincos_of_fraction((turns - (shifted - ROUND)) * HALF_PI, shifted)
 
 
 @triton.jit
-def sincos_of_rest(t, shifted):
+def sincos_of_fraction(t, shifted):
     """Of ``t`` in [-pi/4, pi/4] past the whole quarter turns in the low bits of ``shifted``."""
     z = t * t
     sin = t + t * z * (-1.6666667e-1 + z * (8.3333333e-3 + z * (-1.984127e-4 + z * 2.7557319e-6)))
@@ -165,7 +158,7 @@ def softmax_step(qk, m_i, l_i):
 def store_state(
     STATE, STATE_M, STATE_L, acc, m_i, l_i, state, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Running softmax of some slots, for the fused loop to resume: unnormalised output, maximum and sum, in rows
+    """Running softmax of some sorted queries, for the fused loop to resume: unnormalised output, maximum and sum, in rows
     ``state`` (int64) of its tables."""
     offs_d = tl.arange(0, BLOCK_D)
     tl.store(STATE_M + state, m_i, mask=mask)

@@ -6,9 +6,6 @@ nothing is tuned at run time. The table below is what ``tests/test_compile.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,8 +15,8 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 LOOPS = ("attention", "attention_modulated", "attention_parts")
 TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
 TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
-SERIES = ("series", "series_tma", "terms")  # for 16-bit inputs of up to 128 channels
-KERNELS = (*LOOPS, *TMA_LOOPS, "patches", *SERIES, "pack", "queries", "means")
+POLYNOMIAL = ("polynomial", "polynomial_tma", "terms")  # for 16-bit inputs of up to 128 channels
+KERNELS = (*LOOPS, *TMA_LOOPS, "axis_blocks", *POLYNOMIAL, "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 # Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
@@ -38,16 +35,6 @@ class LaunchConfig:
     num_stages: int
     tma: bool = False
     pipelined: bool = False
-
-
-def current_arch(device: torch.device) -> str:
-    """The architecture of a CUDA or ROCm device, as named in ``ARCHS`` where there is a configuration for it."""
-    properties = torch.cuda.get_device_properties(device)
-    name = getattr(properties, "gcnArchName", "")
-    if torch.version.hip is not None:
-        name = name.split(":")[0]
-        return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
-    return arch_of(properties.major, properties.minor)
 
 
 def arch_of(major: int, minor: int) -> str:
@@ -71,36 +58,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-_OVERRIDES: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("fastrope_launch_overrides", default=None)
-
-
-@contextmanager
-def override(kernel: str, **fields: int) -> Iterator[None]:
-    """Replace fields of a kernel's :class:`LaunchConfig` inside the block, for tuning.
-
-    Raises:
-        ValueError: unknown kernel or field, or a ``block_m`` that does not divide 128.
-    """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: expected one of {KERNELS}, received {kernel!r}")
-    known = tuple(name for name in LaunchConfig.__dataclass_fields__ if name not in ("block_d", "tma"))
-    if not set(fields) <= set(known):
-        raise ValueError(f"override: expected fields of {known}, received {tuple(fields)}")
-    if fields.get("block_m", 128) not in (16, 32, 64, 128):
-        raise ValueError(f"block_m: expected a power of two from 16 to 128, received {fields['block_m']}")
-    token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), kernel: fields})
-    try:
-        yield
-    finally:
-        _OVERRIDES.reset(token)
-
-
 def ships(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether :func:`select` has a configuration: descriptors are for few architectures, and they and the series for
-    16-bit inputs; a series of more than 128 channels spills."""
-    if (kernel.endswith("_tma") and arch not in TMA_ARCHS) or (kernel in SERIES and head_dim > 128):
+    """Whether :func:`select` has a configuration: descriptors are for few architectures, and they and the polynomial are
+    for 16-bit inputs; the polynomial of more than 128 channels spills."""
+    if (kernel.endswith("_tma") and arch not in TMA_ARCHS) or (kernel in POLYNOMIAL and head_dim > 128):
         return False
-    return dtype != torch.float32 or kernel not in (*TMA_LOOPS, *SERIES)
+    return dtype != torch.float32 or kernel not in (*TMA_LOOPS, *POLYNOMIAL)
 
 
 def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> LaunchConfig:
@@ -121,7 +84,9 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
             f"a head dim from 16 to 256, received {kernel!r}, {arch!r}, {dtype}, {head_dim}"
         )
     if not ships(kernel, arch, dtype, head_dim):
-        expected = f"16 bits, for descriptors one of {TMA_ARCHS} and for a series a head dim up to 128, for {kernel!r}"
+        expected = (
+            f"16 bits, for descriptors one of {TMA_ARCHS}, for the polynomial a head dim up to 128, for {kernel!r}"
+        )
         raise ValueError(f"launch: expected {expected}, received {arch!r}, {dtype}, {head_dim}")
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
@@ -129,8 +94,7 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
     if masked and kernel == "attention_modulated_tma" and head_dim < block_d == 128:
         config = replace(config, pipelined=False)  # beside both masks, carried weights spill under triton 3.6
-    fields = (_OVERRIDES.get() or {}).get(kernel)
-    return replace(config, **fields) if fields else config
+    return config
 
 
 # Query rows, keys, warps, stages of the fused loop, for head blocks of up to 64, of 128 and of 256 channels: tiles that
@@ -186,8 +150,8 @@ def _tma(loop: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, tma=True, pipelined=pipelined)
 
 
-def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    """``block_n`` is the keys of a patch weighed at once: all 64, but for float32 with its operands in registers."""
+def _axis_blocks(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    """``block_n`` is the keys of an axis block weighed at once: all 64, but for float32, whose operands are in registers."""
     if not float32:
         return LaunchConfig(16, 64, block_d, 8, 1)
     if block_d <= 16 and arch != "gfx942":
@@ -200,7 +164,7 @@ def _patches(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 # Query rows, keys, warps, stages, for head blocks of up to 64 and of 128 channels; where tensor cores take their left
 # operand from registers, the terms of 64 queries are more than they hold.
-_SERIES = {
+_POLYNOMIAL = {
     "sm_80": ((64, 32, 8, 2), (32, 32, 8, 2)),
     "sm_89": ((64, 32, 8, 2), (32, 32, 8, 2)),
     "sm_90": ((128, 64, 8, 2), (128, 32, 8, 2)),
@@ -209,13 +173,13 @@ _SERIES = {
 }
 
 
-def _series(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
+def _polynomial(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
     if kernel == "terms":
         return LaunchConfig(32, 1, block_d, 8, 1)
-    block_m, block_n, num_warps, num_stages = _SERIES[arch][block_d == 128]
-    if kernel == "series_tma":
+    block_m, block_n, num_warps, num_stages = _POLYNOMIAL[arch][block_d == 128]
+    if kernel == "polynomial_tma":
         block_n = 64
-    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, tma=kernel == "series_tma")
+    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, tma=kernel == "polynomial_tma")
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
@@ -234,6 +198,6 @@ _SELECTORS = {
     "attention": partial(_fused, _PLAIN_16_BIT), "attention_modulated": partial(_fused, _MODULATED_16_BIT),
     "attention_parts": partial(_fused, _PARTS_16_BIT),
     **{loop: partial(_tma, loop) for loop in TMA_LOOPS},
-    **{kernel: partial(_series, kernel) for kernel in SERIES},
-    "patches": _patches, "pack": _pack, "queries": _queries, "means": _means,
+    **{kernel: partial(_polynomial, kernel) for kernel in POLYNOMIAL},
+    "axis_blocks": _axis_blocks, "pack": _pack, "queries": _queries, "means": _means,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Prepared rows: keys gathered and rotated once per level, queries rotated and weighted once per view.
+"""Prepared rows: keys gathered and rotated once per scale bucket, queries rotated and weighted once per variant.
 
 One pass over k and one over q take all rotation and weighting out of the attention loop, whose tiles are then plain
 loads.
@@ -8,13 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import abi
 from .common import (
-    FIRST_OF_VIEW,
+    FIRST_OF_VARIANT,
     GROUP,
-    OWN_GROUP,
+    PASS_GROUP,
     SCALED,
     SEGMENT_FIELDS,
-    VIEW,
+    VARIANT,
     WEIGHT,
     load_rotated,
     load_rows,
@@ -24,7 +25,7 @@ from .common import (
 )  # fmt: skip
 from .config import LaunchConfig
 from .streams import Streams, stream_arguments
-from .tables import SLOT_TILE, SegmentTables, batch_stride
+from .tables import KernelTables, batch_stride
 
 PACK_COUNTS = (
     "heads", "num_rows", "table_batch_stride", "half", "split", "head_rows", "token_rows",
@@ -111,27 +112,27 @@ def pack_rows(
 
 
 QUERIES_COUNTS = (
-    "num_segments", "num_views", "num_rows", "num_slots", "heads", "key_heads", "num_groups", "num_levels",
-    "own_groups", "continuous", "num_rest", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride",
-    "slots_batch_stride", "level_batch_stride", "half", "split",
+    "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "num_groups", "num_buckets",
+    "pass_groups", "num_per_query", "num_residual", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride",
+    "sorted_batch_stride", "bucket_batch_stride", "half", "split",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=QUERIES_COUNTS)
 def queries_kernel(
-    X, X2, W, W2, OUT, REST, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, ROW_MEANS, SLOTS, SLOT_LEVEL,
+    X, X2, W, W2, OUT, RESIDUAL, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, PER_QUERY_MEANS, SORTED_QUERIES, TILE_BUCKET,
     stride_xb, stride_xs, stride_xh, stride_xd,
     stride_yb, stride_ys, stride_yh, stride_yd,
-    num_segments, num_views, num_rows, num_slots, heads, key_heads, num_groups, num_levels,
-    own_groups, continuous, num_rest, cos_batch_stride, cos_variant_stride, groups_batch_stride, slots_batch_stride,
-    level_batch_stride, half, split, eps, eps2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLOT_TILE: tl.constexpr,
+    num_segments, num_variants, num_rows, num_sorted, heads, key_heads, num_groups, num_buckets,
+    pass_groups, num_per_query, num_residual, cos_batch_stride, cos_variant_stride, groups_batch_stride, sorted_batch_stride,
+    bucket_batch_stride, half, split, eps, eps2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
     ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one block of rows (slots, where there are any) as every segment sees them.
+    """Queries of one block of rows as every segment sees them; rows are sorted queries where there are any.
 
-    OUT[b, h, view, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>. REST, of the
-    first num_rest rows, is what rounding left of OUT.
+    OUT[b, h, variant, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>. RESIDUAL, of the
+    first num_residual rows, is what rounding left of OUT.
     """
     blocks = tl.cdiv(num_rows, BLOCK_M)
     block = tl.program_id(0) % blocks
@@ -141,10 +142,10 @@ def queries_kernel(
     kv = b * key_heads + h // (heads // key_heads)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
-    slot = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=offs_m < num_slots, other=-1)
-    slotted = block * BLOCK_M < num_slots
-    rows = tl.where(slotted, slot, offs_m)
-    level = tl.load(SLOT_LEVEL + b * level_batch_stride + block * BLOCK_M // SLOT_TILE, mask=slotted, other=0)
+    query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)
+    sorted_tile = block * BLOCK_M < num_sorted
+    rows = tl.where(sorted_tile, query, offs_m)
+    bucket = tl.load(TILE_BUCKET + b * bucket_batch_stride + block * BLOCK_M // QUERY_TILE, mask=sorted_tile, other=0)
     row_mask = (rows >= 0) & in_range
     base = X + b * stride_xb + h.to(tl.int64) * stride_xh
     base2 = X2 + b * stride_yb + h.to(tl.int64) * stride_yh
@@ -156,7 +157,7 @@ def queries_kernel(
         row = SEGMENTS + s * SEGMENT_FIELDS
         weight = tl.load(row + WEIGHT)
         group = tl.load(row + GROUP)
-        view = tl.load(row + VIEW)
+        variant = tl.load(row + VARIANT)
         if ROTATE:
             table = b * cos_batch_stride + tl.load(row + SCALED) * cos_variant_stride
             x = load_rotated(
@@ -167,22 +168,24 @@ def queries_kernel(
             x = load_rows(base, rows, row_mask, stride_xs, stride_xd, HEAD_DIM, BLOCK_D).to(tl.float32)
         w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, channel), other=1.0)
         x = x * w[None, :]  # [BLOCK_M, BLOCK_D]
-        out = ((bh.to(tl.int64) * num_views + view) * num_rows + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
-        first = tl.load(row + FIRST_OF_VIEW) != 0
+        out = ((bh.to(tl.int64) * num_variants + variant) * num_rows + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
+        first = tl.load(row + FIRST_OF_VARIANT) != 0
         rounded = x.to(OUT.dtype.element_ty)
         tl.store(OUT + out, rounded, mask=when(first, in_range)[:, None] & channel[None, :])
-        rest = ((bh.to(tl.int64) * num_views + view) * num_rest + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
-        rest_mask = when(first, offs_m < num_rest)[:, None] & channel[None, :]
-        tl.store(REST + rest, (x - rounded.to(tl.float32)).to(OUT.dtype.element_ty), mask=rest_mask)
-        means = (kv * num_groups + group) * num_levels + tl.maximum(level, 0)
-        mu = tl.load(MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (level >= 0), channel), other=0.0)
-        own_group = kv * own_groups + tl.load(row + OWN_GROUP)
-        own = (own_group * continuous + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
-        own_mask = when((group >= 0) & (level < 0), row_mask)[:, None] & channel[None, :]
-        own_mu = tl.load(ROW_MEANS + own, mask=own_mask, other=0.0)
+        residual = ((bh.to(tl.int64) * num_variants + variant) * num_residual + offs_m)[:, None] * HEAD_DIM + offs_d[
+            None, :
+        ]
+        residual_mask = when(first, offs_m < num_residual)[:, None] & channel[None, :]
+        tl.store(RESIDUAL + residual, (x - rounded.to(tl.float32)).to(OUT.dtype.element_ty), mask=residual_mask)
+        means = (kv * num_groups + group) * num_buckets + tl.maximum(bucket, 0)
+        mu = tl.load(MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (bucket >= 0), channel), other=0.0)
+        pass_group = kv * pass_groups + tl.load(row + PASS_GROUP)
+        at = (pass_group * num_per_query + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
+        at_mask = when((group >= 0) & (bucket < 0), row_mask)[:, None] & channel[None, :]
+        query_mu = tl.load(PER_QUERY_MEANS + at, mask=at_mask, other=0.0)
         shift = tl.load(groups + group * 3, mask=group >= 0, other=1.0)
         shift -= tl.load(groups + group * 3 + 1, mask=group >= 0, other=1.0)
-        bias = shift * tl.sum(x * (mu[None, :] + own_mu), 1)
+        bias = shift * tl.sum(x * (mu[None, :] + query_mu), 1)
         tl.store(BIAS + (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m, bias, mask=when(group >= 0, in_range))
 
 
@@ -190,46 +193,50 @@ def prepare_queries(
     q: torch.Tensor | Streams,
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
     half: bool,
-    tables: SegmentTables,
-    rest: bool,
+    tables: KernelTables,
+    residual: bool,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Queries as every segment sees them, in slot order.
+    """Queries as every segment sees them, in the order of ``tables.sorted_queries``.
 
     Args:
         q: ``(B, Sq, H, D)``, any strides, or streams (with a rotation).
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32, or None.
         half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
         tables: the plan's tables, with the means of the groups.
-        rest: also return what rounding left of the continuous slots.
+        residual: also return the rounding residual of queries with per-query scales.
 
     Returns:
-        ``(B, H, views, N, D)`` in the dtype of q, ``N`` slots (``Sq`` where queries keep their order), the row bias
-        ``(B, H, segments, N)`` float32, of segments in a group, and with ``rest`` ``(B, H, views, C, D)``, else None.
+        ``(B, H, variants, N, D)`` in the dtype of q, ``N`` rows (``Sq`` where queries keep their order), the row bias
+        ``(B, H, segments, N)`` float32, of segments in a group, and with ``residual`` ``(B, H, variants, C, D)``, else None.
     """
     batch, num_queries, heads, dim = q.shape
     t = tables
-    num_slots = t.slots.shape[1] if t.slots is not None else 0
-    rows = num_slots or num_queries
+    num_sorted = t.sorted_queries.shape[1] if t.sorted_queries is not None else 0
+    rows = num_sorted or num_queries
     segments = t.segments.shape[0]
-    out = torch.empty((batch, heads, t.num_views, rows, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, heads, t.num_variants, rows, dim), dtype=q.dtype, device=q.device)
     bias = torch.empty((batch, heads, segments, rows), dtype=torch.float32, device=q.device)
-    left = out.new_empty((batch, heads, t.num_views, t.continuous, dim)) if rest else None
+    left = out.new_empty((batch, heads, t.num_variants, t.num_per_query, dim)) if residual else None
     cos, sin = rotation or (bias, bias)
-    groups, means, row_means = (bias if x is None else x for x in (t.groups, t.means, t.row_means))
+    # A pointer stands in for a table that a call has not; its loads are masked off.
+    weights, groups, means, per_query_means = (
+        bias if x is None else x for x in (t.weights, t.groups, t.means, t.per_query_means)
+    )
     queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        OUT=out, REST=out if left is None else left, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin,
-        WEIGHTS=bias if t.weights is None else t.weights,
-        GROUPS=groups, MEANS=means, ROW_MEANS=row_means, SLOTS=t.segments if t.slots is None else t.slots,
-        SLOT_LEVEL=t.segments if t.slots is None else t.slot_level, num_segments=segments, num_views=t.num_views,
-        num_rows=rows, num_slots=num_slots, heads=heads, key_heads=t.key_heads,
-        num_groups=0 if t.groups is None else t.groups.shape[1], num_levels=1 + t.num_levels,
-        own_groups=0 if t.row_means is None else t.row_means.shape[2], continuous=t.continuous,
-        num_rest=t.continuous if rest else 0, cos_batch_stride=batch_stride(rotation and cos),
+        OUT=out, RESIDUAL=out if left is None else left, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin,
+        WEIGHTS=weights, GROUPS=groups, MEANS=means, PER_QUERY_MEANS=per_query_means,
+        SORTED_QUERIES=t.segments if t.sorted_queries is None else t.sorted_queries,
+        TILE_BUCKET=t.segments if t.tile_bucket is None else t.tile_bucket,
+        num_segments=segments, num_variants=t.num_variants, num_rows=rows, num_sorted=num_sorted, heads=heads,
+        key_heads=t.key_heads, num_groups=0 if t.groups is None else t.groups.shape[1],
+        num_buckets=1 + t.num_buckets, pass_groups=0 if t.per_query_means is None else t.per_query_means.shape[2],
+        num_per_query=t.num_per_query, num_residual=t.num_per_query if residual else 0,
+        cos_batch_stride=batch_stride(rotation and cos),
         cos_variant_stride=cos.stride(1) if rotation and cos.shape[1] > 1 else 0,
-        groups_batch_stride=batch_stride(t.groups), slots_batch_stride=batch_stride(t.slots),
-        level_batch_stride=batch_stride(t.slot_level), half=int(half), **stream_arguments(q),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, SLOT_TILE=SLOT_TILE, ROTATE=rotation is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        groups_batch_stride=batch_stride(t.groups), sorted_batch_stride=batch_stride(t.sorted_queries),
+        bucket_batch_stride=batch_stride(t.tile_bucket), half=int(half), **stream_arguments(q),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, QUERY_TILE=abi.QUERY_TILE,
+        ROTATE=rotation is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, bias, left

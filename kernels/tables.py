@@ -5,18 +5,27 @@ from dataclasses import dataclass
 import torch
 
 LOG2E = 1.4426950408889634  # the kernels' softmax runs in base 2
-SLOT_TILE = 128  # query slots that share a level; every BLOCK_M divides it
 
 
 @dataclass(frozen=True)
-class SegmentTables:
-    """What a plan says of a modulated call, as device tensors. Batches ``Bx`` are 1 or B; None where unused.
+class KernelTables:
+    """What a plan says of a modulated call, for the segments of one pass, as device tensors. Batches ``Bx`` are 1 or B;
+    None where a call has no such thing.
 
-    segments ``(n, 12)`` int32; weights ``(W, D/2)``, groups ``(Bx, G, 3)`` (lambda, delta, unmasked keys), gains
-    ``(Bx, N, Sq)`` float32; means ``(B, Hkv, G, 1 + L, D)`` of the groups per level and row_means
-    ``(B, Hkv, G', C, D)`` per continuous slot, of the G' groups among these segments, float32; slots
-    ``(Bx, T * SLOT_TILE)`` query index or -1 and slot_level ``(Bx, T)`` int32, -1 for tiles of continuous queries,
-    which come first and fill C slots.
+    Args:
+        segments: ``(n, len(abi.SEGMENT_COLUMNS))`` int32.
+        weights: ``(W, D/2)`` float32 band weights.
+        groups: ``(Bx, G, 3)`` float32: lambda, delta, number of unmasked keys.
+        gains: ``(Bx, N, Sq)`` float32, products of gains.
+        means: ``(B, Hkv, G, 1 + buckets, D)`` float32, of the groups at each scale bucket.
+        per_query_means: ``(B, Hkv, G', C, D)`` float32, of the G' groups of the pass, for queries with per-query scales.
+        sorted_queries: ``(Bx, T * QUERY_TILE)`` int32, query index or -1. Queries with per-query scales come first.
+        tile_bucket: ``(Bx, T)`` int32, the scale bucket of each tile: 0 at r = 1, -1 for per-query scales.
+        key_heads: ``Hkv``.
+        num_variants: query variants of the pass.
+        num_buckets: scale buckets beside r = 1.
+        scaled_keys: keys that a QueryScale covers.
+        num_per_query: ``C``, the leading sorted queries that may have per-query scales.
     """
 
     segments: torch.Tensor
@@ -24,16 +33,99 @@ class SegmentTables:
     groups: torch.Tensor | None = None
     gains: torch.Tensor | None = None
     means: torch.Tensor | None = None
-    row_means: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
-    slot_level: torch.Tensor | None = None
+    per_query_means: torch.Tensor | None = None
+    sorted_queries: torch.Tensor | None = None
+    tile_bucket: torch.Tensor | None = None
     key_heads: int = 1
-    num_views: int = 1
-    num_levels: int = 0
+    num_variants: int = 1
+    num_buckets: int = 0
     scaled_keys: int = 0
-    continuous: int = 0
+    num_per_query: int = 0
+
+
+@dataclass(frozen=True)
+class AxisBlocks:
+    """Scaled keys arranged in blocks whose rows share the angles of pair class A, whose columns share those of class B,
+    and which share those of class C: a per-query scale then turns a query per row and column, not per key.
+
+    Args:
+        keys: ``(N, AXIS_BLOCK, AXIS_BLOCK)`` int32, rows in key order, or -1.
+        rows_a, rows_b: ``(N, AXIS_BLOCK)`` int32, a key that stands for each block row and column.
+        rows_c: ``(N,)`` int32, a key that stands for the block.
+        pairs_a, pairs_b, pairs_c: ``(n,)`` int32, the RoPE pairs of each class, padded with -1 to multiples of
+            ``PAIR_CHUNK``; pairs that no scale covers are in C.
+        phase: ``(Bx, 2, Sk, D/2)`` float32, angles of the keys in quarter turns, 0 on pairs that no scale covers:
+            leading and trailing parts, see :func:`.common.sincos_of_product`.
+        factor: ``(Bx, 2, Sq)`` float32, ``1 - r``, likewise.
+    """
+
+    keys: torch.Tensor
+    rows_a: torch.Tensor
+    rows_b: torch.Tensor
+    rows_c: torch.Tensor
+    pairs_a: torch.Tensor
+    pairs_b: torch.Tensor
+    pairs_c: torch.Tensor
+    phase: torch.Tensor
+    factor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PolynomialTiles:
+    """Sorted queries with per-query scales in tiles of similar scales, narrow enough for one dtype.
+
+    Args:
+        bounds: ``(Bx, T + 1)`` int32, of the tiles among the sorted queries.
+        middle: ``(Bx, T, 2)`` float32, the factor in the middle of each tile, and how far its ends lie from it.
+    """
+
+    bounds: torch.Tensor
+    middle: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """What queries with per-query scales meet the scaled keys by, in 16 bits: see ``polynomial.py``.
+
+    Args:
+        columns: ``(2 P,)`` int32, the RoPE pairs by falling angle, or -1: first the P that reach furthest.
+        share: ``(D/2,)`` float32, the largest angle of each pair over ``max_key_angle``.
+        origin: ``(Bx, 2, D/2)`` float32, the middle angle of the scaled keys in quarter turns: leading and trailing
+            parts, see :func:`.common.sincos_of_product`.
+        factor: ``(Bx, 2, Sq)`` float32, ``1 - r`` where keys arrive rotated, else ``-r``, likewise.
+        phase: ``(Bx, 2, n, P)`` float32, angles of the n scaled keys from the origin over ``max_key_angle``.
+        max_key_angle: the largest angle of a scaled key from the origin, radians.
+        float16, bfloat16: tiles of each dtype; None where these would be too empty, or angles too large for float32.
+        channels: ``(2, 2 P)`` int64, the channels of the keys in the order of ``columns``.
+        rows: ``(n,)`` int64, the scaled keys among the packed ones, or where ``source`` is given, among its own.
+        source: ``(n,)`` int32, the token each scaled key is made from, unless keys arrive rotated.
+        cos, sin: ``(Bx, n, D/2)`` float32, the rotation of the pairs that no scale turns, likewise.
+    """
+
+    columns: torch.Tensor
+    share: torch.Tensor
+    origin: torch.Tensor
+    factor: torch.Tensor
+    phase: torch.Tensor
+    max_key_angle: float
+    float16: PolynomialTiles | None
+    bfloat16: PolynomialTiles | None
+    channels: torch.Tensor
+    rows: torch.Tensor
+    source: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+
+    def tiles(self, dtype: torch.dtype) -> PolynomialTiles | None:
+        """Those for inputs of ``dtype``."""
+        return {torch.float16: self.float16, torch.bfloat16: self.bfloat16}.get(dtype)
 
 
 def batch_stride(x: torch.Tensor | None) -> int:
     """Elements from one batch row to the next of a ``(1 or B, ...)`` table; 0 where the rows share it."""
     return x.stride(0) if x is not None and x.shape[0] > 1 else 0
+
+
+def strides(name: str, x: torch.Tensor, axes: str) -> dict[str, int]:
+    """Strides of ``x`` by the names of a kernel's parameters: ``stride_<name><axis>``."""
+    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, x.stride(), strict=True)}

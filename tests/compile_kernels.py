@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrope.kernels import attention, config, match, means, pack, patches, series, tables
+from fastrope.kernels import attention, axis_blocks, config, match, means, pack, polynomial, tables
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -39,8 +39,8 @@ TARGETS = {
 }  # fmt: skip
 FUNCTIONS = {
     **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},
-    "patches": patches.patch_kernel, "series": series.series_kernel, "series_tma": series.series_kernel,
-    "terms": series.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
+    "axis_blocks": axis_blocks.axis_block_kernel, "polynomial": polynomial.polynomial_kernel, "polynomial_tma": polynomial.polynomial_kernel,
+    "terms": polynomial.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
     "means": means.means_kernel, "match": match.match_kernel,
 }  # fmt: skip
 KERNELS = (*config.KERNELS, "match")
@@ -56,22 +56,22 @@ MORE_MATCH_DIMS = (1, 4, 64)
 DTYPES = (torch.bfloat16, torch.float32)
 ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "match")
 INT_POINTERS = {
-    "SEGMENTS", "SLOTS", "SLOT_LEVEL", "SOURCE", "PATCH_KEYS", "PATCH_A", "PATCH_B", "PATCH_C", "COLUMNS_A",
+    "SEGMENTS", "SORTED_QUERIES", "TILE_BUCKET", "SOURCE", "BLOCK_KEYS", "BLOCK_A", "BLOCK_B", "BLOCK_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
     "COLUMNS", "TILES",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
-DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "REST", "LOGITS", "CODEBOOK"}
+DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
 BOOL_POINTERS = {"KEY_MASK", "ACTIVE", "ACCEPTED"}
 UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd", "stride_yd", "stride_lv"}
-NUMBERS = {"log2_scale", "tau", "eps", "eps2", "reach"}
+NUMBERS = {"log2_scale", "tau", "eps", "eps2", "max_key_angle"}
 
 
 FLAGS = {
     **{loop: {"MODULATED": (loop != "attention",), "HAS_MASK": (False, True)} for loop in config.LOOPS},
     **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_MASK": (False, True)} for loop in config.TMA_LOOPS},
-    "patches": {"HAS_MASK": (False, True)},
-    **{kernel: {"HAS_MASK": (False, True)} for kernel in ("series", "series_tma")},
+    "axis_blocks": {"HAS_MASK": (False, True)},
+    **{kernel: {"HAS_MASK": (False, True)} for kernel in ("polynomial", "polynomial_tma")},
     "terms": {},
     "pack": {"GATHER": (False, True), "ROTATE": (False, True), "STREAMS": (False, True)},
     "queries": {"ROTATE": (False, True), "STREAMS": (False, True)},
@@ -120,7 +120,7 @@ def compile_one(job: tuple) -> dict:
         launch = config.select(kernel, arch, dtype, head_dim, variant.get("HAS_MASK", False))
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-            "SLOT_TILE": tables.SLOT_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
+            "QUERY_TILE": tables.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
             "PIPELINED": launch.pipelined, "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages

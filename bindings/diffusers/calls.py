@@ -252,7 +252,7 @@ class CallState:
     @property
     def _nbytes(self) -> int:
         """Memory of the plans, bytes; they share tensors."""
-        held = {id(t): t.nbytes for work in self._works.values() for plan in work.plans for t in plan.tensors.values()}
+        held = {id(t): t.nbytes for work in self._works.values() for plan in work.plans for t in plan.tensors}
         return sum(held.values())
 
 

@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 import fastrope as fr
-from fastrope.joint import fuses
+from fastrope.joint import fused_joint_attention
 
 from .rotation import Rotation
 from .sequences import JointSequence
@@ -66,7 +66,7 @@ class Work:
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
         """True unless everything is neutral."""
-        return self._plan("seen", applied, device).spec.modulated
+        return self._plan("seen", applied, device).lowered.modulated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """Modulated attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
@@ -90,7 +90,7 @@ class Work:
         if "raised" in self._masks or self.key_rope is not None:
             return None
         plan = self._plan("seen", False, streams[0].q.device)
-        return fr.joint_attention(streams, plan=plan, backend=backend) if fuses(streams, plan, backend) else None
+        return fused_joint_attention(streams, plan, backend)
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from fastrope.activity import Indices, Where, flat_methods
-from fastrope.api import BACKENDS
 from fastrope.checks import require
+from fastrope.dispatch import BACKENDS
 
 from .calls import CallState
 from .dispatch import Slot

@@ -1,6 +1,7 @@
-"""How a plan runs. Each backend is one function ``run(q, k, v, plan, scale, return_lse) -> (out, lse or None)``.
+"""How a call runs.
 
-``eager`` defines the result, ``sdpa`` runs anywhere and differentiates, ``triton`` is the fused kernel. ``folded`` is
-the form that ``sdpa`` takes forward on a GPU, for what leaves nothing but plain attention to a loop over keys;
-``divided`` gives the queries of a call of which that is true to it, and the others to ``triton``.
+``reference`` (backend ``eager``) defines the result and reads what the user asked for. The others read the lowered
+plan: ``sdpa`` runs anywhere and differentiates, ``fused`` (backend ``triton``) is the fused loop. ``folded`` is how
+``sdpa`` runs forward on a GPU where all of a plan folds into the keys; ``split_rows`` gives unmodulated queries to it
+and the others to ``fused``. :mod:`fastrope.dispatch` decides which.
 """

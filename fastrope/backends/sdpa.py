@@ -1,14 +1,14 @@
 """Modulated attention on torch's ``scaled_dot_product_attention``: any device, differentiable, no N x N tensor.
 
-Everything a plan says of the keys goes into a copy of the keys, one per level. What differs between segments on the
-query side (its rotation, its gain) is a *view*: views are laid side by side along the head dim and a key carries zeros
-in all but its own, so that one call computes ``<q_view, k>`` for every segment::
+Everything a plan says of the keys goes into a copy of the keys, one per scale. What differs between segments on the
+query side (its rotation, its gain) is a *query variant*: variants are laid side by side along the head dim and a key
+carries zeros in all but one, so that one call computes ``<q_variant, k>`` for every segment::
 
     q = [ R(phi_i) q | R(r_i phi_i) q | g_i R(r_i phi_i) q ]       k_j = [ 0 | k_j | 0 ]
 
 A gain belongs to the logits, and a query rounded once more for it would cost precision the specification does not. In
-half precision such a view is two: the product rounded, and what the rounding left. Where segments have more views than
-``MAX_VIEWS``, they are attended a few views at a time, in float32, and merged.
+half precision such a variant is two: the product rounded, and its rounding residual. Where segments have more variants
+than ``MAX_VARIANTS``, they are attended a few at a time, in float32, and merged.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..lowering import MAX_VIEWS, Segment, split_passes
-from ..planning import Plan
+from ..planning.lowered import Lowered
+from ..planning.segments import MAX_VARIANTS, Segment, split_passes
 from ..rope import rotate
-from .merging import merge
+from .lse_merge import merge
 
 BLOCK_ROWS = 256  # query rows per step wherever logits must be materialised (lse, and devices without a fused kernel)
-COPY_KEYS = 4  # key copies alive at once for queries with a scale of their own
+COPY_KEYS = 4  # key copies alive at once for queries with per-query scales
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The part of a call one SDPA call computes: queries that share their keys' treatment.
+    """The part of a call one SDPA call computes: queries that share one scale.
 
     ``batch (B',)`` batch rows (None: all as they are), ``queries (B', n)`` or ``(1, n)`` query indices (None: all),
     ``r`` a scale that broadcasts over ``(B', tokens, pairs)`` (None: 1).
@@ -61,82 +61,82 @@ class _Rows:
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, return_lse: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lowered: Lowered, scale: float, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`fastrope.backends.eager.run`. ``lse`` costs a second pass over the logits, in blocks."""
-    t, dtype = plan.tensors, q.dtype
-    if len(passes(plan)) > 1:  # parts are merged before they are rounded
+    """As :func:`fastrope.backends.reference.run`. ``lse`` costs a second pass over the logits, in blocks."""
+    keys, dtype = lowered.keys, q.dtype
+    if len(passes(lowered)) > 1:  # parts are merged before they are rounded
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    if "key_order" in t:
-        k, v = k[:, t["key_order"]], v[:, t["key_order"]]
-    if "key_mask" in t:  # what a masked key holds must not matter, not even a NaN
-        masked = ~t["key_mask"][:, :, None, None]
+    if keys.order is not None:
+        k, v = k[:, keys.order], v[:, keys.order]
+    if keys.mask is not None:  # what a masked key holds must not matter, not even a NaN
+        masked = ~keys.mask[:, :, None, None]
         k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
     everyone = torch.arange(q.shape[0], device=q.device)
-    if not plan.spec.level_counts:
-        out, lse = _attend(q, k, v, plan, scale, return_lse, _Rows())
-    elif len(plan.spec.level_counts) == 1:
-        out, lse = _by_level(q, k, v, plan, scale, return_lse, everyone, 0)
+    if lowered.scales is None:
+        out, lse = _attend(q, k, v, lowered, scale, return_lse, _Rows())
+    elif len(lowered.scales.counts) == 1:
+        out, lse = _by_scale(q, k, v, lowered, scale, return_lse, everyone, 0)
     else:
-        parts = [_by_level(q, k, v, plan, scale, return_lse, everyone[b : b + 1], b) for b in range(q.shape[0])]
+        parts = [_by_scale(q, k, v, lowered, scale, return_lse, everyone[b : b + 1], b) for b in range(q.shape[0])]
         out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]) if return_lse else None
     return out.to(dtype), lse
 
 
-def passes(plan: Plan) -> tuple[tuple[int, int], ...]:
-    """Runs of segments whose views are laid side by side in one call."""
-    return split_passes(plan.spec.segments, (lambda s: (s.scaled, s.gain), MAX_VIEWS))
+def passes(lowered: Lowered) -> tuple[tuple[int, int], ...]:
+    """Runs of segments whose query variants are laid side by side in one call."""
+    return split_passes(lowered.segments, (lambda s: (s.scaled, s.gain), MAX_VARIANTS))
 
 
-def _by_level(q, k, v, plan: Plan, scale, return_lse, batch: torch.Tensor, b: int):
-    """Attend level by level; queries with a scale of their own in stacks of ``COPY_KEYS``."""
-    t = plan.tensors
-    order, counts = t["level_order"][b], plan.spec.level_counts[b]
-    own, *levels = order.split(counts)
+def _by_scale(q, k, v, lowered: Lowered, scale, return_lse, batch: torch.Tensor, b: int):
+    """Attend scale by scale; queries with per-query scales in stacks of ``COPY_KEYS``."""
+    scales = lowered.scales
+    order = scales.order[b]
+    per_query, *buckets = order.split(scales.counts[b])
     outs, lses = [], []
 
     def attend(rows: _Rows) -> None:
-        out, lse = _attend(q, k, v, plan, scale, return_lse, rows)
+        out, lse = _attend(q, k, v, lowered, scale, return_lse, rows)
         stacked = len(out) // len(batch)  # queries that were laid out as batch rows
         outs.append(out.unflatten(0, (len(batch), stacked)).flatten(1, 2))
         if return_lse:
             lses.append(lse.unflatten(0, (len(batch), stacked)).transpose(1, 2).flatten(2, 3))
 
-    for queries in own.split(COPY_KEYS):
+    for queries in per_query.split(COPY_KEYS):
         if len(queries):
-            r = t["scale"][b if t["scale"].shape[0] > 1 else 0, queries]
+            r = scales.r[b if scales.r.shape[0] > 1 else 0, queries]
             stack = batch.repeat_interleave(len(queries))
             attend(_Rows(stack, queries.repeat(len(batch))[:, None], r.repeat(len(batch))[:, None, None]))
-    for n, queries in enumerate(levels):
+    for n, queries in enumerate(buckets):
         if len(queries):
             whole = None if len(batch) == q.shape[0] else batch
-            attend(_Rows(whole, queries[None], t["levels"][n - 1] if n else None))
+            attend(_Rows(whole, queries[None], scales.buckets[n - 1] if n else None))
     inverse = order.argsort()
     return torch.cat(outs, dim=1)[:, inverse], torch.cat(lses, dim=2)[:, :, inverse] if return_lse else None
 
 
-def _attend(q, k, v, plan: Plan, scale: float, return_lse: bool, rows: _Rows):
+def _attend(q, k, v, lowered: Lowered, scale: float, return_lse: bool, rows: _Rows):
     """Attention of some queries against all keys: ``(B', n, H, D)``, ``(B', H, n)``."""
     q, k, v = rows.of_queries(q), rows.of_input(k), rows.of_input(v)
-    mask = rows.of_batch(plan.tensors["key_mask"]) if "key_mask" in plan.tensors else None
-    segments = plan.spec.segments or (Segment(0, k.shape[1]),)
-    keys, bounds, result = _keys(k, plan, mask, rows, segments), passes(plan), None
+    mask = None if lowered.keys.mask is None else rows.of_batch(lowered.keys.mask)
+    segments = lowered.segments or (Segment(0, k.shape[1]),)
+    keys, bounds, result = _keys(k, lowered, mask, rows, segments), passes(lowered), None
     if len(bounds) == 1:
-        return _attend_pass(q, keys, v, plan, segments, mask, scale, return_lse, rows)
+        return _attend_pass(q, keys, v, lowered, segments, mask, scale, return_lse, rows)
     for first, last in bounds:
         here = segments[first:last]
         tokens = slice(here[0].start, here[-1].stop)
         seen = None if mask is None else mask[:, tokens]
-        part = _attend_pass(q, keys[first:last], v[:, tokens], plan, here, seen, scale, True, rows)
+        part = _attend_pass(q, keys[first:last], v[:, tokens], lowered, here, seen, scale, True, rows)
         result = part if result is None else merge(result, part)
     return result
 
 
-def _attend_pass(q, keys, v, plan: Plan, segments, mask, scale: float, return_lse: bool, rows: _Rows):
+def _attend_pass(q, keys, v, lowered: Lowered, segments, mask, scale: float, return_lse: bool, rows: _Rows):
     """Attention against ``keys``, one tensor ``(B', n, Hkv, D)`` for each of ``segments``."""
-    views = sorted({_view(s, rows) for s in segments})
-    queries = torch.cat([x for view in views for x in _query_view(q, plan, rows, view)], dim=-1)
-    keys = _lay_out(keys, segments, rows, views)
+    variants = sorted({_variant(s, rows) for s in segments})
+    queries = torch.cat([x for variant in variants for x in _query_variant(q, lowered, rows, variant)], dim=-1)
+    keys = _lay_out(keys, segments, rows, variants)
     heads, key_heads, dim = q.shape[2], v.shape[2], v.shape[3]
     # Grouped heads become more rows of the same key head: no copy of the keys.
     queries = queries.unflatten(2, (key_heads, heads // key_heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -151,39 +151,40 @@ def _attend_pass(q, keys, v, plan: Plan, segments, mask, scale: float, return_ls
     return out, lse.unflatten(2, (heads // key_heads, -1)).flatten(1, 2) if return_lse else None
 
 
-def _view(segment: Segment, rows: _Rows) -> tuple[bool, int]:
+def _variant(segment: Segment, rows: _Rows) -> tuple[bool, int]:
     return segment.scaled and rows.r is not None, segment.gain
 
 
-def _query_view(q, plan: Plan, rows: _Rows, view: tuple[bool, int]) -> list[torch.Tensor]:
-    """The query's columns of a view: one block of ``D``, or two (see the top of this file)."""
-    scaled, gain = view
-    if "query_angles" in plan.tensors:
-        q = _rotate(q, rows.of_queries(plan.tensors["query_angles"]), scaled, plan, rows, plan.spec.queries_applied)
+def _query_variant(q, lowered: Lowered, rows: _Rows, variant: tuple[bool, int]) -> list[torch.Tensor]:
+    """The query's columns of a variant: one block of ``D``, or two (see the top of this file)."""
+    scaled, gain = variant
+    if lowered.queries is not None:
+        q = _rotate(q, rows.of_queries(lowered.queries.angles), scaled, lowered, rows, lowered.queries_applied)
     if gain < 0:
         return [q]
     wide = torch.promote_types(q.dtype, torch.float32)
-    gains = [rows.of_queries(plan.tensors["gains"][:, n]) for n in plan.spec.gain_sets[gain]]
+    gains = [rows.of_queries(lowered.gains.values[:, n]) for n in lowered.gains.sets[gain]]
     product = q.to(wide) * torch.stack(gains).prod(dim=0).to(wide)[:, :, None, None]
     rounded = product.to(q.dtype)
-    return [rounded] if _blocks(view, q.dtype) == 1 else [rounded, (product - rounded.to(wide)).to(q.dtype)]
+    return [rounded] if _blocks(variant, q.dtype) == 1 else [rounded, (product - rounded.to(wide)).to(q.dtype)]
 
 
-def _blocks(view: tuple[bool, int], dtype: torch.dtype) -> int:
-    return 2 if view[1] >= 0 and dtype.itemsize < 4 else 1
+def _blocks(variant: tuple[bool, int], dtype: torch.dtype) -> int:
+    return 2 if variant[1] >= 0 and dtype.itemsize < 4 else 1
 
 
-def _keys(k, plan: Plan, mask, rows: _Rows, segments) -> list[torch.Tensor]:
-    """``ktt`` at this level, ``(B', n, Hkv, D)`` for each segment."""
-    t, spec = plan.tensors, plan.spec
+def _keys(k, lowered: Lowered, mask, rows: _Rows, segments) -> list[torch.Tensor]:
+    """``ktt`` at this scale, ``(B', n, Hkv, D)`` for each segment."""
+    tables = lowered.keys
     wide = torch.promote_types(k.dtype, torch.float32)
     parts = [k[:, s.start : s.stop] for s in segments]
-    if "key_angles" in t:
-        angles = t["key_angles"] if "key_order" not in t else t["key_angles"][:, t["key_order"]]
+    if tables.angles is not None:
+        angles = tables.angles if tables.order is None else tables.angles[:, tables.order]
         angles = rows.of_batch(angles)
+        turned = [s.scaled and rows.r is not None for s in segments]
         parts = [
-            _rotate(part, angles[:, s.start : s.stop], s.scaled and rows.r is not None, plan, rows, spec.keys_applied)
-            for s, part in zip(segments, parts, strict=True)
+            _rotate(part, angles[:, s.start : s.stop], scaled, lowered, rows, lowered.keys_applied)
+            for s, scaled, part in zip(segments, turned, parts, strict=True)
         ]
     sums: dict[int, torch.Tensor] = {}
     for s, part in zip(segments, parts, strict=True):
@@ -192,33 +193,34 @@ def _keys(k, plan: Plan, mask, rows: _Rows, segments) -> list[torch.Tensor]:
             sums[s.group] = sums.get(s.group, 0) + member.sum(dim=1, keepdim=True)
     for n, s in enumerate(segments):
         if s.group >= 0:  # kt = lambda mu + delta (khat - mu)
-            bias, delta, count = rows.of_batch(t["groups"])[:, s.group, :, None, None, None].to(wide).unbind(1)
+            values = rows.of_batch(lowered.groups.values)[:, s.group, :, None, None, None]
+            bias, delta, count = values.to(wide).unbind(1)
             mu = sums[s.group] / count.clamp(min=1)
             parts[n] = ((bias - delta) * mu + delta * parts[n].to(wide)).to(k.dtype)
         if s.weight >= 0:  # ktt = w_c kt
-            w = t["weights"][s.weight].to(wide)
-            w = w.repeat_interleave(2) if spec.pairing == "interleaved" else torch.cat((w, w))
+            w = lowered.bands.weights[s.weight].to(wide)
+            w = w.repeat_interleave(2) if lowered.pairing == "interleaved" else torch.cat((w, w))
             parts[n] = (w * parts[n].to(wide)).to(k.dtype)
     return parts
 
 
-def _lay_out(keys, segments, rows: _Rows, views) -> torch.Tensor:
-    """Each key in the columns of its segment's view: ``(B', n, Hkv, blocks * D)``."""
+def _lay_out(keys, segments, rows: _Rows, variants) -> torch.Tensor:
+    """Each key in the columns of its segment's variant: ``(B', n, Hkv, blocks * D)``."""
     laid = []
     for s, part in zip(segments, keys, strict=True):
-        n, dim = views.index(_view(s, rows)), part.shape[3]
-        own = _blocks(views[n], part.dtype)
-        before, after = (sum(_blocks(x, part.dtype) for x in some) for some in (views[:n], views[n + 1 :]))
-        laid.append(F.pad(torch.cat([part] * own, dim=-1), (before * dim, after * dim)))
+        n, dim = variants.index(_variant(s, rows)), part.shape[3]
+        blocks = _blocks(variants[n], part.dtype)
+        before, after = (sum(_blocks(x, part.dtype) for x in some) for some in (variants[:n], variants[n + 1 :]))
+        laid.append(F.pad(torch.cat([part] * blocks, dim=-1), (before * dim, after * dim)))
     return torch.cat(laid, dim=1)
 
 
-def _rotate(x, angles, scaled: bool, plan: Plan, rows: _Rows, applied: bool) -> torch.Tensor:
+def _rotate(x, angles, scaled: bool, lowered: Lowered, rows: _Rows, applied: bool) -> torch.Tensor:
     """``R(phi') x`` less what is applied already."""
     if not scaled:
-        return x if applied else rotate(x, angles, plan.spec.pairing)
-    factor = torch.where(plan.tensors["scaled_pairs"], rows.r, 1.0)
-    return rotate(x, angles * (factor - 1 if applied else factor), plan.spec.pairing)
+        return x if applied else rotate(x, angles, lowered.pairing)
+    factor = torch.where(lowered.scales.pairs, rows.r, 1.0)
+    return rotate(x, angles * (factor - 1 if applied else factor), lowered.pairing)
 
 
 def _fused(q, k, v, mask, scale: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..backends import triton
+from .. import device as devices
 from . import reference
 
 
@@ -19,7 +19,7 @@ def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
     Raises:
         NotImplementedError: ``triton`` was asked for and cannot run.
     """
-    obstacle = triton.unsupported(logits) or triton.unsupported(codebook)
+    obstacle = devices.kernel_obstacle(logits) or devices.kernel_obstacle(codebook)
     if backend == "triton" and obstacle:
         raise NotImplementedError(f'backend="triton" cannot match these tokens: {obstacle}')
     if backend == "auto":
@@ -30,7 +30,7 @@ def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
 def _launch(logits: Tensor, *call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .. import kernels
 
-    config = kernels.select_match(triton._arch(logits.device), call[4].shape[1])
+    config = kernels.select_match(devices.architecture(logits.device), call[4].shape[1])
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(logits.device) if logits.device.type == "cuda" else contextlib.nullcontext()
     with guard:

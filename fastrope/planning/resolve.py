@@ -1,14 +1,15 @@
-"""Modulations against a call: arguments checked, key sets turned into masks, neutral modulations dropped."""
+"""What the user meant: arguments checked, key sets turned into masks, neutral modulations dropped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from .checks import require, require_finite, require_tensor
-from .modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
-from .rope import RoPE
+from ..checks import require, require_finite, require_tensor
+from ..modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
+from ..rope import RoPE
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,26 +46,52 @@ class Gain:
     keys: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Resolved:
-    """The modulations of a call that are not neutral, in no particular order."""
+    """The arguments of a call as the user meant them; the reference reads nothing else.
 
+    Args:
+        rope, key_rope: angles of the queries, and of the keys where they are other tokens.
+        key_mask: ``(Bx, Sk)`` bool, True = attend; None where all keys are there.
+        scale, weights, groups, gains: the modulations that are not neutral, values in float64.
+    """
+
+    rope: RoPE | None = None
+    key_rope: RoPE | None = None
+    key_mask: torch.Tensor | None = None
     scale: Scale | None = None
     weights: tuple[Weight, ...] = ()
     groups: tuple[Group, ...] = ()
     gains: tuple[Gain, ...] = ()
 
-    def to(self, device, dtype: torch.dtype) -> Resolved:
-        """The same on another device, floating-point values in ``dtype``."""
+    @property
+    def modulations(self) -> int:
+        """How many modulations are not neutral."""
+        return (self.scale is not None) + len(self.weights) + len(self.groups) + len(self.gains)
+
+    def to(self, device: torch.device | None, dtype: torch.dtype) -> Resolved:
+        """The same with its modulations on another device, floating-point values in ``dtype``; angles and mask stay."""
 
         def move(m):
-            values = (getattr(m, f.name) for f in fields(m))
-            return type(m)(*(v.to(device, dtype if v.is_floating_point() else v.dtype) for v in values))
+            values = vars(m).items()
+            return type(m)(**{name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in values})
 
-        return Resolved(
-            self.scale and move(self.scale),
-            *(tuple(move(m) for m in kind) for kind in (self.weights, self.groups, self.gains)),
+        moved = {name: tuple(map(move, getattr(self, name))) for name in ("weights", "groups", "gains")}
+        return replace(self, scale=self.scale and move(self.scale), **moved)
+
+    def with_groups(self, numbers: Sequence[tuple[float | torch.Tensor, float | torch.Tensor]]) -> Resolved:
+        """The same with other ``(bias, delta)`` in its groups, in their order."""
+        found = [group_values(bias, delta) for bias, delta in numbers]
+        groups = (
+            Group(bias.to(group.bias), delta.to(group.delta), group.keys)
+            for group, (bias, delta) in zip(self.groups, found, strict=True)
         )
+        return replace(self, groups=tuple(groups))
+
+    def with_weight(self, weight: torch.Tensor) -> Resolved:
+        """The same with other values ``(D/2,)`` in its only BandWeight."""
+        (held,) = self.weights
+        return replace(self, weights=(Weight(weight.detach().to(held.w, copy=True), held.keys),))
 
 
 def as_tuple(modulations: object) -> tuple:
@@ -74,15 +101,15 @@ def as_tuple(modulations: object) -> tuple:
     return tuple(modulations)
 
 
-def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) -> None:
-    """Check what does not depend on lengths. ``values=False`` reads no tensor, for tracing."""
+def check_arguments(rope, key_rope, modulations, key_mask) -> None:
+    """Check what does not depend on lengths."""
     require(rope is None or isinstance(rope, RoPE), "rope", "a fastrope.RoPE or None", type(rope).__name__)
     require(key_rope is None or isinstance(key_rope, RoPE), "key_rope", "a RoPE or None", type(key_rope).__name__)
     if key_rope is not None:
         require(rope is not None, "rope", "a RoPE when key_rope is given", None)
         require(key_rope.pairing == rope.pairing, "key_rope.pairing", rope.pairing, key_rope.pairing)
         require(key_rope.pairs == rope.pairs, "key_rope.angles", f"(..., {rope.pairs})", tuple(key_rope.angles.shape))
-        if values and rope.axis is not None and key_rope.axis is not None:
+        if rope.axis is not None and key_rope.axis is not None:
             same = torch.equal(rope.axis.cpu(), key_rope.axis.cpu())
             require(same, "key_rope.axis", "the axis map of rope", key_rope.axis.tolist())
     for name, r in (("rope", rope), ("key_rope", key_rope)):
@@ -189,15 +216,18 @@ def group_values(bias: float | torch.Tensor, delta: float | torch.Tensor) -> tup
     return tuple(_values(f"BiasDelta.{name}", x, ("batch row",)) for name, x in (("bias", bias), ("delta", delta)))
 
 
-def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
-    """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped."""
+def resolve(
+    rope: RoPE | None, key_rope: RoPE | None, modulations: tuple, key_mask: torch.Tensor | None, num_keys: int | None
+) -> Resolved:
+    """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped; so is a mask that
+    hides no key."""
     scale, weights, groups, gains = None, [], [], []
     grouped = torch.zeros(num_keys or 0, dtype=torch.bool)
     for m in modulations:
         keys = _key_set(type(m).__name__, m.keys, num_keys)
         if isinstance(m, QueryScale):
             r = _values("QueryScale.scale", m.scale, ("batch row", "query"))
-            pairs = _scaled_pairs(rope, key_rope, m.axes)
+            pairs = _scaled_pairs(rope, key_rope or rope, m.axes)
             if bool((r != 1).any()) and bool(pairs.any()):
                 scale = Scale(r, keys, pairs)
         elif isinstance(m, BandWeight):
@@ -216,7 +246,9 @@ def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
             g = _values("LogitGain.gain", m.gain, ("batch row", "query"))
             if bool((g != 1).any()):
                 gains.append(Gain(g, keys))
-    return Resolved(scale, tuple(weights), tuple(groups), tuple(gains))
+    if key_mask is not None and bool(key_mask.all()):
+        key_mask = None
+    return Resolved(rope, key_rope, key_mask, scale, tuple(weights), tuple(groups), tuple(gains))
 
 
 def _scaled_pairs(rope, key_rope, axes) -> torch.Tensor:

@@ -1,31 +1,32 @@
-"""Attention of queries that each have a position scale of their own, against the scaled keys, by a series.
+"""Attention of queries with per-query position scales, against the scaled keys, by a polynomial.
 
 Queries come sorted by scale, so those of a tile differ little from the middle one. The middle one's scale turns the
 keys, once for the whole tile; what is left for query i, the small angle ``x = (f_i - f) psi_j``, goes into a polynomial
-whose terms are a factor of the query times a factor of the key (pairs as complex numbers, reach R = max |psi_j|)::
+whose terms are a factor of the query times a factor of the key (pairs as complex numbers, R = max |psi_j|)::
 
     <R(x) q, k>  =  sum over n of  < a_n i^n ((f_i - f) R)^n q , (psi_j / R)^n k >
 
 so that every term is one more product of the loop's own shape. ``psi_j`` is the key's angle from the middle of all
 scaled keys, ``-f`` the scale, less 1 where keys arrive rotated. The half of the pairs that reach furthest gets degree
-3, the others 1; the plan makes tiles so narrow that no pair is turned wrongly by more than half a rounding of the dtype
-(``fastrope/series.py``). In float32 the exact kernel of ``patches.py`` serves. The running softmax is left for the
-fused loop to resume.
+3, the others 1. The plan makes tiles so narrow that no pair is turned wrongly by more than half a rounding of the dtype
+(``fastrope/planning/polynomial.py``). In float32 the exact kernel of ``axis_blocks.py`` serves. The fused loop resumes
+the running softmax.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import abi
 from .common import (
-    FIRST_OF_VIEW,
-    LEVEL_BASE,
+    BUCKET_BASE,
+    FIRST_OF_VARIANT,
     LOWEST,
     SCALED,
     SEGMENT_FIELDS,
     START,
     STOP,
-    VIEW,
+    VARIANT,
     logit_map,
     sincos,
     sincos_of_product,
@@ -34,7 +35,7 @@ from .common import (
 )  # fmt: skip
 from .config import LaunchConfig
 from .descriptors import descriptor, load_block
-from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
+from .tables import LOG2E, KernelTables, Polynomial, batch_stride, strides
 
 FAR, NEAR = tl.constexpr(3), tl.constexpr(1)  # degrees
 TERMS = tl.constexpr(6)  # FAR + 1 of the pairs that reach furthest, then NEAR + 1 of the others
@@ -60,7 +61,7 @@ def side_by_side(x, y, dtype: tl.constexpr):
 
 
 @triton.jit
-def slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M: tl.constexpr):
+def rows_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M: tl.constexpr):
     """Slots of a part of a tile, [BLOCK_M], and which of them there are."""
     tiles = TILES + b * tiles_batch_stride + tile
     offs_m = tl.load(tiles) + part * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -68,47 +69,47 @@ def slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M: tl.constexp
 
 
 TERMS_COUNTS = (
-    "num_tiles", "num_segments", "num_queries", "num_views", "continuous", "heads", "tiles_batch_stride",
-    "middle_batch_stride", "slots_batch_stride", "factor_batch_stride", "origin_batch_stride", "half",
+    "num_tiles", "num_segments", "num_queries", "num_variants", "num_per_query", "heads", "tiles_batch_stride",
+    "middle_batch_stride", "sorted_batch_stride", "factor_batch_stride", "origin_batch_stride", "half",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=TERMS_COUNTS)
 def terms_kernel(
-    Q, REST, OUT, SEGMENTS, TILES, MIDDLE, SLOTS, FACTOR, ORIGIN, SHARE, COLUMNS,
+    Q, RESIDUAL, OUT, SEGMENTS, TILES, MIDDLE, SORTED_QUERIES, FACTOR, ORIGIN, SHARE, COLUMNS,
     stride_qb, stride_qh, stride_qv, stride_qs, stride_qd,
-    num_tiles, num_segments, num_queries, num_views, continuous, heads, tiles_batch_stride, middle_batch_stride,
-    slots_batch_stride, factor_batch_stride, origin_batch_stride, half, reach,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, SLOT_TILE: tl.constexpr,
+    num_tiles, num_segments, num_queries, num_variants, num_per_query, heads, tiles_batch_stride, middle_batch_stride,
+    sorted_batch_stride, factor_batch_stride, origin_batch_stride, half, max_key_angle,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, QUERY_TILE: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, view, slot, n] = a_n i^n ((f_i - f) R)^n R(f_i origin) q, of the views of scaled segments."""
+    """OUT[b, h, variant, row, n] = a_n i^n ((f_i - f) R)^n R(f_i origin) q, of the variants of scaled segments."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = 2 * BLOCK_P
-    PARTS: tl.constexpr = SLOT_TILE // BLOCK_M
+    PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % num_tiles
     bh = tl.program_id(0) // (PARTS * num_tiles)
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
-    offs_m, row_mask = slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M)
-    rows = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=row_mask, other=0)
+    offs_m, row_mask = rows_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M)
+    rows = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=row_mask, other=0)
     factors = FACTOR + b * factor_batch_stride + rows
     factor = tl.load(factors, mask=row_mask, other=0.0)
     factor_low = tl.load(factors + num_queries, mask=row_mask, other=0.0)
     middles = MIDDLE + b * middle_batch_stride + 2 * tile
-    delta = ((factor - tl.load(middles)) + factor_low) * reach
-    half_width = tl.load(middles + 1) * reach
+    delta = ((factor - tl.load(middles)) + factor_low) * max_key_angle
+    half_width = tl.load(middles + 1) * max_key_angle
     d = delta[:, None]
     dtype: tl.constexpr = OUT.dtype.element_ty
     for s in range(num_segments):
         row = SEGMENTS + s * SEGMENT_FIELDS
-        view = tl.load(row + VIEW).to(tl.int64)
-        wanted = (tl.load(row + SCALED) != 0) & (tl.load(row + FIRST_OF_VIEW) != 0)
+        variant = tl.load(row + VARIANT).to(tl.int64)
+        wanted = (tl.load(row + SCALED) != 0) & (tl.load(row + FIRST_OF_VARIANT) != 0)
         mask = tl.where(wanted, row_mask, False)[:, None]
-        q_rows = Q + b * stride_qb + h * stride_qh + view * stride_qv + offs_m.to(tl.int64)[:, None] * stride_qs
-        slot = ((bh.to(tl.int64) * num_views + view) * continuous + offs_m)[:, None]
-        rest_rows = REST + slot * HEAD_DIM
-        out = OUT + slot * (TERMS * WIDTH) + tl.arange(0, WIDTH)[None, :]
+        q_rows = Q + b * stride_qb + h * stride_qh + variant * stride_qv + offs_m.to(tl.int64)[:, None] * stride_qs
+        at = ((bh.to(tl.int64) * num_variants + variant) * num_per_query + offs_m)[:, None]
+        residual_rows = RESIDUAL + at * HEAD_DIM
+        out = OUT + at * (TERMS * WIDTH) + tl.arange(0, WIDTH)[None, :]
         for near in tl.static_range(2):
             pair = tl.load(COLUMNS + near * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
             known = pair >= 0
@@ -116,8 +117,8 @@ def terms_kernel(
             second = tl.where(half != 0, pair + PAIRS, 2 * pair + 1)
             x = tl.load(q_rows + first * stride_qd, mask=mask & known, other=0.0).to(tl.float32)
             y = tl.load(q_rows + second * stride_qd, mask=mask & known, other=0.0).to(tl.float32)
-            x += tl.load(rest_rows + first, mask=mask & known, other=0.0).to(tl.float32)
-            y += tl.load(rest_rows + second, mask=mask & known, other=0.0).to(tl.float32)
+            x += tl.load(residual_rows + first, mask=mask & known, other=0.0).to(tl.float32)
+            y += tl.load(residual_rows + second, mask=mask & known, other=0.0).to(tl.float32)
             origin = ORIGIN + b * origin_batch_stride + pair
             sin, cos = sincos_of_product(
                 factor[:, None], factor_low[:, None],
@@ -164,34 +165,34 @@ def add_scores(qk, q0, q1, q2, q3, k, phase, turn, DEGREE: tl.constexpr):
     return qk
 
 
-SERIES_COUNTS = (
-    "num_tiles", "num_segments", "num_queries", "num_views", "num_slots", "num_keys", "num_scaled", "continuous",
-    "heads", "key_heads", "phase_rows", "tiles_batch_stride", "middle_batch_stride", "slots_batch_stride",
+POLYNOMIAL_COUNTS = (
+    "num_tiles", "num_segments", "num_queries", "num_variants", "num_rows", "num_keys", "num_scaled", "num_per_query",
+    "heads", "key_heads", "phase_rows", "tiles_batch_stride", "middle_batch_stride", "sorted_batch_stride",
     "groups_batch_stride", "gains_batch_stride", "mask_batch_stride",
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SERIES_COUNTS)
-def series_kernel(
-    Q, K, V, PHASE, STATE, STATE_M, STATE_L, SEGMENTS, TILES, MIDDLE, SLOTS, BIAS, GROUPS, GAINS, KEY_MASK,
+@triton.jit(do_not_specialize=POLYNOMIAL_COUNTS)
+def polynomial_kernel(
+    Q, K, V, PHASE, STATE, STATE_M, STATE_L, SEGMENTS, TILES, MIDDLE, SORTED_QUERIES, BIAS, GROUPS, GAINS, KEY_MASK,
     stride_vb, stride_vh, stride_vs, stride_vd,
-    num_tiles, num_segments, num_queries, num_views, num_slots, num_keys, num_scaled, continuous, heads, key_heads,
-    phase_rows, tiles_batch_stride, middle_batch_stride, slots_batch_stride, groups_batch_stride, gains_batch_stride,
-    mask_batch_stride, reach, log2_scale,
+    num_tiles, num_segments, num_queries, num_variants, num_rows, num_keys, num_scaled, num_per_query, heads, key_heads,
+    phase_rows, tiles_batch_stride, middle_batch_stride, sorted_batch_stride, groups_batch_stride, gains_batch_stride,
+    mask_batch_stride, max_key_angle, log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, SLOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_P: tl.constexpr, QUERY_TILE: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of continuous queries of one head against all scaled segments."""
+    """One tile of queries with per-query scales of one head against all scaled segments."""
     WIDTH: tl.constexpr = 2 * BLOCK_P
-    PARTS: tl.constexpr = SLOT_TILE // BLOCK_M
+    PARTS: tl.constexpr = QUERY_TILE // BLOCK_M
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % num_tiles
     bh = tl.program_id(0) // (PARTS * num_tiles)
     b = (bh // heads).to(tl.int64)
     kv_head = bh % heads // (heads // key_heads)
-    offs_m, row_mask = slots_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M)
-    rows = tl.load(SLOTS + b * slots_batch_stride + offs_m, mask=row_mask, other=0)
-    turn = tl.load(MIDDLE + b * middle_batch_stride + 2 * tile) * reach * QUARTER
+    offs_m, row_mask = rows_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M)
+    rows = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=row_mask, other=0)
+    turn = tl.load(MIDDLE + b * middle_batch_stride + 2 * tile) * max_key_angle * QUARTER
     # The pairs that reach furthest and the others lie apart, like heads of their own.
     far, near, phase_row = 2 * kv_head, 2 * kv_head + 1, tl.where(phase_rows > 1, b, 0)
     if TMA:
@@ -215,13 +216,13 @@ def series_kernel(
         start = tl.load(row + START)
         met = (tl.load(row + SCALED) != 0) & (tl.max(row_mask.to(tl.int32)) > 0)
         stop = tl.where(met, tl.load(row + STOP), start)
-        shift = tl.load(row + LEVEL_BASE) - (num_keys - num_scaled) - start  # K holds scaled keys alone, in order
-        bias_rows = (bh.to(tl.int64) * num_segments + s) * num_slots + offs_m
+        shift = tl.load(row + BUCKET_BASE) - (num_keys - num_scaled) - start  # K holds scaled keys alone, in order
+        bias_rows = (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m
         row_scale, row_bias = logit_map(
             row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
             num_queries, log2_scale,
         )  # fmt: skip
-        terms = Q + (bh.to(tl.int64) * num_views + tl.load(row + VIEW)) * continuous * (TERMS * WIDTH)
+        terms = Q + (bh.to(tl.int64) * num_variants + tl.load(row + VARIANT)) * num_per_query * (TERMS * WIDTH)
         q0 = load_term(terms, offs_m, row_mask, 0, WIDTH)
         q1 = load_term(terms, offs_m, row_mask, 1, WIDTH)
         q2 = load_term(terms, offs_m, row_mask, 2, WIDTH)
@@ -251,72 +252,72 @@ def series_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc)
         m_i += row_bias
 
-    state = bh.to(tl.int64) * continuous + offs_m
+    state = bh.to(tl.int64) * num_per_query + offs_m
     store_state(STATE, STATE_M, STATE_L, acc, m_i, l_i, state, row_mask, HEAD_DIM, BLOCK_D)
 
 
-def series_attention(
+def polynomial_attention(
     queries: torch.Tensor,
-    rest: torch.Tensor,
+    residual: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     half: bool,
     key_mask: torch.Tensor | None,
-    tables: SegmentTables,
+    tables: KernelTables,
     bias: torch.Tensor,
-    series: dict[str, torch.Tensor],
-    reach: float,
+    polynomial: Polynomial,
     num_queries: int,
     scale: float,
     config: LaunchConfig,
     terms_config: LaunchConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Online softmax of the continuous slots over the scaled segments, 16-bit inputs.
+    """Online softmax of queries with per-query scales over the scaled segments, 16-bit inputs.
 
     Args:
-        queries, rest: ``(B, H, views, N, D)`` and ``(B, H, views, C, D)`` of :func:`prepare_queries`.
+        queries, residual: ``(B, H, variants, N, D)`` and ``(B, H, variants, C, D)`` of :func:`prepare_queries`.
         k: ``(B, 2 Hkv, n, 2 P)`` contiguous: the scaled keys in key order as adjacent members of the P pairs that reach
             furthest, then of the P others, as heads of their own; to be turned by ``-factor`` times their angle.
         v: ``(B, Hkv, Sk, D)``; any strides, unless ``config.tma``.
         half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
-        series: ``tiles (Bx, T + 1)`` int32, bounds of the tiles in slots; ``middle (Bx, T, 2)`` float32, the factor in
-            the middle of each and how far its others lie from it; ``columns (2 P,)`` int32, the pairs in the
-            order of k, or -1; ``phase (Bx, 2, n, P)`` float32, angles from the origin over ``reach``, 0 on pairs no
-            scale covers; ``share (D/2,)`` float32, the largest of each pair; ``origin (Bx, 2, D/2)`` quarter turns and
-            ``factor (Bx, 2, Sq)``, ``1 - r`` or where k is not rotated ``-r``: leading and trailing parts, see
-            :func:`sincos_of_product`.
-        reach: the largest angle of a scaled key from the origin, radians.
+        polynomial: the plan's tables, with tiles for the dtype of ``queries``.
+        num_queries: ``Sq``.
 
     Returns:
-        as :func:`patch_attention`.
+        as :func:`axis_block_attention`.
     """
-    batch, heads, views, slots, dim = queries.shape
-    t, s, own, half_pairs = tables, series, tables.continuous, k.shape[3] // 2
-    tiles, segments, dtype, device = s["tiles"].shape[1] - 1, t.segments.shape[0], queries.dtype, queries.device
-    terms = torch.empty((batch, heads, views, own, TERMS.value * 2 * half_pairs), dtype=dtype, device=device)
-    terms_kernel[(tiles * (SLOT_TILE // terms_config.block_m) * batch * heads,)](
-        queries, rest, terms, t.segments, s["tiles"], s["middle"], t.slots, s["factor"], s["origin"], s["share"],
-        s["columns"], *queries.stride(), tiles, segments, num_queries, views, own, heads, batch_stride(s["tiles"]),
-        batch_stride(s["middle"]), batch_stride(t.slots), batch_stride(s["factor"]), batch_stride(s["origin"]),
-        int(half), reach,
-        HEAD_DIM=dim, BLOCK_M=terms_config.block_m, BLOCK_P=half_pairs, SLOT_TILE=SLOT_TILE,
+    batch, heads, variants, rows, dim = queries.shape
+    t, p, count, half_pairs = tables, polynomial, tables.num_per_query, k.shape[3] // 2
+    tiles = p.tiles(queries.dtype)
+    num_tiles, segments, device = tiles.bounds.shape[1] - 1, t.segments.shape[0], queries.device
+    shared = dict(
+        SEGMENTS=t.segments, TILES=tiles.bounds, MIDDLE=tiles.middle, SORTED_QUERIES=t.sorted_queries,
+        num_tiles=num_tiles, num_segments=segments, num_queries=num_queries, num_variants=variants,
+        num_per_query=count, heads=heads, tiles_batch_stride=batch_stride(tiles.bounds),
+        middle_batch_stride=batch_stride(tiles.middle), sorted_batch_stride=batch_stride(t.sorted_queries),
+        max_key_angle=p.max_key_angle, HEAD_DIM=dim, BLOCK_P=half_pairs, QUERY_TILE=abi.QUERY_TILE,
+    )  # fmt: skip
+    terms = queries.new_empty((batch, heads, variants, count, TERMS.value * 2 * half_pairs))
+    terms_kernel[(num_tiles * (abi.QUERY_TILE // terms_config.block_m) * batch * heads,)](
+        Q=queries, RESIDUAL=residual, OUT=terms, FACTOR=p.factor, ORIGIN=p.origin, SHARE=p.share, COLUMNS=p.columns,
+        **strides("q", queries, "bhvsd"), factor_batch_stride=batch_stride(p.factor),
+        origin_batch_stride=batch_stride(p.origin), half=int(half), BLOCK_M=terms_config.block_m, **shared,
         num_warps=terms_config.num_warps, num_stages=terms_config.num_stages,
     )  # fmt: skip
-    acc = torch.empty((batch, heads, own, dim), dtype=torch.float32, device=device)
-    m, l_sum = (torch.empty((batch, heads, own), dtype=torch.float32, device=device) for _ in range(2))
-    # Pointers of the right type stand in for tables whose loads are all masked off.
+    acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=device)
+    m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=device) for _ in range(2))
+    # A pointer stands in for a table that a call has not; its loads are masked off.
     groups, gains, mask = (m if x is None else x for x in (t.groups, t.gains, key_mask))
-    keys, phase, values = k, s["phase"], v
+    keys, phase, values = k, p.phase, v
     if config.tma:
         keys, values = descriptor(k, config.block_n, 2 * half_pairs), descriptor(v, config.block_n, config.block_d)
         phase = descriptor(phase, config.block_n, half_pairs)
-    series_kernel[(tiles * (SLOT_TILE // config.block_m) * batch * heads,)](
-        terms, keys, values, phase, acc, m, l_sum, t.segments, s["tiles"], s["middle"], t.slots, bias, groups, gains,
-        mask, *v.stride(), tiles, segments, num_queries, views, slots, v.shape[2], k.shape[2], own, heads, v.shape[1],
-        s["phase"].shape[0], batch_stride(s["tiles"]), batch_stride(s["middle"]), batch_stride(t.slots),
-        batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), reach, scale * LOG2E,
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=half_pairs,
-        SLOT_TILE=SLOT_TILE, HAS_MASK=key_mask is not None, TMA=config.tma,
+    polynomial_kernel[(num_tiles * (abi.QUERY_TILE // config.block_m) * batch * heads,)](
+        Q=terms, K=keys, V=values, PHASE=phase, STATE=acc, STATE_M=m, STATE_L=l_sum, BIAS=bias, GROUPS=groups,
+        GAINS=gains, KEY_MASK=mask, **strides("v", v, "bhsd"), num_rows=rows, num_keys=v.shape[2],
+        num_scaled=k.shape[2], key_heads=v.shape[1], phase_rows=p.phase.shape[0],
+        groups_batch_stride=batch_stride(t.groups), gains_batch_stride=batch_stride(t.gains),
+        mask_batch_stride=batch_stride(key_mask), log2_scale=scale * LOG2E, BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_MASK=key_mask is not None, TMA=config.tma, **shared,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return acc, m, l_sum

@@ -1,7 +1,7 @@
 """The specification: modulated attention in plain torch, equation by equation.
 
 Materialises the ``(B, H, Sq, Sk)`` logits; for reading and for tests, not for pictures. It uses the modulations as the
-user gave them and none of the lowering, so it can judge the backends that do.
+user gave them and none of the lowered tables, so it can judge the backends that do.
 
 Dtypes: float64 in, float64 throughout. Otherwise the rounding of a careful half-precision implementation: rotation in
 float32 rounded to the input dtype, as are modulated keys; logits, softmax and accumulation in float32; probabilities
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ..planning import Plan
-from ..resolve import Resolved
+from ..planning.resolve import Resolved
 from ..rope import RoPE, rotate
 
 
@@ -21,7 +20,7 @@ def run(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan,
+    resolved: Resolved,
     scale: float,
     return_lse: bool = False,
     queries: torch.Tensor | None = None,
@@ -30,7 +29,7 @@ def run(
 
     Args:
         q: ``(B, Sq, H, D)``; k, v: ``(B, Sk, Hkv, D)``, ``H % Hkv == 0``.
-        plan: the call's plan.
+        resolved: what the user asked for.
         scale: factor of the logits.
         queries: ``(n,)`` indices; compute these queries only, ``out (B, n, H, D)``.
 
@@ -39,10 +38,10 @@ def run(
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries = torch.arange(q.shape[1], device=q.device) if queries is None else queries
-    mask = plan.key_mask
+    mask = resolved.key_mask
     if mask is not None:  # what a masked key holds must not matter, not even a NaN
         k, v = k.masked_fill(~mask[:, :, None, None], 0), v.masked_fill(~mask[:, :, None, None], 0)
-    s = logits(q[:, queries], k, plan, scale, queries, wide)
+    s = logits(q[:, queries], k, resolved, scale, queries, wide)
     if mask is not None:
         s = s.masked_fill(~mask[:, None, None, :], -torch.inf)
     p = s.softmax(dim=-1)
@@ -55,63 +54,63 @@ def run(
 def logits(
     q: torch.Tensor,
     k: torch.Tensor,
-    plan: Plan,
+    resolved: Resolved,
     scale: float,
     queries: torch.Tensor,
     wide: torch.dtype,
 ) -> torch.Tensor:
     """``s_ij``, ``(B, H, n, Sk)``, for the ``n`` queries whose indices are ``queries``."""
-    mods = plan.resolved
-    if mods.scale is None:
-        s = _logits_at(q, k, None, plan, queries, wide)
+    scales = resolved.scale
+    if scales is None:
+        s = _logits_at(q, k, None, resolved, queries, wide)
     else:  # queries that share r_i share khat, so one pass per distinct value
-        r = mods.scale.r[:, queries]
+        r = scales.r[:, queries]
         s = q.new_zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), dtype=wide)
         for value in r.unique():
             rows = (r == value).any(dim=0).nonzero().flatten()
-            part = _logits_at(q[:, rows], k, value, plan, queries[rows], wide)
+            part = _logits_at(q[:, rows], k, value, resolved, queries[rows], wide)
             part = torch.where((r[:, rows] == value)[:, None, :, None], part, s[:, :, rows])
             s = s.index_copy(2, rows, part)
     s = s * scale
-    for gain in mods.gains:  # s_ij = g_i scale <...>
+    for gain in resolved.gains:  # s_ij = g_i scale <...>
         g = torch.where(gain.keys, gain.g[:, queries, None].to(wide), 1)
         s = s * g[:, None]
     return s
 
 
-def _logits_at(q, k, r, plan: Plan, queries, wide) -> torch.Tensor:
+def _logits_at(q, k, r, resolved: Resolved, queries, wide) -> torch.Tensor:
     """``<R(phi'[i]) q_i, ktt_ij>`` for queries that share one ``r`` (None: no QueryScale)."""
-    mods, key_rope = plan.resolved, plan.key_rope or plan.rope
-    khat = _rotated(k, key_rope, None, None, mods)
-    q_plain, q_scaled = _rotated(q, plan.rope, queries, None, mods), None
+    rope, key_rope = resolved.rope, resolved.key_rope or resolved.rope
+    khat = _rotated(k, key_rope, None, None, resolved)
+    q_plain, q_scaled = _rotated(q, rope, queries, None, resolved), None
     if r is not None:
-        covered = mods.scale.keys[:, None, None]
-        khat = torch.where(covered, _rotated(k, key_rope, None, r, mods), khat)
-        q_scaled = _rotated(q, plan.rope, queries, r, mods)
+        covered = resolved.scale.keys[:, None, None]
+        khat = torch.where(covered, _rotated(k, key_rope, None, r, resolved), khat)
+        q_scaled = _rotated(q, rope, queries, r, resolved)
     kt = khat
-    for group in mods.groups:  # kt = lambda mu + delta (khat - mu)
-        member = group.keys if plan.key_mask is None else group.keys & plan.key_mask
+    for group in resolved.groups:  # kt = lambda mu + delta (khat - mu)
+        member = group.keys if resolved.key_mask is None else group.keys & resolved.key_mask
         mu = _mean(khat.to(wide), member)
         bias, delta = (x.to(wide)[:, None, None, None] for x in (group.bias, group.delta))
         kt = torch.where(group.keys[:, None, None], (bias * mu + delta * (khat.to(wide) - mu)).to(k.dtype), kt)
     ktt = kt
-    for weight in mods.weights:  # ktt = w_c kt on pair c
+    for weight in resolved.weights:  # ktt = w_c kt on pair c
         w = weight.w.to(wide)
-        w = w.repeat_interleave(2) if plan.rope.pairing == "interleaved" else torch.cat((w, w))
+        w = w.repeat_interleave(2) if rope.pairing == "interleaved" else torch.cat((w, w))
         ktt = torch.where(weight.keys[:, None, None], (w * ktt.to(wide)).to(k.dtype), ktt)
     ktt = _per_head(ktt, q).to(wide)
     s = torch.einsum("bihd,bjhd->bhij", q_plain.to(wide), ktt)
     if q_scaled is not None:
-        s = torch.where(mods.scale.keys, torch.einsum("bihd,bjhd->bhij", q_scaled.to(wide), ktt), s)
+        s = torch.where(resolved.scale.keys, torch.einsum("bihd,bjhd->bhij", q_scaled.to(wide), ktt), s)
     return s
 
 
-def _rotated(x, rope: RoPE | None, tokens, r, mods: Resolved) -> torch.Tensor:
+def _rotated(x, rope: RoPE | None, tokens, r, resolved: Resolved) -> torch.Tensor:
     """``R(phi') x`` with ``phi' = r phi`` on the scaled pairs (r None: ``phi``), less what is applied already."""
     if rope is None:
         return x
     phi = rope.angles if tokens is None else rope.angles[..., tokens, :]
-    turn = phi if r is None else torch.where(mods.scale.pairs, r * phi.to(r.dtype), phi)
+    turn = phi if r is None else torch.where(resolved.scale.pairs, r * phi.to(r.dtype), phi)
     if rope.applied:
         turn = turn - phi
         if r is None:

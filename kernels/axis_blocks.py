@@ -1,22 +1,23 @@
-"""Exact attention of queries that each have a position scale of their own, against the scaled keys.
+"""Exact attention of queries with per-query position scales, against the scaled keys.
 
 The score of a scaled pair is ``<R((1 - r_i) phi_j) R(r_i phi_i) q_i, R(phi_j) k_j>``. On a grid many keys share
-``phi_j`` on an axis, so the query is turned once per coordinate rather than once per key: a patch holds 8 x 8 keys,
+``phi_j`` on an axis, so the query is turned once per coordinate rather than once per key: an axis block holds 8 x 8 keys,
 those of a row share the angles of pair class A, those of a column those of class B, all of them those of class C, and
 
-    s[u, v] = <q_A turned for row u, k_A> + <q_B turned for column v, k_B> + <q_C turned for the patch, k_C>
+    s[u, v] = <q_A turned for row u, k_A> + <q_B turned for column v, k_B> + <q_C turned for the block, k_C>
 
-is two batched products and a plain one. The running softmax is left for the fused loop to resume.
+is two batched products and a plain one. The fused loop resumes the running softmax.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import abi
 from .common import (
+    FIRST_BLOCK,
+    LAST_BLOCK,
     LOWEST,
-    PATCH_START,
-    PATCH_STOP,
     SEGMENT_FIELDS,
     WEIGHT,
     logit_map,
@@ -26,10 +27,10 @@ from .common import (
     when,
 )  # fmt: skip
 from .config import LaunchConfig, precision
-from .tables import LOG2E, SLOT_TILE, SegmentTables, batch_stride
+from .tables import LOG2E, AxisBlocks, KernelTables, batch_stride, strides
 
-PATCH = tl.constexpr(8)  # keys of a patch along either axis: with 16, what a patch keeps in registers spills
-CHUNK = tl.constexpr(16)  # pairs per product: the least a dot takes
+AXIS_BLOCK = tl.constexpr(abi.AXIS_BLOCK)
+CHUNK = tl.constexpr(abi.PAIR_CHUNK)
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def turned_product(
     K, KEY_PHASE, phase_low, representatives, keys, present, stride_ks, stride_kd,
     COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one pair class's scores of a patch to s [U, M, N]: queries turned once per representative, times U x N keys.
+    """Add one pair class's scores of a axis_block to s [U, M, N]: queries turned once per representative, times U x N keys.
 
     representatives: [U] keys that stand for the coordinates; keys, present: [U, N].
     """
@@ -95,12 +96,12 @@ def turned_product(
 
 
 @triton.jit
-def whole_patch_product(
+def whole_block_product(
     qk, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
     K, KEY_PHASE, phase_low, representative, keys, present, stride_ks, stride_kd,
     COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the scores of the pairs whose angles a whole patch shares to qk [M, KEYS]: queries turned once.
+    """Add the scores of the pairs whose angles a whole block shares to qk [M, KEYS]: queries turned once.
 
     keys, present: [KEYS]. The class also holds the pairs no scale covers: their phases are zero.
     """
@@ -121,19 +122,23 @@ def weigh_values(
     acc, p, V, keys, present, stride_vs, stride_vd,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc += p V over the keys of a patch, ROWS of its rows at a time (in float32 a product holds all its operands in
-    registers). p: [M, PATCH * PATCH]; keys, present: [PATCH, PATCH]."""
+    """acc += p V over the keys of a block, ROWS of its rows at a time (in float32 a product holds all its operands in
+    registers). p: [M, AXIS_BLOCK * AXIS_BLOCK]; keys, present: [AXIS_BLOCK, AXIS_BLOCK]."""
     BLOCK_M: tl.constexpr = p.shape[0]
-    STEPS: tl.constexpr = PATCH // ROWS
+    STEPS: tl.constexpr = AXIS_BLOCK // ROWS
     offs_d = tl.arange(0, BLOCK_D)
     step = tl.arange(0, STEPS)
     for i in range(STEPS):
         chosen = step == i
-        p_i, key, here = p, tl.reshape(keys, (PATCH * PATCH,)), tl.reshape(present, (PATCH * PATCH,))
+        p_i, key, here = (
+            p,
+            tl.reshape(keys, (AXIS_BLOCK * AXIS_BLOCK,)),
+            tl.reshape(present, (AXIS_BLOCK * AXIS_BLOCK,)),
+        )
         if STEPS > 1:
-            p_i = tl.sum(tl.where(chosen[None, :, None], tl.reshape(p, (BLOCK_M, STEPS, ROWS * PATCH)), 0.0), 1)
-            key = tl.sum(tl.where(chosen[:, None], tl.reshape(keys, (STEPS, ROWS * PATCH)), 0), 0)
-            found = tl.where(chosen[:, None], tl.reshape(present.to(tl.int32), (STEPS, ROWS * PATCH)), 0)
+            p_i = tl.sum(tl.where(chosen[None, :, None], tl.reshape(p, (BLOCK_M, STEPS, ROWS * AXIS_BLOCK)), 0.0), 1)
+            key = tl.sum(tl.where(chosen[:, None], tl.reshape(keys, (STEPS, ROWS * AXIS_BLOCK)), 0), 0)
+            found = tl.where(chosen[:, None], tl.reshape(present.to(tl.int32), (STEPS, ROWS * AXIS_BLOCK)), 0)
             here = tl.sum(found, 0) != 0
         mask = here[:, None] & (offs_d < HEAD_DIM)[None, :]
         v = tl.load(V + (key[:, None] * stride_vs + offs_d[None, :] * stride_vd), mask=mask, other=0.0)
@@ -141,42 +146,42 @@ def weigh_values(
     return acc
 
 
-PATCH_COUNTS = (
-    "num_segments", "num_queries", "num_slots", "heads", "key_heads", "continuous", "columns_a", "columns_b",
+AXIS_BLOCK_COUNTS = (
+    "num_segments", "num_queries", "num_sorted", "heads", "key_heads", "num_per_query", "columns_a", "columns_b",
     "columns_c", "cos_batch_stride", "phase_batch_stride", "phase_low", "factor_batch_stride", "groups_batch_stride",
-    "gains_batch_stride", "mask_batch_stride", "slots_batch_stride", "level_batch_stride", "half",
+    "gains_batch_stride", "mask_batch_stride", "sorted_batch_stride", "bucket_batch_stride", "half",
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=PATCH_COUNTS)
-def patch_kernel(
+@triton.jit(do_not_specialize=AXIS_BLOCK_COUNTS)
+def axis_block_kernel(
     Q, K, V, STATE, STATE_M, STATE_L,
-    SEGMENTS, PATCH_KEYS, PATCH_A, PATCH_B, PATCH_C, COLUMNS_A, COLUMNS_B, COLUMNS_C,
+    SEGMENTS, BLOCK_KEYS, BLOCK_A, BLOCK_B, BLOCK_C, COLUMNS_A, COLUMNS_B, COLUMNS_C,
     QUERY_COS, QUERY_SIN, KEY_PHASE, FACTOR,
-    WEIGHTS, BIAS, GROUPS, GAINS, KEY_MASK, SLOTS, SLOT_LEVEL,
+    WEIGHTS, BIAS, GROUPS, GAINS, KEY_MASK, SORTED_QUERIES, TILE_BUCKET,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
-    num_segments, num_queries, num_slots, heads, key_heads, continuous, columns_a, columns_b, columns_c,
+    num_segments, num_queries, num_sorted, heads, key_heads, num_per_query, columns_a, columns_b, columns_c,
     cos_batch_stride, phase_batch_stride, phase_low, factor_batch_stride,
-    groups_batch_stride, gains_batch_stride, mask_batch_stride, slots_batch_stride, level_batch_stride, half,
+    groups_batch_stride, gains_batch_stride, mask_batch_stride, sorted_batch_stride, bucket_batch_stride, half,
     log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SLOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_TILE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of continuous queries of one head against the patches of all scaled segments."""
+    """One tile of queries with per-query scales of one head against the axis blocks of all scaled segments."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
-    KEYS: tl.constexpr = PATCH * PATCH
-    num_tiles = continuous // BLOCK_M
+    KEYS: tl.constexpr = AXIS_BLOCK * AXIS_BLOCK
+    num_tiles = num_per_query // BLOCK_M
     tile = tl.program_id(0) % num_tiles
     bh = tl.program_id(0) // num_tiles
     b = (bh // heads).to(tl.int64)
     h = bh % heads
     kv_head = (h // (heads // key_heads)).to(tl.int64)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.load(SLOTS + b * slots_batch_stride + offs_m)
-    level = tl.load(SLOT_LEVEL + b * level_batch_stride + tile * BLOCK_M // SLOT_TILE)
-    row_mask = when(level < 0, rows >= 0)
+    rows = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m)
+    bucket = tl.load(TILE_BUCKET + b * bucket_batch_stride + tile * BLOCK_M // QUERY_TILE)
+    row_mask = when(bucket < 0, rows >= 0)
     q_base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
     k_base = K + b * stride_kb + kv_head * stride_kh
     v_base = V + b * stride_vb + kv_head * stride_vh
@@ -184,105 +189,106 @@ def patch_kernel(
     key_phase = KEY_PHASE + b * phase_batch_stride
     factor = tl.load(FACTOR + b * factor_batch_stride + rows, mask=row_mask, other=0.0)
     factor_low = tl.load(FACTOR + b * factor_batch_stride + num_queries + rows, mask=row_mask, other=0.0)
-    offs_u = tl.arange(0, PATCH)
+    offs_u = tl.arange(0, AXIS_BLOCK)
 
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for s in range(num_segments):
         row = SEGMENTS + s * SEGMENT_FIELDS
-        first_patch = tl.load(row + PATCH_START)
-        last_patch = tl.where(tl.max(rows) >= 0, tl.load(row + PATCH_STOP), first_patch)
+        first_block = tl.load(row + FIRST_BLOCK)
+        last_block = tl.where(tl.max(rows) >= 0, tl.load(row + LAST_BLOCK), first_block)
         weight = tl.load(row + WEIGHT)
-        bias_rows = (bh.to(tl.int64) * num_segments + s) * num_slots + offs_m
+        bias_rows = (bh.to(tl.int64) * num_segments + s) * num_sorted + offs_m
         row_scale, row_bias = logit_map(
             row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
             num_queries, log2_scale,
         )  # fmt: skip
-        for patch in range(first_patch, last_patch):
-            keys = tl.load(PATCH_KEYS + patch * KEYS + offs_u[:, None] * PATCH + offs_u[None, :])  # [U, N]
+        for block in range(first_block, last_block):
+            keys = tl.load(BLOCK_KEYS + block * KEYS + offs_u[:, None] * AXIS_BLOCK + offs_u[None, :])  # [U, N]
             present = keys >= 0
             if HAS_MASK:
                 present = present & (tl.load(KEY_MASK + b * mask_batch_stride + keys, mask=present, other=0) != 0)
             across = turned_product(
-                tl.zeros([PATCH, BLOCK_M, PATCH], dtype=tl.float32),
+                tl.zeros([AXIS_BLOCK, BLOCK_M, AXIS_BLOCK], dtype=tl.float32),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
-                k_base, key_phase, phase_low, tl.load(PATCH_B + patch * PATCH + offs_u), tl.trans(keys),
+                k_base, key_phase, phase_low, tl.load(BLOCK_B + block * AXIS_BLOCK + offs_u), tl.trans(keys),
                 tl.trans(present), stride_ks, stride_kd, COLUMNS_B, columns_b, half, PAIRS, PRECISION,
             )  # [N, M, U]  # fmt: skip
             qk = turned_product(
                 tl.permute(across, (2, 1, 0)),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
-                k_base, key_phase, phase_low, tl.load(PATCH_A + patch * PATCH + offs_u), keys, present,
+                k_base, key_phase, phase_low, tl.load(BLOCK_A + block * AXIS_BLOCK + offs_u), keys, present,
                 stride_ks, stride_kd, COLUMNS_A, columns_a, half, PAIRS, PRECISION,
             )  # [U, M, N]  # fmt: skip
             qk = tl.reshape(tl.permute(qk, (1, 0, 2)), (BLOCK_M, KEYS))
 
             flat = tl.reshape(present, (KEYS,))
-            qk = whole_patch_product(
+            qk = whole_block_product(
                 qk, q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
-                k_base, key_phase, phase_low, tl.load(PATCH_C + patch).to(tl.int64), tl.reshape(keys, (KEYS,)), flat,
+                k_base, key_phase, phase_low, tl.load(BLOCK_C + block).to(tl.int64), tl.reshape(keys, (KEYS,)), flat,
                 stride_ks, stride_kd, COLUMNS_C, columns_c, half, PAIRS, PRECISION,
             )  # fmt: skip
             qk = tl.where(flat[None, :], qk * row_scale[:, None] + row_bias[:, None], -float("inf"))
             p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
             acc = weigh_values(
                 acc * alpha[:, None], p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
-                HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // PATCH, PRECISION=PRECISION,
+                HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // AXIS_BLOCK, PRECISION=PRECISION,
             )  # fmt: skip
 
-    state = bh.to(tl.int64) * continuous + offs_m
+    state = bh.to(tl.int64) * num_per_query + offs_m
     store_state(STATE, STATE_M, STATE_L, acc, m_i, l_i, state, row_mask, HEAD_DIM, BLOCK_D)
 
 
-def patch_attention(
+def axis_block_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
     half: bool,
     key_mask: torch.Tensor | None,
-    tables: SegmentTables,
+    tables: KernelTables,
     bias: torch.Tensor,
-    patches: dict[str, torch.Tensor],
+    blocks: AxisBlocks,
     scale: float,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Online softmax of the continuous slots over the scaled segments.
+    """Online softmax of queries with per-query scales over the scaled segments.
 
     Args:
         q: ``(B, Sq, H, D)`` as the caller has it, any strides.
         k: ``(B, Hkv, R, D)`` rotated at r = 1 in its first Sk rows; v: ``(B, Hkv, Sk, D)``. Any strides.
-        rotation: cos and sin ``(Bx, 2, Sq, D/2)`` float32; variant 1 brings q to its own scale.
+        rotation: cos and sin ``(Bx, 2, Sq, D/2)`` float32; variant 1 brings q to its per-query scale.
         half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
-        patches: ``keys (P, 8, 8)``, ``a, b (P, 8)``, ``c (P,)`` int32 rows in key order; ``columns_a, columns_b,
-            columns_c`` the pairs of each class, int32, padded with -1 to multiples of 16; ``phase
-            (Bx, 2, Sk, D/2)`` of the keys, quarter turns, 0 on pairs no scale covers, and ``factor (Bx, 2, Sq)``,
-            ``1 - r``, float32: leading and trailing parts, see :func:`sincos_of_product`.
+        blocks: the scaled keys.
 
     Returns:
         ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)``, float32: unnormalised output, running maximum (base 2), sum.
     """
     batch, num_queries, heads, dim = q.shape
-    t, p, slots = tables, patches, tables.continuous
-    acc = torch.empty((batch, heads, slots, dim), dtype=torch.float32, device=q.device)
-    m, l_sum = (torch.empty((batch, heads, slots), dtype=torch.float32, device=q.device) for _ in range(2))
-    # Pointers of the right type stand in for tables whose loads are all masked off.
+    t, count = tables, tables.num_per_query
+    acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=q.device)
+    m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=q.device) for _ in range(2))
+    # A pointer stands in for a table that a call has not; its loads are masked off.
     weights, groups, gains, mask = (m if x is None else x for x in (t.weights, t.groups, t.gains, key_mask))
     cos, sin = (x[:, 1] for x in rotation)
-    patch_kernel[(slots // config.block_m * batch * heads,)](
-        q, k, v, acc, m, l_sum,
-        t.segments, p["keys"], p["a"], p["b"], p["c"], p["columns_a"], p["columns_b"], p["columns_c"],
-        cos, sin, p["phase"], p["factor"],
-        weights, bias, groups, gains, mask, t.slots, t.slot_level,
-        *q.stride(), *k.stride(), *v.stride(),
-        t.segments.shape[0], num_queries, t.slots.shape[1], heads, k.shape[1], slots,
-        *(p[f"columns_{name}"].shape[0] for name in "abc"),
-        batch_stride(cos), batch_stride(p["phase"]), p["phase"].stride(1), batch_stride(p["factor"]),
-        batch_stride(t.groups), batch_stride(t.gains), batch_stride(key_mask), batch_stride(t.slots),
-        batch_stride(t.slot_level), int(half), scale * LOG2E,
+    axis_block_kernel[(count // config.block_m * batch * heads,)](
+        Q=q, K=k, V=v, STATE=acc, STATE_M=m, STATE_L=l_sum, SEGMENTS=t.segments, BLOCK_KEYS=blocks.keys,
+        BLOCK_A=blocks.rows_a, BLOCK_B=blocks.rows_b, BLOCK_C=blocks.rows_c, COLUMNS_A=blocks.pairs_a,
+        COLUMNS_B=blocks.pairs_b, COLUMNS_C=blocks.pairs_c, QUERY_COS=cos, QUERY_SIN=sin, KEY_PHASE=blocks.phase,
+        FACTOR=blocks.factor, WEIGHTS=weights, BIAS=bias, GROUPS=groups, GAINS=gains, KEY_MASK=mask,
+        SORTED_QUERIES=t.sorted_queries, TILE_BUCKET=t.tile_bucket,
+        **strides("q", q, "bshd"), **strides("k", k, "bhsd"), **strides("v", v, "bhsd"),
+        num_segments=t.segments.shape[0], num_queries=num_queries, num_sorted=t.sorted_queries.shape[1], heads=heads,
+        key_heads=k.shape[1], num_per_query=count, columns_a=blocks.pairs_a.shape[0],
+        columns_b=blocks.pairs_b.shape[0], columns_c=blocks.pairs_c.shape[0], cos_batch_stride=batch_stride(cos),
+        phase_batch_stride=batch_stride(blocks.phase), phase_low=blocks.phase.stride(1),
+        factor_batch_stride=batch_stride(blocks.factor), groups_batch_stride=batch_stride(t.groups),
+        gains_batch_stride=batch_stride(t.gains), mask_batch_stride=batch_stride(key_mask),
+        sorted_batch_stride=batch_stride(t.sorted_queries), bucket_batch_stride=batch_stride(t.tile_bucket),
+        half=int(half), log2_scale=scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        SLOT_TILE=SLOT_TILE, HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
+        QUERY_TILE=abi.QUERY_TILE, HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return acc, m, l_sum

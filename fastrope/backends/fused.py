@@ -1,0 +1,245 @@
+"""The fused kernels of ``fastrope.kernels``, driven by a lowered plan.
+
+A call packs the keys once (rotated, per scale bucket), takes the means of BiasDelta groups, lets queries with per-query
+scales meet the scaled keys (``per_query.py``), and runs the fused loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from .. import device as devices
+from .. import kernels
+from ..kernels import abi
+from ..planning.lowered import Lowered
+from . import per_query
+from .lse_merge import merge
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels run a call.
+
+    Args:
+        packs: those of ``"q"``, ``"k"``, ``"v"`` that take a pass of their own before the loop.
+        descriptors: whether the loop reads keys and values through tensor descriptors; ``loop`` says how, and why.
+        polynomial: whether queries with per-query scales meet the scaled keys by a polynomial; ``per_query`` says by
+            what, and why; None without any.
+    """
+
+    packs: tuple[str, ...]
+    descriptors: bool
+    loop: str
+    polynomial: bool = False
+    per_query: str | None = None
+
+    @staticmethod
+    def of(q, k, v, lowered: Lowered) -> Launch:
+        """The launch of a call. ``q, k, v (B, S, H, D)`` are tensors, or :class:`fastrope.kernels.Streams`."""
+        packs = _packs(q, k, v, lowered)
+        descriptors, loop = _descriptors(q, k, v, lowered, packs)
+        obstacle = per_query.against_polynomial(q, lowered)
+        how = None
+        if lowered.num_per_query:
+            how = f"axis blocks, exact ({obstacle})" if obstacle else per_query.describe(q, lowered)
+        return Launch(packs, descriptors, loop, how is not None and obstacle is None, how)
+
+
+def run(q, k, v, lowered: Lowered, scale: float, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out (B, Sq, H, D)`` and ``lse (B, H, Sq)``; forward only.
+
+    q and k may be streams where the plan rotates both (q: unless axis blocks read it), v wherever. Extra memory: the
+    packed keys, at most ``1 + MAX_BUCKETS`` times k, at most ``MAX_VARIANTS`` copies of q, a copy of v where it is
+    joined, sorted or masked. For queries with per-query scales float32 state, and for a polynomial up to three copies
+    of the scaled keys and seven of these queries, per variant (two and four at a head dim of 128).
+    """
+    with launching_on(q.device):
+        return attend(q, *pack(q, k, v, lowered, launch), k, lowered, scale, launch)
+
+
+def launching_on(device: torch.device):
+    """A context for launches: triton's go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def configs(q):
+    """Launch configurations for tensors like ``q``, by kernel."""
+    arch = devices.architecture(q.device)
+    return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
+
+
+# ---- how -------------------------------------------------------------------------------------------------------------
+
+
+def _packs(q, k, v, lowered: Lowered) -> tuple[str, ...]:
+    keys, queries = lowered.keys, lowered.queries
+    rotates = queries is not None and queries.rotation is not None
+    needs = {
+        "q": lowered.modulated or rotates or isinstance(q, kernels.Streams) or _far_apart(q),
+        "k": keys.source is not None or isinstance(k, kernels.Streams) or _far_apart(k),
+        "v": keys.order is not None or isinstance(v, kernels.Streams) or _far_apart(v),
+    }
+    return tuple(name for name, needed in needs.items() if needed)
+
+
+def _descriptors(q, k, v, lowered: Lowered, packs: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the loop reads keys and values through tensor descriptors, and why not."""
+    arch, dtype = devices.architecture(q.device), str(q.dtype).removeprefix("torch.")
+    if not kernels.ships("attention_tma", arch, q.dtype, q.shape[3]):
+        return False, f"pointers (no descriptors on {arch} in {dtype})"
+    if not devices.switched_on("FASTROPE_TMA", True):
+        return False, "pointers (FASTROPE_TMA=0)"
+    if len(lowered.passes) > 1:
+        return False, "pointers (parts of several passes are merged)"
+    for name, x in (("k", k), ("v", v)):
+        if name in packs:
+            batch, tokens, heads, dim = x.shape
+            x = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device="meta")
+        elif name == "v" and lowered.keys.mask is not None:  # a copy in the order of its axes
+            x = torch.empty_like(x.transpose(1, 2), device="meta")
+        else:
+            x = x.transpose(1, 2)
+        if not kernels.describable(x):
+            why = "a descriptor wants adjacent channels, rows in steps of 16 bytes, nothing expanded"
+            return False, f"pointers ({name}: {why})"
+    return True, "tensor descriptors"
+
+
+def _far_apart(x) -> bool:
+    """Whether the rows of one head of ``(B, S, H, D)`` span more elements than the loops' int32 offsets reach."""
+    if isinstance(x, kernels.Streams):
+        return False
+    return (x.shape[1] - 1) * x.stride(1) + (x.shape[3] - 1) * x.stride(3) >= 2**31
+
+
+# ---- the steps of a call ---------------------------------------------------------------------------------------------
+
+
+def pack(q, k, v, lowered: Lowered, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``(B, Hkv, R, D)`` and values ``(B, Hkv, Sk, D)`` as the loop reads them: joined, in key order, the keys
+    rotated, and the scaled ones once more per scale bucket."""
+    tables, half, config = lowered.keys, lowered.pairing == "half", configs(q)("pack")
+    keys, values = k, v
+    if "k" in launch.packs:
+        rotation = tables.rotation and (tables.rotation.cos, tables.rotation.sin)
+        keys = kernels.pack_rows(k, tables.source, *(rotation or (None, None)), half, config)
+    else:
+        keys = k.transpose(1, 2)
+    if "v" in launch.packs:
+        order = tables.source[: k.shape[1]] if tables.order is not None else None
+        values = kernels.pack_rows(v, order, None, None, half, config)
+    else:
+        values = v.transpose(1, 2)
+    if tables.mask is not None and launch.descriptors:
+        # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
+        # would copy first and fill the copy).
+        values = torch.where(tables.mask[:, None, :, None], values, values.new_zeros(()))
+    return keys, values
+
+
+def attend(
+    q, keys, values, k, lowered: Lowered, scale: float, launch: Launch, modulated_only: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out (B, Sq, H, D)`` and ``lse (B, H, Sq)`` over what :func:`pack` made of keys and values.
+
+    Args:
+        k: the keys as they came.
+        modulated_only: leave the rows of unmodulated queries undefined.
+    """
+    if not lowered.modulated:
+        return _plain(q, keys, values, k.shape[1], lowered, scale, launch)
+    tables, config = lowered.keys, configs(q)
+    if not launch.polynomial and lowered.num_per_query and _far_apart(q):  # axis blocks read queries as they are
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    means = None
+    if lowered.groups is not None:
+        scaled_keys = 0 if lowered.scales is None else lowered.scales.scaled_keys
+        means = kernels.group_means(
+            keys, tables.segments, lowered.groups.for_kernels, lowered.groups.members, lowered.groups.bounds,
+            tables.mask, lowered.num_buckets, scaled_keys, config("means"),
+        )  # fmt: skip
+    scaled = per_query.polynomial_keys(k, keys, lowered, config) if launch.polynomial else None
+    places = lowered.sorted_queries.num_modulated if modulated_only else None
+    run_pass = partial(_run_pass, q, keys, values, scaled, means, places, lowered, scale, launch)
+    if len(lowered.passes) == 1:
+        return run_pass(lowered.passes[0], q.dtype)
+    result = None
+    for bounds in lowered.passes:
+        part = run_pass(bounds, torch.float32)
+        result = part if result is None else merge(result, part)
+    return result[0].to(q.dtype), result[1]
+
+
+def _plain(q, keys, values, num_keys: int, lowered: Lowered, scale: float, launch: Launch):
+    config, mask, queries = configs(q), lowered.keys.mask, q
+    if "q" in launch.packs:
+        rotation = lowered.queries and lowered.queries.rotation
+        cos, sin = (rotation.cos[:, 0], rotation.sin[:, 0]) if rotation else (None, None)
+        queries = kernels.pack_rows(q, None, cos, sin, lowered.pairing == "half", config("pack"))
+    else:
+        queries = q.transpose(1, 2)
+    loop = "attention_tma" if launch.descriptors else "attention"
+    return kernels.fused_attention(
+        queries.unsqueeze(2), keys, values, q.shape[1], num_keys, mask, None, None, None, scale, q.dtype,
+        config(loop, mask is not None),
+    )  # fmt: skip
+
+
+def _run_pass(
+    q, keys, values, scaled, means, places, lowered: Lowered, scale: float, launch: Launch, bounds, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the segments of one pass: ``(B, Sq, H, D)`` in ``dtype``, ``(B, H, Sq)``.
+
+    Args:
+        q: ``(B, Sq, H, D)``; keys ``(B, Hkv, R, D)`` packed; values ``(B, Hkv, Sk, D)``.
+        scaled: keys of the polynomial, or None.
+        means: of the groups, or None.
+        places: leading sorted queries; None: all.
+    """
+    config, mask, half = configs(q), lowered.keys.mask, lowered.pairing == "half"
+    tables = _tables(keys, means, places, lowered, bounds)
+    rotation = lowered.queries and lowered.queries.rotation
+    rotation = rotation and (rotation.cos, rotation.sin)
+    queries, bias, residual = kernels.prepare_queries(q, rotation, half, tables, launch.polynomial, config("queries"))
+    state, suffix = None, "_tma" if launch.descriptors else ""
+    if launch.polynomial:
+        state = kernels.polynomial_attention(
+            queries, residual, scaled, values, half, mask, tables, bias, lowered.polynomial, q.shape[1], scale,
+            config(f"polynomial{suffix}"), config("terms"),
+        )  # fmt: skip
+    elif lowered.num_per_query:
+        state = kernels.axis_block_attention(
+            q, keys, values, rotation, half, mask, tables, bias, lowered.axis_blocks, scale, config("axis_blocks")
+        )
+    loop = f"attention_modulated{suffix}" if len(lowered.passes) == 1 else "attention_parts"
+    return kernels.fused_attention(
+        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
+        config(loop, mask is not None),
+    )  # fmt: skip
+
+
+def _tables(keys, means, places: int | None, lowered: Lowered, bounds: tuple[int, int]):
+    """The plan's tables and the means of its groups, for the segments of one pass."""
+    segments, gains, groups = lowered.segments[slice(*bounds)], lowered.gains, lowered.groups
+    products = None
+    if gains is not None:
+        products = gains.products_for(segments) if gains.products is None else gains.products
+    per_query_means = None
+    numbers = list(dict.fromkeys(s.group for s in segments if s.group >= 0))
+    if numbers and lowered.num_per_query:
+        per_query_means = per_query.group_means(keys, lowered, means, numbers)
+    queries = lowered.sorted_queries
+    rows, buckets = (None, None) if queries is None else (queries.queries, queries.tile_bucket)
+    if places is not None:
+        rows, buckets = rows[:, :places], buckets[:, : places // abi.QUERY_TILE]
+    return kernels.KernelTables(
+        segments=lowered.keys.segments[slice(*bounds)],
+        weights=lowered.bands and lowered.bands.for_kernels, groups=groups and groups.for_kernels, gains=products,
+        means=means, per_query_means=per_query_means, sorted_queries=rows, tile_bucket=buckets,
+        key_heads=keys.shape[1], num_variants=len({s.variant for s in segments}), num_buckets=lowered.num_buckets,
+        scaled_keys=0 if lowered.scales is None else lowered.scales.scaled_keys, num_per_query=lowered.num_per_query,
+    )  # fmt: skip

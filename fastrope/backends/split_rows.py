@@ -1,0 +1,31 @@
+"""Unmodulated queries by torch's attention, the others by the fused loop.
+
+A query whose scales and gains are all 1 meets only what folds into the keys. Rows of attention do not depend on one
+another, so nothing is merged: both write their rows of one output. ``auto`` runs calls so that modulate a minority of
+the queries, such as those of a crop.
+
+Nothing has measured this on a GPU. It has one entry, :func:`run`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..planning.lowered import Lowered
+from . import folded, fused
+
+
+def splits(lowered: Lowered) -> bool:
+    """Whether a plan names its unmodulated queries: where they are most, without a mask."""
+    return lowered.unmodulated is not None
+
+
+def run(q, k, v, lowered: Lowered, scale: float, launch: fused.Launch) -> torch.Tensor:
+    """``out (B, Sq, H, D)`` of a plan that :func:`splits`; forward only. Arguments and memory as of both
+    :func:`fastrope.backends.fused.run` and :func:`fastrope.backends.folded.run`."""
+    with fused.launching_on(q.device):
+        keys, values = fused.pack(q, k, v, lowered, launch)
+        out, _ = fused.attend(q, keys, values, k, lowered, scale, launch, modulated_only=True)
+    more = lowered.groups is not None or lowered.keys.weighted is not None  # folds into keys that the loop wants plain
+    packed = None if more else keys[:, :, : k.shape[1]], values
+    return out.index_copy_(1, lowered.unmodulated.rows, folded.run(q, k, v, lowered, scale, packed))

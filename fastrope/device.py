@@ -1,0 +1,84 @@
+"""What a device can do and what the environment switches on or off: asked here alone.
+
+Tests replace these functions, so that every branch runs everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+
+from .kernels import config
+
+INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
+WITHOUT_FLOAT64 = ("mps",)  # device types; Metal has no double precision
+SWITCHES = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
+
+
+def widest_float(device: torch.device | str | None) -> torch.dtype:
+    """The widest floating-point dtype of a device: float64, or float32 where there is none. None: the CPU."""
+    return torch.float32 if device is not None and torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
+
+
+def on_device(x: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """``x`` on a device, float64 as the widest dtype that the device has; ``x`` itself where that changes nothing."""
+    if x.dtype == torch.float64:
+        x = x.to(widest_float(device))  # before the move: the device may be unable to convert it
+    return x.to(device)
+
+
+def wide_on_cpu(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in float64 on the CPU, detached; ``x`` itself where that changes nothing."""
+    return x.detach().cpu().double()  # in two steps: a combined one converts where the tensor is
+
+
+def switched_on(name: str, default: bool) -> bool:
+    """An environment variable as a switch; unset or empty: ``default``.
+
+    Raises:
+        ValueError: a value that is none of 1, true, on, yes, 0, false, off, no, in any case.
+    """
+    value = os.environ.get(name, "").strip()
+    if value and value.lower() not in SWITCHES:
+        raise ValueError(f"{name}: expected one of {', '.join(SWITCHES)}, received {value!r}")
+    return SWITCHES[value.lower()] if value else default
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """True when triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """True when triton runs kernels in numpy (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """The architecture whose launch configurations a device uses, as named in ``kernels.config.ARCHS`` where there are
+    some for it."""
+    if interpreted():
+        return INTERPRETED_ARCH
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = getattr(properties, "gcnArchName", "").split(":")[0]
+        return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
+    return config.arch_of(properties.major, properties.minor)
+
+
+def kernel_obstacle(q: torch.Tensor) -> str | None:
+    """Why the kernels cannot run on tensors like ``q``, or None."""
+    if q.dtype == torch.float64:
+        return "float64 inputs (use sdpa or eager)"
+    if not has_triton():
+        return "triton is not installed"
+    if interpreted():
+        return "triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
+    if q.device.type != "cuda":
+        return f"no kernel for device {q.device.type} (set TRITON_INTERPRET=1 before importing triton to interpret)"
+    return config.unsupported(architecture(q.device))

@@ -1,0 +1,208 @@
+"""Which backend runs a call, and running it: one decision, one execution.
+
+:func:`decide` says all there is to choose, :func:`fastrope.explain` prints it, :func:`execute` does it. Every call goes
+through both once: :func:`fastrope.attention`, :func:`fastrope.joint_attention` and the ops that compilers see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import device as devices
+from .backends import folded, fused, reference, sdpa, split_rows
+from .planning.lowered import Lowered
+from .planning.resolve import Resolved
+
+BACKENDS = ("triton", "sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a call runs, and why.
+
+    Args:
+        backend: one of ``BACKENDS``; ``reason`` says why, ``rejected`` has ``(name, why not)`` of the others.
+        warning: what the user should know, if anything.
+        folded: ``sdpa`` on keys that our kernels prepare, see :mod:`fastrope.backends.folded`.
+        split: ``triton`` for modulated queries, torch's attention for the others, see
+            :mod:`fastrope.backends.split_rows`.
+        passes: runs over the keys, merged by their log-sum-exps.
+        packs: those of ``"q"``, ``"k"``, ``"v"`` that take a pass of our kernels before attention.
+        launch: how the fused loop runs; None where it does not.
+    """
+
+    backend: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+    warning: str | None = None
+    folded: bool = False
+    split: bool = False
+    passes: int = 1
+    packs: tuple[str, ...] = ()
+    launch: fused.Launch | None = None
+
+    @property
+    def kernels(self) -> bool:
+        """Whether our kernels run, forward only."""
+        return self.backend == "triton" or self.folded
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Calls that ``applies(lowered, dtype, return_lse)`` is true of go to ``backend``.
+
+    ``basis`` says what the rule rests on: ``measured``, with the rows under ``bench/results/``, or ``predicted`` until
+    such rows exist (``bench/NOTEBOOK.md`` has the reasoning).
+    """
+
+    calls: str
+    applies: Callable[[Lowered, torch.dtype, bool], bool]
+    backend: str
+    reason: str
+    against: str  # why not the other one
+    basis: str = "predicted"
+    split: bool = False
+
+
+def _plain(lowered: Lowered, dtype: torch.dtype, return_lse: bool) -> bool:
+    rotates = lowered.keys.rotation is not None or (
+        lowered.queries is not None and lowered.queries.rotation is not None
+    )
+    return not return_lse and (lowered.num_keys is None or not (lowered.modulated or rotates))
+
+
+# Which backend ``auto`` takes where both ``triton`` and ``sdpa`` could run a call on a GPU, read from the top.
+RULES = (
+    Rule(
+        "neither rotation nor modulation, no log-sum-exp", _plain,
+        "sdpa", "torch's own kernel is the fastest plain attention", "nothing to fuse: no rotation and no modulation",
+    ),
+    Rule(
+        "rotation, weights and groups in 16 bits, no mask, no log-sum-exp",
+        lambda lowered, dtype, return_lse: dtype != torch.float32 and not return_lse and folded.folds(lowered),
+        "sdpa", "all of it folds into the keys, for torch's own kernel", "nothing is left for its loop to fuse",
+    ),
+    Rule(
+        "most queries unmodulated, in 16 bits, no mask, no log-sum-exp",
+        lambda lowered, dtype, return_lse: dtype != torch.float32 and not return_lse and split_rows.splits(lowered),
+        "triton", "fused kernel for modulated queries, torch's own for the others",
+        "takes a call and a copy of the keys per scale", split=True,
+    ),
+    Rule(
+        "float32 without per-query scales",
+        lambda lowered, dtype, return_lse: dtype == torch.float32 and not lowered.num_per_query,
+        "sdpa", "torch's float32 kernels have larger tiles", "multiplies float32 on CUDA cores, in tiles of 16 queries",
+    ),
+    Rule(
+        "all other calls", lambda lowered, dtype, return_lse: True, "triton", "fused kernel, one pass",
+        "copies the keys per scale, and takes a second pass for a log-sum-exp",
+    ),
+)  # fmt: skip
+
+
+def rule_for(lowered: Lowered, dtype: torch.dtype, return_lse: bool = False) -> Rule:
+    """The first rule that applies to a call on a GPU that both ``triton`` and ``sdpa`` can run."""
+    return next(rule for rule in RULES if rule.applies(lowered, dtype, return_lse))
+
+
+# ---- decision --------------------------------------------------------------------------------------------------------
+
+
+def decide(lowered: Lowered, q, k, v, backend: str, return_lse: bool = False) -> Decision:
+    """How a checked call runs. A backend that is asked for runs or raises; ``auto`` never changes the mathematics.
+
+    Args:
+        q, k, v: ``(B, S, H, D)`` tensors, or :class:`fastrope.kernels.Streams` of them.
+        backend: one of ``BACKENDS``, or ``"auto"``.
+
+    Raises:
+        NotImplementedError: the backend asked for cannot run this call.
+    """
+    grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and differentiated(x) for x in (q, k, v))
+    chosen = _choose(lowered, q, grad, backend, return_lse)
+    if chosen.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered):
+        return replace(chosen, folded=True, packs=folded.packs(q, k, v, lowered))
+    if chosen.backend == "triton":
+        launch = fused.Launch.of(q, k, v, lowered)
+        return replace(chosen, passes=max(len(lowered.passes), 1), packs=launch.packs, launch=launch)
+    return replace(chosen, passes=len(sdpa.passes(lowered))) if chosen.backend == "sdpa" else chosen
+
+
+def _choose(lowered: Lowered, q, grad: bool, backend: str, return_lse: bool) -> Decision:
+    obstacle = devices.kernel_obstacle(q)
+    if backend == "triton":
+        if grad:
+            raise NotImplementedError(
+                'backend="triton" is forward only: expected inputs that do not require grad, received '
+                'requires_grad=True (or a tangent); use backend="sdpa" (or "auto"), or torch.no_grad()'
+            )
+        if obstacle:
+            raise NotImplementedError(f'backend="triton" cannot run this call: {obstacle}')
+    if backend != "auto":
+        return Decision(backend, "asked for")
+    never_eager = ("eager", "materialises the logits; runs only when asked for")
+    if obstacle:
+        unexpected = q.device.type == "cuda" and q.dtype != torch.float64
+        warning = f"fastrope runs on backend 'sdpa': the fused kernel is unavailable ({obstacle})"
+        rejected = (("triton", obstacle), never_eager)
+        return Decision("sdpa", "runs on any device", rejected, warning if unexpected else None)
+    if grad:
+        return Decision("sdpa", "differentiable", (("triton", "inputs require grad; forward only"), never_eager))
+    if q.device.type != "cuda":
+        why = "interpreted, for tests: it runs when asked for"
+        return Decision("sdpa", "compiled code on this device", (("triton", why), never_eager))
+    rule = rule_for(lowered, q.dtype, return_lse)
+    other = "sdpa" if rule.backend == "triton" else "triton"
+    rejected = (other, rule.against), never_eager
+    return Decision(rule.backend, f"{rule.reason} ({rule.basis})", rejected, split=rule.split)
+
+
+def differentiated(x: torch.Tensor) -> bool:
+    """Whether reverse or forward mode follows ``x``."""
+    return x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+# ---- execution -------------------------------------------------------------------------------------------------------
+
+
+_WARNED: set[str] = set()
+
+
+def execute(
+    decision: Decision, lowered: Lowered, q, k, v, scale: float, return_lse: bool = False,
+    resolved: Resolved | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Run a call as decided: ``out (B, Sq, H, D)`` contiguous and, if asked for, ``lse (B, H, Sq)``.
+
+    Args:
+        resolved: what the reference reads; None where it cannot be asked for.
+    """
+    if decision.warning and decision.warning not in _WARNED:
+        _WARNED.add(decision.warning)
+        warnings.warn(decision.warning, stacklevel=3)
+    with no_autocast(q.device):
+        if decision.backend == "eager":
+            out, lse = reference.run(q, k, v, resolved, scale, return_lse)
+        elif decision.folded:
+            out, lse = folded.run(q, k, v, lowered, scale), None
+        elif decision.split:
+            out, lse = split_rows.run(q, k, v, lowered, scale, decision.launch), None
+        elif decision.backend == "triton":
+            out, lse = fused.run(q, k, v, lowered, scale, decision.launch)
+        else:
+            out, lse = sdpa.run(q, k, v, lowered, scale, return_lse)
+    return out.contiguous(), lse if return_lse else None
+
+
+def no_autocast(device: torch.device):
+    """A context in which autocast leaves dtypes alone: the op computes in the dtype of its inputs."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()

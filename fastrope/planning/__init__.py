@@ -1,0 +1,7 @@
+"""From arguments to what backends read: ``resolve`` (what the user meant), ``lower`` (typed tables), ``build`` (plans)."""
+
+from .build import Plan, cached_plan, plan
+from .lowered import Lowered
+from .resolve import Resolved
+
+__all__ = ["Lowered", "Plan", "Resolved", "cached_plan", "plan"]

@@ -1,0 +1,201 @@
+"""The plan: one validated, lowered form of a call's modulations that every backend consumes.
+
+``plan()`` does the host work (value checks, neutral modulations dropped, segments, scale buckets, tables) once;
+applying it launches kernels and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..checks import require, require_finite, require_tensor
+from ..modulations import MODULATIONS, Modulation
+from ..rope import RoPE
+from .lower import lower
+from .lowered import Lowered, map_tensors
+from .resolve import Resolved, as_tuple, check_arguments, common_device, lengths, resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The arguments of a call, resolved for the reference and lowered for the other backends. Build it with
+    :func:`fastrope.plan`; treat it as opaque.
+
+    Args:
+        resolved: what the user meant.
+        lowered: the tables, on the device of the call.
+        tensors, spec: the tables as ops carry them, see :meth:`Lowered.flatten`.
+    """
+
+    resolved: Resolved
+    lowered: Lowered
+    tensors: tuple[torch.Tensor, ...]
+    spec: str
+
+    @staticmethod
+    def of(resolved: Resolved, lowered: Lowered) -> Plan:
+        """A plan of both."""
+        tensors, spec = lowered.flatten()
+        return Plan(resolved, lowered, tuple(tensors), spec)
+
+    def __repr__(self) -> str:
+        segments, buckets = len(self.lowered.segments), self.lowered.num_buckets
+        return f"Plan(segments={segments}, scale_buckets={buckets}, nbytes={self.nbytes})"
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the plan's tensors live; None for a plan that holds none."""
+        return self.tensors[0].device if self.tensors else None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the plan's tables hold, bytes."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def with_groups(self, numbers: Sequence[tuple[float | torch.Tensor, float | torch.Tensor]]) -> Plan:
+        """This plan with other numbers in its BiasDelta groups. Everything else is shared, so that a schedule with a
+        lambda and delta for every layer and step costs next to nothing.
+
+        Args:
+            numbers: ``(bias, delta)`` per group, in the order of the modulations the plan was made of; numbers or
+                tensors, ``()`` or ``(B,)``. Neutral ones stay groups: the result is then that of none up to rounding.
+
+        Raises:
+            ValueError: not one pair per group of the plan (neutral modulations are no groups), values that are not
+                finite, a batch that the plan does not have.
+        """
+        held = self.resolved.groups
+        require(len(numbers) == len(held), "numbers", f"{len(held)} pairs, one per group", len(numbers))
+        if not held:
+            return self
+        with torch.inference_mode(False), torch.device("cpu"):
+            resolved = self.resolved.with_groups(numbers)
+            batch = max(len(x) for group in resolved.groups for x in (group.bias, group.delta))
+            require(batch in (1, self.lowered.batch), "numbers", f"batch {self.lowered.batch or 1}", batch)
+            return Plan.of(resolved, self.lowered.with_groups(resolved.groups))
+
+    def with_weight(self, weight: torch.Tensor) -> Plan:
+        """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
+        that has them in it.
+
+        Args:
+            weight: ``(D/2,)`` floating point, finite. A neutral one stays: the result is then that of none up to
+                rounding.
+
+        Raises:
+            ValueError: a plan without exactly one BandWeight that is not neutral, a weight of another shape.
+        """
+        held, pairs = self.resolved.weights, self.lowered.pairs
+        require(len(held) == 1, "plan", "exactly one BandWeight that is not neutral", len(held))
+        hint = f"({pairs},)"
+        require_tensor("weight", weight, (1,), hint)
+        require(weight.shape[0] == pairs, "weight", hint, tuple(weight.shape))
+        require_finite("weight", weight, ("pair",))
+        with torch.inference_mode(False):
+            resolved = self.resolved.with_weight(weight)
+            return Plan.of(resolved, self.lowered.with_weight(resolved.weights[0].w))
+
+
+def plan(
+    *,
+    rope: RoPE | None = None,
+    key_rope: RoPE | None = None,
+    modulations: Sequence[Modulation] = (),
+    key_mask: torch.Tensor | None = None,
+    num_queries: int | None = None,
+    num_keys: int | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Validate and lower modulations once, for many calls of :func:`fastrope.attention`.
+
+    Copies the values it needs to the host (a device synchronisation) and precomputes tables; apply it as often as you
+    like without either. Neutral modulations vanish here. Under ``torch.compile`` build the plan outside.
+
+    Args:
+        rope: angles of the queries, and of the keys unless ``key_rope`` is given.
+        key_rope: angles of the keys when they are other tokens than the queries. Same pairing and axes as ``rope``.
+        modulations: any of QueryScale (at most one), BandWeight, BiasDelta (disjoint groups), LogitGain, in any order.
+        key_mask: ``(B, Sk)`` bool, True = attend.
+        num_queries, num_keys: ``Sq`` and ``Sk``, needed only where neither ``rope`` nor a modulation tells them.
+        device: where to put the tables; by default where ``rope`` or the modulations are.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    modulations = as_tuple(modulations)
+    # Plans outlive the mode and the default device they are made under.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
+
+
+def _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
+    check_arguments(rope, key_rope, modulations, key_mask)
+    device = common_device(rope, key_rope, modulations, key_mask, device)
+    num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
+    resolved = resolve(rope, key_rope, modulations, key_mask, num_keys)
+    lowered = lower(resolved, num_queries, num_keys)
+    wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # mps has no float64
+    lowered = map_tensors(lowered, lambda t: _own(t.to(device, wide if t.dtype == torch.float64 else t.dtype)))
+    rope, key_rope = (r and replace(r, angles=_own(r.angles)) for r in (rope, key_rope))
+    key_mask = None if resolved.key_mask is None else _own(resolved.key_mask)
+    resolved = replace(resolved.to(device, wide), rope=rope, key_rope=key_rope, key_mask=key_mask)
+    return Plan.of(resolved, lowered)
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: kernels rely on the layout, and what the caller does to the original must not matter."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+# A cache for callers that build modulations anew on every call. It holds its keys alive, so identities stay valid;
+# a tensor changed in place has another version and misses. Writes that torch does not see (numpy, `.data`, kernels of
+# one's own) do not: such callers hold a plan.
+_CACHE: OrderedDict[tuple, tuple[Plan, tuple]] = OrderedDict()
+_CACHE_SIZE = 8
+_CACHE_LOCK = threading.Lock()
+
+
+def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
+    """:func:`plan`, remembered by the identity and version of the tensors involved (the last 8 calls)."""
+    arguments = dict(
+        rope=rope, key_rope=key_rope, modulations=modulations, key_mask=key_mask,
+        num_queries=num_queries, num_keys=num_keys, device=device,
+    )  # fmt: skip
+    parts = [rope, key_rope, *modulations]
+    known = all(isinstance(p, (RoPE, *MODULATIONS)) for p in parts if p is not None)
+    if not known or not (key_mask is None or isinstance(key_mask, torch.Tensor)):
+        return plan(**arguments)  # which says what is wrong
+    held: list[torch.Tensor] = []
+    try:
+        key = (
+            tuple(_identity(p, held) for p in parts),
+            _identity(key_mask, held), num_queries, num_keys, str(device),
+        )  # fmt: skip
+    except RuntimeError:  # inference tensors have no version
+        return plan(**arguments)
+    with _CACHE_LOCK:
+        if key in _CACHE:
+            _CACHE.move_to_end(key)
+            return _CACHE[key][0]
+    built = plan(**arguments)
+    with _CACHE_LOCK:
+        _CACHE[key] = built, tuple(held)
+        while len(_CACHE) > _CACHE_SIZE:
+            _CACHE.popitem(last=False)
+    return built
+
+
+def _identity(value, held: list[torch.Tensor]):
+    if isinstance(value, torch.Tensor):
+        held.append(value)
+        return id(value), value._version
+    if hasattr(value, "__dataclass_fields__"):
+        return (type(value), *(_identity(getattr(value, name), held) for name in value.__dataclass_fields__))
+    if isinstance(value, slice):
+        return value.start, value.stop, value.step
+    return value

@@ -1,0 +1,247 @@
+"""Resolved arguments lowered to typed tables. All work happens on the CPU; neutral modulations are gone already."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..checks import require
+from .axis_blocks import axis_blocks
+from .lowered import (
+    BandTables,
+    GainTables,
+    GroupTables,
+    KeyTables,
+    Lowered,
+    QueryTables,
+    Rotation,
+    ScaleTables,
+    SortedQueries,
+    UnmodulatedQueries,
+    weighted_rotation,
+)  # fmt: skip
+from .polynomial import polynomial
+from .resolve import Resolved
+from .scales import find_buckets, scale_tables, sort_queries, unmodulated_queries
+from .segments import KeySignatures, Segment, distinct_sets, launch_passes, segment_keys
+
+
+def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> Lowered:
+    """Tables of a call over ``num_queries`` and ``num_keys`` tokens, None where any number will do.
+
+    Raises:
+        ValueError: batched arguments of different batches.
+    """
+    rope, key_rope = resolved.rope, resolved.key_rope or resolved.rope
+    static = dict(
+        batch=_batch(resolved), num_queries=num_queries, num_keys=num_keys, pairs=rope and rope.pairs,
+        pairing=rope.pairing if rope else "interleaved", queries_applied=rope is not None and rope.applied,
+        keys_applied=key_rope is not None and key_rope.applied,
+    )  # fmt: skip
+    if num_keys is None:
+        return Lowered(**static)
+    signatures, weight_sets, gain_sets = _signatures(resolved, num_keys)
+    segments, order = segment_keys(signatures)
+    places = torch.arange(num_keys, device="cpu") if order is None else order
+    bands = _bands(resolved, weight_sets)
+    scales, queries, unmodulated = _queries(resolved)
+    rotation, source = _key_rotation(resolved, places, scales)
+    if order is not None and source is None:
+        source = order
+    blocks, per_query_means, found, bounds = None, None, None, [(0, 0)] * len(segments)
+    if queries is not None and queries.num_per_query:
+        blocks, bounds, per_query_means = _axis_blocks(resolved, places, segments)
+        found = _polynomial(resolved, places, queries, scales)
+    passes = launch_passes(segments, blocks is not None)
+    mask = None if resolved.key_mask is None else resolved.key_mask.cpu()[:, places]
+    folds = mask is None and (unmodulated is not None or not _per_query(resolved))
+    keys = KeyTables(
+        segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
+        mask=mask, angles=_angles(key_rope), rotation=rotation,
+        weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
+    )  # fmt: skip
+    return Lowered(
+        **static, segments=segments, passes=passes, keys=keys, queries=_query_rotation(resolved), bands=bands,
+        groups=_groups(resolved, segments), gains=_gains(resolved, gain_sets, segments, passes), scales=scales,
+        sorted_queries=queries, unmodulated=unmodulated, axis_blocks=blocks, per_query_means=per_query_means,
+        polynomial=found,
+    )  # fmt: skip
+
+
+def _batch(resolved: Resolved) -> int | None:
+    """The batch every batched argument agrees on; None when nothing is batched."""
+    sizes = []
+    for name, r in (("rope.angles", resolved.rope), ("key_rope.angles", resolved.key_rope)):
+        if r is not None and r.angles.ndim == 3:
+            sizes.append((name, r.angles.shape[0]))
+    if resolved.key_mask is not None:
+        sizes.append(("key_mask", resolved.key_mask.shape[0]))
+    if resolved.scale is not None:
+        sizes.append(("QueryScale.scale", resolved.scale.r.shape[0]))
+    for group in resolved.groups:
+        sizes += [("BiasDelta.bias", len(group.bias)), ("BiasDelta.delta", len(group.delta))]
+    sizes += [("LogitGain.gain", gain.g.shape[0]) for gain in resolved.gains]
+    batch = None
+    for name, size in sizes:
+        if size > 1:
+            require(batch in (None, size), name, f"batch {batch}", size)
+            batch = size
+    return batch
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _signatures(resolved: Resolved, num_keys: int) -> tuple[KeySignatures, list, list]:
+    """What covers each key, and the distinct sets of weights and of gains that some key has."""
+    weight_sets, weight = distinct_sets([m.keys for m in resolved.weights], num_keys)
+    gain_sets, gain = distinct_sets([m.keys for m in resolved.gains], num_keys)
+    group = torch.full((num_keys,), -1, dtype=torch.int64, device="cpu")
+    for i, m in enumerate(resolved.groups):
+        group[m.keys] = i
+    scale = resolved.scale
+    scaled = scale.keys if scale is not None else torch.zeros(num_keys, dtype=torch.bool, device="cpu")
+    return KeySignatures(scaled, weight, group, gain), weight_sets, gain_sets
+
+
+def _bands(resolved: Resolved, sets: list) -> BandTables | None:
+    if not sets:
+        return None
+    return BandTables.of(
+        torch.stack([torch.stack([resolved.weights[i].w for i in members]).prod(0) for members in sets])
+    )
+
+
+def _gains(resolved: Resolved, sets: list, segments, passes) -> GainTables | None:
+    if not sets:
+        return None
+    batch = max(m.g.shape[0] for m in resolved.gains)
+    tables = GainTables(torch.stack([m.g.expand(batch, -1) for m in resolved.gains], dim=1), tuple(sets))
+    return tables if len(passes) > 1 else GainTables(tables.values, tables.sets, tables.products_for(segments))
+
+
+def _groups(resolved: Resolved, segments) -> GroupTables | None:
+    if not resolved.groups:
+        return None
+    owner = np.array([s.group for s in segments])
+    members = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[members], np.arange(len(resolved.groups) + 1))
+    mask = resolved.key_mask
+    masks = [m.keys[None] if mask is None else m.keys[None] & mask.cpu() for m in resolved.groups]
+    counts = torch.stack([mask.sum(1).double() for mask in masks], dim=1)
+    return GroupTables.of(resolved.groups, counts, *(torch.from_numpy(x).int() for x in (members, bounds)))
+
+
+def _key_rotation(
+    resolved: Resolved, places: torch.Tensor, scales: ScaleTables | None
+) -> tuple[Rotation | None, torch.Tensor | None]:
+    """Rotation of the packed rows and the key each is made from; None where keys stay as they come.
+
+    Args:
+        places: ``(Sk,)`` the key in each place of the key order.
+    """
+    rope, scale = resolved.key_rope or resolved.rope, resolved.scale
+    buckets = () if scales is None else scales.buckets
+    if rope is None or (rope.applied and not len(buckets)):
+        return None, None
+    angles = _angles(rope)
+    plain = torch.zeros_like(angles) if rope.applied else angles
+    rows, source = [plain[:, places]], [places]
+    if len(buckets):
+        scaled = places[scale.keys[places]]
+        for r in buckets:
+            rows.append((plain + (r - 1) * angles * scale.pairs)[:, scaled])
+            source.append(scaled)
+    return Rotation.of(torch.cat(rows, dim=1)), torch.cat(source)
+
+
+def _segment_table(segments: tuple[Segment, ...], passes, block_bounds) -> torch.Tensor:
+    """``(segments, len(abi.SEGMENT_COLUMNS))`` int32."""
+    scaled_keys = sum(len(s) for s in segments if s.scaled)
+    base = segments[-1].stop - scaled_keys
+    rows, seen = [], 0
+    for first, last in passes:
+        here = segments[first:last]
+        variants = list(dict.fromkeys(s.variant for s in here))
+        gains = list(dict.fromkeys(s.gain for s in here if s.gain >= 0))
+        groups = list(dict.fromkeys(s.group for s in here if s.group >= 0))
+        met = set()
+        for s, (first_block, last_block) in zip(here, block_bounds[first:last], strict=True):
+            gain, group = (-1 if n < 0 else known.index(n) for n, known in ((s.gain, gains), (s.group, groups)))
+            rows.append(
+                [s.start, s.stop, base + seen if s.scaled else s.start, int(s.scaled), s.weight, s.group, gain,
+                 first_block, last_block, variants.index(s.variant), int(s.variant not in met), group]
+            )  # fmt: skip
+            met.add(s.variant)
+            seen += len(s) if s.scaled else 0
+    return torch.tensor(rows, dtype=torch.int32, device="cpu")
+
+
+# ---- queries ---------------------------------------------------------------------------------------------------------
+
+
+def _per_query(resolved: Resolved) -> list[torch.Tensor]:
+    """Scales and gains, ``(B or 1, Sq)`` each."""
+    scales = [] if resolved.scale is None else [resolved.scale.r]
+    return scales + [m.g for m in resolved.gains]
+
+
+def _queries(
+    resolved: Resolved,
+) -> tuple[ScaleTables | None, SortedQueries | None, UnmodulatedQueries | None]:
+    """Scales, and queries sorted by them; those that nothing modulates apart, where they are most."""
+    scale, rope = resolved.scale, resolved.rope
+    alone = None if resolved.key_mask is not None else unmodulated_queries(_per_query(resolved))
+    if scale is None and alone is None:
+        return None, None, None
+    r = torch.ones(1, len(alone), dtype=torch.float64, device="cpu") if scale is None else scale.r
+    buckets, bucket = find_buckets(r)
+    unmodulated = None
+    if alone is not None:
+        rows = alone.nonzero().flatten()
+        rotates = rope is not None and not rope.applied
+        rotation = Rotation.of(_angles(rope)[:, None, rows]) if rotates else None
+        unmodulated = UnmodulatedQueries(rows, rows.int(), rotation)
+    scales = None if scale is None else scale_tables(scale, buckets, bucket)
+    return scales, sort_queries(bucket, r, alone), unmodulated
+
+
+def _query_rotation(resolved: Resolved) -> QueryTables | None:
+    """At r = 1, and at the query's scale."""
+    rope, scale = resolved.rope, resolved.scale
+    if rope is None:
+        return None
+    angles = _angles(rope)
+    plain = torch.zeros_like(angles) if rope.applied else angles
+    variants = [plain]
+    if scale is not None:
+        factor = scale.r[..., None] - 1  # phase beyond r = 1
+        variants = list(torch.broadcast_tensors(plain, plain + factor * angles * scale.pairs))
+    rotates = not rope.applied or scale is not None
+    return QueryTables(angles, Rotation.of(torch.stack(variants, dim=1)) if rotates else None)
+
+
+def _angles(rope) -> torch.Tensor | None:
+    """``(Bx, S, P)`` float64."""
+    if rope is None:
+        return None
+    angles = rope.angles.detach().double().cpu()
+    return angles if angles.ndim == 3 else angles[None]
+
+
+# ---- per-query scales ------------------------------------------------------------------------------------------------
+
+
+def _axis_blocks(resolved: Resolved, places: torch.Tensor, segments):
+    rope, key_rope, scale = resolved.rope, resolved.key_rope or resolved.rope, resolved.scale
+    axis = rope.axis if rope.axis is not None else key_rope.axis
+    axis = axis.cpu() if axis is not None else torch.zeros(rope.pairs, dtype=torch.int64, device="cpu")
+    return axis_blocks(scale, _angles(key_rope)[:, places], scale.keys[places], axis, segments)
+
+
+def _polynomial(resolved: Resolved, places: torch.Tensor, queries: SortedQueries, scales: ScaleTables):
+    key_rope, scale = resolved.key_rope or resolved.rope, resolved.scale
+    rows = scale.keys[places].nonzero().flatten()
+    counts = [row[0] for row in scales.counts]
+    angles = _angles(key_rope)[:, places[rows]]
+    return polynomial(scale, queries, counts, angles, rows, places[rows], key_rope.pairing, key_rope.applied)

@@ -1,0 +1,389 @@
+"""The lowered form of a call: typed tables, which every backend but the reference reads.
+
+Batches ``Bx`` are 1 or B. ``P = D/2`` RoPE pairs, ``W`` products of band weights, ``G`` BiasDelta groups. Tables are
+contiguous and on the device of the call. None stands where a call has no such thing.
+
+Some numbers stand twice, in float64 for ``sdpa`` and in float32 for the kernels: a conversion would be one more launch
+in every call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..kernels.tables import AxisBlocks, Polynomial, PolynomialTiles
+from .resolve import Group
+from .segments import Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """``cos, sin`` of the angles of some rows, float32 from float64 angles, in the shape of these."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def of(angles: Tensor) -> Rotation:
+        """Of float64 ``angles``, radians."""
+        return Rotation(angles.cos().float(), angles.sin().float())
+
+
+@dataclass(frozen=True, eq=False)
+class KeyTables:
+    """The keys: order, segments, rotation.
+
+    The packed keys have ``R`` rows: all keys in key order at r = 1, then the scaled ones once per scale bucket.
+
+    Args:
+        segments: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, the segment table; None where the number of keys is not known.
+        order: ``(Sk,)`` int64, the key in each place of the key order; None where keys stay where they are.
+        source: ``(R,)`` int32, the key each packed row is made from; None where these are the keys as they come.
+        mask: ``(Bx, Sk)`` bool in key order, True = attend.
+        angles: ``(Bx, Sk, P)`` float64 radians, in the order the keys come.
+        rotation: ``(Bx, R, P)`` of the packed rows; None where they stay as they come.
+        weighted: ``(Bx, Sk, P)`` in key order, at r = 1, times the band weights outside of groups, so that both are
+            rounded once; where keys may be folded so.
+    """
+
+    segments: Tensor | None = None
+    order: Tensor | None = None
+    source: Tensor | None = None
+    mask: Tensor | None = None
+    angles: Tensor | None = None
+    rotation: Rotation | None = None
+    weighted: Rotation | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTables:
+    """The queries: ``angles (Bx, Sq, P)`` float64 radians, and ``rotation (Bx, 1 or 2, Sq, P)``: at r = 1, and at the
+    query's scale where there is a QueryScale; None where they arrive so."""
+
+    angles: Tensor
+    rotation: Rotation | None
+
+
+@dataclass(frozen=True, eq=False)
+class BandTables:
+    """Products of band weights that some key has: ``weights (W, P)`` float64, ``for_kernels`` the same in float32."""
+
+    weights: Tensor
+    for_kernels: Tensor
+
+    @staticmethod
+    def of(weights: Tensor) -> BandTables:
+        """From ``(W, P)`` float64."""
+        return BandTables(weights, weights.float())
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTables:
+    """BiasDelta groups.
+
+    Args:
+        values: ``(Bx, G, 3)`` float64: lambda, delta, number of unmasked keys.
+        for_kernels: the same in float32.
+        members, bounds: int32; the segments of group g are ``members[bounds[g] : bounds[g + 1]]``.
+    """
+
+    values: Tensor
+    for_kernels: Tensor
+    members: Tensor
+    bounds: Tensor
+
+    @staticmethod
+    def of(groups: Sequence[Group], counts: Tensor, members: Tensor, bounds: Tensor) -> GroupTables:
+        """Tables of ``groups`` with ``counts (Bx, G)`` float64 unmasked keys."""
+        batch = max(len(counts), *(len(x) for m in groups for x in (m.bias, m.delta)))
+        columns = [torch.stack([getattr(m, name).expand(batch) for m in groups], dim=1) for name in ("bias", "delta")]
+        values = torch.stack([*columns, counts.expand(batch, -1)], dim=2)
+        return GroupTables(values, values.float(), members, bounds)
+
+    def with_values(self, groups: Sequence[Group]) -> GroupTables:
+        """The same groups with other lambdas and deltas."""
+        return GroupTables.of(groups, self.values[..., 2], self.members, self.bounds)
+
+    @property
+    def count(self) -> int:
+        """``G``."""
+        return self.values.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class GainTables:
+    """Logit gains.
+
+    Args:
+        values: ``(Bx, n, Sq)`` float64, one row per LogitGain.
+        sets: the gains that segments multiply, as rows of ``values``.
+        products: ``(Bx, sets, Sq)`` float32, see :meth:`products_for`; None where a call takes several passes.
+    """
+
+    values: Tensor
+    sets: tuple[tuple[int, ...], ...]
+    products: Tensor | None = None
+
+    def products_for(self, segments: Sequence[Segment]) -> Tensor | None:
+        """``(Bx, sets, Sq)`` float32: the products that ``segments`` use, numbered as in their rows of the segment table.
+        None where none is used."""
+        used = [self.sets[n] for n in dict.fromkeys(s.gain for s in segments if s.gain >= 0)]
+        found = [self.values[:, list(members)].prod(dim=1) for members in used]
+        return torch.stack(found, dim=1).float() if found else None
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleTables:
+    """A QueryScale.
+
+    Args:
+        r: ``(Bx, Sq)`` float64.
+        pairs: ``(P,)`` bool, the pairs that are scaled.
+        buckets: ``(n,)`` float64, scales that queries share and scaled keys are packed for, other than 1.
+        order: ``(Bx, Sq)`` int64, queries sorted by bucket: per-query scales first, then r = 1, then each bucket.
+        counts: per row of ``r``, how many queries that is in each.
+        scaled_keys: keys covered.
+    """
+
+    r: Tensor
+    pairs: Tensor
+    buckets: Tensor
+    order: Tensor
+    counts: tuple[tuple[int, ...], ...]
+    scaled_keys: int
+
+
+@dataclass(frozen=True, eq=False)
+class SortedQueries:
+    """Queries in tiles of one scale bucket, for the kernels.
+
+    Args:
+        queries: ``(Bx, T * QUERY_TILE)`` int32 query index, or -1. Queries with per-query scales come first, since they
+            take longest; queries that nothing modulates last.
+        tile_bucket: ``(Bx, T)`` int32: 0 at r = 1, -1 for per-query scales.
+        num_per_query: leading places that may hold queries with per-query scales.
+        num_modulated: leading places before those of unmodulated queries.
+    """
+
+    queries: Tensor
+    tile_bucket: Tensor
+    num_per_query: int
+    num_modulated: int
+
+
+@dataclass(frozen=True, eq=False)
+class UnmodulatedQueries:
+    """Queries at which all scales and gains are 1, where these are most: plain attention may take them.
+
+    Args:
+        rows: ``(n,)`` int64.
+        source: the same in int32, for the kernels.
+        rotation: ``(Bx, 1, n, P)``; None where they arrive rotated.
+    """
+
+    rows: Tensor
+    source: Tensor
+    rotation: Rotation | None
+
+
+@dataclass(frozen=True, eq=False)
+class ClassAngles:
+    """Scaled keys by their angles on one class of pairs.
+
+    Args:
+        pairs: ``(n,)`` int64.
+        order: ``(scaled keys,)`` int64, sorted by angle.
+        lengths: ``(U,)`` int64, how many keys share each distinct angle.
+        angles: ``(Bx, U, n)`` float64 radians.
+    """
+
+    pairs: Tensor
+    order: Tensor
+    lengths: Tensor
+    angles: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PerQueryMeans:
+    """What group means under per-query scales are made of.
+
+    Args:
+        rows: ``(n,)`` int64, the scaled keys in key order.
+        group: ``(n,)`` int64, the group of each, or -1.
+        a, b, c: one per class of pairs.
+    """
+
+    rows: Tensor
+    group: Tensor
+    a: ClassAngles
+    b: ClassAngles
+    c: ClassAngles
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """All that backends, and ops, know of a plan.
+
+    Args:
+        batch, num_queries, num_keys, pairs: what tensors must have; None where any will do.
+        pairing: of the RoPE.
+        queries_applied, keys_applied: True where they arrive rotated.
+        segments: runs of keys with one signature, in key order.
+        passes: runs of segments ``[first, last)`` that one launch of the kernels can hold.
+    """
+
+    batch: int | None = None
+    num_queries: int | None = None
+    num_keys: int | None = None
+    pairs: int | None = None
+    pairing: str = "interleaved"
+    queries_applied: bool = False
+    keys_applied: bool = False
+    segments: tuple[Segment, ...] = ()
+    passes: tuple[tuple[int, int], ...] = ()
+    keys: KeyTables = KeyTables()
+    queries: QueryTables | None = None
+    bands: BandTables | None = None
+    groups: GroupTables | None = None
+    gains: GainTables | None = None
+    scales: ScaleTables | None = None
+    sorted_queries: SortedQueries | None = None
+    unmodulated: UnmodulatedQueries | None = None
+    axis_blocks: AxisBlocks | None = None
+    per_query_means: PerQueryMeans | None = None
+    polynomial: Polynomial | None = None
+
+    @property
+    def modulated(self) -> bool:
+        """True when some key is modulated."""
+        return any(s.modulated for s in self.segments)
+
+    @property
+    def num_per_query(self) -> int:
+        """Leading sorted queries that may have per-query scales."""
+        return 0 if self.sorted_queries is None else self.sorted_queries.num_per_query
+
+    @property
+    def num_buckets(self) -> int:
+        """Scale buckets other than r = 1."""
+        return 0 if self.scales is None else len(self.scales.buckets)
+
+    def with_groups(self, groups: Sequence[Group]) -> Lowered:
+        """The same with other lambdas and deltas."""
+        return replace(self, groups=self.groups.with_values(groups))
+
+    def with_weight(self, weight: Tensor) -> Lowered:
+        """The same with other values ``(P,)`` float64 in the only BandWeight."""
+        bands = BandTables.of(weight[None])
+        keys = self.keys
+        if keys.weighted is not None:
+            keys = replace(keys, weighted=weighted_rotation(keys.rotation, bands, self.segments))
+        return replace(self, bands=bands, keys=keys)
+
+    def flatten(self) -> tuple[list[Tensor], str]:
+        """All tensors, and a string from which :meth:`unflatten` makes the same of them; ops carry both."""
+        tensors: list[Tensor] = []
+        return tensors, json.dumps(_flatten(self, tensors), separators=(",", ":"))
+
+    @staticmethod
+    def unflatten(tensors: Sequence[Tensor], spec: str) -> Lowered:
+        """Inverse of :meth:`flatten`.
+
+        Raises:
+            ValueError: another number of tensors than the spec names.
+        """
+        count, make = _recipe(spec)
+        if len(tensors) != count:
+            raise ValueError(f"tensors: expected {count}, as the spec of the plan says, received {len(tensors)}")
+        return make(iter(tensors))
+
+
+def weighted_rotation(rotation: Rotation | None, bands: BandTables, segments: Sequence[Segment]) -> Rotation:
+    """:attr:`KeyTables.weighted`. Keys of a group keep their weights for after the mean."""
+    weights, tokens = bands.for_kernels, segments[-1].stop
+    if rotation is not None:
+        cos, sin = (x[:, :tokens].clone() for x in (rotation.cos, rotation.sin))
+    else:  # rotated already
+        cos = weights.new_ones(1, tokens, weights.shape[1])
+        sin = torch.zeros_like(cos)
+    for s in segments:
+        if s.weight >= 0 and s.group < 0:
+            cos[:, s.start : s.stop] *= weights[s.weight]
+            sin[:, s.start : s.stop] *= weights[s.weight]
+    return Rotation(cos, sin)
+
+
+# ---- flattening ------------------------------------------------------------------------------------------------------
+# A dataclass becomes [its name, a value per field]; a tensor becomes "tensor"; whatever else is written as it is.
+
+_TABLES = {
+    cls.__name__: cls
+    for cls in (
+        Lowered, KeyTables, QueryTables, BandTables, GroupTables, GainTables, ScaleTables, SortedQueries,
+        UnmodulatedQueries, ClassAngles, PerQueryMeans, Rotation, Segment, AxisBlocks, Polynomial, PolynomialTiles,
+    )
+}  # fmt: skip
+
+
+def _flatten(value, tensors: list[Tensor]):
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": 0}
+    if is_dataclass(value):
+        return {type(value).__name__: [_flatten(getattr(value, f.name), tensors) for f in fields(value)]}
+    return [_flatten(x, tensors) for x in value] if isinstance(value, tuple) else value
+
+
+@lru_cache(maxsize=256)
+def _recipe(spec: str):
+    """How many tensors a spec names, and a function that takes them from an iterator and makes the table."""
+    count = 0
+
+    def recipe(value):
+        nonlocal count
+        before = count
+        if value == {"tensor": 0}:
+            count += 1
+            return next
+        if isinstance(value, dict):
+            ((name, parts),) = value.items()
+            make, parts = _TABLES[name], [recipe(part) for part in parts]
+        elif isinstance(value, list):
+            make, parts = (lambda *found: found), [recipe(part) for part in value]
+        else:
+            return lambda tensors: value
+        if count == before:  # no tensor in it: the same every time
+            constant = make(*(part(()) for part in parts))
+            return lambda tensors: constant
+        return lambda tensors: make(*[part(tensors) for part in parts])
+
+    make = recipe(json.loads(spec))
+    return count, make
+
+
+def tensors_of(table) -> Iterator[Tensor]:
+    """All tensors of a table and of the tables in it."""
+    for f in fields(table):
+        value = getattr(table, f.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from tensors_of(value)
+
+
+def map_tensors(table, function):
+    """The same table with ``function(tensor)`` in the place of every tensor."""
+    changed = {}
+    for f in fields(table):
+        value = getattr(table, f.name)
+        if isinstance(value, Tensor):
+            changed[f.name] = function(value)
+        elif is_dataclass(value):
+            changed[f.name] = map_tensors(value, function)
+    return replace(table, **changed)
