@@ -7,11 +7,10 @@ synchronises with the device; not for production. A compiled or captured graph t
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from .checks import first_not_finite, require, require_finite
+from .device import switched_on, widest_float
 from .planning import Plan
 
 SAMPLE = 16  # queries compared with the reference, spread evenly
@@ -22,7 +21,7 @@ ANGLE_ROUNDING = 0.1  # radians: where neighbouring angles are further apart tha
 
 def enabled(argument: bool | None) -> bool:
     """The argument if given, else the environment."""
-    return os.environ.get("FASTROPE_DEBUG", "0") not in ("", "0") if argument is None else argument
+    return switched_on("FASTROPE_DEBUG", default=False) if argument is None else argument
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> None:
@@ -79,7 +78,7 @@ def deviation(q, k, v, plan: Plan, scale: float, out: torch.Tensor) -> tuple[flo
     from .backends import eager
 
     rows = _sample(q.shape[1], plan, q.device)
-    wide = torch.float32 if q.device.type == "mps" else torch.float64
+    wide = widest_float(q.device)
     with torch.no_grad():
         exact, _ = eager.run(q.to(wide), k.to(wide), v.to(wide), plan, scale, queries=rows)
         error = float((out[:, rows].to(wide) - exact).abs().amax())
@@ -94,7 +93,7 @@ def deviation(q, k, v, plan: Plan, scale: float, out: torch.Tensor) -> tuple[flo
 
 def _sample(num_queries: int, plan: Plan, device) -> torch.Tensor:
     """Queries spread evenly, and those with the most extreme scales and gains, ``(n,)``."""
-    rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries)).long()]
+    rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries), device="cpu").long()]
     mods = plan.resolved
     for values in [*([mods.scale.r] if mods.scale is not None else []), *(m.g for m in mods.gains)]:
         rows += [values.argmin(dim=1).cpu(), values.argmax(dim=1).cpu()]
@@ -117,7 +116,7 @@ def _check_ranges(q: torch.Tensor, k: torch.Tensor, plan: Plan, scale: float) ->
     The norm of a token bounds each of its channels however its pairs are turned, and two norms bound a logit.
     """
     mods = plan.resolved
-    wide = torch.float32 if q.device.type == "mps" else torch.float64
+    wide = widest_float(q.device)
     accumulator = torch.promote_types(q.dtype, torch.float32)
     logits, keys = f"logits within {accumulator}", f"modulated keys within {k.dtype}"
     query, key = (float(x.to(wide).norm(dim=-1).amax()) for x in (q, k))

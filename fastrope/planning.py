@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 
 from .checks import require, require_finite, require_tensor
+from .device import on_device
 from .lowering import Segment
 from .modulations import MODULATIONS, Modulation
 from .resolve import (
@@ -233,16 +234,14 @@ def _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
     if key_mask is not None and bool(key_mask.all()):
         key_mask = None
     spec, tensors = lower(rope, key_rope or rope, resolved, key_mask, num_queries, num_keys)
-    wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # mps has no float64
-    tensors = {k: _own(t.to(device, wide if t.dtype == torch.float64 else t.dtype)) for k, t in tensors.items()}
-    rope, key_rope = (r and replace(r, angles=_own(r.angles)) for r in (rope, key_rope))
-    key_mask = None if key_mask is None else _own(key_mask)
-    return Plan(spec, spec.to_string(), tensors, resolved.to(device, wide), rope, key_rope, key_mask)
+    tensors = {k: _own(on_device(t, device)) for k, t in tensors.items()}
+    rope, key_rope = (r and replace(r, angles=_own(r.angles), axis=_own(r.axis)) for r in (rope, key_rope))
+    return Plan(spec, spec.to_string(), tensors, resolved.to(device), rope, key_rope, _own(key_mask))
 
 
-def _own(x: torch.Tensor) -> torch.Tensor:
+def _own(x: torch.Tensor | None) -> torch.Tensor | None:
     """A contiguous copy: kernels rely on the layout, and what the caller does to the original must not matter."""
-    return x.detach().clone(memory_format=torch.contiguous_format)
+    return None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
 
 
 # A cache for callers that build modulations anew on every call. It holds its keys alive, so identities stay valid;

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from .checks import require, require_finite, require_tensor
+from .device import on_device, wide_on_cpu
 from .modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
 from .rope import RoPE
 
@@ -54,12 +55,11 @@ class Resolved:
     groups: tuple[Group, ...] = ()
     gains: tuple[Gain, ...] = ()
 
-    def to(self, device, dtype: torch.dtype) -> Resolved:
-        """The same on another device, floating-point values in ``dtype``."""
+    def to(self, device) -> Resolved:
+        """The same on another device, floating-point values in the widest dtype it has."""
 
         def move(m):
-            values = (getattr(m, f.name) for f in fields(m))
-            return type(m)(*(v.to(device, dtype if v.is_floating_point() else v.dtype) for v in values))
+            return type(m)(*(on_device(getattr(m, f.name), device) for f in fields(m)))
 
         return Resolved(
             self.scale and move(self.scale),
@@ -177,8 +177,10 @@ def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
 
 
 def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
-    """Finite values as float64 on the CPU. A NaN equals nothing, so it would slip between the levels."""
-    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    """A copy of finite values as float64 on the CPU. A NaN equals nothing, so it would slip between the levels."""
+    if not isinstance(values, torch.Tensor):
+        values = torch.tensor(values, dtype=torch.float64, device="cpu")
+    values = wide_on_cpu(values).clone()
     values = values.expand((1,) * (len(dims) - values.ndim) + values.shape)
     require_finite(name, values, dims)
     return values

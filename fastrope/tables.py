@@ -11,6 +11,7 @@ import torch
 
 from . import lowering, series
 from .checks import require
+from .device import wide_on_cpu
 from .lowering import Segment
 from .planning import PlanSpec, gain_products, weighted_rotation
 from .resolve import Group, Resolved
@@ -197,7 +198,7 @@ def _store_rotation(tensors, name: str, angles: torch.Tensor) -> None:
 
 
 def _batched(angles: torch.Tensor) -> torch.Tensor:
-    angles = angles.detach().double().cpu()
+    angles = wide_on_cpu(angles)
     return angles if angles.ndim == 3 else angles[None]
 
 

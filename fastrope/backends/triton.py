@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from ..device import switched_on
 from ..planning import Plan, gain_products
 from ..series import DTYPES as SERIES_DTYPES
 from .merging import merge
@@ -207,7 +208,7 @@ def _against_a_series(q: torch.Tensor, plan: Plan) -> str | None:
 
     if q.dtype not in SERIES_DTYPES:
         return str(q.dtype).removeprefix("torch.")
-    if os.environ.get("FASTROPE_SERIES", "1") == "0":
+    if not switched_on("FASTROPE_SERIES", default=True):
         return "FASTROPE_SERIES=0"
     if not kernels.ships("series", _arch(q.device), q.dtype, q.shape[3]):
         return "a series of more than 128 channels spills"
@@ -242,7 +243,7 @@ def _descriptors(q: torch.Tensor) -> bool:
     """Whether loops with tensor descriptors ship for tensors like ``q``, and are not switched off."""
     from .. import kernels
 
-    return os.environ.get("FASTROPE_TMA", "1") != "0" and kernels.ships(
+    return switched_on("FASTROPE_TMA", default=True) and kernels.ships(
         "attention_tma", _arch(q.device), q.dtype, q.shape[3]
     )
 
