@@ -285,17 +285,17 @@ def test_absent_weights(command, capsys, monkeypatch):
     assert "hf download nobody/nothing" in said
 
 
-@pytest.mark.parametrize(("command", "package"), [
-    ("style", "diffusers"), ("style", "PIL"), ("sweep", "diffusers"), ("sweep", "matplotlib"), ("sweep", "tqdm"),
+@pytest.mark.parametrize(("command", "package", "extra"), [
+    ("style", "diffusers", "diffusers"), ("style", "transformers", "transformers"), ("style", "PIL", "demo"),
+    ("sweep", "diffusers", "diffusers"), ("sweep", "matplotlib", "demo"), ("sweep", "tqdm", "demo"),
 ])  # fmt: skip
-def test_absent_packages(command, package, capsys, monkeypatch):
+def test_absent_packages(command, package, extra, capsys, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert draw(command=command) == 2
     said = capsys.readouterr().err
-    assert f"fastrope {command}: needs the module {package}" in said
-    assert 'pip install "fastrope[demo]"' in said
+    assert f'fastrope {command}: {package} is not installed: pip install "fastrope[{extra}]"' in said
 
 
 def test_commands_are_listed(capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import GRAG, LooseRoPE, apply, steer
+from ..extras import require_packages
 from .editors import HARMONISE, SETTINGS, arguments, load, require_editor, settings_for
 from .files import as_picture, open_picture, plain_path, require_format, save_picture, save_record
 from .running import TINY, Missing, add_run_options, command, ends, machine, name_of
@@ -71,8 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> list[Path]:
     """Write the edited picture, and beside it a record of how it was made."""
-    from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
-
+    require_packages("diffusers", "transformers", "PIL")
     require_format(options.out)
     images, pasted = _pictures(options)
     method = _method(options, images[0], pasted)

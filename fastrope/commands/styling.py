@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import ReferenceCache, UntwistingRoPE, prepare_reference
+from ..extras import require_packages
 from ..methods.trajectories import GAMMA
 from ..methods.untwisting import AXIS0, DEPRECATED, PRESETS
 from ..sharing import SHARED
@@ -108,10 +109,9 @@ def prepare(options: argparse.Namespace) -> Styling:
     Raises:
         Missing: a file or weights.
         ValueError, NotImplementedError: an argument that does not fit.
-        ModuleNotFoundError: diffusers, transformers or pillow is not installed.
+        MissingExtra: diffusers, transformers or pillow is not installed.
     """
-    from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
-
+    require_packages("diffusers", "transformers", "PIL")
     require_format(options.out)
     pictures = _pictures(options)
     method_of(options, {})  # dials are checked before anything is loaded
@@ -178,8 +178,6 @@ def _pictures(options) -> list:
 def _load(options, device: torch.device, dtype: torch.dtype):
     if options.model != TINY or options.native:
         return editors.load(options.model, device, dtype, options.offload)
-    import diffusers  # noqa: F401  (missing packages are named by the command line, alike for all models)
-
     from ..demo import tiny
 
     return tiny.text_to_image(0, device, dtype)

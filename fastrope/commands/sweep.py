@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import apply
+from ..extras import require_packages
 from . import styling
 from .files import require_folder, save_picture, save_record
 from .running import command
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> list[Path]:
     """Write the contact sheet, beside it a record of how it was made, and the cells if they are wanted."""
-    import matplotlib  # noqa: F401  (missing packages are named before anything is drawn)
+    require_packages("diffusers", "transformers", "matplotlib", "PIL", "tqdm")
     from tqdm.auto import tqdm
 
     if options.cells is not None:

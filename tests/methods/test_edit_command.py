@@ -206,14 +206,14 @@ def test_absent_judge(capsys, monkeypatch):
     assert "fastrope edit: --judge: cannot load nobody/nothing: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["diffusers", "PIL"])
-def test_absent_packages(capsys, monkeypatch, package):
+@pytest.mark.parametrize(("package", "extra"), [("diffusers",) * 2, ("transformers",) * 2, ("PIL", "demo")])
+def test_absent_packages(capsys, monkeypatch, package, extra):
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert edit("--method", "looserope") == 2
     said = capsys.readouterr().err
-    assert f'fastrope edit: needs the module {package}; pip install "fastrope[demo]"' in said
+    assert f'fastrope edit: {package} is not installed: pip install "fastrope[{extra}]"' in said
 
 
 # ---- real pipelines -------------------------------------------------------------------------------------------------
