@@ -133,6 +133,12 @@ class Activity:
         start, stop = self._fractions
         return first_step_at(start, site.num_steps) <= site.step < first_step_at(stop, site.num_steps)
 
+    def at_length(self, num_steps: int) -> Activity:
+        """The same with fractions of a run of ``num_steps`` steps, as step indices of any run."""
+        if self._fractions is None:
+            return self
+        return Activity(self.layers, range(*(first_step_at(fraction, num_steps) for fraction in self._fractions)))
+
     def progress(self, site: Site) -> float:
         """Where a site's step stands among the active ones: 0 at and before the first, 1 at and after the last."""
         layers_aside = Activity(None, self.steps)
