@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .checks import require
+from .checks import require, whole_slice
 from .modulations import MODULATIONS, Modulation
 from .tokens import KINDS, Site
 
@@ -25,6 +25,8 @@ class Where:
         for name in ("layers", "steps"):
             value = getattr(self, name)
             several = (value,) if isinstance(value, int) else value
+            if isinstance(value, slice):
+                object.__setattr__(self, name, whole_slice(name, value))
             ok = value is None or isinstance(value, slice)
             if not ok and isinstance(several, Collection) and not isinstance(several, (str, bytes)):
                 ok = all(isinstance(n, int) and not isinstance(n, bool) for n in several)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
+
 import torch
 
 
@@ -9,6 +12,25 @@ def require(condition: bool, argument: str, expected: object, received: object) 
     """Raise ``ValueError`` naming the argument, what was expected and what came, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, received {received}")
+
+
+def whole_slice(argument: str, value: slice) -> slice:
+    """The slice with Python integers for bounds. A tensor as a bound can change in place, and equals by identity: its
+    value now is what counts.
+
+    Raises:
+        ValueError: a bound that is no whole number.
+    """
+
+    def whole(bound: object) -> int | None:
+        if bound is None:
+            return None
+        if not isinstance(bound, bool) and getattr(bound, "dtype", None) != torch.bool:
+            with contextlib.suppress(TypeError):
+                return operator.index(bound)
+        raise ValueError(f"{argument}: expected a slice of whole numbers, received {value}")
+
+    return slice(*(whole(bound) for bound in (value.start, value.stop, value.step)))
 
 
 def require_tensor(argument: str, value: object, ndim: tuple[int, ...], shape_hint: str) -> None:

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .extras import MissingExtra, install
 
 # Others are named as they are.
 MODULES = {name: f"fastrope.commands.{name.replace('-', '_')}" for name in ("edit", "style", "sweep", "ar-edit")}
-EXTRAS = {"fastrope.demo": "demo", "fastrope.bench": "bench", **dict.fromkeys(MODULES.values(), "demo")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +52,16 @@ def _delegate(module: str, command: str, argv: list[str]) -> int:
         if run is not None:  # an empty folder imports as a namespace package
             return run(argv) or 0
         problem = f"this installation has no {module}.main"
+    except MissingExtra as error:
+        problem = str(error)
     except ModuleNotFoundError as error:
         if error.name == module:
             problem = f"this installation has no module {module}"
         elif error.name is None or error.name.partition(".")[0] == "fastrope":
             raise
         else:
-            problem = f'needs the module {error.name}; pip install "fastrope[{EXTRAS[module]}]"'
+            advice = install([error.name], others="bench" if command == "bench" else "demo")
+            problem = f"{error.name} is not installed: {advice}"
     print(f"fastrope {command}: {problem}", file=sys.stderr)
     return 2
 

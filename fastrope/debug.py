@@ -21,7 +21,7 @@ ANGLE_ROUNDING = 0.1  # radians: where neighbouring angles are further apart tha
 
 def enabled(argument: bool | None) -> bool:
     """The argument if given, else the environment."""
-    return switched_on("FASTROPE_DEBUG", False) if argument is None else argument
+    return switched_on("FASTROPE_DEBUG", default=False) if argument is None else argument
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: Resolved, scale: float) -> None:
@@ -93,7 +93,7 @@ def deviation(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor) -> t
 
 def _sample(num_queries: int, resolved: Resolved, device) -> torch.Tensor:
     """Queries spread evenly, and those with the most extreme scales and gains, ``(n,)``."""
-    rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries)).long()]
+    rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries), device="cpu").long()]
     scales = [] if resolved.scale is None else [resolved.scale.r]
     for values in [*scales, *(m.g for m in resolved.gains)]:
         rows += [values.argmin(dim=1).cpu(), values.argmax(dim=1).cpu()]

@@ -16,6 +16,7 @@ from . import __version__, debug
 from .api import attention
 from .device import kernel_obstacle
 from .dispatch import decide
+from .extras import MissingExtra
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
 from .planning import Plan, plan
 from .rope import RoPE
@@ -182,7 +183,5 @@ def _importable(binding: str) -> str | None:
     try:
         importlib.import_module(f"fastrope.bindings.{binding}")
     except Exception as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == binding
-        advice = f'; pip install "fastrope[{binding}]"' if absent else ""
-        return f"{type(error).__name__}: {error}{advice}"
+        return str(error) if isinstance(error, MissingExtra) else f"{type(error).__name__}: {error}"
     return None

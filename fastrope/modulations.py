@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .checks import require, require_tensor
+from .checks import require, require_tensor, whole_slice
 
 Keys = slice | torch.Tensor
 
 
-def _check_keys(owner: str, keys: object) -> None:
+def _take_keys(m) -> None:
+    """Check the keys of a modulation; the bounds of a slice become Python integers."""
+    keys, name = m.keys, f"{type(m).__name__}.keys"
     if isinstance(keys, slice):
-        bounds = (keys.start, keys.stop, keys.step)
-        whole = all(b is None or (hasattr(b, "__index__") and not isinstance(b, bool)) for b in bounds)
-        require(whole, f"{owner}.keys", "a slice of whole numbers", keys)
+        object.__setattr__(m, "keys", whole_slice(name, keys))
         return
-    require(isinstance(keys, torch.Tensor), f"{owner}.keys", "a slice, bool mask or index tensor", type(keys).__name__)
-    require(keys.ndim == 1, f"{owner}.keys", "a 1-D mask or index tensor", tuple(keys.shape))
+    require(isinstance(keys, torch.Tensor), name, "a slice, bool mask or index tensor", type(keys).__name__)
+    require(keys.ndim == 1, name, "a 1-D mask or index tensor", tuple(keys.shape))
     indices = (torch.bool, torch.int16, torch.int32, torch.int64)  # uint8 is how masks are stored elsewhere
-    require(keys.dtype in indices, f"{owner}.keys", "a bool mask or int16, int32 or int64 indices", keys.dtype)
+    require(keys.dtype in indices, name, "a bool mask or int16, int32 or int64 indices", keys.dtype)
 
 
 def _check_values(name: str, values: object, ndim: tuple[int, ...], hint: str) -> None:
@@ -53,7 +53,7 @@ class QueryScale:
 
     def __post_init__(self):
         _check_values("QueryScale.scale", self.scale, (1, 2), "(Sq,) or (B, Sq)")
-        _check_keys("QueryScale", self.keys)
+        _take_keys(self)
         if self.axes is not None:
             axes = self.axes
             ok = isinstance(axes, (tuple, list)) and len(axes) > 0 and all(isinstance(a, int) and a >= 0 for a in axes)
@@ -76,7 +76,7 @@ class BandWeight:
 
     def __post_init__(self):
         _check_values("BandWeight.weight", self.weight, (1,), "(D/2,)")
-        _check_keys("BandWeight", self.keys)
+        _take_keys(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class BiasDelta:
             else:
                 ok = isinstance(value, (int, float)) and not isinstance(value, bool)
                 require(ok, name, "a number or a tensor () or (B,)", repr(value))
-        _check_keys("BiasDelta", self.keys)
+        _take_keys(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class LogitGain:
 
     def __post_init__(self):
         _check_values("LogitGain.gain", self.gain, (1, 2), "(Sq,) or (B, Sq)")
-        _check_keys("LogitGain", self.keys)
+        _take_keys(self)
 
 
 Modulation = QueryScale | BandWeight | BiasDelta | LogitGain

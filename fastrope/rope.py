@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 
 from .checks import require, require_tensor
+from .device import widest_float
 
 PAIRINGS = ("interleaved", "half")
 
@@ -24,6 +25,9 @@ class RoPE:
         pairing: ``"interleaved"`` pairs channels ``(2c, 2c + 1)`` (FLUX, Qwen-Image, Z-Image), ``"half"`` pairs
             ``(c, c + D/2)`` (Llama).
         applied: True when the tensors handed to :func:`fastrope.attention` are already rotated by these angles.
+
+    It holds the tensors it is given, no copies: what is done to them in place holds for the calls to come. A
+    :class:`fastrope.Plan` copies them.
 
     Raises:
         ValueError: wrong rank, dtype below float32, an axis map of another length, or an unknown pairing.
@@ -93,7 +97,7 @@ class RoPE:
             "axes_dim", "even channel counts", axes_dim,
         )  # fmt: skip
         require(isinstance(theta, Real) and theta > 0, "theta", "a positive number", repr(theta))
-        dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+        dtype = widest_float(positions.device)
         angles, axis = [], []
         for a, dim in enumerate(axes_dim):
             pair = torch.arange(dim // 2, dtype=dtype, device=positions.device)

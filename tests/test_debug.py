@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastrope
 import fastrope as fr
 from fastrope import api, debug
 from fastrope.backends import eager, sdpa
+from fastrope.device import switched_on
 
 B, S, H, D = 2, 48, 2, 16
 REFERENCE = slice(24, None)
@@ -50,7 +54,13 @@ def attend(arguments: dict, **options):
 # ---- switching it on ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, False), ("", False), *((word, False) for word in ("0", "false", "off", "no", "False", " OFF ")),
+        *((word, True) for word in ("1", "true", "on", "yes", "True")),
+    ],
+)  # fmt: skip
 def test_environment(value, expected, monkeypatch):
     monkeypatch.delenv("FASTROPE_DEBUG", raising=False)
     if value is not None:
@@ -58,6 +68,20 @@ def test_environment(value, expected, monkeypatch):
     assert debug.enabled(None) is expected
     assert debug.enabled(True) is True
     assert debug.enabled(False) is False
+
+
+@pytest.mark.parametrize("name", ["FASTROPE_DEBUG", "FASTROPE_TMA", "FASTROPE_SERIES"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "maybe")
+    with pytest.raises(ValueError, match=rf"^{name}: expected one of 1, true, .*, received 'maybe'$"):
+        switched_on(name, default=True)
+
+
+def test_switches_are_read_in_one_place():
+    """Another reader would have rules of its own."""
+    root = Path(fastrope.__file__).parent
+    readers = {p.name for p in root.rglob("*.py") if re.search(r"environ\W.*FASTROPE_", p.read_text(encoding="utf-8"))}
+    assert readers <= {"doctor.py"}, "read them with fastrope.device.switched_on"
 
 
 def test_environment_reaches_the_call(monkeypatch):

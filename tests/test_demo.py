@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
-from fastrope import demo
+from fastrope import cli, demo
 from fastrope.demo import bands, build, groups, idea, kontext, maps
 from fastrope.demo.probe import attention_weights, smooth_noise
 from fastrope.demo.untwisting import band_weights
@@ -119,16 +119,9 @@ def test_recipes_cover_what_the_report_says():
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
-    real = importlib.import_module
-
-    def without(name, *rest):
-        if name == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(importlib, "import_module", without)
-    assert demo.main(["--quick"]) == 2
-    assert 'matplotlib, which is not installed: pip install "fastrope[demo]"' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["demo", "--quick"]) == 2
+    assert 'fastrope demo: matplotlib is not installed: pip install "fastrope[demo]"' in capsys.readouterr().err
 
 
 def test_device_that_is_not_there(monkeypatch, capsys, tmp_path):

@@ -371,21 +371,33 @@ def test_the_cache_serves_threads():
         sys.setswitchinterval(interval)
 
 
-def test_plans_own_what_they_hold():
-    """Editing a tensor after planning changes no backend's answer."""
+@pytest.mark.parametrize("later", ["planned", "with other numbers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plans_own_what_they_hold(dtype, later):
+    """Editing a tensor after planning changes no backend's answer, whatever it would take to copy it."""
     q = torch.randn(2, 8, 1, 16)
-    angles, mask = torch.rand(8, 8), torch.rand(2, 8) > 0.3
-    mask[:, 0] = True
-    weight = torch.linspace(0.5, 1.5, 8)
-    mods = [fr.BandWeight(weight), fr.BiasDelta(1, 1.2, keys=slice(2, 6))]
-    plan = fr.plan(rope=fr.RoPE(angles), modulations=mods, key_mask=mask)
+    given = {
+        "angles": torch.rand(8, 8, dtype=dtype), "axis": torch.arange(8) % 2, "mask": torch.rand(2, 8) > 0.3,
+        "scale": torch.linspace(0.5, 1, 8, dtype=dtype), "weight": torch.linspace(0.5, 1.5, 8, dtype=dtype),
+        "bias": torch.tensor([1.1, 0.9], dtype=dtype), "delta": torch.tensor([1.2, 0.7], dtype=dtype),
+        "gain": torch.rand(2, 8, dtype=dtype), "index": torch.arange(2, 6), "keys": torch.arange(8) > 3,
+    }  # fmt: skip
+    given["mask"][:, 0] = True
+    mods = [
+        fr.QueryScale(given["scale"], keys=given["keys"], axes=(1,)), fr.BandWeight(given["weight"]),
+        fr.BiasDelta(given["bias"], given["delta"], keys=given["index"]), fr.LogitGain(given["gain"]),
+    ]  # fmt: skip
+    rope = fr.RoPE(given["angles"], given["axis"])
+    plan = fr.plan(rope=rope, modulations=mods, key_mask=given["mask"])
+    if later != "planned":
+        plan = plan.with_groups([(given["bias"], given["delta"])]).with_weight(given["weight"])
     backends = ("eager", "sdpa", "triton") if backend.interpreted() else ("eager", "sdpa")
     before = [fr.attention(q, q, q, plan=plan, backend=name) for name in backends]
-    angles.mul_(3)
-    mask.fill_(True)
-    weight.zero_()
+    for x in given.values():
+        x.zero_()
     for name, out in zip(backends, before, strict=True):
         assert torch.equal(fr.attention(q, q, q, plan=plan, backend=name), out), name
+    assert not plan.rope.axis.eq(0).all()
 
 
 def test_plans_outlive_inference_mode():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastrope
+from fastrope import extras
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"kernels": "fastrope.kernels", "bindings": "fastrope.bindings", "fastrope": "fastrope"}
@@ -126,6 +127,59 @@ print(fastrope.explain(x, x, x))
     assert set(packages.split()) <= {"fastrope", "numpy"}
     assert int(count) < 100
     assert "not triton: triton is not installed" in "\n".join(report)
+
+
+@pytest.mark.parametrize(
+    ("host", "call"),
+    [
+        ("diffusers", "fastrope.apply(None)"),
+        ("diffusers", "fastrope.remove(None)"),
+        ("diffusers", "fastrope.steer(None, fastrope.GRAG())"),
+        ("diffusers", "fastrope.prepare_reference(None)"),
+        ("diffusers", "import fastrope.bindings.diffusers"),
+        ("transformers", "import fastrope.bindings.transformers.janus"),
+        ("transformers", "from fastrope.bindings.llamagen import encode_prompts; encode_prompts('a cat')"),
+    ],
+)
+def test_without_its_host_every_entry_names_the_extra(host, call, tmp_path):
+    code = f"""
+import sys
+sys.modules[{host!r}] = None  # what an installation without it looks like
+import fastrope
+try:
+    {call}
+except ImportError as error:
+    print(error)
+"""
+    said = run_python(code, cwd=tmp_path)  # elsewhere, so that the clone's folders do not come first
+    assert said.splitlines()[-1] == f'{host} is not installed: pip install "fastrope[{host}]"'
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("from diffusers import Flux9", r"diffusers \d+\.\S+ is installed, another version is needed \(.*Flux9"),
+        ("import diffusers.flux9", r"diffusers \d+\.\S+ is installed, another version is needed \(.*flux9"),
+        ("import nobody", "nobody is not installed"),
+    ],
+)
+def test_another_version_and_a_missing_dependency_are_named(code, said):
+    import diffusers  # noqa: F401  (the version is read from the imported package)
+
+    advice = r': pip install "fastrope\[diffusers\]"$'
+    with pytest.raises(extras.MissingExtra, match=said + ".*" + advice), extras.importing("diffusers"):
+        exec(code)
+
+
+def test_a_fault_of_ours_is_not_mistaken_for_a_missing_extra():
+    with pytest.raises(ImportError, match="nothing") as caught, extras.importing("diffusers"):
+        from fastrope.rope import nothing  # noqa: F401
+    assert not isinstance(caught.value, extras.MissingExtra)
+
+
+def test_one_extra_brings_what_is_missing():
+    assert extras.install(["transformers", "diffusers"]) == 'pip install "fastrope[diffusers,transformers]"'
+    assert extras.install(["diffusers", "tqdm"]) == 'pip install "fastrope[demo]"'
 
 
 def test_our_kernels_are_not_a_top_level_module():

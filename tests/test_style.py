@@ -17,6 +17,7 @@ from PIL import Image
 import fastrope as fr
 from fastrope.cli import main
 from fastrope.commands import style, styling, sweep
+from fastrope.methods.untwisting import PRESETS
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -64,7 +65,7 @@ def test_a_picture_and_its_record(capsys):
 
 def test_the_picture_is_that_of_the_library():
     """Options reach the method, the trajectory and the pipeline."""
-    assert draw("--prompt", "x", "--preset", "community", "--trajectory", "rf_inversion", "--gamma", "0.8",
+    assert draw("--prompt", "x", "--preset", "bigstationw-2026-06", "--trajectory", "rf_inversion", "--gamma", "0.8",
                 "--axis0", "0.7", "--layers", "0-1", "--seed", "3") == 0  # fmt: skip
     options = style._parser().parse_args(["--model", "tiny", "--prompt", "x", "--steps", "3"])
     torch.set_num_threads(1)
@@ -75,7 +76,7 @@ def test_the_picture_is_that_of_the_library():
         generator=torch.Generator().manual_seed(4), **styling._text(options, pipe, ""),
     )  # fmt: skip
     source.arguments["img_ids"][:, 0] = 1
-    method = fr.UntwistingRoPE.from_preset("community", axis0=0.7, layers=range(2))
+    method = fr.UntwistingRoPE.from_preset("bigstationw-2026-06", axis0=0.7, layers=range(2))
     with fr.apply(pipe, method, reference=fr.ReferenceCache(source)):
         expected = ready.run(3)
     assert np.abs(pixels("style.png") - np.asarray(expected).astype(int)).max() <= 1
@@ -284,17 +285,17 @@ def test_absent_weights(command, capsys, monkeypatch):
     assert "hf download nobody/nothing" in said
 
 
-@pytest.mark.parametrize(("command", "package"), [
-    ("style", "diffusers"), ("style", "PIL"), ("sweep", "diffusers"), ("sweep", "matplotlib"), ("sweep", "tqdm"),
+@pytest.mark.parametrize(("command", "package", "extra"), [
+    ("style", "diffusers", "diffusers"), ("style", "transformers", "transformers"), ("style", "PIL", "demo"),
+    ("sweep", "diffusers", "diffusers"), ("sweep", "matplotlib", "demo"), ("sweep", "tqdm", "demo"),
 ])  # fmt: skip
-def test_absent_packages(command, package, capsys, monkeypatch):
+def test_absent_packages(command, package, extra, capsys, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert draw(command=command) == 2
     said = capsys.readouterr().err
-    assert f"fastrope {command}: needs the module {package}" in said
-    assert 'pip install "fastrope[demo]"' in said
+    assert f'fastrope {command}: {package} is not installed: pip install "fastrope[{extra}]"' in said
 
 
 def test_commands_are_listed(capsys):
@@ -379,6 +380,20 @@ def test_the_references_own_prompt(monkeypatch):
 
 def test_axis0_can_be_told(monkeypatch):
     assert calls_of("ZImagePipeline", monkeypatch, "--axis0", "low")[2].axis0 == "low"
+    words = "--axis0", "low,match,0.5,match"
+    assert calls_of("Flux2Pipeline", monkeypatch, *words)[2].axis0 == ("low", "match", 0.5, "match")
+
+
+def test_presets_and_the_old_name_of_one():
+    for preset in ("bigstationw-2026-06", "xmarre-0.2"):
+        assert draw("--preset", preset, "--s-lf", "1", "1.5") == 0
+        assert record()["preset"] == preset
+        assert record()["dials"]["axis0"] == {
+            str(count): list(weights) for count, weights in PRESETS[preset]["axis0"].items()
+        }
+    with pytest.warns(DeprecationWarning, match="bigstationw-workflows-2026-06"):
+        assert draw("--preset", "community") == 0
+    assert draw("--preset", "xmarre-0.2", "--s-hf", "1", "--s-lf", "1", command="sweep") == 0
 
 
 @pytest.mark.parametrize(("words", "size"), [

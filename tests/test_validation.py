@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -163,6 +164,14 @@ BAD = {
     "keys negative": (lambda: {"modulations": [fr.BiasDelta(keys=torch.tensor([-1]))]}, r"BiasDelta\.keys"),
     "keys beyond": (lambda: {"modulations": [fr.BiasDelta(keys=slice(0, 13))]}, r"BiasDelta\.keys"),
     "keys before": (lambda: {"modulations": [fr.BiasDelta(keys=slice(-13, None))]}, r"BiasDelta\.keys"),
+    "keys up to half a key": (lambda: {"modulations": [fr.BiasDelta(keys=slice(0, 2.5))]}, r"BiasDelta\.keys"),
+    "keys up to a float tensor": (
+        lambda: {"modulations": [fr.BiasDelta(keys=slice(0, torch.tensor(3.0)))]}, r"BiasDelta\.keys"),
+    "keys up to several": (
+        lambda: {"modulations": [fr.BiasDelta(keys=slice(0, torch.tensor([3, 4])))]}, r"BiasDelta\.keys"),
+    "keys up to a truth": (
+        lambda: {"modulations": [fr.BiasDelta(keys=slice(0, torch.tensor(True)))]}, r"BiasDelta\.keys"),
+    "keys is a range": (lambda: {"modulations": [fr.BiasDelta(keys=range(3))]}, r"BiasDelta\.keys"),
     "keys backwards": (lambda: {"modulations": [fr.BiasDelta(keys=slice(None, None, -1))]}, r"BiasDelta\.keys"),
     "no key in a slice": (lambda: {"modulations": [fr.BiasDelta(keys=slice(4, 4))]}, r"BiasDelta\.keys"),
     "no key in a mask": (lambda: {"modulations": [fr.BiasDelta(keys=ones(12) < 0)]}, r"BiasDelta\.keys"),
@@ -321,6 +330,21 @@ def test_other_numbers_are_other_plans(lowered):
         for keys in (slice(0, 3), slice(0, 4)):
             fr.attention(**call, modulations=[fr.BiasDelta(1.0, delta, keys)])
     assert len(lowered) == 4
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, np.int64], ids=lambda kind: kind.__name__)
+def test_bounds_of_a_slice_count_by_value(lowered, kind):
+    """A tensor as a bound is what it was when the modulation was made, and equals its like in the next call."""
+    call, bound = good(), kind(3)
+    first = fr.BiasDelta(1.0, 0.8, slice(0, bound))
+    out = fr.attention(**call, modulations=[first])
+    if kind is not np.int64:
+        bound += 1
+    changed = fr.attention(**call, modulations=[fr.BiasDelta(1.0, 0.8, slice(0, bound))])
+    assert torch.equal(out, fr.attention(**call, modulations=[first]))
+    assert torch.equal(out, changed) == (kind is np.int64)
+    assert torch.equal(changed, fr.attention(**call, modulations=[fr.BiasDelta(1.0, 0.8, slice(0, int(bound)))]))
+    assert len(lowered) == 1 + (kind is not np.int64)
 
 
 def test_inference_tensors_are_not_cached(lowered):

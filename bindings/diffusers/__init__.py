@@ -1,9 +1,12 @@
 """Binding for diffusers. A new host is a row in :mod:`.hosts`, and a processor where its attention has a new shape."""
 
-from .handle import Handle, bind, unbind
-from .hosts import Host, register_host
-from .inspection import Record
-from .processors import BoundProcessor, Stream
-from .sequences import JointSequence
+from fastrope.extras import importing
+
+with importing("diffusers"):
+    from .handle import Handle, bind, unbind
+    from .hosts import Host, register_host
+    from .inspection import Record
+    from .processors import BoundProcessor, Stream
+    from .sequences import JointSequence
 
 __all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "Stream", "bind", "register_host", "unbind"]

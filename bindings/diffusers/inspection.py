@@ -14,6 +14,7 @@ import torch
 import fastrope as fr
 from fastrope.activity import Where
 from fastrope.checks import require, require_tensor
+from fastrope.extras import importing
 
 from .dispatch import Work
 from .sequences import JointSequence
@@ -92,10 +93,8 @@ class Record:
             ImportError: matplotlib is not installed.
         """
         require(bool(self._seen), "record", "a run of the pipeline while it was open", "none")
-        try:
+        with importing("matplotlib"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('matplotlib is not installed: pip install "fastrope[demo]"') from error
         figure = Figure(figsize=(10, 6), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
         labels = {"mass": "share of attention", "distance": "distance, tokens (RMS)"}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastrope.checks import require, require_tensor
+from fastrope.extras import importing
 
 ENCODER = "google/flan-t5-xl"
 
@@ -28,13 +29,14 @@ def encode_prompts(
         device, dtype: of a loaded encoder.
 
     Raises:
-        ModuleNotFoundError: transformers is not installed.
+        MissingExtra: transformers is not installed.
         ValueError: no prompts, or an encoder object without its tokenizer.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     require(len(prompts) > 0, "prompts", "at least one", prompts)
     if isinstance(encoder, str):
-        from transformers import AutoTokenizer, T5EncoderModel
+        with importing("transformers"):
+            from transformers import AutoTokenizer, T5EncoderModel
 
         tokenizer = AutoTokenizer.from_pretrained(encoder) if tokenizer is None else tokenizer
         encoder = T5EncoderModel.from_pretrained(encoder, dtype=dtype).to(device).eval()

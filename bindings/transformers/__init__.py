@@ -1,7 +1,11 @@
 """Binding for transformers: anchor token matching (ISLock) inside ``generate()`` of autoregressive image models."""
 
+from fastrope.extras import importing
+
 from ..anchors import Generated, Grid, Record
-from . import emu3, janus, lumina
-from .processor import AnchorProcessor
+
+with importing("transformers"):
+    from . import emu3, janus, lumina
+    from .processor import AnchorProcessor
 
 __all__ = ["AnchorProcessor", "Generated", "Grid", "Record", "emu3", "janus", "lumina"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrope.checks import require
+from fastrope.extras import importing
 from fastrope.methods.judges import CLASSES, Verdict, read_verdict
 
 SIZE = 512  # pixels of the longer side of every picture the model sees
@@ -91,7 +92,8 @@ class ChatJudge:
         Raises:
             OSError: no such model, or no connection and nothing in the cache.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        with importing("transformers"):
+            from transformers import AutoModelForImageTextToText, AutoProcessor
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         processor = AutoProcessor.from_pretrained(name)

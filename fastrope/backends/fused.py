@@ -91,7 +91,7 @@ def _descriptors(q, k, v, lowered: Lowered, packs: tuple[str, ...]) -> tuple[boo
     arch, dtype = devices.architecture(q.device), str(q.dtype).removeprefix("torch.")
     if not kernels.ships("attention_tma", arch, q.dtype, q.shape[3]):
         return False, f"pointers (no descriptors on {arch} in {dtype})"
-    if not devices.switched_on("FASTROPE_TMA", True):
+    if not devices.switched_on("FASTROPE_TMA", default=True):
         return False, "pointers (FASTROPE_TMA=0)"
     if len(lowered.passes) > 1:
         return False, "pointers (parts of several passes are merged)"

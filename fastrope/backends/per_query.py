@@ -19,7 +19,7 @@ def against_polynomial(q, lowered: Lowered) -> str | None:
     """Why queries with per-query scales meet axis blocks instead of a polynomial, or None."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return str(q.dtype).removeprefix("torch.")
-    if not devices.switched_on("FASTROPE_POLYNOMIAL", True):
+    if not devices.switched_on("FASTROPE_POLYNOMIAL", default=True):
         return "FASTROPE_POLYNOMIAL=0"
     if not kernels.ships("polynomial", devices.architecture(q.device), q.dtype, q.shape[3]):
         return "a polynomial of more than 128 channels spills"

@@ -10,8 +10,9 @@ import torch
 
 from .. import ISLock, __version__
 from ..checks import require
+from ..extras import require_packages
 from . import ar_hosts
-from .running import add_machine_options, command, machine, name_of
+from .running import TINY, add_machine_options, command, machine, name_of
 
 MODELS = ("llamagen", "emu3", "janus", "tiny")
 
@@ -59,9 +60,8 @@ def _told(name: str) -> str:
 
 def _run(arguments: argparse.Namespace) -> list[Path]:
     """Write the original, the edits, ``record.json``, and the report, whose paths are given."""
-    from ..demo.style import require_extras
-
-    require_extras()
+    hosts = () if arguments.model == TINY else ("transformers",)
+    require_packages(*hosts, "matplotlib", "PIL", "tqdm")
     from . import ar_report
 
     device, dtype = machine(arguments, kinds=("cpu", "cuda"))

@@ -240,7 +240,7 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
     Raises:
         Missing: weights that are not there.
-        ModuleNotFoundError: transformers is not installed.
+        MissingExtra: transformers is not installed.
     """
     model, defaults = arguments.model, DEFAULTS[arguments.model]
     size = default_size(model, arguments.weights) if arguments.size is None else arguments.size

@@ -9,15 +9,20 @@ from pathlib import Path
 import torch
 
 from .. import GRAG, LooseRoPE, apply, steer
+from ..extras import require_packages
+from ..methods.front_ends import FRONT_ENDS
+from ..methods.looserope import TIMINGS
 from .editors import HARMONISE, SETTINGS, arguments, load, require_editor, settings_for
 from .files import as_picture, open_picture, plain_path, require_format, save_picture, save_record
 from .running import TINY, Missing, add_run_options, command, ends, machine, name_of
 
 SALIENCY = "spectral_residual", "mask_rcnn"  # the first is LooseRoPE.from_images's own choice
 DIALS = {
-    "looserope": ("mask", "original", "boost", "levels", "saliency", "judge", "max_tries"),
+    "looserope": (
+        "mask", "original", "boost", "levels", "timing", "saliency", "front_end", "judge", "max_tries",
+    ),
     "grag": ("bias", "delta"),
-}
+}  # fmt: skip
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -59,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     loose("--boost", type=float, help="lower blends more, higher keeps more (default: 0.83)")
     loose("--levels", type=_levels, metavar="N", help='levels of saliency, or "continuous" (default: 5)')
     loose("--saliency", choices=SALIENCY, help="the first needs no model, the second torchvision (default: the first)")
+    loose("--front-end", choices=FRONT_ENDS, help="how pictures become maps of tokens: ours, or as the authors' code "
+          "does it (default: fastrope)")  # fmt: skip
+    loose("--timing", choices=TIMINGS, help="phases in proportion to the steps, or after steps 10, 18 and 22 whatever "
+          "their number, as published (default: scaled)")  # fmt: skip
     loose("--judge", metavar="JUDGE", help='steer the boost: "region" needs no model; or the name of a vision-language '
           "chat model, Qwen/Qwen3-VL-4B-Instruct for one")  # fmt: skip
     loose("--max-tries", type=int, metavar="N", help="verdicts at most (default: 4)")
@@ -71,8 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> list[Path]:
     """Write the edited picture, and beside it a record of how it was made."""
-    from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
-
+    require_packages("diffusers", "transformers", "PIL")
     require_format(options.out)
     images, pasted = _pictures(options)
     method = _method(options, images[0], pasted)
@@ -146,7 +154,7 @@ def _method(options, composite, pasted: dict) -> GRAG | LooseRoPE:
     if options.method == "grag":
         given = {name: getattr(options, name) for name in ("bias", "delta") if getattr(options, name) is not None}
         return GRAG(**{name: v[0] if len(v) == 1 else tuple(v) for name, v in given.items()}, **layers)
-    dials = {name: getattr(options, name) for name in ("boost", "levels", "saliency")}
+    dials = {name: getattr(options, name) for name in ("boost", "levels", "timing", "saliency", "front_end")}
     return LooseRoPE.from_images(composite, **pasted, **{n: v for n, v in dials.items() if v is not None}, **layers)
 
 
@@ -154,14 +162,17 @@ def _sources(options) -> dict:
     """Which pictures were read, and what told the saliency."""
     read = {name: path and str(path) for name, path in (("mask", options.mask), ("original", options.original))}
     loose = options.method == "looserope"
-    saliency = (options.saliency or SALIENCY[0]) if loose else None
-    return {"image": [str(path) for path in options.image or ()], **read, "saliency": saliency}
+    saliency, front_end = (
+        (options.saliency or SALIENCY[0], options.front_end or FRONT_ENDS[0]) if loose else (None, None)
+    )
+    images = [str(path) for path in options.image or ()]
+    return {"image": images, **read, "saliency": saliency, "front_end": front_end}
 
 
 def _dials(method: GRAG | LooseRoPE) -> dict:
     if isinstance(method, GRAG):
         return {"bias": method.bias, "delta": method.delta}
-    return {"boost": method.boost, "levels": method.levels}
+    return {"boost": method.boost, "levels": method.levels, "timing": method.timing}
 
 
 def _levels(text: str) -> int | str:

@@ -99,11 +99,8 @@ def load(model: str, device: torch.device, dtype: torch.dtype, offload: bool):
 
     Raises:
         Missing: no such model, or no connection and nothing in the cache.
-        ModuleNotFoundError: diffusers is not installed.
     """
     if model == TINY:
-        import diffusers  # noqa: F401  (missing packages are named by the command line, alike for all models)
-
         from ..demo import tiny
 
         return tiny.pipeline(0, device, dtype)

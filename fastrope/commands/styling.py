@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from .. import ReferenceCache, UntwistingRoPE, prepare_reference
+from ..extras import require_packages
 from ..methods.trajectories import GAMMA
-from ..methods.untwisting import AXIS0, PRESETS
+from ..methods.untwisting import AXIS0, DEPRECATED, PRESETS
 from ..sharing import SHARED
 from . import editors
 from .editors import TINY_PIXELS, Settings, tiny_words
@@ -69,12 +70,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"offline (default: {MODEL})")  # fmt: skip
     add("--native", action="store_true", help="give the picture to the model as its own reference (Kontext, FLUX.2, "
         "Qwen-Image-Edit) instead of sharing attention with it")  # fmt: skip
-    add("--preset", choices=tuple(PRESETS), default="paper", help="dials that are not given (default: paper)")
+    add("--preset", choices=(*PRESETS, *DEPRECATED), default="paper", metavar="NAME",
+        help=f"dials that are not given: {', '.join(PRESETS)} (default: paper)")  # fmt: skip
     add("--beta", type=float, help="exponent of the curve from high to low frequencies (default: the preset's)")
     add("--adain", type=float, metavar="A", help="0 to 1: how far queries and keys take on the reference's "
         "statistics (default: the preset's)")  # fmt: skip
-    add("--axis0", type=_axis0, help='weights of the frame axis: low, match or a number (default: low; "match" on '
-        "Z-Image)")  # fmt: skip
+    add("--axis0", type=_axis0, help="weights of axes without spatial meaning: low, match or a number; or one for "
+        "every axis, FLUX.2: low,match,match,match (default: the preset's; match on Z-Image)")  # fmt: skip
     add("--blocks", nargs="+", choices=("double", "single", "joint"), help="kinds of block (default: all)")
     add("--trajectory", choices=TRAJECTORIES, default="linear", help="the reference's latents: noised, or inverted by "
         "the model (default: linear)")  # fmt: skip
@@ -107,10 +109,9 @@ def prepare(options: argparse.Namespace) -> Styling:
     Raises:
         Missing: a file or weights.
         ValueError, NotImplementedError: an argument that does not fit.
-        ModuleNotFoundError: diffusers, transformers or pillow is not installed.
+        MissingExtra: diffusers, transformers or pillow is not installed.
     """
-    from PIL import Image  # noqa: F401  (a missing pillow is named before anything is loaded)
-
+    require_packages("diffusers", "transformers", "PIL")
     require_format(options.out)
     pictures = _pictures(options)
     method_of(options, {})  # dials are checked before anything is loaded
@@ -177,8 +178,6 @@ def _pictures(options) -> list:
 def _load(options, device: torch.device, dtype: torch.dtype):
     if options.model != TINY or options.native:
         return editors.load(options.model, device, dtype, options.offload)
-    import diffusers  # noqa: F401  (missing packages are named by the command line, alike for all models)
-
     from ..demo import tiny
 
     return tiny.text_to_image(0, device, dtype)
@@ -231,7 +230,12 @@ def _gamma(options) -> float | None:
     return GAMMA if options.gamma is None else options.gamma
 
 
-def _axis0(text: str) -> str | float:
+def _axis0(text: str) -> str | float | tuple[str | float, ...]:
+    parts = tuple(_weight(part) for part in text.split(","))
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _weight(text: str) -> str | float:
     if text in AXIS0:
         return text
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import apply
+from ..extras import require_packages
 from . import styling
 from .files import require_folder, save_picture, save_record
 from .running import command
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> list[Path]:
     """Write the contact sheet, beside it a record of how it was made, and the cells if they are wanted."""
-    import matplotlib  # noqa: F401  (missing packages are named before anything is drawn)
+    require_packages("diffusers", "transformers", "matplotlib", "PIL", "tqdm")
     from tqdm.auto import tqdm
 
     if options.cells is not None:
@@ -117,8 +118,14 @@ def _caption(options, method, ready) -> str:
     words = words if len(words) <= 60 else words[:57].rstrip() + "..."
     how = "native reference" if options.native else options.trajectory
     parts = [f"“{words}”" if words else "", options.model, how, f"{ready.settings.steps} steps", f"seed {options.seed}",
-             f"beta {method.beta:g}", f"AdaIN {method.adain:g}", f"axis 0 {method.axis0}"]  # fmt: skip
+             f"beta {method.beta:g}", f"AdaIN {method.adain:g}", _axes(method.axis0)]  # fmt: skip
     return ", ".join(part for part in parts if part)
+
+
+def _axes(axis0) -> str:
+    if isinstance(axis0, Mapping):
+        return "axes as the preset has them"
+    return f"axes {', '.join(map(str, axis0))}" if isinstance(axis0, tuple) else f"axis 0 {axis0}"
 
 
 def _value(text: str) -> Value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-INSTALL = 'pip install "fastrope[demo]"'
+from ..extras import require_packages
 
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -28,23 +28,13 @@ LIGHT = Paper("#ffffff", "#1f2328", "#59636e", "#d9dee4")
 DARK = Paper("#0d1117", "#f0f6fc", "#9da7b3", "#30363d")
 
 
-class MissingExtra(ImportError):
-    """A package of the ``demo`` extra is absent."""
-
-
 def require_extras() -> None:
-    """Import what the demo draws with.
+    """Require what the demo draws with.
 
     Raises:
-        MissingExtra: naming the package and how to install it.
+        MissingExtra: naming the packages and how to install them.
     """
-    import importlib
-
-    for name in ("matplotlib", "PIL", "numpy", "tqdm"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingExtra(f"the demo needs {name}, which is not installed: {INSTALL}") from error
+    require_packages("matplotlib", "PIL", "tqdm")
 
 
 def new_figure(width: float, height: float, paper: Paper = LIGHT, **layout):

@@ -13,6 +13,8 @@ import logging
 
 import torch
 
+from ..extras import require_packages
+
 AXES = (8, 28, 28)  # half of FLUX's axes, so the bands keep their proportions
 HEADS = 2
 CHANNELS = 12  # a packed latent: 2 x 2 pixels of 3 channels
@@ -30,15 +32,13 @@ def pipeline(seed: int, device: torch.device, dtype: torch.dtype):
     """A ``FluxKontextPipeline`` without text encoders whose VAE is the identity: latents are pixels in -1..1.
 
     Raises:
-        ImportError: diffusers or transformers is not installed.
+        MissingExtra: diffusers or transformers is not installed.
     """
-    try:
-        import transformers  # noqa: F401  (sets its log level on import, which the next line must come after)
+    require_packages("diffusers", "transformers")
+    import transformers  # noqa: F401  (sets its log level on import, which the next line must come after)
 
-        with quiet():
-            from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
-    except ImportError as error:
-        raise ImportError(f'{error.name} is not installed: pip install "fastrope[demo]"') from error
+    with quiet():
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = FluxTransformer2DModel(
@@ -63,7 +63,7 @@ def text_to_image(seed: int, device: torch.device, dtype: torch.dtype):
     """The same models behind a ``FluxPipeline``, which takes no picture.
 
     Raises:
-        ImportError: diffusers or transformers is not installed.
+        MissingExtra: diffusers or transformers is not installed.
     """
     parts = pipeline(seed, device, dtype).components
     with quiet():

@@ -21,6 +21,10 @@ from .schedules import require_number
 
 CLASSES = ("success", "neglect", "suppression")
 MOVES = {"neglect": -0.045, "suppression": 0.05}  # of LooseRoPE's boost, as the authors' code has it
+READ, STARTS = 20_000, 64  # of an answer: an object that a model was asked for is far shorter
+LABEL = r"^[^\w\n]{0,20}(?:class|verdict|label)\b[^\w\n]{0,20}(\w{1,20})\b(?![^\S\n]*\w)"
+QUOTED = r'"[^"\n]*"|[\u201c\u2018][^\u2018-\u201d\n]*[\u201d\u2019]|(?<!\w)\'[^\'\n]*\'(?!\w)|`[^`\n]*`'
+NEGATED = r"\b(?:no|not|non|nor|never|neither|without|cannot|hardly|barely|un)\b|n['\u2019]t\b"
 RING = 4  # cells around the paste whose mean colour stands for a background nobody gave
 
 
@@ -45,22 +49,22 @@ class Verdict:
 
 
 def read_verdict(answer: object) -> Verdict:
-    """A verdict from whatever a judge said; what cannot be read counts as success.
+    """A verdict from what a judge said; what cannot be read counts as success, with ``readable=False``.
 
-    Text is read as JSON with a field ``class`` (or ``verdict``), failing that as a line ``class: ...``, failing that as
-    a text that names one class and no other.
+    Of text, the last complete JSON object with the fields ``class`` and ``reasoning`` counts; failing that, in this
+    order: the last object with a ``class``, a ``class`` at the very end of a broken object, the last line that starts
+    with ``class:``, the only class that is named in a text without negations, quotations left out. ``verdict`` may
+    stand for ``class``. An object within another one is no answer: a model may quote what is written in a picture.
+    Reading takes bounded time: of a long answer the last :data:`READ` characters and :data:`STARTS` objects.
     """
     if isinstance(answer, Verdict):
         return answer
-    text = answer.strip() if isinstance(answer, str) else repr(answer)
-    found, reasoning = _from_json(text)
-    if found is None:
-        labelled = re.findall(r"\b(?:class|verdict|label)\b\W*(\w+)", text, re.IGNORECASE)
-        named = [word.lower() for word in labelled if word.lower() in CLASSES]
-        found = named[-1] if named else None
-    if found is None:
-        named = {word for word in re.findall(r"\w+", text.lower()) if word in CLASSES}
-        found = named.pop() if len(named) == 1 else None
+    if not isinstance(answer, str):
+        return Verdict("success", f"expected text, received {type(answer).__name__}", readable=False)
+    text = answer.strip()
+    tail = text[-READ:]
+    found, reasoning = _from_json(tail)
+    found = found or _from_words(tail)
     if found is None:
         return Verdict("success", text, readable=False)
     return Verdict(found, text if reasoning is None else reasoning)
@@ -136,14 +140,38 @@ class RegionJudge:
 
 
 def _from_json(text: str) -> tuple[str | None, str | None]:
-    """Class and reasoning of the last object in a text that names a class."""
-    for start in reversed([m.start() for m in re.finditer(r"\{", text)]):
+    """Class and reasoning of the last object of a text that holds both, else of the last one with a class."""
+    outer = [0] * (len(text) + 1)  # at every place: how many later braces close what was opened before it
+    for place in range(len(text) - 1, -1, -1):
+        step = {"}": 1, "{": -1}.get(text[place], 0)
+        outer[place] = max(outer[place + 1] + step, 0)
+    second = None, None
+    for start in [m.start() for m in re.finditer(r'\{\s*"', text)][: -STARTS - 1 : -1]:
         try:
-            value, _ = json.JSONDecoder().raw_decode(text[start:])
-        except json.JSONDecodeError:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
             continue
-        fields = {str(k).lower(): v for k, v in value.items()} if isinstance(value, dict) else {}
+        if outer[end]:  # inside another object
+            continue
+        fields = {str(k).lower(): v for k, v in value.items()}
         named = str(fields.get("class", fields.get("verdict", ""))).strip().lower()
-        if named in CLASSES:
-            return named, str(fields.get("reasoning", ""))
-    return None, None
+        if named in CLASSES and isinstance(fields.get("reasoning"), str):
+            return named, fields["reasoning"]
+        if named in CLASSES and second[0] is None:
+            second = named, ""
+    if second[0] is None and (last := re.search(r'"class"\s{0,9}:\s{0,9}"(\w{1,20})"\s{0,9}\}\W{0,9}$', text)):
+        second = (last[1].lower(), None) if last[1].lower() in CLASSES else second
+    return second
+
+
+def _from_words(text: str) -> str | None:
+    """The class that a text without a readable object gives: its label's, or the only one named, if not denied."""
+    if (alone := re.sub(r"\W+", "", text[:99]).lower()) in CLASSES and len(text) < 99:
+        return alone
+    labelled = [m[1].lower() for m in re.finditer(LABEL, text, re.IGNORECASE | re.MULTILINE)]
+    labelled = [word for word in labelled if word in CLASSES]
+    if labelled:
+        return labelled[-1]
+    own = re.sub(QUOTED, "", text)
+    named = {word for word in re.findall(r"\w+", own.lower()) if word in CLASSES}
+    return named.pop() if len(named) == 1 and not re.search(NEGATED, own, re.IGNORECASE) else None

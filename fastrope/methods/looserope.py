@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
@@ -14,11 +15,25 @@ from ..activity import Indices
 from ..checks import require
 from ..modulations import LogitGain, Modulation, QueryScale
 from ..tokens import Site, TokenLayout
-from .maps import as_map, as_pixels, blur, crop_mask, dilate, level_outside, normalise, resize, resize_mask
+from .front_ends import FRONT_ENDS, PublishedSaliency
+from .maps import (
+    as_map,
+    as_pixels,
+    blur,
+    crop_mask,
+    dilate,
+    level_outside,
+    mask_at_centres,
+    normalise,
+    resize,
+    resize_mask,
+)
 from .saliency import Source, energy_of
 from .schedules import Activity, Steps, first_step_at, require_number
 
 STEPS = 28  # of the published run; its cut-offs after steps 10, 18 and 22 are fractions of it
+TIMINGS = ("scaled", "absolute")
+MASK_RULES = ("area", "centre")
 KEPT = 32  # sets of modulations remembered: text lengths of a run times phases
 
 
@@ -54,15 +69,17 @@ class LooseRoPE:
     Over the run, in phase p = 0, 1, 2: ``r <- clip(range_growth ** p r, 0, 1)``, ``g <- 1 - (1 - g) crop_decay ** p``.
 
     Args:
-        saliency: S, ``(h, w)`` or ``(B, h, w)``, array or tensor in 0..1; of any size, averaged onto the token grid.
-        mask: where the paste is, ``(h, w)`` or ``(B, h, w)``, nonzero = inside; of any size. A token is inside when a
-            quarter of it is.
+        saliency: S, ``(h, w)`` or ``(B, h, w)``, array or tensor in 0..1; of any size, averaged onto the token grid. Or
+            a function of the token grid ``(rows, columns)`` that gives S on it.
+        mask: where the paste is, ``(h, w)`` or ``(B, h, w)``, nonzero = inside; of any size.
         boost: 0.83 as published. Lower loosens more: against a paste left raw. Higher keeps more: against one erased.
         levels: N, at least 2 (5 as published), or None or ``"continuous"`` for the paper's formula.
         range_curve: ``(low, high, slope)`` of the range factor; ``(1, 1, 0)`` leaves positions alone.
         crop_curve: ``(low, high, slope)`` of the crop factor; None leaves logits alone.
         range_growth, crop_decay: how the factors fade from phase to phase; 1 keeps them.
         cutoffs: where a phase ends, as fractions of the run, ascending; by default after step 10 and 18 of 28.
+        timing: ``"scaled"``: fractions are of the run, whatever its length; ``"absolute"``: of 28 steps, so that by
+            default phases end after step 10 and 18 and the method after step 22 of any run.
         steps: where the method acts: step indices as in :class:`fastrope.At`, or two floats ``(start, stop)``,
             fractions of the run; by default steps 0 to 22 of 28.
         layers: indices of the attention layers that are touched, as in :class:`fastrope.At`; None means all.
@@ -71,15 +88,19 @@ class LooseRoPE:
         dilation: times the mask is grown on the token grid by a 4-connected cross.
         smooth: blur the saliency on the token grid (5 x 5 Gaussian) and stretch it to 0..1, as :meth:`from_images`
             does.
+        mask_rule: which tokens are inside: ``"area"``, those that it covers a quarter of (or the most of, where it
+            covers no quarter of any); ``"centre"``, those whose centres it covers, taken bilinearly, as published.
 
-    Fractions scale to any number of steps: a step belongs where its middle falls.
+    A step belongs to the fraction that its middle falls in. The published code counts steps: 10, 18 and 22 of 28 on
+    FLUX, and of 50 on Qwen-Image-Edit. ``timing="scaled"`` is the default on both, because what a step does depends on
+    its noise level, which goes with the fraction of the run; on FLUX at 28 steps the two timings are the same.
 
     Raises:
         ValueError: naming the argument, what was expected and what came; when asked for modulations also where the
             sequence holds no such reference.
     """
 
-    saliency: torch.Tensor
+    saliency: torch.Tensor | Callable[[tuple[int, int]], torch.Tensor]
     mask: torch.Tensor
     boost: float = 0.83
     levels: int | str | None = 5
@@ -93,16 +114,18 @@ class LooseRoPE:
     reference: int = 0
     dilation: int = 2
     smooth: bool = False
+    timing: str = "scaled"
+    mask_rule: str = "area"
     _active: Activity = field(init=False, repr=False)
     _known: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        saliency, mask = as_map("LooseRoPE.saliency", self.saliency), as_map("LooseRoPE.mask", self.mask) != 0
-        within = bool(((saliency >= 0) & (saliency <= 1)).all())
-        require(within, "LooseRoPE.saliency", "values in 0..1", f"{float(saliency.min()):g}..{float(saliency.max()):g}")
-        rows = len(saliency), len(mask)
-        require(rows[0] == rows[1] or 1 in rows, "LooseRoPE.mask", f"1 or {rows[0]} maps, as saliency", rows[1])
+        mask = as_map("LooseRoPE.mask", self.mask) != 0
+        saliency = self.saliency if callable(self.saliency) else _checked_saliency(self.saliency, mask)
         require(bool(mask.any()), "LooseRoPE.mask", "at least one element inside", "none")
+        for name, choices in (("timing", TIMINGS), ("mask_rule", MASK_RULES)):
+            known = isinstance(getattr(self, name), str) and getattr(self, name) in choices
+            require(known, f"LooseRoPE.{name}", f"one of {choices}", repr(getattr(self, name)))
         for name in ("boost", "range_growth", "crop_decay"):
             require_number(f"LooseRoPE.{name}", getattr(self, name))
             require(getattr(self, name) >= 0, f"LooseRoPE.{name}", "a number of at least 0", getattr(self, name))
@@ -119,19 +142,27 @@ class LooseRoPE:
             "saliency": saliency, "mask": mask, "levels": levels, "cutoffs": tuple(cutoffs),
             "range_curve": _curve("LooseRoPE.range_curve", self.range_curve),
             "crop_curve": crop if crop is None else _curve("LooseRoPE.crop_curve", crop),
-            "_active": Activity(self.layers, self.steps),
         }  # fmt: skip
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        active = Activity(self.layers, self.steps)
+        object.__setattr__(self, "_active", active if self.timing == "scaled" else active.at_length(STEPS))
 
     @classmethod
     def from_images(
-        cls, composite, original=None, mask=None, saliency: Source = "spectral_residual", threshold: float = 5, **dials
+        cls,
+        composite,
+        original=None,
+        mask=None,
+        saliency: Source = "spectral_residual",
+        threshold: float = 5,
+        front_end: str = "fastrope",
+        **dials,
     ) -> LooseRoPE:
         """From pictures, on whatever token grid the pipeline turns out to have.
 
-        Saliency, as the authors' code has it: the source's energy of the crop, min-max; outside the mask the least of
-        inside; averaged onto the token grid, 5 x 5 Gaussian, min-max.
+        Saliency: the source's energy of the crop, min-max; outside the mask the least of inside; averaged onto the
+        token grid, 5 x 5 Gaussian, min-max.
 
         Args:
             composite: the photo with the crop pasted in: a PIL image, an array ``(H, W, 3)`` or a tensor ``(3, H, W)``,
@@ -143,12 +174,18 @@ class LooseRoPE:
                 any ``nn.Module`` (its finest feature map), a function ``(image (3, H, W) in 0..1, mask (H, W)) ->
                 energy (h, w)``, or the energy itself as an array.
             threshold: of 255.
+            front_end: ``"fastrope"``: all is computed in pixels, and a token counts as pasted when a quarter of it is.
+                ``"published"``, as the authors' code: the mask is cut at token centres first, and the saliency is that
+                of the tokens inside, see :class:`fastrope.methods.front_ends.PublishedSaliency`. The first is the
+                default, because it keeps pastes of less than a token and takes in the whole rim of others.
             dials: further arguments of :class:`LooseRoPE`.
 
         Raises:
             ValueError: neither or both of ``original`` and ``mask``, sizes that differ, nothing inside the mask.
             ImportError: ``"mask_rcnn"`` without torchvision.
         """
+        known = isinstance(front_end, str) and front_end in FRONT_ENDS
+        require(known, "front_end", f"one of {FRONT_ENDS}", repr(front_end))
         pixels = as_pixels("composite", composite)
         require((original is None) != (mask is None), "original", "either an original or a mask",
                 "neither" if mask is None else "both")  # fmt: skip
@@ -164,12 +201,16 @@ class LooseRoPE:
             require(same, "mask", f"the size of the composite, {tuple(pixels.shape[2:])}", tuple(inside.shape))
         blamed = "mask" if original is None else "original"
         require(bool(inside.any()), blamed, "a paste: pixels inside the mask", "none")
+        if front_end == "published":
+            on_grid = PublishedSaliency(pixels / 255, inside, saliency)
+            return cls(saliency=on_grid, mask=inside, **{"mask_rule": "centre", **dials})
         energy = energy_of(saliency, pixels / 255, inside)
         leveled = level_outside(normalise(energy), inside)
         return cls(saliency=leveled, mask=inside, **{"smooth": True, **dials})
 
     def phase(self, step: int, num_steps: int) -> int:
         """How many cut-offs lie before a step; a run's first step is always in phase 0."""
+        num_steps = num_steps if self.timing == "scaled" else STEPS
         return sum(step >= max(first_step_at(cut, num_steps), 1) for cut in self.cutoffs)
 
     def factors(self, saliency: torch.Tensor, phase: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,10 +227,22 @@ class LooseRoPE:
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Saliency and dilated mask on a token grid, ``(B, rows, columns)`` each."""
-        saliency = resize(self.saliency, grid)
+        saliency = self._saliency_on(tuple(grid))
         if self.smooth:
             saliency = normalise(blur(saliency))
-        return saliency, dilate(resize_mask(self.mask, grid), self.dilation)
+        return saliency, self._mask_on(grid)
+
+    def _saliency_on(self, grid: tuple[int, int]) -> torch.Tensor:
+        if not callable(self.saliency):
+            return resize(self.saliency, grid)
+        found = _checked_saliency(self.saliency(grid), self.mask)
+        require(tuple(found.shape[1:]) == grid, "LooseRoPE.saliency", f"a map {grid} of that grid", tuple(found.shape))
+        return found
+
+    def _mask_on(self, grid: tuple[int, int]) -> torch.Tensor:
+        centre = self.mask_rule == "centre"
+        inside = mask_at_centres("LooseRoPE.mask", self.mask, grid) if centre else resize_mask(self.mask, grid)
+        return dilate(inside, self.dilation)
 
     def modulations(self, site: Site) -> list[Modulation]:
         """What is not neutral here, a QueryScale and a LogitGain per distinct mask; the same objects within a phase."""
@@ -208,7 +261,7 @@ class LooseRoPE:
 
     def _build(self, tokens: TokenLayout, axes: tuple[int, ...], phase: int) -> tuple[Modulation, ...]:
         saliency, queries = self.on_grid(tokens.target_grid)
-        _, keys = self.on_grid(tokens.reference_grids[self.reference])
+        keys = self._mask_on(tokens.reference_grids[self.reference])
         r, g = (torch.where(queries, f, 1.0).flatten(1) for f in self.factors(saliency, phase))
         rows, reference = max(len(r), len(keys)), tokens.reference(self.reference)
         scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64)
@@ -225,6 +278,15 @@ class LooseRoPE:
                 covered[reference] = inside
                 found.append(LogitGain(_shared(own), keys=covered))
         return tuple(found)
+
+
+def _checked_saliency(value: object, mask: torch.Tensor) -> torch.Tensor:
+    saliency = as_map("LooseRoPE.saliency", value)
+    within = bool(((saliency >= 0) & (saliency <= 1)).all())
+    require(within, "LooseRoPE.saliency", "values in 0..1", f"{float(saliency.min()):g}..{float(saliency.max()):g}")
+    rows = len(saliency), len(mask)
+    require(rows[0] == rows[1] or 1 in rows, "LooseRoPE.mask", f"1 or {rows[0]} maps, as saliency", rows[1])
+    return saliency
 
 
 def _shared(x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from ..checks import require
 
 COVERAGE = 0.25  # share of a token's area from which on it counts as inside a mask
 SIGMA = 1.1  # of the 5 x 5 Gaussian: what image libraries derive from its width, 0.3 ((5 - 1) / 2 - 1) + 0.8
+GAUSSIAN = tuple(math.exp(-0.5 * (n / SIGMA) ** 2) for n in range(-2, 3))
 
 
 def as_map(name: str, value: object) -> torch.Tensor:
@@ -84,12 +86,54 @@ def resize_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return (share >= most.clamp(max=COVERAGE) - 1e-9) & (share > 0)
 
 
-def blur(x: torch.Tensor) -> torch.Tensor:
-    """A map under a 5 x 5 Gaussian of :data:`SIGMA`; edges are repeated outwards."""
-    line = [math.exp(-0.5 * (n / SIGMA) ** 2) for n in range(-2, 3)]
-    kernel = torch.tensor(line, dtype=x.dtype) / sum(line)
-    padded = F.pad(x[:, None], (2, 2, 2, 2), mode="replicate")
-    return F.conv2d(padded, (kernel[:, None] * kernel)[None, None])[:, 0]
+def mask_at_centres(name: str, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Cells of ``grid`` where a mask ``(B, h, w)``, interpolated bilinearly at their centres, is above one half.
+
+    No average is taken: of many pixels per cell the few around its centre decide.
+
+    Raises:
+        ValueError: a row with a paste, but no centre inside.
+    """
+    share = F.interpolate(mask[:, None].double(), size=tuple(grid), mode="bilinear", align_corners=False)[:, 0]
+    inside = share > 128.5 / 255  # as an 8-bit picture of the mask is above 128
+    found = inside.flatten(1).any(dim=1) | ~(mask != 0).flatten(1).any(dim=1)
+    require(bool(found.all()), name, f"a paste that holds the centre of a token, on a grid of {tuple(grid)} tokens",
+            "one that is too small, or thin")  # fmt: skip
+    return inside
+
+
+def resize_by_overlap(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A map averaged over the cells of ``grid``; pixels that a border cuts count by their parts."""
+    rows, columns = (_overlaps(n, size).to(x) for n, size in zip(grid, x.shape[1:], strict=True))
+    return rows @ x @ columns.T
+
+
+def _overlaps(cells: int, pixels: int) -> torch.Tensor:
+    """``(cells, pixels)``: the share of each cell that a pixel covers."""
+    edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells
+    at = torch.arange(pixels, dtype=torch.float64)
+    covered = torch.minimum(edges[1:], at + 1) - torch.maximum(edges[:-1], at)
+    return covered.clamp(min=0) * cells / pixels
+
+
+def blur(x: torch.Tensor, line: Sequence[float] = GAUSSIAN, mirrored: bool = False) -> torch.Tensor:
+    """A map under a square kernel, the product of ``line`` over its sum both ways.
+
+    Beyond the edges the outermost cells are repeated, or where ``mirrored`` the map goes back without repeating them.
+    """
+    kernel, reach = torch.tensor(line, dtype=x.dtype) / sum(line), len(line) // 2
+    rows, columns = (_outwards(n, reach, mirrored) for n in x.shape[1:])
+    padded = x[:, rows][:, :, columns]
+    return F.conv2d(padded[:, None], (kernel[:, None] * kernel)[None, None])[:, 0]
+
+
+def _outwards(cells: int, reach: int, mirrored: bool) -> torch.Tensor:
+    """Which cell stands at places from ``-reach`` to ``cells - 1 + reach``."""
+    at = torch.arange(-reach, cells + reach)
+    if not mirrored or cells == 1:
+        return at.clamp(0, cells - 1)
+    at = at.abs() % (2 * (cells - 1))
+    return torch.minimum(at, 2 * (cells - 1) - at)
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from .maps import as_map
 Source = str | torch.nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | torch.Tensor | np.ndarray
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels backbones were trained on
+LONGEST_EDGE = 1333  # pixels, of the authors' detector
 WIDTH = 64  # pixels a side that the spectral residual is computed at: the scale of objects, not of texture
 SMOOTHING = 2.5  # standard deviation of its last Gaussian, in those pixels
 
@@ -58,6 +59,7 @@ def feature_energy(
     backbone: torch.nn.Module,
     layer: str | None = None,
     normalise: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+    shortest_edge: int | None = None,
 ) -> torch.Tensor:
     """Mean absolute activation over the channels of a backbone's finest feature map (LooseRoPE's authors' saliency).
 
@@ -69,6 +71,9 @@ def feature_energy(
         layer: name of the submodule whose output is taken; None takes what the backbone returns. Of several maps (a
             feature pyramid) the one with the most cells.
         normalise: mean and standard deviation per channel, subtracted and divided by.
+        shortest_edge: None: the picture goes in as large as it is, and what is masked has the mean colour. Or, as the
+            authors' detector has it: the picture is black where it is masked, and resized so that its shorter side has
+            as many pixels, its longer one :data:`LONGEST_EDGE` at most.
 
     Returns:
         ``(h, w)`` float64, the size of the feature map.
@@ -83,7 +88,13 @@ def feature_energy(
     require(layer is None or layer in modules, "layer", "the name of a submodule", repr(layer))
     parameter = next(network.parameters(), torch.zeros(()))
     mean, deviation = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in normalise)
-    pixels = ((image.double() - mean) / deviation).masked_fill(~mask, 0)
+    pixels = image.double()
+    if shortest_edge is not None:
+        size = _scaled(tuple(image.shape[1:]), shortest_edge)
+        pixels = F.interpolate(pixels.masked_fill(~mask, 0)[None], size=size, mode="bilinear", antialias=True)[0]
+    pixels = (pixels - mean) / deviation
+    if shortest_edge is None:
+        pixels = pixels.masked_fill(~mask, 0)
     seen: list[object] = []
     hook = modules[layer or ""].register_forward_hook(lambda module, args, output: seen.append(output))
     training = network.training
@@ -114,32 +125,43 @@ def mask_rcnn() -> torch.nn.Module:
     return maskrcnn_resnet50_fpn(weights=MaskRCNN_ResNet50_FPN_Weights.DEFAULT).eval()
 
 
-def energy_of(source: Source, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """The energy of every picture, at its own size.
+def energy_of(
+    source: Source,
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    shortest_edge: int | None = None,
+    mode: str = "nearest",
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """The energy of every picture, at one size.
 
     Args:
         source: as in :meth:`fastrope.LooseRoPE.from_images`.
         images: ``(B, 3, H, W)`` in 0..1.
         masks: ``(B, H, W)`` or ``(1, H, W)`` bool.
+        shortest_edge: of a module's input, see :func:`feature_energy`.
+        mode: ``"nearest"`` repeats cells, so that averaging them onto a token grid later gives what the coarse map
+            would have; ``"bilinear"`` blends them.
+        size: of the result; None is that of the pictures.
 
     Returns:
-        ``(B, H, W)`` float64.
+        ``(B, *size)`` float64.
 
     Raises:
         ValueError: an unknown source, or one that gave something else than a finite map.
     """
-    size = tuple(images.shape[2:])
+    size = tuple(images.shape[2:]) if size is None else size
     if isinstance(source, (torch.Tensor, np.ndarray)):
         energy = as_map("saliency", source)
         require(len(energy) in (1, len(images)), "saliency", f"1 or {len(images)} maps", len(energy))
-        return _at_size(energy, size).expand(len(images), -1, -1)
+        return _at_size(energy, size, mode).expand(len(images), -1, -1)
     if isinstance(source, str):
         known = {"spectral_residual": lambda: spectral_residual, "mask_rcnn": mask_rcnn}
         require(source in known, "saliency", f"one of {tuple(known)}, a module, a function or an array", repr(source))
         source = known[source]()
     if isinstance(source, torch.nn.Module):
         backbone = source
-        source = lambda image, mask: feature_energy(image, mask, backbone)  # noqa: E731
+        source = lambda image, mask: feature_energy(image, mask, backbone, shortest_edge=shortest_edge)  # noqa: E731
     require(callable(source), "saliency", "a name, a module, a function or an array", type(source).__name__)
     found = []
     for image, mask in zip(images, masks.expand(len(images), -1, -1), strict=True):
@@ -148,13 +170,24 @@ def energy_of(source: Source, images: torch.Tensor, masks: torch.Tensor) -> torc
             continue
         energy = as_map("saliency", source(image, mask))
         require(len(energy) == 1, "saliency", "one map (h, w) per picture", tuple(energy.shape))
-        found.append(_at_size(energy, size))
+        found.append(_at_size(energy, size, mode))
     return torch.cat(found)
 
 
-def _at_size(energy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Cells repeated, not blended: averaging them onto a token grid later gives what the coarse map would have."""
-    return F.interpolate(energy[:, None], size=size, mode="nearest")[:, 0]
+def input_size(source: Source, picture: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
+    """``(h, w)`` of what a source sees of a picture: detectors and other modules see it resized."""
+    resized = isinstance(source, torch.nn.Module) or (isinstance(source, str) and source == "mask_rcnn")
+    return _scaled(picture, shortest_edge) if resized else picture
+
+
+def _scaled(picture: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
+    scale = min(shortest_edge / min(picture), LONGEST_EDGE / max(picture))
+    return tuple(max(1, int(side * scale + 0.5)) for side in picture)
+
+
+def _at_size(energy: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    smooth = {} if mode == "nearest" else {"align_corners": False}
+    return F.interpolate(energy[:, None], size=size, mode=mode, **smooth)[:, 0]
 
 
 def _tensors(output: object) -> Iterator[torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 from ..activity import Indices, Where
@@ -132,6 +132,21 @@ class Activity:
             return True
         start, stop = self._fractions
         return first_step_at(start, site.num_steps) <= site.step < first_step_at(stop, site.num_steps)
+
+    def at_length(self, num_steps: int) -> Activity:
+        """The same with fractions of a run of ``num_steps`` steps, as step indices of any run."""
+        if self._fractions is None:
+            return self
+        return Activity(self.layers, range(*(first_step_at(fraction, num_steps) for fraction in self._fractions)))
+
+    def progress(self, site: Site) -> float:
+        """Where a site's step stands among the active ones: 0 at and before the first, 1 at and after the last."""
+        layers_aside = Activity(None, self.steps)
+        active = [n for n in range(site.num_steps) if replace(site, step=n) in layers_aside]
+        if not active:
+            return 0.0
+        at = (site.step - active[0]) / max(active[-1] - active[0], 1)
+        return min(max(at, 0.0), 1.0)
 
 
 def first_step_at(fraction: float, num_steps: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
@@ -14,15 +15,31 @@ from ..checks import require
 from ..modulations import BandWeight
 from ..sharing import SHARED, Sharing
 from ..tokens import Site
-from .schedules import Activity, Linear, Schedule, Steps, check_schedule, require_number, value_at
+from .schedules import Activity, Schedule, Steps, check_schedule, require_number, value_at
 
 AXIS0 = ("low", "match")
+RAMPS = ("run", "active")
 Dial = Schedule | tuple[float, float]
+Weight = str | float  # of one axis: "low", "match" or a number
+Axes = Weight | Sequence[Weight] | Mapping[int, Sequence[Weight]]
 
-PRESETS = {
+# Named after where the numbers come from, and when: the paper; the defaults of a ComfyUI node; the example workflows
+# beside it; version 0.2 of another node. Ports differ on axes without spatial meaning, too.
+PRESETS: dict[str, dict[str, object]] = {
     "paper": {"s_hf": (0.25, 0.75), "s_lf": (1.0, 1.4), "beta": 2.0, "adain": 0.5, "axis0": "low"},
-    "community": {"s_hf": (1.0, 0.0), "s_lf": (1.0, 1.4), "beta": 2.5, "adain": 0.5},
-}
+    "bigstationw-2026-06": {
+        "s_hf": (1.0, 0.0), "s_lf": (1.0, 3.0), "beta": 50.0, "adain": 0.5,
+        "axis0": {3: ("low", "match", "match"), 4: ("low", "match", "match", "match")},
+    },
+    "bigstationw-workflows-2026-06": {
+        "s_hf": (1.0, 0.0), "s_lf": (1.0, 1.4), "beta": 2.5, "adain": 0.5, "axis0": "match",
+    },
+    "xmarre-0.2": {
+        "s_hf": (0.25, 0.75), "s_lf": (1.0, 1.4), "beta": 2.0, "adain": 0.0, "blocks": "single", "ramp": "active",
+        "axis0": {3: ("low", "match", "match"), 4: ("match", "match", "match", "match")},
+    },
+}  # fmt: skip
+DEPRECATED = {"community": ("bigstationw-workflows-2026-06", {"axis0": "low"})}  # what it was: that preset, with these
 
 
 @dataclass(frozen=True)
@@ -35,22 +52,28 @@ class UntwistingRoPE:
     Values, queries and the keys of text and target stay as they are.
 
     Args:
-        s_hf: weight of the highest frequency: ``(first step, last step)``, linear in between by step index, or a number
-            or schedule of :mod:`fastrope.methods`. Below 1 copies less.
+        s_hf: weight of the highest frequency: ``(first step, last step)``, linear in between by step index (see
+            ``ramp``), or a number or schedule of :mod:`fastrope.methods`. Below 1 copies less.
         s_lf: weight of the lowest frequency, likewise. Above 1 takes more style. Sweep 0.6 to 1.5.
         beta: the curve's exponent, above 0.
-        axis0: weights of axes without spatial meaning (axis 0; on FLUX.2 axes 0 and 3): ``"low"`` is flat ``s_lf``,
-            ``"match"`` the curve of the other axes (Z-Image, where flat weights are too strong), a number is itself.
+        axis0: weights of axes without spatial meaning (axis 0; on FLUX.2 axes 0 and 3): ``"low"`` is flat
+            ``s_lf``, ``"match"`` the curve of the other axes (Z-Image, where flat weights are too strong), a number is
+            itself. Or one of these for every axis of the RoPE, spatial ones included:
+            ``("low", "match", "match", "match")``; or such tuples by the number of axes, for more than one host.
         blocks: kinds of block, ``"double"``, ``"single"``, ``"joint"`` or several; None means all.
         layers, steps: where in the run, as in :class:`fastrope.GRAG`; None means all.
+        ramp: what ``(first step, last step)`` means where ``steps`` leaves some out: ``"run"``, those of the run, or
+            ``"active"``, the first and the last step that are active. Steps that :class:`fastrope.At` leaves out count
+            as active.
         adain: strength in 0..1 (or a schedule of it) with which queries and keys of the target's image tokens take on
             the mean and deviation of the reference's in the same layer, see :func:`fastrope.sharing.adain`; 0 is none.
         reference: ``"shared"``: the reference is given to ``fr.apply(..., reference=...)`` and is no part of the
             sequence; the target's queries see its image keys as well, in one softmax. Or the index of one of the
             host's own references (Kontext, FLUX.2, Qwen-Image-Edit).
 
-    The defaults are the paper's, :meth:`from_preset` has others. Where it is inactive the target does not see a shared
-    reference; with all weights 1 and ``adain=0`` it is plain shared attention.
+    The defaults are the paper's, with flat ``s_lf`` on FLUX.2's text axis, too (ports differ there, see
+    :meth:`from_preset`). Where it is inactive the target does not see a shared reference; with all weights 1 and
+    ``adain=0`` it is plain shared attention.
 
     Raises:
         ValueError: naming the argument, what was expected and what came; when asked for modulations also where the site
@@ -60,12 +83,13 @@ class UntwistingRoPE:
     s_hf: Dial = PRESETS["paper"]["s_hf"]
     s_lf: Dial = PRESETS["paper"]["s_lf"]
     beta: float = PRESETS["paper"]["beta"]
-    axis0: str | float = PRESETS["paper"]["axis0"]
+    axis0: Axes = PRESETS["paper"]["axis0"]
     blocks: str | Collection[str] | None = None
     layers: Indices | None = None
     steps: Steps = None
     adain: Schedule = PRESETS["paper"]["adain"]
     reference: str | int = SHARED
+    ramp: str = "run"
     _active: Activity = field(init=False, repr=False, compare=False)
     _kinds: Where = field(init=False, repr=False, compare=False)
 
@@ -81,10 +105,8 @@ class UntwistingRoPE:
                 check_schedule(f"UntwistingRoPE.{name}", value)
         require_number("UntwistingRoPE.beta", self.beta)
         require(self.beta > 0, "UntwistingRoPE.beta", "a number above 0", self.beta)
-        if isinstance(self.axis0, str) or not isinstance(self.axis0, Real):
-            require(self.axis0 in AXIS0, "UntwistingRoPE.axis0", f"one of {AXIS0}, or a number", repr(self.axis0))
-        else:
-            require_number("UntwistingRoPE.axis0", self.axis0)
+        object.__setattr__(self, "axis0", _checked_axes(self.axis0))
+        require(self.ramp in RAMPS, "UntwistingRoPE.ramp", f"one of {RAMPS}", repr(self.ramp))
         check_schedule("UntwistingRoPE.adain", self.adain)
         if not callable(self.adain):
             _require_strength(self.adain)
@@ -96,11 +118,24 @@ class UntwistingRoPE:
 
     @classmethod
     def from_preset(cls, name: str = "paper", **dials) -> UntwistingRoPE:
-        """``"paper"``, or ``"community"`` (FLUX.2, Qwen-Image and Z-Image nodes; s_hf *falls*); ``dials`` override.
+        """The dials of a source, ``dials`` overriding.
+
+        Args:
+            name: ``"paper"``; ``"bigstationw-2026-06"``, the defaults of the most used ComfyUI node (s_hf *falls*; axis
+                0 flat, the curve on all others; for Z-Image its author advises ``axis0="match"``);
+                ``"bigstationw-workflows-2026-06"``, the example workflows beside it (the curve on all axes);
+                ``"xmarre-0.2"``, a node for FLUX.1 and FLUX.2 with the paper's numbers (single-stream blocks, no
+                AdaIN, axis 0 flat where there are three axes, the curve on all four of FLUX.2, ``ramp="active"``).
+                ``"community"`` is deprecated.
 
         Raises:
             ValueError: another name.
         """
+        if name in DEPRECATED:
+            now, differing = DEPRECATED[name]
+            warnings.warn(f'the preset "{name}" is deprecated: it is "{now}" with {differing}', DeprecationWarning,
+                          stacklevel=2)  # fmt: skip
+            return cls(**{**PRESETS[now], **differing, **dials})
         require(name in PRESETS, "preset", f"one of {tuple(PRESETS)}", repr(name))
         return cls(**{**PRESETS[name], **dials})
 
@@ -125,8 +160,15 @@ class UntwistingRoPE:
         return [Sharing(self.reference, strength)] if self.reference == SHARED or strength > 0 else []
 
     def _weights(self, site: Site) -> tuple[float, ...]:
-        high, low = (_value(name, getattr(self, name), site) for name in ("s_hf", "s_lf"))
-        return _curves(high, low, self.beta, self.axis0, site.axes_dim, site.spatial_axes)
+        high, low = (self._value(name, site) for name in ("s_hf", "s_lf"))
+        return _curves(high, low, self.beta, _per_axis(self.axis0, site), site.axes_dim)
+
+    def _value(self, name: str, site: Site) -> float:
+        dial = getattr(self, name)
+        if not isinstance(dial, tuple):
+            return value_at(f"UntwistingRoPE.{name}", dial, site)
+        first, last = dial
+        return first + (last - first) * (self._active.progress(site) if self.ramp == "active" else site.progress)
 
     def _acts(self, site: Site) -> bool:
         return site in self._active and site in self._kinds
@@ -144,27 +186,60 @@ class UntwistingRoPE:
         return tokens.reference(self.reference)
 
 
-def _value(name: str, dial: Dial, site: Site) -> float:
-    schedule = Linear(*dial) if isinstance(dial, tuple) else dial
-    return value_at(f"UntwistingRoPE.{name}", schedule, site)
-
-
 def _require_strength(value: float) -> None:
     require(0 <= value <= 1, "UntwistingRoPE.adain", "a strength in 0..1", value)
 
 
+def _checked_axes(axis0: object) -> Axes:
+    """``axis0`` with its tuples and mapping as copies of their own."""
+    name = "UntwistingRoPE.axis0"
+    if isinstance(axis0, Mapping):
+        for count, weights in axis0.items():
+            several = isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) == count
+            require(several, name, "a weight per axis, by the number of axes", repr(dict(axis0)))
+        return {count: _checked_axes(weights) for count, weights in axis0.items()}
+    if isinstance(axis0, Sequence) and not isinstance(axis0, str):
+        require(len(axis0) > 0, name, "a weight per axis", repr(axis0))
+        return tuple(_checked_weight(name, weight) for weight in axis0)
+    return _checked_weight(name, axis0)
+
+
+def _checked_weight(name: str, weight: object) -> Weight:
+    if isinstance(weight, str) or not isinstance(weight, Real):
+        require(weight in AXIS0, name, f"one of {AXIS0}, or a number", repr(weight))
+    else:
+        require_number(name, weight)
+    return weight
+
+
+def _per_axis(axis0: Axes, site: Site) -> tuple[Weight, ...]:
+    """What holds on every axis of a site.
+
+    Raises:
+        ValueError: no weights for a RoPE of so many axes.
+    """
+    count = len(site.axes_dim)
+    if isinstance(axis0, Mapping):
+        require(count in axis0, "UntwistingRoPE.axis0", f"weights for the model's {count} axes", repr(axis0))
+        return axis0[count]
+    if isinstance(axis0, tuple):
+        require(len(axis0) == count, "UntwistingRoPE.axis0", f"{count} weights, one per axis of the model", repr(axis0))
+        return axis0
+    return tuple("match" if axis in site.spatial_axes else axis0 for axis in range(count))
+
+
 @lru_cache(maxsize=512)
 def _curves(
-    high: float, low: float, beta: float, axis0: str | float, axes_dim: tuple[int, ...], spatial_axes: tuple[int, ...]
+    high: float, low: float, beta: float, per_axis: tuple[Weight, ...], axes_dim: tuple[int, ...]
 ) -> tuple[float, ...]:
     """Weights of all pairs, axis after axis. Cached: every layer of a step asks for the same."""
     weights: list[float] = []
-    for axis, dim in enumerate(axes_dim):
+    for weight, dim in zip(per_axis, axes_dim, strict=True):
         pairs = dim // 2
-        if axis in spatial_axes or axis0 == "match":
+        if weight == "match":
             weights += [high + (low - high) * (d / max(pairs - 1, 1)) ** beta for d in range(pairs)]
         else:
-            weights += [low if axis0 == "low" else float(axis0)] * pairs
+            weights += [low if weight == "low" else float(weight)] * pairs
     return tuple(weights)
 
 

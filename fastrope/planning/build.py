@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checks import require, require_finite, require_tensor
+from ..device import on_device
 from ..modulations import MODULATIONS, Modulation
 from ..rope import RoPE
 from .lower import lower
@@ -139,17 +140,15 @@ def _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
     num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
     resolved = resolve(rope, key_rope, modulations, key_mask, num_keys)
     lowered = lower(resolved, num_queries, num_keys)
-    wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # mps has no float64
-    lowered = map_tensors(lowered, lambda t: _own(t.to(device, wide if t.dtype == torch.float64 else t.dtype)))
-    rope, key_rope = (r and replace(r, angles=_own(r.angles)) for r in (rope, key_rope))
-    key_mask = None if resolved.key_mask is None else _own(resolved.key_mask)
-    resolved = replace(resolved.to(device, wide), rope=rope, key_rope=key_rope, key_mask=key_mask)
+    lowered = map_tensors(lowered, lambda t: _copy(on_device(t, device)))
+    rope, key_rope = (r and replace(r, angles=_copy(r.angles), axis=_copy(r.axis)) for r in (rope, key_rope))
+    resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope, key_mask=_copy(resolved.key_mask))
     return Plan.of(resolved, lowered)
 
 
-def _own(x: torch.Tensor) -> torch.Tensor:
+def _copy(x: torch.Tensor | None) -> torch.Tensor | None:
     """A contiguous copy: kernels rely on the layout, and what the caller does to the original must not matter."""
-    return x.detach().clone(memory_format=torch.contiguous_format)
+    return None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
 
 
 # A cache for callers that build modulations anew on every call. It holds its keys alive, so identities stay valid;

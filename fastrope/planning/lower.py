@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..checks import require
+from ..device import wide_on_cpu
 from .axis_blocks import axis_blocks
 from .lowered import (
     BandTables,
@@ -225,7 +226,7 @@ def _angles(rope) -> torch.Tensor | None:
     """``(Bx, S, P)`` float64."""
     if rope is None:
         return None
-    angles = rope.angles.detach().double().cpu()
+    angles = wide_on_cpu(rope.angles)
     return angles if angles.ndim == 3 else angles[None]
 
 

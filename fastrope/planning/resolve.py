@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checks import require, require_finite, require_tensor
+from ..device import on_device, wide_on_cpu
 from ..modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
 from ..rope import RoPE
 
@@ -69,12 +70,12 @@ class Resolved:
         """How many modulations are not neutral."""
         return (self.scale is not None) + len(self.weights) + len(self.groups) + len(self.gains)
 
-    def to(self, device: torch.device | None, dtype: torch.dtype) -> Resolved:
-        """The same with its modulations on another device, floating-point values in ``dtype``; angles and mask stay."""
+    def to(self, device: torch.device | None) -> Resolved:
+        """The same with its modulations on another device, floating-point values in the widest dtype it has; angles and
+        mask stay."""
 
         def move(m):
-            values = vars(m).items()
-            return type(m)(**{name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in values})
+            return type(m)(**{name: on_device(x, device) for name, x in vars(m).items()})
 
         moved = {name: tuple(map(move, getattr(self, name))) for name in ("weights", "groups", "gains")}
         return replace(self, scale=self.scale and move(self.scale), **moved)
@@ -204,8 +205,10 @@ def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
 
 
 def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
-    """Finite values as float64 on the CPU. A NaN equals nothing, so it would slip between the levels."""
-    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    """A copy of finite values as float64 on the CPU. A NaN equals nothing, so it would slip between the scale buckets."""
+    if not isinstance(values, torch.Tensor):
+        values = torch.tensor(values, dtype=torch.float64, device="cpu")
+    values = wide_on_cpu(values).clone()
     values = values.expand((1,) * (len(dims) - values.ndim) + values.shape)
     require_finite(name, values, dims)
     return values

@@ -172,16 +172,20 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_picture(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert run("--model", "janus", "--prompt", "x", *EDIT, out=tmp_path) == 2
-    assert 'needs the module transformers; pip install "fastrope[demo]"' in capsys.readouterr().err
-
-
-def test_a_missing_drawing_package_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run("--model", "tiny", "--prompt", "x", *EDIT, out=tmp_path) == 2
-    assert "matplotlib, which is not installed" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("model", "absent", "said"),
+    [
+        ("janus", ["transformers"], 'transformers is not installed: pip install "fastrope[transformers]"'),
+        ("llamagen", ["transformers"], 'transformers is not installed: pip install "fastrope[transformers]"'),
+        ("tiny", ["matplotlib"], 'matplotlib is not installed: pip install "fastrope[demo]"'),
+        ("emu3", ["transformers", "PIL"], 'transformers, PIL are not installed: pip install "fastrope[demo]"'),
+    ],
+)
+def test_missing_packages_are_named_and_how_to_get_all_of_them(model, absent, said, tmp_path, capsys, monkeypatch):
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("--model", model, "--prompt", "x", *EDIT, out=tmp_path) == 2
+    assert f"fastrope ar-edit: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

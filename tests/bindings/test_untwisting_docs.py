@@ -172,13 +172,20 @@ def test_the_bands_are_the_codes():
     assert int(slowest[1]) == round(2 * math.pi * 256 ** (23 / 24))
 
 
+def test_the_dials_are_the_codes():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \| [^|]+ \|$", PAGE, re.MULTILINE))
+    assert set(rows) == {"s_hf", "s_lf", "beta", "adain", "axis0", "ramp"}
+    for name, text in rows.items():
+        assert eval(text) == getattr(fr.UntwistingRoPE(), name)
+
+
 def test_the_presets_are_the_codes():
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| `([^`]+)` \|", PAGE, re.MULTILINE)
-    assert {row[0] for row in rows} == {"s_hf", "s_lf", "beta", "adain", "axis0"}
-    for name, paper, community in rows:
-        for preset, text in (("paper", paper), ("community", community)):
-            assert eval(text) == getattr(fr.UntwistingRoPE.from_preset(preset), name)
-    assert set(PRESETS) == {"paper", "community"}
+    rows = re.findall(r"^\| `([\w.-]+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \| ", PAGE, re.MULTILINE)
+    assert {row[0] for row in rows} == set(PRESETS)
+    for preset, *texts in rows:
+        method = fr.UntwistingRoPE.from_preset(preset)
+        for name, text in zip(("s_hf", "s_lf", "beta", "adain"), texts, strict=True):
+            assert eval(text) == getattr(method, name)
 
 
 def test_the_default_gamma_is_as_stated():

@@ -72,10 +72,34 @@ def test_looserope_with_files(capsys):
     assert capsys.readouterr().out.split() == ["made/loose.png", "made/loose-plain.png", "made/loose.json"]
     assert (pixels("made/loose.png") != pixels("made/loose-plain.png")).any()
     kept = record("made/loose.json")
-    assert kept["dials"] == {"boost": 0.4, "levels": 5}
+    assert kept["dials"] == {"boost": 0.4, "levels": 5, "timing": "scaled"}
     assert (kept["method"], kept["model"], kept["steps"], kept["guidance"]) == ("looserope", "tiny", 4, 2.5)
     assert (kept["image"], kept["mask"], kept["original"]) == (["photo.png"], "mask.png", None)
     assert kept["saliency"] == inspect.signature(fr.LooseRoPE.from_images).parameters["saliency"].default
+
+
+@pytest.mark.parametrize(("more", "front_end", "timing"), [
+    ((), "fastrope", "scaled"), (("--front-end", "published"), "published", "scaled"),
+    (("--timing", "absolute"), "fastrope", "absolute"),
+])  # fmt: skip
+def test_the_published_front_end_and_timing(more, front_end, timing):
+    words = ["--image", photo("photo.png"), "--mask", mask("mask.png"), "--boost", "0.4", "--steps", "8"]
+    assert edit("--method", "looserope", *words, *more) == 0
+    assert (record()["front_end"], record()["dials"]["timing"]) == (front_end, timing)
+    method = fr.LooseRoPE.from_images(
+        Image.open("photo.png"), mask=Image.open("mask.png"), boost=0.4, front_end=front_end, timing=timing
+    )
+    pipe = editors.load("tiny", torch.device("cpu"), torch.float32, False)
+    images = [Image.open("photo.png")]
+    call = editors.arguments(pipe, "tiny", editors.Settings(8, 2.5), images, editors.HARMONISE, seed=0)
+    with fr.apply(pipe, method):
+        expected = pipe(**call).images[0]
+    assert np.abs(pixels("edit.png") - np.asarray(expected).astype(int)).max() <= 1
+    other = fr.LooseRoPE.from_images(Image.open("photo.png"), mask=Image.open("mask.png"), boost=0.4)
+    call["generator"] = torch.Generator().manual_seed(0)
+    with fr.apply(pipe, other):
+        plain = np.asarray(pipe(**call).images[0]).astype(int)
+    assert (np.abs(pixels("edit.png") - plain).max() > 1) == bool(more)
 
 
 def test_an_original_says_where_the_paste_is_as_a_mask_does():
@@ -206,14 +230,14 @@ def test_absent_judge(capsys, monkeypatch):
     assert "fastrope edit: --judge: cannot load nobody/nothing: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["diffusers", "PIL"])
-def test_absent_packages(capsys, monkeypatch, package):
+@pytest.mark.parametrize(("package", "extra"), [("diffusers",) * 2, ("transformers",) * 2, ("PIL", "demo")])
+def test_absent_packages(capsys, monkeypatch, package, extra):
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert edit("--method", "looserope") == 2
     said = capsys.readouterr().err
-    assert f'fastrope edit: needs the module {package}; pip install "fastrope[demo]"' in said
+    assert f'fastrope edit: {package} is not installed: pip install "fastrope[{extra}]"' in said
 
 
 # ---- real pipelines -------------------------------------------------------------------------------------------------

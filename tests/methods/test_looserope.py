@@ -46,6 +46,14 @@ def test_tables_to_four_digits(phase):
     assert g.tolist() == pytest.approx(CROP[phase], abs=5.1e-5)
 
 
+def test_the_last_digit_of_the_table():
+    """1.1685 and not 1.1686, which comes of rounding level 3's 1.34396 to 1.3440 first."""
+    factor = 0.65 + 0.695 * (math.tanh(6.5 * 0.5) / 2 + 0.5)
+    assert f"{factor:.4f} {1 - (1 - factor) * 0.7**2:.4f} {1 - (1 - 1.3440) * 0.7**2:.4f}" == "1.3440 1.1685 1.1686"
+    _, g = plain(boost=1.0).factors(CENTRES[3], 2)
+    assert float(g) == pytest.approx(1 - (1 - factor) * 0.7**2, abs=1e-12)
+
+
 def test_boost_moves_saliency_between_levels():
     r, _ = plain().factors(torch.tensor([0.0, 0.24, 0.25, 0.96, 0.97, 1.0]))
     assert r.tolist() == pytest.approx([0.6503, 0.6503, 0.6603, 0.9897, 0.9997, 0.9997], abs=5.1e-5)
@@ -64,6 +72,28 @@ def test_phases_and_active_steps(num_steps, counts):
         found = method.modulations(fr.Site(tokens, step=step, num_steps=num_steps))
         seen.append(method.phase(step, num_steps) if found else None)
     assert seen == [p for p, n in zip((0, 1, 2, None), counts, strict=True) for _ in range(n)]
+
+
+def seen_phases(method: fr.LooseRoPE, num_steps: int) -> list[int | None]:
+    sites = [fr.Site(layout(), step=step, num_steps=num_steps) for step in range(num_steps)]
+    return [method.phase(site.step, num_steps) if method.modulations(site) else None for site in sites]
+
+
+@pytest.mark.parametrize("num_steps", [8, 15, 20, 28, 50])
+def test_absolute_timing_counts_steps_as_the_published_code(num_steps):
+    """After steps 10 and 18, and no longer after step 22, in a run of any length: Qwen-Image-Edit's 50 steps, too."""
+    published = [0 if step <= 10 else 1 if step <= 18 else 2 if step <= 22 else None for step in range(50)]
+    assert seen_phases(plain(saliency=flat(0.0), timing="absolute"), num_steps) == published[:num_steps]
+    scaled = seen_phases(plain(saliency=flat(0.0)), num_steps)
+    assert scaled == seen_phases(plain(saliency=flat(0.0), timing="scaled"), num_steps)
+    assert (scaled == published[:num_steps]) == (num_steps == 28)
+
+
+def test_absolute_timing_of_other_fractions_and_of_indices():
+    half = seen_phases(plain(saliency=flat(0.0), timing="absolute", steps=(0.0, 0.5), cutoffs=(0.25,)), 50)
+    assert half == [0] * 7 + [1] * 7 + [None] * 36
+    indices = seen_phases(plain(saliency=flat(0.0), timing="absolute", steps=range(40, 50)), 50)
+    assert indices == [None] * 40 + [2] * 10
 
 
 @given(st.integers(1, 100))
@@ -245,7 +275,9 @@ def test_replace_forgets_what_was_known():
     (dict(crop_curve=(0, 1, "k")), "LooseRoPE.crop_curve.slope"), (dict(crop_decay=-1), "LooseRoPE.crop_decay"),
     (dict(range_growth=None), "LooseRoPE.range_growth"), (dict(cutoffs=(0.6, 0.3)), "LooseRoPE.cutoffs"),
     (dict(cutoffs=(10, 18)), "LooseRoPE.cutoffs"), (dict(reference=-1), "LooseRoPE.reference"),
-    (dict(dilation=1.0), "LooseRoPE.dilation"), (dict(steps=(0.5, 0.1)), "steps"), (dict(layers="all"), "layers"),
+    (dict(timing="fixed"), "LooseRoPE.timing"), (dict(timing=None), "LooseRoPE.timing"),
+    (dict(mask_rule="half"), "LooseRoPE.mask_rule"), (dict(dilation=1.0), "LooseRoPE.dilation"),
+    (dict(steps=(0.5, 0.1)), "steps"), (dict(layers="all"), "layers"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(kwargs, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, received "):

@@ -9,7 +9,7 @@ import torch
 
 import fastrope as fr
 from fastrope.methods import Linear, PerStep
-from fastrope.methods.untwisting import PRESETS
+from fastrope.methods.untwisting import DEPRECATED, PRESETS
 from fastrope.sharing import SHARED, Sharing
 
 HOSTS = {
@@ -62,18 +62,84 @@ def test_weights_are_in_the_order_of_the_ropes_pairs():
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
 
+# Per preset: s_hf, s_lf, beta, AdaIN, blocks, ramp, then per axis of FLUX.1 and FLUX.2 (f)lat s_lf or the (c)urve.
+NUMBERS = {
+    "paper": ((0.25, 0.75), (1.0, 1.4), 2.0, 0.5, None, "run", "fcc", "fccf"),
+    "bigstationw-2026-06": ((1.0, 0.0), (1.0, 3.0), 50.0, 0.5, None, "run", "fcc", "fccc"),
+    "bigstationw-workflows-2026-06": ((1.0, 0.0), (1.0, 1.4), 2.5, 0.5, None, "run", "ccc", "cccc"),
+    "xmarre-0.2": ((0.25, 0.75), (1.0, 1.4), 2.0, 0.0, "single", "active", "fcc", "cccc"),
+}
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 8, 9, 12, 28, 50, 51])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_presets_at_the_first_middle_and_last_step(name, count):
-    numbers = {"paper": ((0.25, 0.75), (1.0, 1.4), 2.0), "community": ((1.0, 0.0), (1.0, 1.4), 2.5)}
-    (high, low, beta), method = numbers[name], fr.UntwistingRoPE.from_preset(name)
-    assert (method.s_hf, method.s_lf, method.beta, method.adain) == (high, low, beta, 0.5)
+    (high, low, beta, adain, blocks, ramp, _, _), method = NUMBERS[name], fr.UntwistingRoPE.from_preset(name)
+    assert (method.s_hf, method.s_lf, method.beta, method.adain) == (high, low, beta, adain)
+    assert (method.blocks, method.ramp) == (blocks, ramp)
     for step in (0, count // 2, count - 1):
         at = step / (count - 1)
         weights = method.weights(site(step, count))
         assert float(weights[8]) == pytest.approx(high[0] + (high[1] - high[0]) * at, abs=1e-14)
         assert float(weights[-1]) == pytest.approx(low[0] + (low[1] - low[0]) * at, abs=1e-14)
-        assert float(weights[0]) == float(weights[-1])  # axis 0 is flat s_lf
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_presets_split_the_axes_as_their_source_does(name):
+    """FLUX.1 has one axis without spatial meaning, FLUX.2 two (frame and text)."""
+    high, low, beta = NUMBERS[name][:3]
+    for host, letters in (("flux", NUMBERS[name][6]), ("flux2", NUMBERS[name][7])):
+        axes, pairs = HOSTS[host]
+        weights = fr.UntwistingRoPE.from_preset(name).weights(site(27, axes=axes))
+        for part, letter in zip(weights.split(list(pairs)), letters, strict=True):
+            n = len(part)
+            curve = [high[1] + (low[1] - high[1]) * (d / (n - 1)) ** beta for d in range(n)]
+            expected = torch.tensor(curve if letter == "c" else [low[1]] * n, dtype=torch.float64)
+            torch.testing.assert_close(part, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_every_preset_is_known_here():
+    assert set(NUMBERS) == set(PRESETS)
+    assert not set(PRESETS) & set(DEPRECATED)
+
+
+def test_the_old_name_is_what_it_was_and_says_the_new_one():
+    with pytest.warns(DeprecationWarning, match='"community" is deprecated.*"bigstationw-workflows-2026-06"') as seen:
+        old = fr.UntwistingRoPE.from_preset("community")
+    assert seen[0].filename == __file__
+    assert old == fr.UntwistingRoPE(s_hf=(1.0, 0.0), s_lf=(1.0, 1.4), beta=2.5, adain=0.5, axis0="low")
+    with pytest.warns(DeprecationWarning, match="community"):
+        assert fr.UntwistingRoPE.from_preset("community", beta=3.0, axis0="match").beta == 3.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "last"),
+    [((0.0, 0.5), 0, 9), (range(4, 12), 4, 11), (slice(5, None), 5, 19), ({2, 6, 7}, 2, 7), (None, 0, 19)],
+)
+def test_a_ramp_over_the_active_steps_ends_at_the_last_of_them(steps, first, last):
+    dials = dict(s_hf=(0.2, 0.6), s_lf=(1.0, 1.5), steps=steps)
+    run, active = fr.UntwistingRoPE(**dials), fr.UntwistingRoPE(**dials, ramp="active")
+    for step in range(first, last + 1):
+        at = (step - first) / (last - first)
+        weights = active.weights(site(step, 20))
+        assert float(weights[8]) == pytest.approx(0.2 + 0.4 * at, abs=1e-14)
+        assert float(weights[-1]) == pytest.approx(1.0 + 0.5 * at, abs=1e-14)
+        assert float(run.weights(site(step, 20))[8]) == pytest.approx(0.2 + 0.4 * step / 19, abs=1e-14)
+    assert float(active.weights(site(last, 20))[8]) == 0.6
+
+
+def test_a_ramp_over_one_active_step_is_its_start():
+    assert float(fr.UntwistingRoPE(steps=7, ramp="active").weights(site(7))[8]) == 0.25
+
+
+def test_a_weight_for_every_axis():
+    method = fr.UntwistingRoPE(s_hf=0.5, s_lf=2.0, beta=1.0, axis0=("low", "match", 0.7, "match"))
+    parts = method.weights(site(axes=(4, 4, 4, 6))).split([2, 2, 2, 3])
+    assert [part.tolist() for part in parts] == [[2.0, 2.0], [0.5, 2.0], [0.7, 0.7], [0.5, 1.25, 2.0]]
+    with pytest.raises(ValueError, match=r"^UntwistingRoPE\.axis0: expected 3 weights, one per axis of the model"):
+        method.weights(site())
+    with pytest.raises(ValueError, match=r"^UntwistingRoPE\.axis0: expected weights for the model's 2 axes"):
+        fr.UntwistingRoPE.from_preset("xmarre-0.2").weights(site(axes=(4, 4), spatial_axes=(0, 1)))
 
 
 def test_a_run_of_one_step_is_its_first():
@@ -90,9 +156,9 @@ def test_any_schedule():
 
 def test_presets_take_dials_and_defaults_are_the_papers():
     assert fr.UntwistingRoPE() == fr.UntwistingRoPE.from_preset("paper")
-    assert fr.UntwistingRoPE.from_preset("community", beta=3.0, axis0="match").beta == 3.0
+    assert fr.UntwistingRoPE.from_preset("bigstationw-2026-06", beta=3.0, axis0="match").beta == 3.0
     assert dataclasses.replace(fr.UntwistingRoPE(), adain=0.1).adain == 0.1
-    with pytest.raises(ValueError, match=r"^preset: expected one of \('paper', 'community'\), received 'mine'"):
+    with pytest.raises(ValueError, match=r"^preset: expected one of \('paper', .*\), received 'mine'"):
         fr.UntwistingRoPE.from_preset("mine")
 
 
@@ -156,6 +222,12 @@ def test_a_reference_that_is_not_there():
         ({"beta": True}, r"^UntwistingRoPE\.beta: expected a finite number, received True"),
         ({"axis0": "high"}, r"^UntwistingRoPE\.axis0: expected one of \('low', 'match'\), or a number"),
         ({"axis0": None}, r"^UntwistingRoPE\.axis0: expected one of"),
+        ({"axis0": ("low", "high")}, r"^UntwistingRoPE\.axis0: expected one of"),
+        ({"axis0": ()}, r"^UntwistingRoPE\.axis0: expected a weight per axis"),
+        ({"axis0": {3: ("low", "match")}}, r"^UntwistingRoPE\.axis0: expected a weight per axis, by the number"),
+        ({"axis0": {3: "low"}}, r"^UntwistingRoPE\.axis0: expected a weight per axis, by the number"),
+        ({"axis0": float("nan")}, r"^UntwistingRoPE\.axis0: expected a finite number"),
+        ({"ramp": "steps"}, r"^UntwistingRoPE\.ramp: expected one of \('run', 'active'\), received 'steps'"),
         ({"adain": 1.5}, r"^UntwistingRoPE\.adain: expected a strength in 0\.\.1, received 1\.5"),
         ({"reference": -1}, r'^UntwistingRoPE\.reference: expected "shared" or an index from 0, received -1'),
         ({"reference": "first"}, r"^UntwistingRoPE\.reference: expected"),
