@@ -15,6 +15,7 @@ import torch
 
 from . import device as devices
 from .backends import folded, fused, reference, sdpa, split_rows
+from .kernels.streams import Streams
 from .planning.lowered import Lowered
 from .planning.resolve import Resolved
 
@@ -126,7 +127,7 @@ def decide(lowered: Lowered, q, k, v, backend: str, return_lse: bool = False) ->
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
     """
-    grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and differentiated(x) for x in (q, k, v))
+    grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
     chosen = _choose(lowered, q, grad, backend, return_lse)
     if chosen.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered):
         return replace(chosen, folded=True, packs=folded.packs(q, k, v, lowered))

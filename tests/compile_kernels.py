@@ -120,7 +120,7 @@ def compile_one(job: tuple) -> dict:
         launch = config.select(kernel, arch, dtype, head_dim, variant.get("HAS_MASK", False))
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-            "QUERY_TILE": tables.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
+            "QUERY_TILE": abi.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
             "PIPELINED": launch.pipelined, "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 import fastrope as fr
-from fastrope.backends import triton
+from fastrope import device as devices
 from fastrope.tolerance import MEAN_FACTOR, Errors, measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,10 +59,18 @@ class Tally:
 
 def skip_unless_runnable(backend: str | None) -> None:
     """A triton test is skipped only where triton cannot run at all; under the interpreter it always can."""
-    reason = triton.unsupported(torch.empty(1, device=DEVICE)) if backend == "triton" else None
+    reason = devices.kernel_obstacle(torch.empty(1, device=DEVICE)) if backend == "triton" else None
     if reason:
-        assert not triton.interpreted(), reason
+        assert not devices.interpreted(), reason
         pytest.skip(reason)
+
+
+def with_tiles(monkeypatch, kernel: str, **fields: object) -> None:
+    """Replace fields of a kernel's launch configuration."""
+    from fastrope.kernels import config
+
+    select = config._SELECTORS[kernel]
+    monkeypatch.setitem(config._SELECTORS, kernel, lambda *where: replace(select(*where), **fields))
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -310,8 +318,8 @@ def every_modulation(
     ]  # fmt: skip
 
 
-def many_treatments(g: torch.Generator, queries: int, keys: int, dim: int, kind: str | None) -> list:
-    """More views, groups and products of gains than one launch holds: nearly every key is treated in its own way."""
+def many_signatures(g: torch.Generator, queries: int, keys: int, dim: int, kind: str | None) -> list:
+    """More query variants, groups and products of gains than one launch holds: nearly every key has another signature."""
     modulations = [
         fr.LogitGain(uniform(g, queries, low=0.5, high=1.5), keys=key_set(g, "mask", keys)) for _ in range(4)
     ]

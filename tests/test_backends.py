@@ -23,7 +23,7 @@ from numerics import (
     key_masks,
     key_set,
     lay_out,
-    many_treatments,
+    many_signatures,
     scales,
     scatter,
     skip_unless_runnable,
@@ -32,9 +32,9 @@ from numerics import (
 )  # fmt: skip
 
 import fastrope as fr
-from fastrope.backends import triton
+from fastrope import device as devices
 
-INTERPRETED = triton.interpreted()
+INTERPRETED = devices.interpreted()
 WIDE, HALF = (torch.float64, torch.float32), (torch.float16, torch.bfloat16)
 # bfloat16 comes out wrong of triton's interpreter, and float64 has no kernel.
 TRITON = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, *HALF)
@@ -97,7 +97,7 @@ def test_query_scale(backend, dtype, kind):
     g, q, k, v, rope, reference = picture(dtype)
     scale = fr.QueryScale(scales(g, kind, q.shape[1]), keys=reference, axes=(1, 2))
     call = Call(q, k, v, rope, modulations=[scale], label=kind)
-    counts = call.planned().spec.level_counts[0]
+    counts = call.planned().lowered.scales.counts[0]
     expected = {"levels": counts[0] == 0 and len(counts) == 7, "few": counts[0] == 0, "zero": counts[0] == 0}
     assert expected.get(kind, counts[0] > 8), counts
     check(call, backend)
@@ -109,9 +109,9 @@ def test_query_scale_levels_beside_continuous(backend, dtype):
     r = uniform(g, 210)
     r[torch.randperm(210, generator=g)[:140]] = 0.75
     call = Call(q, k, v, rope, modulations=[fr.QueryScale(r, keys=reference, axes=(1, 2))], label="mixed")
-    spec = call.planned().spec
-    assert spec.num_levels == 1
-    assert spec.level_counts[0][0] == 70
+    lowered = call.planned().lowered
+    assert lowered.num_buckets == 1
+    assert lowered.scales.counts[0][0] == 70
     check(call, backend)
 
 
@@ -232,7 +232,7 @@ def test_scattered_key_sets(backend, dtype, applied):
     modulations = [fr.LogitGain(uniform(g, 2, 90, low=-1, high=1.5), key_set(g, "mask", 90))]
     modulations += [fr.BiasDelta(1.2, 0.9, keys) for keys in disjoint_sets(g, 2, 90)]
     call = Call(q, k, v, rope, modulations=modulations, key_mask=key_masks(g, "random", 2, 90), label=f"{applied}")
-    assert "key_order" in call.planned().tensors
+    assert call.planned().lowered.keys.order is not None
     check(call, backend)
 
 
@@ -278,7 +278,7 @@ def test_more_treatments_than_one_launch_holds(backend, dtype, kind):
     g = generator(11)
     tokens, heads = (24, 2) if INTERPRETED else (300, 4)
     q, k, v = tensors(g, batch=2, queries=tokens, heads=heads, key_heads=heads // 2, dim=16, dtype=dtype)
-    modulations = many_treatments(g, tokens, tokens, 16, kind)
+    modulations = many_signatures(g, tokens, tokens, 16, kind)
     call = Call(q, k, v, axial(grid(tokens, 4), 16), None, modulations, key_masks(g, "row", 2, tokens), label=f"{kind}")
-    assert len(call.planned().spec.passes) > 2
+    assert len(call.planned().lowered.passes) > 2
     check(call, backend)

@@ -54,7 +54,7 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{describe(row)}: softmax waits for both products ({row['order']})")
         if row["kernel"] == "match" and row.get("fused"):  # its noise would differ from the reference's
             found.append(f"{describe(row)}: fused multiply-adds")
-        tensor_core_loop = row["kernel"].startswith(("attention", "series")) and row["dtype"] != "fp32"
+        tensor_core_loop = row["kernel"].startswith(("attention", "polynomial")) and row["dtype"] != "fp32"
         if row["arch"] == "sm_90" and tensor_core_loop and row["block_m"] >= 64 and not row["wgmma"]:
             found.append(f"{describe(row)}: no wgmma")
     return found
@@ -70,8 +70,8 @@ def render(rows: list[dict]) -> str:
         "tile (query rows x keys), warps, stages, then the largest shared memory in KiB. Every row compiles with zero",
         "spilled bytes. It says nothing of speed.", "",
         "`_tma` loops read keys and values through tensor descriptors; pipelined, they weigh values one tile late, so",
-        "that this product overlaps the next softmax (asserted in the intermediate code). `series` and `terms` serve",
-        "queries with a scale of their own in 16 bits, `patches` in float32 and where a series does not fit.", "",
+        "that this product overlaps the next softmax (asserted in the intermediate code). `polynomial` and `terms`",
+        "serve queries with per-query scales in 16 bits, `axis_blocks` in float32 and where the polynomial does not fit.", "",
         "`match` (anchor token matching) walks rows of logits: rows x vocabulary entries, and codebook channels for",
         "the head dim. Kernels without rows in fp32 have one configuration for all dtypes.", "",
         "| kernel | dtype | head dim | " + " | ".join(ARCHS) + " |", "|---|---|---|" + "---|" * len(ARCHS),
@@ -122,7 +122,7 @@ def seconds(rows: list[dict], modulated: bool) -> float:
     kernels = [("pack", {"GATHER", "ROTATE"})]
     if modulated:
         kernels += [("pack", {"GATHER"}), ("means", set()), ("queries", {"ROTATE"}), ("terms", set())]
-        kernels += [("series_tma", set()), ("attention_modulated_tma", {"MODULATED"})]
+        kernels += [("polynomial_tma", set()), ("attention_modulated_tma", {"MODULATED"})]
     else:
         kernels += [("pack", {"ROTATE"})]
     found = {
@@ -136,7 +136,7 @@ def seconds(rows: list[dict], modulated: bool) -> float:
 def test_seconds_are_of_what_a_first_call_compiles():
     row = {"arch": "sm_90", "dtype": "bf16", "head_dim": 128, "seconds": 1.0}
     on = [("pack", "GATHER ROTATE"), ("pack", "GATHER"), ("pack", "ROTATE"), ("queries", "ROTATE"), ("terms", ""),
-          ("series_tma", ""), ("attention_modulated_tma", "MODULATED"), ("match", "")]  # fmt: skip
+          ("polynomial_tma", ""), ("attention_modulated_tma", "MODULATED"), ("match", "")]  # fmt: skip
     rows = [{**row, "kernel": kernel, "variant": dict.fromkeys(flags.split(), True)} for kernel, flags in on]
     rows += [{**row, "kernel": "means", "head_dim": 64, "variant": {"HAS_MASK": False}}, {**rows[0], "arch": "sm_80"}]
     counts = re.search(r"compiles (\d+) kernels, a modulated one (\d+) at most", README.read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def test_seconds_are_of_what_a_first_call_compiles():
 @pytest.mark.compile
 def test_padded_heads_of_hoppers_loops(tmp_path):
     """Head dims between powers of two mask channels as well, which takes registers of the loops that have none left."""
-    loops = ("attention_tma", "attention_modulated_tma", "series_tma")
+    loops = ("attention_tma", "attention_modulated_tma", "polynomial_tma")
     kernels = [part for loop in loops for part in ("--kernel", loop)]
     dims = [part for dim in ("96", "192") for part in ("--head-dim", dim)]
     rows = compile_rows(tmp_path, "--all", "--arch", "sm_90", "--dtype", "bf16", *kernels, *dims)

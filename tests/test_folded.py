@@ -31,6 +31,7 @@ from numerics import (
 from test_ops import Watch
 
 import fastrope as fr
+from fastrope import device as devices
 from fastrope import ops
 from fastrope.backends import folded
 from fastrope.rope import rotate
@@ -51,16 +52,16 @@ def _runnable():
 def taken(monkeypatch):
     """Backend ``sdpa`` folds wherever it can, as on a GPU. What :func:`folded.run` gave, in order."""
     outs, run = [], folded.run
-    monkeypatch.setattr(folded, "takes", lambda q, plan: folded.folds(plan) and q.dtype in DTYPES)
+    monkeypatch.setattr(folded, "takes", lambda q, lowered: folded.folds(lowered) and q.dtype in DTYPES)
     monkeypatch.setattr(folded, "run", lambda *call: outs.append(run(*call)) or outs[-1])
     return outs
 
 
 def run(call: Call, plan: fr.Plan | None = None) -> torch.Tensor:
     plan = call.planned() if plan is None else plan
-    assert folded.folds(plan)
+    assert folded.folds(plan.lowered)
     scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
-    return folded.run(call.q, call.k, call.v, plan, scale)
+    return folded.run(call.q, call.k, call.v, plan.lowered, scale)
 
 
 def check(call: Call, tally: Tally | None = None) -> torch.Tensor:
@@ -136,7 +137,7 @@ def test_any_composition(dtype):
 def test_modulations(case, applied, dtype):
     call = a_call(dtype, modulations=MODULATIONS[case])
     call = replace(call, rope=call.rope.as_applied(applied), label=case)
-    assert ("key_order" in call.planned().tensors) == (case in SORTED)
+    assert (call.planned().lowered.keys.order is not None) == (case in SORTED)
     check(call)
 
 
@@ -254,8 +255,7 @@ def test_other_weights_in_a_plan(group, applied, dtype):
     call = replace(call, rope=call.rope.as_applied(applied), modulations=[first, *group])
     plan, wanted = call.planned(), replace(call, modulations=[second, *group])
     found, before = plan.with_weight(second.weight), run(call, plan)
-    assert found.spec_string == wanted.planned().spec_string
-    assert list(found.tensors) == list(wanted.planned().tensors)
+    assert found.spec == wanted.planned().spec
     assert torch.equal(run(call, found), run(wanted))
     assert torch.equal(run(call, plan), before)
     assert not torch.equal(run(call, found), before)
@@ -284,7 +284,7 @@ def test_kernels_launch_on_the_device_of_the_tensors(monkeypatch):
         yield
         entered.append("left")
 
-    monkeypatch.setattr(folded.triton, "launching_on", launching_on)
+    monkeypatch.setattr(folded, "launching_on", launching_on)
     for name in ("pack_rows", "group_means"):
         launch = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *call, launch=launch: entered.append("ran") or launch(*call))
@@ -297,21 +297,22 @@ def test_what_folds():
     weighted, group = fr.BandWeight(torch.linspace(0.5, 1.5, 8), slice(9)), fr.BiasDelta(1.2, 0.7)
     mask = torch.arange(37)[None] < 30
     for modulations in ([], [weighted], [group], [weighted, group]):
-        assert folded.folds(fr.plan(rope=rope, modulations=modulations))
+        assert folded.folds(fr.plan(rope=rope, modulations=modulations).lowered)
         for more in ([fr.QueryScale(scales(generator(0), "levels", 37))], [fr.LogitGain(gain, slice(2))]):
-            assert not folded.folds(fr.plan(rope=rope, modulations=[*modulations, *more]))
-        assert not folded.folds(fr.plan(rope=rope, modulations=modulations, key_mask=mask))
-    assert folded.folds(fr.plan())
+            assert not folded.folds(fr.plan(rope=rope, modulations=[*modulations, *more]).lowered)
+        assert not folded.folds(fr.plan(rope=rope, modulations=modulations, key_mask=mask).lowered)
+    assert folded.folds(fr.plan().lowered)
 
 
 def test_what_is_taken(monkeypatch):
-    plan, other = fr.plan(), fr.plan(modulations=[fr.LogitGain(torch.full((9,), 0.5))], num_keys=9)
+    gain = fr.LogitGain(torch.full((9,), 0.5))
+    plan, other = (fr.plan(modulations=m, num_keys=9).lowered for m in ([], [gain]))
     assert not folded.takes(torch.empty(1), plan)
 
     def like(dtype):
         return types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
 
-    monkeypatch.setattr(folded.triton, "unsupported", lambda q: "float64" if q.dtype == torch.float64 else None)
+    monkeypatch.setattr(devices, "kernel_obstacle", lambda q: "float64" if q.dtype == torch.float64 else None)
     assert [folded.takes(like(dtype), plan) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1, 1, 0]
     assert not folded.takes(like(torch.bfloat16), other)
 
@@ -370,7 +371,7 @@ def test_explain_says_so(taken):
 
 def arguments(call: Call) -> tuple:
     plan = call.planned()
-    return call.q, call.k, call.v, list(plan.tensors.values()), plan.spec_string, 0.25, False, "sdpa"
+    return call.q, call.k, call.v, list(plan.tensors), plan.spec, 0.25, False, "sdpa"
 
 
 @pytest.mark.parametrize("case", GROUPED)

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope.backends import eager, folded
-from fastrope.backends import triton as backend
+from fastrope.backends import folded, reference
+from fastrope import device as devices
+from fastrope.backends import fused
 
 pytest.importorskip("triton")
 from fastrope import kernels
-from fastrope.kernels import attention, config, means, pack, patches, series
+from fastrope.kernels import abi, attention, axis_blocks, config, means, pack, polynomial
 
 README = " ".join((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split())
-interpreted = pytest.mark.skipif(not backend.interpreted(), reason="runs interpreted kernels on CPU tensors")
+interpreted = pytest.mark.skipif(not devices.interpreted(), reason="runs interpreted kernels on CPU tensors")
 
 
 def grid_rope(height: int, width: int, text: int, **options) -> fr.RoPE:
@@ -72,7 +73,7 @@ def test_nan_around_every_buffer_stays_out(scale_of, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
     out, lse = fr.attention(q, k, v, plan=plan, return_lse=True, backend="triton")
     monkeypatch.undo()
-    expected, expected_lse = eager.run(q, k, v, plan, 0.25, return_lse=True)
+    expected, expected_lse = reference.run(q, k, v, plan.resolved, 0.25, return_lse=True)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-6)
 
@@ -123,9 +124,9 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch):
         device = torch.device("cuda", 1)
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(backend, "pack", lambda *args: entered.append("packed") or (None, None))
-    monkeypatch.setattr(backend, "attend", lambda *args, **how: entered.append("ran") or ("out", None))
-    backend.run(Elsewhere(), None, None, None, 1.0)
+    monkeypatch.setattr(fused, "pack", lambda *args: entered.append("packed") or (None, None))
+    monkeypatch.setattr(fused, "attend", lambda *args, **how: entered.append("ran") or ("out", None))
+    fused.run(Elsewhere(), None, None, None, 1.0, None)
     assert entered == [torch.device("cuda", 1), "packed", "ran", "left"]
 
 
@@ -161,9 +162,9 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch):
     found = {}
-    for module, name in ((attention, "attention_kernel"), (patches, "patch_kernel"), (pack, "pack_kernel"),
-                         (pack, "queries_kernel"), (means, "means_kernel"), (series, "terms_kernel"),
-                         (series, "series_kernel")):  # fmt: skip
+    for module, name in ((attention, "attention_kernel"), (axis_blocks, "axis_block_kernel"), (pack, "pack_kernel"),
+                         (pack, "queries_kernel"), (means, "means_kernel"), (polynomial, "terms_kernel"),
+                         (polynomial, "polynomial_kernel")):  # fmt: skip
         kernel = getattr(module, name)
         original = getattr(kernel, "fn", kernel)
         jitted = kernel if hasattr(kernel, "params") else __import__("triton").JITFunction(
@@ -174,9 +175,9 @@ def recorders(monkeypatch):
 
 
 COUNTS = {
-    "attention_kernel": "ATTENTION_COUNTS", "patch_kernel": "PATCH_COUNTS", "pack_kernel": "PACK_COUNTS",
+    "attention_kernel": "ATTENTION_COUNTS", "axis_block_kernel": "AXIS_BLOCK_COUNTS", "pack_kernel": "PACK_COUNTS",
     "queries_kernel": "QUERIES_COUNTS", "means_kernel": "MEANS_COUNTS", "terms_kernel": "TERMS_COUNTS",
-    "series_kernel": "SERIES_COUNTS",
+    "polynomial_kernel": "POLYNOMIAL_COUNTS",
 }  # fmt: skip
 
 
@@ -191,7 +192,8 @@ def launch_all(lengths, scale_of=None, batch=1, heads=2, scattered=False, dtype=
                 fr.QueryScale(scale_of(length), keys=keys), fr.BandWeight(torch.linspace(0.5, 1.5, 8), keys=keys),
                 fr.BiasDelta(1, 1.1, keys=keys), fr.LogitGain(torch.linspace(0.5, 1, length), keys=keys),
             ]  # fmt: skip
-        backend.run(x, x, x, fr.plan(rope=rope, modulations=mods), 0.25)
+        lowered = fr.plan(rope=rope, modulations=mods).lowered
+        fused.run(x, x, x, lowered, 0.25, fused.Launch.of(x, x, x, lowered))
 
 
 @interpreted
@@ -211,7 +213,7 @@ def test_compilations_of_a_call_that_folds(recorders):
     def launch(length, batch=1, heads=2, modulations=()):
         q, x = torch.randn(batch, length, heads, 16), torch.randn(batch, length, 2, 16)
         rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
-        folded.run(q, x, x, fr.plan(rope=rope, modulations=modulations), 0.25)
+        folded.run(q, x, x, fr.plan(rope=rope, modulations=modulations).lowered, 0.25)
         return {name: len(r.keys) for name, r in recorders.items() if r.keys}
 
     for length in (1, 16, 113, 128, 239, 256, 1000, 1023, 1024):
@@ -227,14 +229,14 @@ def test_compilations_of_a_call_that_folds(recorders):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("dtype", "own"), [(torch.float32, ["patch_kernel"]), (torch.float16, ["terms_kernel", "series_kernel"])]
+    ("dtype", "more"), [(torch.float32, ["axis_block_kernel"]), (torch.float16, ["terms_kernel", "polynomial_kernel"])]
 )
-def test_compilations_of_a_modulated_call(recorders, dtype, own):
-    """Levels and continuous scales, many lengths: one binary of each kernel, and one more of the kernel that packs keys
+def test_compilations_of_a_modulated_call(recorders, dtype, more):
+    """Scale buckets and per-query scales, many lengths: one binary of each kernel, and one more of the kernel that packs keys
     where it sorts values too."""
     scales = (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.9, 0.901, n))
     lengths = (70, 113, 128, 239, 256, 600)
-    expected = dict.fromkeys(["attention_kernel", "pack_kernel", "queries_kernel", "means_kernel", *own], 1)
+    expected = dict.fromkeys(["attention_kernel", "pack_kernel", "queries_kernel", "means_kernel", *more], 1)
     for scale_of in scales:
         launch_all(lengths, scale_of, dtype=dtype)
     counts = {name: len(r.keys) for name, r in recorders.items() if r.keys}
@@ -275,26 +277,12 @@ def test_configurations_are_pure_and_whole(kernel, arch):
                 continue
             found = kernels.select(kernel, arch, dtype, head_dim)
             assert found == kernels.select(kernel, arch, dtype, head_dim)
-            assert kernels.SLOT_TILE % found.block_m == 0
+            assert abi.QUERY_TILE % found.block_m == 0
             assert found.num_warps in (1, 2, 4, 8, 16)
             assert found.num_stages >= 1
             if kernel != "means":
                 assert found.block_d >= head_dim
                 assert found.block_d & (found.block_d - 1) == 0
-
-
-def test_override_is_scoped():
-    before = kernels.select("attention", "sm_90", torch.bfloat16, 128)
-    with kernels.override("attention", block_n=32, num_stages=3):
-        inside = kernels.select("attention", "sm_90", torch.bfloat16, 128)
-        assert (inside.block_n, inside.num_stages, inside.block_m) == (32, 3, before.block_m)
-        assert kernels.select("patches", "sm_90", torch.bfloat16, 128).block_n != 32
-    assert kernels.select("attention", "sm_90", torch.bfloat16, 128) == before
-    for bad in ({"block_q": 1}, {"block_m": 48}, {"block_d": 64}):
-        with pytest.raises(ValueError, match="expected"), kernels.override("attention", **bad):
-            pass
-    with pytest.raises(ValueError, match="kernel"), kernels.override("conv", block_n=32):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -333,21 +321,21 @@ def test_tables_of_any_strides():
         {"rope": flipped, "modulations": [fr.QueryScale(torch.linspace(0.3, 1, length))]},
     ):  # fmt: skip
         plan = fr.plan(**options)
-        assert all(t.is_contiguous() for t in plan.tensors.values())
+        assert all(t.is_contiguous() for t in plan.tensors)
         out = fr.attention(q, q, q, plan=plan, backend="triton")
-        torch.testing.assert_close(out, eager.run(q, q, q, plan, 0.25)[0], rtol=1e-5, atol=3e-6)
+        torch.testing.assert_close(out, reference.run(q, q, q, plan.resolved, 0.25)[0], rtol=1e-5, atol=3e-6)
 
 
 @interpreted
-def test_continuous_scales_far_from_the_keys():
+def test_per_query_scales_far_from_the_keys():
     """A query 100 000 tokens away turns as exactly as a near one."""
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 1, 12, 1, 16, generator=generator)
     rope, key_rope = (fr.RoPE.axial(torch.arange(12)[:, None] + offset, (16,)) for offset in (100_000, 0))
     plan = fr.plan(rope=rope, key_rope=key_rope, modulations=[fr.QueryScale(torch.linspace(0.3, 1, 12))])
-    assert plan.spec.continuous
+    assert plan.lowered.num_per_query
     out = fr.attention(q, k, k, plan=plan, backend="triton")
-    torch.testing.assert_close(out, eager.run(q, k, k, plan, 0.25)[0], rtol=1e-5, atol=3e-6)
+    torch.testing.assert_close(out, reference.run(q, k, k, plan.resolved, 0.25)[0], rtol=1e-5, atol=3e-6)
 
 
 def test_the_cache_serves_threads():
@@ -391,7 +379,7 @@ def test_plans_own_what_they_hold(dtype, later):
     plan = fr.plan(rope=rope, modulations=mods, key_mask=given["mask"])
     if later != "planned":
         plan = plan.with_groups([(given["bias"], given["delta"])]).with_weight(given["weight"])
-    backends = ("eager", "sdpa", "triton") if backend.interpreted() else ("eager", "sdpa")
+    backends = ("eager", "sdpa", "triton") if devices.interpreted() else ("eager", "sdpa")
     before = [fr.attention(q, q, q, plan=plan, backend=name) for name in backends]
     for x in given.values():
         x.zero_()
@@ -436,11 +424,9 @@ def test_a_default_device_does_not_reach_plans():
 
 
 def test_host_and_kernels_agree_on_constants():
-    from fastrope import lowering, tables
     from fastrope.kernels import common
 
-    names = [name.upper() for name in tables.SEGMENT_FIELDS]
+    names = [name.upper() for name in abi.SEGMENT_COLUMNS]
     assert [getattr(common, name).value for name in names] == list(range(common.SEGMENT_FIELDS.value))
-    assert lowering.SLOT_TILE == kernels.SLOT_TILE
-    assert patches.PATCH.value == lowering.PATCH
-    assert patches.CHUNK.value == lowering.PAIR_CHUNK
+    assert axis_blocks.AXIS_BLOCK.value == abi.AXIS_BLOCK
+    assert axis_blocks.CHUNK.value == abi.PAIR_CHUNK

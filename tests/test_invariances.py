@@ -32,10 +32,10 @@ from numerics import (
 )
 
 import fastrope as fr
-from fastrope.backends import triton
+from fastrope import device as devices
 
 BACKENDS = [("eager", torch.float64), ("sdpa", torch.float64), ("sdpa", torch.bfloat16), ("triton", torch.float32)]
-if not triton.interpreted():
+if not devices.interpreted():
     BACKENDS += [("triton", torch.bfloat16)]
 backends = pytest.mark.parametrize(
     ("backend", "dtype"), BACKENDS, ids=[f"{b}-{str(d).removeprefix('torch.')}" for b, d in BACKENDS]
@@ -59,7 +59,7 @@ def made(dtype, tokens=48, dim=32, batch=1, heads=1, key_heads=1, seed=0, rope=T
 def same(call: Call, twin: Call, backend: str) -> None:
     """Both calls mean the same: a result of one is as near to the other's reference as the rule asks of it."""
     compare(call, *twin.run(backend), name=backend, twin=twin)
-    if backend != "triton" or not triton.interpreted():  # slow, and each call against itself is tested elsewhere
+    if backend != "triton" or not devices.interpreted():  # slow, and each call against itself is tested elsewhere
         compare(twin, *call.run(backend), name=backend, twin=call)
 
 

@@ -24,8 +24,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrope as fr
-from fastrope import joint, series
-from fastrope.backends import folded, triton
+from fastrope import device as devices
+from fastrope import joint
+from fastrope.backends import folded, fused
+from fastrope.planning import polynomial
 from fastrope.tolerance import measure
 
 TEXT, IMAGE, DIM = 9, 25, 16
@@ -79,12 +81,12 @@ def group(delta: float = 0.8, length: int = TEXT + IMAGE) -> list:
 
 def watched(monkeypatch) -> list[bool]:
     """Whether each run of the kernels was handed streams, of keys and, where there are two, of values."""
-    calls, run = [], triton.run
+    calls, run = [], fused.run
 
     def streamed(k, v) -> bool:
         return not isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) == (len(k.parts) == 1)
 
-    monkeypatch.setattr(triton, "run", lambda q, k, v, *rest: calls.append(streamed(k, v)) or run(q, k, v, *rest))
+    monkeypatch.setattr(fused, "run", lambda q, k, v, *rest: calls.append(streamed(k, v)) or run(q, k, v, *rest))
     return calls
 
 
@@ -119,15 +121,15 @@ def test_streams_equal_the_steps_one_by_one(kind, pairing, dtype, monkeypatch):
     check(streams(dtype), plan, monkeypatch)
 
 
-@pytest.mark.parametrize("serial", [True, False])
-def test_queries_with_scales_of_their_own_stay_streams_in_a_series(serial, monkeypatch):
-    monkeypatch.setattr(series, "LEAST_FILLED", 0.0 if serial else 1.0)
+@pytest.mark.parametrize("by_polynomial", [True, False])
+def test_queries_with_per_query_scales_stay_streams_for_a_polynomial(by_polynomial, monkeypatch):
+    monkeypatch.setattr(polynomial, "LEAST_FILLED", 0.0 if by_polynomial else 1.0)
     length, g, kinds = TEXT + IMAGE, generator(4), []
     plan = a_plan(modulations=every_modulation(g, length, length, DIM, "distinct"))
-    run = triton.run
-    monkeypatch.setattr(triton, "run", lambda q, *rest: kinds.append(type(q).__name__) or run(q, *rest))
+    run = fused.run
+    monkeypatch.setattr(fused, "run", lambda q, *rest: kinds.append(type(q).__name__) or run(q, *rest))
     check(streams(torch.float16), plan, monkeypatch)
-    assert kinds == ["Streams" if serial else "Tensor"]
+    assert kinds == ["Streams" if by_polynomial else "Tensor"]
 
 
 @pytest.mark.parametrize(("dim", "pairing"), [(80, "interleaved"), (96, "half"), (128, "half")])
@@ -216,7 +218,7 @@ def test_nan_around_every_buffer_stays_out(monkeypatch):
         assert measure(out, reference, fr.joint_attention(clean, plan=plan, backend="eager")).passed
 
 
-@pytest.mark.skipif(not triton.interpreted(), reason="runs interpreted kernels on CPU tensors")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs interpreted kernels on CPU tensors")
 def test_offsets_beyond_32_bits():
     """Tokens so far apart that token * stride leaves int32, in either stream: lazily allocated buffers."""
     stride, near = 2**30, streams(torch.float16, (3, 4), batch=1, layouts=("contiguous",) * 2)
@@ -247,7 +249,7 @@ def test_streams_fold_into_the_keys(lengths, modulated, dtype, monkeypatch):
     parts = streams(dtype, lengths, layouts=("fused",) * len(lengths), heads=(2, 2))
     reference = fr.attention(*exact(parts), plan=plan, backend="eager")
     low = fr.joint_attention(parts, plan=plan, backend="eager")
-    monkeypatch.setattr(folded, "takes", lambda q, plan: folded.folds(plan))
+    monkeypatch.setattr(folded, "takes", lambda q, lowered: folded.folds(lowered))
     monkeypatch.setattr(joint, "join", None)
     seen, run = [], folded.run
     monkeypatch.setattr(folded, "run", lambda q, k, v, *rest: seen.append((q, k, v)) or run(q, k, v, *rest))
@@ -283,8 +285,8 @@ def test_a_single_stream_is_not_copied(monkeypatch):
     """The values of FLUX's single-stream blocks are read where the projection left them."""
     skip_unless_runnable("triton")
     (part,) = streams(lengths=(34,))
-    seen, run = [], triton.run
-    monkeypatch.setattr(triton, "run", lambda q, k, v, *rest: seen.append((k.parts[0], v)) or run(q, k, v, *rest))
+    seen, run = [], fused.run
+    monkeypatch.setattr(fused, "run", lambda q, k, v, *rest: seen.append((k.parts[0], v)) or run(q, k, v, *rest))
     fr.joint_attention([part], plan=a_plan(), backend="triton")
     ((k, v),) = seen
     assert (k.data_ptr(), v.data_ptr()) == (part.k.data_ptr(), part.v.data_ptr())
@@ -327,7 +329,7 @@ def arguments(parts, plan: fr.Plan, backend: str) -> tuple:
     norms = [s.norm_q for s in parts] + [s.norm_k for s in parts]
     lists = [[getattr(s, name) for s in parts] for name in ("q", "k", "v")]
     weights, eps = zip(*norms, strict=True)
-    return *lists, list(weights), list(eps), list(plan.tensors.values()), plan.spec_string, 0.25, backend
+    return *lists, list(weights), list(eps), list(plan.tensors), plan.spec, 0.25, backend
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])

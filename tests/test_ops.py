@@ -17,7 +17,7 @@ from numerics import (
     generator,
     grid,
     key_masks,
-    many_treatments,
+    many_signatures,
     scales,
     skip_unless_runnable,
     tensors,
@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrope as fr
 from fastrope import ops
-from fastrope.backends import sdpa, triton
+from fastrope import device as devices
+from fastrope.backends import sdpa
 
 SCALE = 0.25
 
@@ -41,62 +42,37 @@ def a_call(dtype=torch.float32, kind="levels", mask="random", tokens=12, batch=2
     return Call(q, k, v, rope, modulations=modulations, key_mask=key_masks(g, mask, batch, tokens), scale=SCALE)
 
 
-def planned_arguments(call: Call, return_lse: bool) -> tuple:
+def arguments(call: Call, return_lse: bool) -> tuple:
     plan = call.planned()
-    return call.q, call.k, call.v, list(plan.tensors.values()), plan.spec_string, SCALE, return_lse, "sdpa"
+    return call.q, call.k, call.v, list(plan.tensors), plan.spec, SCALE, return_lse, "sdpa"
 
-
-def raw_arguments(call: Call, return_lse: bool) -> tuple:
-    code = ops._Encoder()
-    code.rope("rope", call.rope)
-    code.rope("key_rope", call.key_rope)
-    if call.key_mask is not None:
-        code.tensor(call.key_mask)
-        code.words.append("mask")
-    for m in call.modulations:
-        code.modulation(m)
-    layout = ";".join(code.words)
-    return call.q, call.k, call.v, code.tensors, code.ints, code.floats, layout, SCALE, return_lse, "sdpa"
-
-
-OPS = {
-    "planned": (torch.ops.fastrope.planned_attention, planned_arguments),
-    "raw": (torch.ops.fastrope.attention, raw_arguments),
-}
-both_ops = pytest.mark.parametrize("op", OPS)
 
 # ---- contracts -------------------------------------------------------------------------------------------------------
 
 
-@both_ops
 @pytest.mark.parametrize("kind", ["levels", "distinct"])
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_opcheck(op, kind, return_lse):
-    function, arguments = OPS[op]
+def test_opcheck(kind, return_lse):
     call = a_call(kind=kind)
     grads = replace(call, q=call.q.requires_grad_(), k=call.k.requires_grad_(), v=call.v.requires_grad_())
     for each in (a_call(kind=kind, dtype=torch.float16), grads):
-        torch.library.opcheck(function.default, arguments(each, return_lse))
+        torch.library.opcheck(ops.planned_attention, arguments(each, return_lse))
 
 
-@both_ops
-def test_opcheck_of_plain_attention(op):
-    function, arguments = OPS[op]
+def test_opcheck_of_plain_attention():
     q, k, v = tensors(generator(1), queries=5, keys=9, heads=2, dim=16)
     for call in (Call(q, k, v), Call(q, k, v, axial(grid(5), 16), axial(grid(9, frame=1), 16, applied=True))):
-        torch.library.opcheck(function.default, arguments(call, False))
+        torch.library.opcheck(ops.planned_attention, arguments(call, False))
 
 
-@both_ops
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_fake_outputs_look_like_real_ones(op, dtype, return_lse):
+def test_fake_outputs_look_like_real_ones(dtype, return_lse):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    function, arguments = OPS[op]
     call = a_call(dtype)
     call = replace(call, q=call.q.transpose(1, 2).contiguous().transpose(1, 2))
-    real = function(*arguments(call, return_lse))
+    real = ops.planned_attention(*arguments(call, return_lse))
     mode = FakeTensorMode()
 
     def fake(x):
@@ -104,18 +80,39 @@ def test_fake_outputs_look_like_real_ones(op, dtype, return_lse):
 
     real_arguments = arguments(call, return_lse)
     with mode:
-        pretended = function(*(fake(x) for x in real_arguments))
+        pretended = ops.planned_attention(*(fake(x) for x in real_arguments))
     for a, b in zip(real, pretended, strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
     assert real[1].numel() == (call.q[..., 0].numel() if return_lse else 0)
 
 
-@both_ops
 @pytest.mark.parametrize("kind", ["levels", "distinct"])
-def test_ops_give_what_attention_gives(op, kind):
-    function, arguments = OPS[op]
+def test_the_op_gives_what_attention_gives(kind):
     call = a_call(kind=kind)
-    compare(call, *function(*arguments(call, True)), name=op)
+    compare(call, *ops.planned_attention(*arguments(call, True)), name="op")
+
+
+def test_what_looks_at_a_call_sees_one_op():
+    """Fake tensors, and a trace of real ones; elsewhere kernels are launched without an op in between."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    skip_unless_runnable("triton")
+    call = a_call()
+    plan = call.planned()
+
+    def attend(q):
+        return fr.attention(q, call.k, call.v, plan=plan, backend="triton")
+
+    graph = make_fx(attend)(call.q)
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("planned_attention" in name for name in names) == 1
+    assert torch.equal(graph(call.q), attend(call.q))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fake = mode.from_tensor(call.q)
+        assert fr.attention(fake, call.k, call.v, plan=plan, backend="triton").shape == call.q.shape
+    assert not ops.observed(call.q, torch.nn.Parameter(call.k))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -137,11 +134,10 @@ def test_gradcheck_of_sdpa(kind, mask):
     assert torch.autograd.gradcheck(function, leaves(call), fast_mode=True)
 
 
-@both_ops
-def test_gradcheck_of_ops(op):
-    function, arguments = OPS[op]
+def test_gradcheck_of_the_op():
     call = a_call(torch.float64, tokens=5)
-    assert torch.autograd.gradcheck(lambda *x: function(*x, *arguments(call, True)[3:]), leaves(call), fast_mode=True)
+    rest = arguments(call, True)[3:]
+    assert torch.autograd.gradcheck(lambda *x: ops.planned_attention(*x, *rest), leaves(call), fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", ["levels", "distinct"])
@@ -185,32 +181,6 @@ class Planned(torch.nn.Module):
         return fr.attention(q, k, v, plan=self.plan, scale=SCALE, backend=self.backend, return_lse=self.return_lse)
 
 
-class Raw(torch.nn.Module):
-    """Attention with modulations that come about inside the graph."""
-
-    def forward(self, q, k, v, positions, scale, weight, gain, delta, mask, group):
-        rope = fr.RoPE.axial(positions, (4, 6, 6))
-        modulations = [
-            fr.QueryScale(scale, keys=slice(4, None), axes=(1, 2)),
-            fr.BandWeight(weight, keys=slice(0, 8)),
-            fr.BiasDelta(1.1, delta, keys=group),
-            fr.LogitGain(gain * 2, keys=slice(-5, None)),
-        ]
-        return fr.attention(
-            q, k, v, rope=rope, modulations=modulations, key_mask=mask, scale=SCALE, return_lse=True, backend="sdpa"
-        )
-
-
-def raw_inputs(seed: int = 0, tokens: int = 12) -> tuple:
-    g = generator(seed)
-    q, k, v = tensors(g, batch=2, queries=tokens, heads=4, key_heads=2, dim=16)
-    mask, group = key_masks(g, "random", 2, tokens), torch.arange(tokens, device=DEVICE) % 3 == 0
-    return (
-        q, k, v, grid(tokens, 2), scales(g, "levels", tokens), uniform(g, 8, low=0.3), uniform(g, tokens),
-        uniform(g, 2), mask, group,
-    )  # fmt: skip
-
-
 def agree(found: tuple, expected: tuple) -> None:
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=0, atol=8 * torch.finfo(torch.float32).eps)
@@ -241,31 +211,23 @@ def test_a_plan_compiles_with_inductor():
     agree((found,), (block(call.q, call.k, call.v),))
 
 
-def test_modulations_of_the_graph_compile():
-    inputs = raw_inputs()
-    expected = Raw()(*inputs)
-    agree(torch.compile(Raw(), fullgraph=True, backend="aot_eager")(*inputs), expected)
-
-
-def test_key_rope_compiles():
-    """Both axis maps meet while tracing, where no value may be read."""
+def test_plain_attention_compiles_without_a_plan():
     q, k, v = tensors(generator(2), queries=6, keys=9, heads=2, dim=16)
-
-    def function(q, k, v, where, key_where):
-        rope, key_rope = (fr.RoPE.axial(x, (4, 6, 6)) for x in (where, key_where))
-        return fr.attention(q, k, v, rope=rope, key_rope=key_rope, modulations=[fr.BiasDelta(1.0, 0.8, slice(2, 5))])
-
-    inputs = q, k, v, grid(6), grid(9, frame=1)
-    agree((torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs),), (function(*inputs),))
+    compiled = torch.compile(fr.attention, fullgraph=True, backend="aot_eager")
+    agree((compiled(q, k, v),), (fr.attention(q, k, v),))
 
 
-def test_new_values_do_not_recompile():
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(Raw(), fullgraph=True, backend=counter)
-    for seed in range(4):
-        inputs = raw_inputs(seed)
-        agree(compiled(*inputs), Raw()(*inputs))
-    assert counter.frame_count == 1
+@pytest.mark.parametrize("what", ["rope", "modulations", "key_mask"])
+def test_what_a_plan_is_made_of_is_refused_in_compiled_code(what):
+    """A plan reads values; the message says where to make it."""
+    q, k, v = tensors(generator(2), queries=6, heads=2, dim=16)
+    given = {
+        "rope": axial(grid(6), 16), "modulations": [fr.BiasDelta(1.0, 0.8, slice(2, 5))],
+        "key_mask": torch.ones(1, 6, dtype=torch.bool, device=DEVICE),
+    }[what]  # fmt: skip
+    compiled = torch.compile(lambda *x: fr.attention(*x, **{what: given}), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"make it outside, with fastrope\.plan"):
+        compiled(q, k, v)
 
 
 def test_new_values_in_a_plan_do_not_recompile():
@@ -276,44 +238,38 @@ def test_new_values_in_a_plan_do_not_recompile():
     compiled = torch.compile(Planned(plan), fullgraph=True, backend=counter)
     results = []
     for n in range(3):
-        plan.tensors["weights"].mul_(1 + n)
+        plan.lowered.bands.weights.mul_(1 + n)
         q, k, v = tensors(generator(n), batch=2, queries=12, heads=4, key_heads=2, dim=16)
         results.append(compiled(q, k, v))
         agree(results[-1], Planned(plan)(q, k, v))
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_gradients_through_compile(planned):
+def test_gradients_through_compile():
     call = a_call()
     module = Planned(call.planned(), "sdpa")
-    modules = module, torch.compile(module, fullgraph=True, backend="aot_eager")
-    rest = ()
-    if not planned:
-        modules, rest = (Raw(), torch.compile(Raw(), fullgraph=True, backend="aot_eager")), raw_inputs()[3:]
     found = []
-    for each in modules:
+    for each in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
         inputs = leaves(call)
-        out, lse = each(*inputs, *rest)
+        out, lse = each(*inputs)
         found.append(torch.autograd.grad(out.square().sum() + lse.masked_fill(lse.isinf(), 0).sum(), inputs))
     for expected, gradient in zip(*found, strict=True):
         assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_errors_while_tracing_are_ours(planned):
-    inputs = list(raw_inputs())
-    plan = fr.plan(rope=axial(grid(12), 16))
+def test_errors_while_tracing_are_ours():
+    inputs = list(tensors(generator(0), batch=2, queries=12, heads=4, key_heads=2, dim=16))
+    module = Planned(fr.plan(rope=axial(grid(12), 16)))
     for at, wrong, words in (
         (1, draw(generator(1), 2, 12, 3, 16), "k: expected a number of heads that divides H = 4, received 3"),
         (2, inputs[2].half(), "v: expected the dtype of q"),
         (0, draw(generator(1), 2, 7, 4, 16), "expected 1?[27] tokens"),
     ):
         torch._dynamo.reset()
-        changed = [wrong if n == at else x for n, x in enumerate(inputs)]
-        module = Planned(plan) if planned else Raw()
         with pytest.raises(Exception, match=words):
-            torch.compile(module, fullgraph=True, backend="aot_eager")(*(changed[:3] if planned else changed))
+            torch.compile(module, fullgraph=True, backend="aot_eager")(
+                *(wrong if n == at else x for n, x in enumerate(inputs))
+            )
 
 
 def test_triton_with_gradients_is_refused_while_tracing():
@@ -386,7 +342,7 @@ def test_the_watch_sees_reads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["levels", "few"])
 def test_sdpa_allocates_no_logits(kind, dtype):
-    """2048 x 2048: the logits of one head alone are 64 times the keys. Views, levels and float32 copies stay small."""
+    """2048 x 2048: the logits of one head alone are 64 times the keys. Query variants, scale buckets and float32 copies stay small."""
     tokens, dim = 2048, 16
     g = generator(5)
     q, k, v = tensors(g, queries=tokens, heads=2, dim=dim, dtype=dtype)
@@ -401,37 +357,37 @@ def test_sdpa_allocates_no_logits(kind, dtype):
     with Watch() as watch:
         fr.attention(q, k, v, plan=plan, backend="sdpa")
     keys_wide = k.numel() * 4
-    views = 5  # plain, scaled, scaled with gain; in half precision a gain takes two columns, and so does a plain gain
-    assert watch.largest <= 2 * views * keys_wide, watch.where
+    variants = 5  # plain, scaled, scaled with gain; in half precision a gain takes two columns, and so does a plain gain
+    assert watch.largest <= 2 * variants * keys_wide, watch.where
     assert watch.largest < tokens * tokens * k.element_size(), watch.where
 
 
-def test_sdpa_stacks_few_key_copies_for_queries_of_their_own():
+def test_sdpa_stacks_few_key_copies_for_per_query_scales():
     tokens, dim = 1024, 16
     g = generator(6)
     q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
     r = torch.ones(tokens, device=DEVICE)
-    r[:40] = uniform(g, 40)  # more than there may be levels
+    r[:40] = uniform(g, 40)  # more than there may be buckets
     plan = fr.plan(rope=axial(grid(tokens), dim), modulations=[fr.QueryScale(r)])
-    assert plan.spec.level_counts[0][0] == 40
+    assert plan.lowered.scales.counts[0][0] == 40
     with Watch() as watch:
         fr.attention(q, k, v, plan=plan, backend="sdpa")
     assert watch.largest <= 16 * k.numel() * 4, watch.where
 
 
 @pytest.mark.parametrize(("backend", "kind"), [("sdpa", "levels"), ("sdpa", None), ("triton", None)])
-def test_memory_does_not_grow_with_the_treatments(backend, kind):
+def test_memory_does_not_grow_with_the_key_signatures(backend, kind):
     """A group for every other key: what is held at once stays a small multiple of the keys, and no table is N x N."""
-    tokens, dim = 100 if backend == "triton" and triton.interpreted() else 256, 16
+    tokens, dim = 100 if backend == "triton" and devices.interpreted() else 256, 16
     skip_unless_runnable(backend)
     g = generator(8)
     q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
-    plan = fr.plan(rope=axial(grid(tokens), dim), modulations=many_treatments(g, tokens, tokens, dim, kind))
-    assert len(plan.spec.passes) > 5
+    plan = fr.plan(rope=axial(grid(tokens), dim), modulations=many_signatures(g, tokens, tokens, dim, kind))
+    assert len(plan.lowered.passes) > 5
     with Watch() as watch:
         fr.attention(q, k, v, plan=plan, backend=backend)
     assert watch.largest <= 12 * k.numel() * 4, watch.where
-    assert max(t.numel() for t in plan.tensors.values()) <= 12 * k.numel()
+    assert max(t.numel() for t in plan.tensors) <= 12 * k.numel()
 
 
 @pytest.mark.parametrize("masked", [False, True])

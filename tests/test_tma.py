@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -20,20 +19,22 @@ from numerics import (
     generator,
     grid,
     lay_out,
-    many_treatments,
+    many_signatures,
     scales,
     tensors,
     uniform,
+    with_tiles,
 )
 
 import fastrope as fr
-from fastrope.backends import triton as backend
+from fastrope import device as devices
+from fastrope.backends import fused
 
 pytest.importorskip("triton")
 from fastrope import kernels
 from fastrope.kernels import attention, config, descriptors
 
-pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="chooses Hopper's loops on CPU tensors")
+pytestmark = pytest.mark.skipif(not devices.interpreted(), reason="chooses Hopper's loops on CPU tensors")
 HALF = torch.float16
 
 
@@ -49,11 +50,10 @@ def launches(monkeypatch):
         return select(kernel, *where)
 
     monkeypatch.setattr(kernels, "select", record)
-    monkeypatch.setattr(backend, "_arch", lambda device: "sm_90")
-    with contextlib.ExitStack() as stack:
-        for loop in config.TMA_LOOPS:
-            stack.enter_context(config.override(loop, block_m=32, block_n=16))
-        yield chosen
+    monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
+    for loop in config.TMA_LOOPS:
+        with_tiles(monkeypatch, loop, block_m=32, block_n=16)
+    return chosen
 
 
 def picture(dim: int = 32, batch: int = 2, kind: str | None = "levels", heads: int = 2, key_heads: int = 1) -> Call:
@@ -93,14 +93,13 @@ def test_any_composition():
     run()
 
 
-def test_both_orders_agree():
+def test_both_orders_agree(monkeypatch):
     """Weighing a tile's values at once or one tile late is the same sum in the same order."""
     call = picture(16)
     late = call.run("triton")
-    with contextlib.ExitStack() as stack:
-        for loop in config.TMA_LOOPS:
-            stack.enter_context(config.override(loop, block_m=32, block_n=16, pipelined=False))
-        at_once = call.run("triton")
+    for loop in config.TMA_LOOPS:
+        with_tiles(monkeypatch, loop, block_m=32, block_n=16, pipelined=False)
+    at_once = call.run("triton")
     assert all(torch.equal(a, b) for a, b in zip(late, at_once, strict=True))
 
 
@@ -124,7 +123,7 @@ def test_masked_keys_may_hold_anything(kind, launches):
     k, v = (x.masked_fill(~mask[:, :, None, None], torch.nan) for x in (call.k, call.v))
     out, lse = replace(call, k=k, v=v).run("triton")
     assert not out[1].any()
-    assert fr.explain(call.q, k, v, rope=call.rope, key_mask=mask, backend="triton").loop == "tensor descriptors"
+    assert fr.explain(call.q, k, v, rope=call.rope, key_mask=mask, backend="triton").decision.launch.loop == "tensor descriptors"
     compare(call, out, lse)
     assert set(launches) == {"attention_tma" if kind is None else "attention_modulated_tma"}
 
@@ -134,8 +133,8 @@ def test_merged_parts_read_no_masked_value(launches, monkeypatch):
     g = generator(5)
     q, k, v = tensors(g, queries=24, heads=1, dim=16, dtype=HALF)
     mask = torch.arange(24)[None] % 5 != 3
-    call = Call(q, k, v, axial(grid(24), 16), modulations=many_treatments(g, 24, 24, 16, None), key_mask=mask)
-    assert len(call.planned().spec.passes) > 1
+    call = Call(q, k, v, axial(grid(24), 16), modulations=many_signatures(g, 24, 24, 16, None), key_mask=mask)
+    assert len(call.planned().lowered.passes) > 1
     expected = call.exact(), call.low()
     zeroed, where = [], torch.where
     monkeypatch.setattr(torch, "where", lambda *x: zeroed.append(x) or where(*x))
@@ -153,9 +152,9 @@ def test_what_a_descriptor_cannot_say(launches):
     assert "through tensor descriptors" in str(fr.explain(q, k, v, backend="triton"))
     for other in (lay_out(v, "transposed"), lay_out(v, "expanded"), shifted):
         assert not kernels.describable(other.transpose(1, 2))
-        assert fr.explain(q, k, other, backend="triton").loop.startswith("pointers (v: ")
+        assert fr.explain(q, k, other, backend="triton").decision.launch.loop.startswith("pointers (v: ")
         check(Call(q, k, other), "triton")
-    assert fr.explain(q.float(), k.float(), v.float(), backend="triton").loop.startswith("pointers (no descriptors on ")
+    assert fr.explain(q.float(), k.float(), v.float(), backend="triton").decision.launch.loop.startswith("pointers (no descriptors on ")
     check(Call(q.float(), k.float(), v.float()), "triton")
     assert set(launches) == {"attention"}
 
@@ -174,7 +173,7 @@ def test_masked_values_are_copied_once(layout, launches, monkeypatch):
     fr.attention(q, k, v, key_mask=mask, backend="triton", debug=False)
     expected = "attention" if layout == "transposed" else "attention_tma"
     assert launches == [expected]
-    found = fr.explain(q, k, v, key_mask=mask, backend="triton").loop
+    found = fr.explain(q, k, v, key_mask=mask, backend="triton").decision.launch.loop
     assert found.startswith("tensor descriptors" if expected == "attention_tma" else "pointers (v: ")
 
 
@@ -183,7 +182,7 @@ def test_descriptors_can_be_switched_off(launches, monkeypatch):
     g = generator(3)
     q, k, v = (draw(g, 1, 21, 2, 16, dtype=HALF) for _ in range(3))
     monkeypatch.setenv("FASTROPE_TMA", "0")
-    assert fr.explain(q, k, v, backend="triton").loop == "pointers (FASTROPE_TMA=0)"
+    assert fr.explain(q, k, v, backend="triton").decision.launch.loop == "pointers (FASTROPE_TMA=0)"
     check(Call(q, k, v), "triton")
     assert launches == ["attention"]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fastrope import bench
-from fastrope.backends import triton as backend
+from fastrope import device as devices
+from fastrope.backends import fused
 from fastrope.bench import match
 from fastrope.bench.rows import read
 
-needs_kernel = pytest.mark.skipif(not backend.interpreted(), reason="runs the interpreted kernel")
+needs_kernel = pytest.mark.skipif(not devices.interpreted(), reason="runs the interpreted kernel")
 ARGUMENTS = ["--suite", "match", "--repeats", "3", "--out"]
 
 

@@ -71,7 +71,7 @@ def test_every_supported_peer_runs_every_case(tmp_path, capsys):
 
 def test_the_fused_kernels_run_interpreted(tmp_path):
     peers = [replace(PEERS[name], own_plain=False) for name in INTERPRETED]
-    reason = fr.backends.triton.unsupported(torch.empty(1))
+    reason = devices.kernel_obstacle(torch.empty(1))
     session = run(peers, [CASES["grag"]], tmp_path)
     assert session.problems == []
     assert len(session.rows) == (0 if reason else 2)

@@ -14,7 +14,8 @@ from anchored import Spy, seeded
 from torch.nn import functional as F
 
 import fastrope as fr
-from fastrope.backends import triton as backend
+from fastrope import device as devices
+from fastrope.backends import fused
 from fastrope.bindings import llamagen
 from fastrope.bindings.llamagen.generate import warp
 from fastrope.bindings.llamagen.model import rotate, rotation_table
@@ -284,7 +285,7 @@ def test_a_batch_is_its_rows(model, features):
             assert torch.equal(getattr(alone.record, name)[0], getattr(both.record, name)[row])
 
 
-@pytest.mark.skipif(not backend.interpreted(), reason="runs the interpreted kernel")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs the interpreted kernel")
 def test_the_kernel_makes_the_image_of_the_reference(features):
     model = llamagen.LlamaGen(llamagen.LlamaGenConfig(**{**TINY.__dict__, "grid": 2})).eval()
     anchors, lock = torch.randint(TINY.vocabulary, (2, 4)), dict(tau=0.8, candidates=20, num_tokens=4)

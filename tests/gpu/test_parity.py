@@ -25,11 +25,12 @@ from numerics import (
 )
 
 import fastrope as fr
-from fastrope import api, series
-from fastrope.backends import folded, triton
+from fastrope.backends import folded, fused
 from fastrope.bench.cases import CASES, chosen
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
+from fastrope.dispatch import decide
+from fastrope.planning import polynomial
 
 pytestmark = pytest.mark.gpu
 
@@ -94,7 +95,7 @@ def a_folding_call(modulated=True, **options) -> Call:
 
 
 def check_folded(call: Call) -> None:
-    assert api.choose(call.q, call.k, call.v, call.planned(), "sdpa").folded
+    assert decide(call.planned().lowered, call.q, call.k, call.v, "sdpa").folded
     out = call.run("sdpa", return_lse=False)
     assert out.is_contiguous()
     assert_close(out, call.exact()[0], call.low()[0])
@@ -104,26 +105,26 @@ def check_folded(call: Call) -> None:
 @pytest.mark.parametrize("case", ["plain", "grag", "bands"])
 def test_flux_kontext_folded(case, dtype):
     problem = kontext(case, dtype)
-    assert api.choose(problem.q, problem.k, problem.v, problem.plan, "auto").folded
+    assert decide(problem.plan.lowered, problem.q, problem.k, problem.v, "auto").folded
     attend_checked(problem, f"{case} {dtype}", "auto")
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", ["loose-levels", "crop-gain", "loose-continuous", "all", "all-continuous"])
-def test_flux_kontext_divided(case, dtype):
+def test_flux_kontext_split(case, dtype):
     """Queries outside of the crop through torch's attention."""
     problem = kontext(case, dtype)
-    assert api.choose(problem.q, problem.k, problem.v, problem.plan, "auto").divided
+    assert decide(problem.plan.lowered, problem.q, problem.k, problem.v, "auto").split
     attend_checked(problem, f"{case} {dtype}", "auto")
 
 
 @pytest.mark.parametrize("mask", [None, "random"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 96, 128])
-def test_head_dims_of_a_series(dim, dtype, mask, monkeypatch):
-    monkeypatch.setattr(series, "LEAST_FILLED", 0.0)
+def test_head_dims_of_a_polynomial(dim, dtype, mask, monkeypatch):
+    monkeypatch.setattr(polynomial, "LEAST_FILLED", 0.0)
     call = a_call("distinct", dtype, dim, mask=mask)
-    assert triton.serial(call.q, call.planned())
+    assert fused.Launch.of(call.q, call.k, call.v, call.planned().lowered).polynomial
     check(call, "triton")
 
 
@@ -153,7 +154,7 @@ def test_the_folded_output_is_not_copied(dtype):
     """torch's kernels lay it out as the queries, which are packed for that."""
     q, k, v = tensors(generator(0), queries=300, heads=4, dim=128, dtype=dtype)
     plan = fr.plan(rope=axial(grid(300), 128))
-    assert folded.run(q, k, v, plan, 0.1).is_contiguous()
+    assert folded.run(q, k, v, plan.lowered, 0.1).is_contiguous()
 
 
 def test_streams_fold_into_the_keys():
@@ -169,39 +170,39 @@ def test_streams_fold_into_the_keys():
 # ---- queries that nothing sets apart, for torch's attention ----------------------------------------------------------
 
 
-def a_dividing_call(kind="levels", **options) -> Call:
-    """Every third query set apart: by one scale, or in tiles of a series; beside weights, a group and a gain."""
+def a_splitting_call(kind="levels", **options) -> Call:
+    """Every third query set apart: by one scale, or in tiles of a polynomial; beside weights, a group and a gain."""
     call = a_folding_call(**options)
     tokens = call.q.shape[1]
     apart = torch.arange(tokens, device=DEVICE) % 3 == 0
-    values = torch.linspace(0.8, 0.81 if kind == "series" else 0.8, tokens, device=DEVICE)
+    values = torch.linspace(0.8, 0.81 if kind == "polynomial" else 0.8, tokens, device=DEVICE)
     scale = fr.QueryScale(torch.where(apart, values, 1.0), keys=slice(tokens // 3, None), axes=(1, 2))
     gain = fr.LogitGain(torch.where(apart, 1.3, 1.0), keys=slice(tokens // 2, None))
     return replace(call, modulations=[scale, gain, *call.modulations])
 
 
-def check_divided(call: Call, kind: str) -> None:
+def check_split(call: Call, kind: str) -> None:
     plan = call.planned()
-    assert api.choose(call.q, call.k, call.v, plan, "auto").divided
-    assert triton.serial(call.q, plan) == (kind == "series")
+    assert decide(plan.lowered, call.q, call.k, call.v, "auto").split
+    assert fused.Launch.of(call.q, call.k, call.v, plan.lowered).polynomial == (kind == "polynomial")
     out = call.run("auto", return_lse=False)
     assert out.is_contiguous()
     assert_close(out, call.exact()[0], call.low()[0])
 
 
-@pytest.mark.parametrize("kind", ["levels", "series"])
+@pytest.mark.parametrize("kind", ["levels", "polynomial"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("dim", [20, 64, 80, 96, 128])
-def test_head_dims_divided(dim, dtype, kind):
-    check_divided(a_dividing_call(kind, dtype=dtype, dim=dim), kind)
+def test_head_dims_split(dim, dtype, kind):
+    check_split(a_splitting_call(kind, dtype=dtype, dim=dim), kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["levels", "series"])
-def test_strides_divided(kind, layout):
-    call = a_dividing_call(kind, layout=layout)
-    check_divided(call, kind)
-    check_divided(replace(call, rope=call.rope.as_applied()), kind)
+@pytest.mark.parametrize("kind", ["levels", "polynomial"])
+def test_strides_split(kind, layout):
+    call = a_splitting_call(kind, layout=layout)
+    check_split(call, kind)
+    check_split(replace(call, rope=call.rope.as_applied()), kind)
 
 
 # ---- the fused loop --------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def refill(*inputs: torch.Tensor) -> None:
 
 
 ROUTES = {**{kind: (lambda kind=kind: a_call(kind), "triton") for kind in KINDS}, "folded": (a_folding_call, "sdpa")}
-ROUTES |= {kind: (lambda kind=kind: a_dividing_call(kind), "auto") for kind in ("divided", "series")}
+ROUTES |= {kind: (lambda kind=kind: a_splitting_call(kind), "auto") for kind in ("split", "polynomial")}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -341,7 +342,7 @@ def test_compiled_with_modulations_made_inside():
     assert torch.equal(out, attend(call.q, call.k, call.v))
 
 
-@pytest.mark.parametrize("route", ["folded", "divided", "series"])
+@pytest.mark.parametrize("route", ["folded", "split", "polynomial"])
 def test_other_paths_do_not_synchronise(route):
     make, backend = ROUTES[route]
     call = make()
@@ -403,7 +404,7 @@ def compilations(monkeypatch) -> Counter:
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_share_kernels(monkeypatch, kind):
     """Triton distinguishes sizes that 16 divides from others, and 1; beyond that a length compiles nothing."""
-    monkeypatch.setattr(series, "LEAST_FILLED", 0.0)  # the same kernels at every length
+    monkeypatch.setattr(polynomial, "LEAST_FILLED", 0.0)  # the same kernels at every length
     a_call(kind, dim=32, tokens=384, mask=None).run("triton")  # whatever is compiled by now is of this kind
     found = compilations(monkeypatch)
     for tokens in (768, 960, 1152, 1536, 2304):

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrope import ISLock
-from fastrope.backends import triton as backend
+from fastrope import device as devices
+from fastrope.backends import fused
 
 pytest.importorskip("triton")
 from fastrope import kernels
 from fastrope.islock import reference
 from fastrope.kernels import config, match
 
-interpreted = pytest.mark.skipif(not backend.interpreted(), reason="runs interpreted kernels on CPU tensors")
+interpreted = pytest.mark.skipif(not devices.interpreted(), reason="runs interpreted kernels on CPU tensors")
 INF = float("inf")
 
 

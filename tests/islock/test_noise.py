@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrope.backends import triton as backend
+from fastrope import device as devices
+from fastrope.backends import fused
 from fastrope.islock import reference
 
 triton = pytest.importorskip("triton")
@@ -74,7 +75,7 @@ def noise_kernel(SEED, POSITION, OUT, start, BLOCK_V: tl.constexpr):
     tl.store(OUT + tl.arange(0, BLOCK_V), g)
 
 
-@pytest.mark.skipif(not backend.interpreted(), reason="runs interpreted kernels on CPU tensors")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs interpreted kernels on CPU tensors")
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 17, 2**63 - 1])
 @pytest.mark.parametrize("position", [0, 1023])
 def test_the_kernel_draws_the_same_bits(seed, position):

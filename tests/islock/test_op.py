@@ -10,10 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrope import ISLock
-from fastrope.backends import triton as backend
+from fastrope import device as devices
+from fastrope.backends import fused
 from fastrope.islock import op
 
-BACKENDS = ("eager", "triton") if backend.interpreted() else ("eager",)
+BACKENDS = ("eager", "triton") if devices.interpreted() else ("eager",)
 
 
 def arguments(name: str, active: bool) -> tuple:
@@ -88,7 +89,7 @@ def test_logits_that_require_grad_are_matched():
     assert not out.distance.requires_grad
 
 
-@pytest.mark.skipif(not backend.interpreted(), reason="the interpreter's limits")
+@pytest.mark.skipif(not devices.interpreted(), reason="the interpreter's limits")
 def test_the_kernel_says_what_it_cannot_run():
     for logits, codebook in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
         matcher = ISLock().matcher(torch.randn(40, 4, dtype=codebook), num_tokens=8, backend="triton")

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 
 import fastrope as fr
-from fastrope import api, rules
+from fastrope import device as devices
+from fastrope import dispatch
 
 ROPE = fr.RoPE.axial(torch.arange(12)[:, None], (16,))
-LEVELS = fr.QueryScale(torch.where(torch.arange(12) < 6, 0.5, 1.0))
-# More distinct values than there are levels.
-CONTINUOUS = fr.QueryScale(torch.linspace(0.3, 0.9, 12))
+BUCKETS = fr.QueryScale(torch.where(torch.arange(12) < 6, 0.5, 1.0))
+# More distinct values than there may be buckets.
+PER_QUERY = fr.QueryScale(torch.linspace(0.3, 0.9, 12))
 GRAG = fr.BiasDelta(1.0, 1.1, keys=slice(6, 12))
 BANDS = fr.BandWeight(torch.linspace(0.5, 1.2, 8), keys=slice(6, 12))
 GAIN = fr.LogitGain(torch.linspace(0.5, 1.5, 12), keys=slice(6, 12))
 MASK = torch.arange(12)[None] < 10
 
 
+class OnGpu:
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, x):
+        self.x = x
+
+    def __getattr__(self, name):
+        return getattr(self.x, name)
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """``choose`` as for tensors on a GPU with kernels."""
-    monkeypatch.setattr(api, "differentiated", lambda x: False)
-    monkeypatch.setattr(api.triton, "unsupported", lambda q: None)
+    """``decide`` as for tensors on a GPU with kernels."""
+    monkeypatch.setattr(dispatch, "differentiated", lambda x: False)
+    monkeypatch.setattr(devices, "kernel_obstacle", lambda q: None)
+    monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
 
-    def choose(plan, dtype=torch.bfloat16, backend="auto", return_lse=False):
-        x = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-        return api.choose(x, x, x, plan, backend, return_lse)
+    def decide(plan, dtype=torch.bfloat16, backend="auto", return_lse=False):
+        x = OnGpu(torch.empty(1, 12, 2, 16, dtype=dtype))
+        return dispatch.decide(plan.lowered, x, x, x, backend, return_lse)
 
-    return choose
+    return decide
 
 
 @pytest.mark.parametrize(
@@ -50,23 +62,23 @@ def on_gpu(monkeypatch):
         ({"rope": ROPE, "key_mask": MASK}, torch.bfloat16, False, "triton"),
         ({"rope": ROPE.as_applied(), "key_mask": MASK}, torch.bfloat16, False, "sdpa"),
         ({"rope": ROPE, "modulations": [BANDS, GAIN]}, torch.float16, False, "triton"),
-        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, False, "divided"),
-        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float16, True, "triton"),
-        ({"rope": ROPE, "modulations": [LEVELS], "key_mask": MASK}, torch.bfloat16, False, "triton"),
-        ({"rope": ROPE, "modulations": [CONTINUOUS]}, torch.bfloat16, False, "triton"),
-        ({"rope": ROPE, "modulations": [LEVELS, GRAG]}, torch.float32, False, "sdpa"),
-        ({"rope": ROPE, "modulations": [CONTINUOUS]}, torch.float32, False, "triton"),
+        ({"rope": ROPE, "modulations": [BUCKETS, GRAG]}, torch.float16, False, "split"),
+        ({"rope": ROPE, "modulations": [BUCKETS, GRAG]}, torch.float16, True, "triton"),
+        ({"rope": ROPE, "modulations": [BUCKETS], "key_mask": MASK}, torch.bfloat16, False, "triton"),
+        ({"rope": ROPE, "modulations": [PER_QUERY]}, torch.bfloat16, False, "triton"),
+        ({"rope": ROPE, "modulations": [BUCKETS, GRAG]}, torch.float32, False, "sdpa"),
+        ({"rope": ROPE, "modulations": [PER_QUERY]}, torch.float32, False, "triton"),
     ],
 )
 def test_rules(on_gpu, arguments, dtype, return_lse, expected):
-    """``folded``: sdpa, after a prologue of our kernels; ``divided``: that for queries as they are, else triton."""
+    """``folded``: sdpa, after a prologue of our kernels; ``split``: that for unmodulated queries, else triton."""
     plan = fr.plan(**arguments)
     found = on_gpu(plan, dtype, return_lse=return_lse)
-    assert (found.folded, found.divided) == (expected == "folded", expected == "divided")
-    expected = {"folded": "sdpa", "divided": "triton"}.get(expected, expected)
+    assert (found.folded, found.divided) == (expected == "folded", expected == "split")
+    expected = {"folded": "sdpa", "split": "triton"}.get(expected, expected)
     assert found.backend == expected
     assert found.warning is None
-    rule = rules.rule_for(plan, dtype, return_lse)
+    rule = dispatch.rule_for(plan.lowered, dtype, return_lse)
     assert found.reason == f"{rule.reason} ({rule.basis})"
     assert dict(found.rejected).keys() == {"sdpa", "triton", "eager"} - {expected}
     assert dict(found.rejected)["triton" if expected == "sdpa" else "sdpa"] == rule.against
@@ -74,21 +86,21 @@ def test_rules(on_gpu, arguments, dtype, return_lse, expected):
 
 def test_a_named_backend_runs_whatever_the_rules_say(on_gpu):
     assert on_gpu(fr.plan(), backend="triton").backend == "triton"
-    assert not on_gpu(fr.plan(rope=ROPE, modulations=[LEVELS]), backend="triton").divided
+    assert not on_gpu(fr.plan(rope=ROPE, modulations=[BUCKETS]), backend="triton").split
     for plan, return_lse in ((fr.plan(rope=ROPE), False), (fr.plan(rope=ROPE), True), (fr.plan(key_mask=MASK), False)):
         found = on_gpu(plan, backend="sdpa", return_lse=return_lse)
-        assert (found.backend, found.folded) == ("sdpa", plan.key_mask is None and not return_lse)
+        assert (found.backend, found.folded) == ("sdpa", plan.resolved.key_mask is None and not return_lse)
 
 
 def test_gradients_go_to_sdpa_as_it_is(on_gpu, monkeypatch):
-    monkeypatch.setattr(api, "differentiated", lambda x: True)
+    monkeypatch.setattr(dispatch, "differentiated", lambda x: True)
     for backend in ("auto", "sdpa"):
         found = on_gpu(fr.plan(rope=ROPE), backend=backend)
         assert (found.backend, found.folded) == ("sdpa", False)
 
 
 def test_the_last_rule_takes_what_is_left():
-    assert rules.RULES[-1].applies(fr.plan(rope=ROPE), torch.bfloat16, False)
-    for rule in rules.RULES:
+    assert dispatch.RULES[-1].applies(fr.plan(rope=ROPE).lowered, torch.bfloat16, False)
+    for rule in dispatch.RULES:
         assert rule.backend in ("sdpa", "triton")
         assert rule.basis == "predicted" or rule.basis.startswith("measured")

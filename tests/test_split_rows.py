@@ -27,8 +27,10 @@ from numerics import (
 from test_ops import Watch
 
 import fastrope as fr
-from fastrope import api, joint, lowering, ops, series
-from fastrope.backends import divided, triton
+from fastrope import dispatch, joint, ops
+from fastrope.backends import fused, split_rows
+from fastrope.kernels.abi import QUERY_TILE
+from fastrope.planning import polynomial
 
 pytest.importorskip("triton")
 HALF = torch.float16
@@ -68,10 +70,15 @@ def picture(
     return Call(q, k, v, rope, modulations=[first, *(kinds[name] for name in others)])
 
 
+def run(call: Call, plan: fr.Plan, scale: float) -> torch.Tensor:
+    launch = fused.Launch.of(call.q, call.k, call.v, plan.lowered)
+    return split_rows.run(call.q, call.k, call.v, plan.lowered, scale, launch)
+
+
 def check(call: Call) -> torch.Tensor:
     plan = call.planned()
-    assert divided.divides(plan)
-    out = divided.run(call.q, call.k, call.v, plan, call.q.shape[3] ** -0.5)
+    assert split_rows.splits(plan.lowered)
+    out = run(call, plan, call.q.shape[3] ** -0.5)
     assert out.shape == call.q.shape
     assert out.is_contiguous()
     assert_close(out, call.exact()[0], call.low()[0])
@@ -132,7 +139,7 @@ def test_plans_with_other_numbers():
     plan = call.planned().with_weight(weight).with_groups([(1.1, 0.4)])
     scale, band, group = call.modulations
     other = replace(call, modulations=[scale, replace(band, weight=weight), replace(group, bias=1.1, delta=0.4)])
-    out = divided.run(call.q, call.k, call.v, plan, 0.25)
+    out = run(call, plan, 0.25)
     assert_close(out, other.exact()[0], other.low()[0])
 
 
@@ -143,19 +150,19 @@ def test_any_picture(seed, kind, heads):
     check(picture(kind, seed=seed, heads=heads[0], key_heads=heads[1], others=others))
 
 
-def test_a_series_among_the_queries_set_apart(monkeypatch):
-    monkeypatch.setattr(series, "LEAST_FILLED", 0.0)
+def test_a_polynomial_among_the_modulated_queries(monkeypatch):
+    monkeypatch.setattr(polynomial, "LEAST_FILLED", 0.0)
     call = picture("own", dim=32, heads=1, others=("group",))
     plan = call.planned()
-    assert triton.serial(call.q, plan)
+    assert fused.Launch.of(call.q, call.k, call.v, plan.lowered).polynomial
     with Watch() as watch:
-        out = divided.run(call.q, call.k, call.v, plan, 32**-0.5)
+        out = run(call, plan, 32**-0.5)
     assert watch.read == []
     assert_close(out, call.exact()[0], call.low()[0])
 
 
-def test_the_loop_runs_over_queries_set_apart_alone(monkeypatch):
-    """300 queries of which 10 are set apart: a tile of them for a head, not three."""
+def test_the_loop_runs_over_modulated_queries_alone(monkeypatch):
+    """300 queries of which 10 are modulated: a tile of them for a head, not three."""
     g = generator(3)
     q, k, v = tensors(g, batch=1, queries=300, heads=2, dim=16, dtype=HALF)
     r = torch.where(torch.arange(300, device=DEVICE) < 10, 0.5, 1.0)
@@ -166,19 +173,18 @@ def test_the_loop_runs_over_queries_set_apart_alone(monkeypatch):
     prepare = kernels.prepare_queries
     monkeypatch.setattr(kernels, "prepare_queries", lambda *a: rows.append(prepare(*a)) or rows[-1])
     check(call)
-    assert [x[0].shape[3] for x in rows] == [lowering.SLOT_TILE]
-    assert plan.spec.touched == lowering.SLOT_TILE
-    assert sorted(plan.tensors["untouched"].tolist()) == list(range(10, 300))
+    assert [x[0].shape[3] for x in rows] == [QUERY_TILE]
+    assert plan.lowered.sorted_queries.num_modulated == QUERY_TILE
+    assert sorted(plan.lowered.unmodulated.rows.tolist()) == list(range(10, 300))
 
 
 @pytest.fixture
 def auto(monkeypatch):
     """``auto`` chooses as on a GPU; the runs it led to."""
-    runs, run, choose = [], divided.run, api.choose
-    chosen = api.Choice("triton", "as on a GPU", divided=True)
-    for module in (api, joint):
-        monkeypatch.setattr(module, "choose", lambda *call: chosen if call[4] == "auto" else choose(*call))
-    monkeypatch.setattr(divided, "run", lambda *call: runs.append(run(*call)) or runs[-1])
+    runs, run, choose = [], split_rows.run, dispatch._choose
+    chosen = dispatch.Decision("triton", "as on a GPU", split=True)
+    monkeypatch.setattr(dispatch, "_choose", lambda *call: chosen if call[3] == "auto" else choose(*call))
+    monkeypatch.setattr(split_rows, "run", lambda *call: runs.append(run(*call)) or runs[-1])
     return runs
 
 
@@ -187,10 +193,10 @@ def test_on_the_way_there(auto):
     out = call.run("auto", return_lse=False)
     assert torch.equal(out, auto[0])
     found = fr.explain(call.q, call.k, call.v, **call.tokens())
-    assert "queries that nothing sets apart: 64, through torch's attention" in str(found)
-    assert found.prologue == "q, k"
+    assert "unmodulated queries: 64, through torch's attention" in str(found)
+    assert "prologue: kernels over q, k" in str(found)
     plan = call.planned()
-    arguments = call.q, call.k, call.v, list(plan.tensors.values()), plan.spec_string, 0.25, False, "auto"
+    arguments = call.q, call.k, call.v, list(plan.tensors), plan.spec, 0.25, False, "auto"
     torch.library.opcheck(ops.planned_attention, arguments, test_utils=("test_schema", "test_faketensor"))
     assert len(auto) > 1
 
@@ -210,18 +216,20 @@ def test_streams(kind, auto):
     assert_close(out, exact, fr.attention(*joint.join(parts), plan=plan, backend="eager"))
 
 
-def test_what_does_not_divide():
-    """Masks, most queries set apart, and nothing set apart at all."""
+def test_what_does_not_split():
+    """Masks, most queries modulated, and none at all."""
     call = picture()
-    assert divided.divides(call.planned())
-    assert not divided.divides(replace(call, key_mask=key_masks(generator(0), "random", 1, TOKENS)).planned())
+    assert split_rows.splits(call.planned().lowered)
+    masked = replace(call, key_mask=key_masks(generator(0), "random", 1, TOKENS))
+    assert not split_rows.splits(masked.planned().lowered)
     most = fr.QueryScale(torch.where(torch.arange(TOKENS, device=DEVICE) < 36, 1.0, 0.5), keys=slice(40, None))
-    assert not divided.divides(replace(call, modulations=[most]).planned())
-    assert not divided.divides(replace(call, modulations=[fr.BiasDelta(1, 1.1, keys=slice(40, None))]).planned())
+    assert not split_rows.splits(replace(call, modulations=[most]).planned().lowered)
+    grouped = replace(call, modulations=[fr.BiasDelta(1, 1.1, keys=slice(40, None))])
+    assert not split_rows.splits(grouped.planned().lowered)
 
 
 def test_the_whole_loop_still_computes_them():
-    """A plan that divides, asked for by the name of the backend, or for a log-sum-exp."""
+    """A plan that splits, asked for by the name of the backend, or for a log-sum-exp."""
     for kind in ("levels", "gain"):
         call = picture(kind, others=("weight", "group"))
         out, lse = call.run("triton")
