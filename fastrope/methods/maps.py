@@ -74,6 +74,19 @@ def dilate(mask: torch.Tensor, iterations: int) -> torch.Tensor:
     return mask
 
 
+def areas(mask: torch.Tensor) -> list[torch.Tensor]:
+    """The 4-connected areas of one mask ``(1, h, w)``, each a mask of that shape."""
+    left, found = mask.clone(), []
+    while bool(left.any()):
+        area = torch.zeros_like(left)
+        area.view(-1)[left.view(-1).nonzero()[0]] = True
+        while not torch.equal(grown := dilate(area, 1) & left, area):
+            area = grown
+        found.append(area)
+        left &= ~area
+    return found
+
+
 def resize(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """A map averaged over the cells of ``grid = (rows, columns)``; the same numbers where it has that size."""
     return x if tuple(x.shape[1:]) == tuple(grid) else F.interpolate(x[:, None], size=tuple(grid), mode="area")[:, 0]
