@@ -219,8 +219,9 @@ class LooseRoPE:
         if self.levels is None:
             r, x = sal, 2 * sal - 1
         else:
-            bounds = torch.arange(1, self.levels, dtype=torch.float64) / self.levels
-            x = torch.linspace(-1, 1, self.levels, dtype=torch.float64)[torch.bucketize(sal, bounds, right=True)]
+            like = {"dtype": sal.dtype, "device": sal.device}
+            bounds = torch.arange(1, self.levels, **like) / self.levels
+            x = torch.linspace(-1, 1, self.levels, **like)[torch.bucketize(sal, bounds, right=True)]
             r = self.range_curve(x)
         g = torch.ones_like(sal) if self.crop_curve is None else self.crop_curve(x)
         return (self.range_growth**phase * r).clamp(0, 1), 1 - (1 - g) * self.crop_decay**phase
@@ -264,7 +265,7 @@ class LooseRoPE:
         keys = self._mask_on(tokens.reference_grids[self.reference])
         r, g = (torch.where(queries, f, 1.0).flatten(1) for f in self.factors(saliency, phase))
         rows, reference = max(len(r), len(keys)), tokens.reference(self.reference)
-        scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64)
+        scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64, device="cpu")
         scale[:, tokens.target], gain[:, tokens.target] = r, g
         found: list[Modulation] = []
         if bool((scale != 1).any()):
@@ -274,7 +275,7 @@ class LooseRoPE:
         for n, inside in enumerate(masks):
             own = torch.where((owner == n)[:, None], gain, 1.0)
             if bool(inside.any()) and bool((own != 1).any()):
-                covered = torch.zeros(len(tokens), dtype=torch.bool)
+                covered = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
                 covered[reference] = inside
                 found.append(LogitGain(_shared(own), keys=covered))
         return tuple(found)

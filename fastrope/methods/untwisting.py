@@ -141,7 +141,7 @@ class UntwistingRoPE:
 
     def weights(self, site: Site) -> torch.Tensor:
         """``s_d`` of all pairs, ``(D/2,)`` float64, in the order of the RoPE's pairs; whether active here or not."""
-        return torch.tensor(self._weights(site), dtype=torch.float64)
+        return torch.tensor(self._weights(site), dtype=torch.float64, device="cpu")
 
     def modulations(self, site: Site) -> list[BandWeight]:
         """One :class:`fastrope.BandWeight` on the reference's keys, unless neutral; the same for equal values."""
@@ -246,4 +246,4 @@ def _curves(
 @lru_cache(maxsize=512)
 def _band_weight(weights: tuple[float, ...], start: int, stop: int) -> BandWeight:
     """Cached, because a binding that meets the same object again reuses its plan."""
-    return BandWeight(torch.tensor(weights, dtype=torch.float64), keys=slice(start, stop))
+    return BandWeight(torch.tensor(weights, dtype=torch.float64, device="cpu"), keys=slice(start, stop))
