@@ -48,6 +48,18 @@ def device_of(hidden) -> torch.device:
     return first.device
 
 
+def refuse_tracing() -> None:
+    """What is exported or traced would hold the modulations of one call for good.
+
+    Raises:
+        NotImplementedError: under ``torch.export`` or ``torch.jit.trace``.
+    """
+    for name, on in (("torch.export", torch.compiler.is_exporting()), ("torch.jit.trace", torch.jit.is_tracing())):
+        if on:
+            raise NotImplementedError(f"{name}: expected a transformer that no fastrope handle is bound to, received "
+                                      "one that is; call handle.remove() before exporting it")  # fmt: skip
+
+
 # ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
 
 
