@@ -11,16 +11,13 @@ from pathlib import Path
 import torch
 
 from ..checks import require
+from .running import Missing
 
 JANUS, EMU3 = "deepseek-community/Janus-Pro-1B", "BAAI/Emu3-Gen-hf"
 LLAMAGEN_FILES = (
     "t2i_XL_stage2_512.pt (--size 32) or t2i_XL_stage1_256.pt (--size 16), and vq_ds16_t2i.pt, from the repository "
     "peizesun/llamagen_t2i of the Hugging Face Hub"
 )
-
-
-class Missing(Exception):
-    """Weights or files that are not there; the message says what to get."""
 
 
 @dataclass(frozen=True)
@@ -312,19 +309,11 @@ def _pretrained(model, processor, name: str, device, dtype):
         ) from error
 
 
-def open_picture(path: Path):
-    """A PIL picture in RGB."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
 def to_pixels(picture, height: int, width: int) -> torch.Tensor:
-    """``(1, 3, height, width)`` float32 in 0..1 of a PIL picture: the largest centred part of that aspect, resized."""
+    """``(1, 3, height, width)`` float32 in 0..1 of an RGB picture: the largest centred part of that aspect, resized."""
     from PIL import Image, ImageOps
 
-    fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     data = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return data.view(height, width, 3).permute(2, 0, 1)[None].float() / 255
 

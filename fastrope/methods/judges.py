@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import require
-from .maps import areas, as_map, as_pixels, dilate, resize_mask
+from ..pictures import as_pixels
+from .maps import areas, as_map, dilate, resize_mask
 from .schedules import require_number
 
 CLASSES = ("success", "neglect", "suppression")

@@ -8,17 +8,16 @@ from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..activity import Indices
 from ..checks import require
 from ..modulations import LogitGain, Modulation, QueryScale
+from ..pictures import as_pixels, mask_of
 from ..tokens import Site, TokenLayout
 from .front_ends import FRONT_ENDS, PublishedSaliency
 from .maps import (
     as_map,
-    as_pixels,
     blur,
     crop_mask,
     dilate,
@@ -34,6 +33,7 @@ from .schedules import Activity, Steps, first_step_at, require_number
 STEPS = 28  # of the published run; its cut-offs after steps 10, 18 and 22 are fractions of it
 TIMINGS = ("scaled", "absolute")
 MASK_RULES = ("area", "centre")
+WHITE = {"uint8": 255, "uint16": 65535}  # the value that tells a picture of a mask from a map of numbers
 KEPT = 32  # sets of modulations remembered: text lengths of a run times phases
 
 
@@ -166,10 +166,13 @@ class LooseRoPE:
 
         Args:
             composite: the photo with the crop pasted in: a PIL image, an array ``(H, W, 3)`` or a tensor ``(3, H, W)``,
-                with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1.
+                with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1. A PIL image is
+                turned as its EXIF orientation says: give the pipeline one that is
+                (``PIL.ImageOps.exif_transpose``).
             original: the photo before, of the same size: the mask is where any channel differs by over ``threshold``.
             mask: or the mask itself, ``(H, W)`` or ``(B, H, W)``, an array or tensor (nonzero = inside) or a picture: a
-                PIL image, or uint8 up to 255 (inside = 128 and up, so that compression draws no outline).
+                PIL image, uint8 up to 255 or uint16 up to 65535 (inside = at least half of white, so that compression
+                draws no outline; a PIL image that is transparent somewhere: where it is opaque).
             saliency: ``"spectral_residual"`` (needs no model), ``"mask_rcnn"`` (torchvision's, downloads its weights),
                 any ``nn.Module`` (its finest feature map), a function ``(image (3, H, W) in 0..1, mask (H, W)) ->
                 energy (h, w)``, or the energy itself as an array.
@@ -200,7 +203,8 @@ class LooseRoPE:
             same = inside.shape[1:] == pixels.shape[2:] and len(inside) in (1, len(pixels))
             require(same, "mask", f"the size of the composite, {tuple(pixels.shape[2:])}", tuple(inside.shape))
         blamed = "mask" if original is None else "original"
-        require(bool(inside.any()), blamed, "a paste: pixels inside the mask", "none")
+        what = "a paste: pixels inside the mask (of a picture: half of white or more, or opaque)"
+        require(bool(inside.any()), blamed, what, "none")
         if front_end == "published":
             on_grid = PublishedSaliency(pixels / 255, inside, saliency)
             return cls(saliency=on_grid, mask=inside, **{"mask_rule": "centre", **dials})
@@ -297,11 +301,10 @@ def _shared(x: torch.Tensor) -> torch.Tensor:
 
 def _as_mask(mask: object) -> torch.Tensor:
     if callable(getattr(mask, "convert", None)):
-        pixels = as_pixels("mask", mask)
-        return pixels.amax(dim=1) >= 128
+        return torch.from_numpy(mask_of("mask", mask))[None]
     found = as_map("mask", mask)
-    picture = mask.dtype in (np.uint8, torch.uint8) and float(found.max()) == 255
-    return found >= 128 if picture else found != 0
+    white = WHITE.get(str(mask.dtype).removeprefix("torch."))
+    return found > white / 2 if float(found.max()) == white else found != 0
 
 
 def _curve(name: str, value: object) -> Curve:

@@ -31,32 +31,6 @@ def as_map(name: str, value: object) -> torch.Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def as_pixels(name: str, image: object) -> torch.Tensor:
-    """A picture as ``(B, 3, H, W)`` float64 in 0..255 on the CPU.
-
-    Args:
-        image: a PIL image, an array ``(H, W, 3)`` or ``(B, H, W, 3)``, or a tensor ``(3, H, W)`` or ``(B, 3, H, W)``;
-            integers are in 0..255, floating-point numbers in 0..1.
-
-    Raises:
-        ValueError: another type or shape, values out of range.
-    """
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        forms = "a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
-        require(callable(getattr(image, "convert", None)), name, forms, type(image).__name__)
-        image = np.asarray(image.convert("RGB"))
-    channels_last = isinstance(image, np.ndarray)
-    x = torch.from_numpy(np.array(image)) if channels_last else image.detach().cpu()
-    shape = "(H, W, 3) or (B, H, W, 3)" if channels_last else "(3, H, W) or (B, 3, H, W)"
-    ok = x.ndim in (3, 4) and x.numel() > 0 and x.shape[-1 if channels_last else -3] == 3
-    require(ok, name, shape, tuple(x.shape))
-    x = x.double() * (255 if x.is_floating_point() else 1)
-    require(bool(((x >= 0) & (x <= 255)).all()), name, "integers in 0..255 or floating-point numbers in 0..1",
-            f"values in {float(x.min()):g}..{float(x.max()):g}")  # fmt: skip
-    x = x.reshape(-1, *x.shape[-3:])
-    return x.permute(0, 3, 1, 2) if channels_last else x
-
-
 def crop_mask(composite: torch.Tensor, original: torch.Tensor, threshold: float = 5.0) -> torch.Tensor:
     """Where any channel of two pictures ``(B, 3, H, W)`` differs by more than ``threshold`` of 255; ``(B, H, W)``."""
     return ((composite - original).abs() > threshold).any(dim=1)

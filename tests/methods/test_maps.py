@@ -13,6 +13,7 @@ from methods.oracle import dilated
 from PIL import Image
 
 import fastrope as fr
+from fastrope import pictures
 from fastrope.methods import maps
 
 seeds = st.integers(0, 2**16)
@@ -121,7 +122,7 @@ def test_pictures_in_every_form():
     tensor = torch.from_numpy(composite).permute(2, 0, 1)
     forms = [composite, Image.fromarray(composite), tensor, tensor.double() / 255, tensor[None], composite[None]]
     for form in forms:
-        torch.testing.assert_close(maps.as_pixels("x", form)[0], tensor.double())
+        torch.testing.assert_close(pictures.as_pixels("x", form)[0], tensor.double())
 
 
 def test_crop_mask_from_an_original():
