@@ -102,6 +102,8 @@ def check_arguments(rope, key_rope, modulations, key_mask, values: bool = True) 
                 )
         if isinstance(m, (QueryScale, BandWeight)):
             require(rope is not None, "rope", f"a RoPE, since {type(m).__name__} acts on its pairs", None)
+    count = sum(isinstance(m, QueryScale) for m in modulations)
+    require(count <= 1, "modulations", "at most one QueryScale (one vector covers all queries)", count)
     if key_mask is not None:
         require_tensor("key_mask", key_mask, (2,), "(B, Sk)")
         require(key_mask.dtype == torch.bool, "key_mask", "bool, True = attend", key_mask.dtype)
@@ -199,7 +201,6 @@ def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
             r = _values("QueryScale.scale", m.scale, ("batch row", "query"))
             pairs = _scaled_pairs(rope, key_rope, m.axes)
             if bool((r != 1).any()) and bool(pairs.any()):
-                require(scale is None, "modulations", "at most one QueryScale (one vector covers all queries)", "more")
                 scale = Scale(r, keys, pairs)
         elif isinstance(m, BandWeight):
             require(m.weight.shape[0] == rope.pairs, "BandWeight.weight", f"({rope.pairs},)", tuple(m.weight.shape))
@@ -207,11 +208,11 @@ def resolve(rope, key_rope, modulations, num_keys) -> Resolved:
             if bool((w != 1).any()):
                 weights.append(Weight(w, keys))
         elif isinstance(m, BiasDelta):
+            overlap = bool((grouped & keys).any())
+            require(not overlap, "BiasDelta.keys", "groups that share no key", "overlapping groups")
+            grouped |= keys
             bias, delta = group_values(m.bias, m.delta)
             if bool((bias != 1).any()) or bool((delta != 1).any()):
-                overlap = bool((grouped & keys).any())
-                require(not overlap, "BiasDelta.keys", "groups that share no key", "overlapping groups")
-                grouped |= keys
                 groups.append(Group(bias, delta, keys))
         else:
             g = _values("LogitGain.gain", m.gain, ("batch row", "query"))

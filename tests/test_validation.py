@@ -117,7 +117,7 @@ BAD = {
     "scale holds NaN": (lambda: {"modulations": [fr.QueryScale(ones(12) * torch.nan)]}, r"QueryScale\.scale"),
     "scale on another device": (lambda: {"modulations": [fr.QueryScale(ones(12, device=META))]}, r"QueryScale\.scale"),
     "scale without rope": (lambda: {"rope": None, "modulations": [fr.QueryScale(ones(12))]}, "rope"),
-    "two scales": (lambda: {"modulations": [fr.QueryScale(ones(12) / 2)] * 2}, "QueryScale"),
+    "two scales": (lambda: {"modulations": [fr.QueryScale(ones(12))] * 2}, "QueryScale"),
     "axes unknown": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=(3,))]}, r"QueryScale\.axes"),
     "axes twice": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=(1, 1))]}, r"QueryScale\.axes"),
     "axes negative": (lambda: {"modulations": [fr.QueryScale(ones(12), axes=(-1,))]}, r"QueryScale\.axes"),

@@ -96,7 +96,7 @@ def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | N
     positions = torch.cat([text, image])
     if mask is None:
         return JointSequence(positions, layout)
-    held = mask.detach().cpu().bool()
+    held = mask.detach().to("cpu", torch.bool, copy=True)  # what the caller does to it must not matter
     if not mask.is_floating_point():
         return JointSequence(positions, layout, key_mask=held)
     # Chroma's pipelines hand over zeros and ones in the dtype of the model, which torch adds to the logits.

@@ -253,10 +253,7 @@ class LooseRoPE:
         """What is not neutral here, a QueryScale and a LogitGain per distinct mask; the same objects within a phase."""
         if site not in self._active:
             return []
-        tokens, count = site.tokens, len(site.tokens.reference_grids)
-        require(count > 0, "LooseRoPE", "a sequence with at least one reference picture", repr(tokens))
-        require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)
-        phase = self.phase(site.step, site.num_steps)
+        tokens, phase = site.tokens, self.phase(site.step, site.num_steps)
         key = tokens, site.spatial_axes, phase
         if key not in self._known:
             if len(self._known) >= KEPT:
@@ -266,8 +263,13 @@ class LooseRoPE:
 
     def _build(self, tokens: TokenLayout, axes: tuple[int, ...], phase: int) -> tuple[Modulation, ...]:
         saliency, queries = self.on_grid(tokens.target_grid)
-        keys = self._mask_on(tokens.reference_grids[self.reference])
         r, g = (torch.where(queries, f, 1.0).flatten(1) for f in self.factors(saliency, phase))
+        if bool((r == 1).all()) and bool((g == 1).all()):
+            return ()
+        count = len(tokens.reference_grids)
+        require(count > 0, "LooseRoPE", "a sequence with at least one reference picture", repr(tokens))
+        require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)
+        keys = self._mask_on(tokens.reference_grids[self.reference])
         rows, reference = max(len(r), len(keys)), tokens.reference(self.reference)
         scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64, device="cpu")
         scale[:, tokens.target], gain[:, tokens.target] = r, g
