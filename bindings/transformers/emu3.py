@@ -15,13 +15,13 @@ from .processor import ONE_TOKEN_LEFT, AnchorProcessor
 
 def grid(model, height: int, width: int) -> Grid:
     """The raster of ``height`` rows of ``width`` tokens, an end-of-line token after each."""
-    return Grid(height, width, newline=model.vocabulary_mapping.eol_token_id)
+    return Grid(height, width, newline=model.model.vocabulary_mapping.eol_token_id)
 
 
 def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries ``(codes, d)`` float32 of the VQ model, and the vocabulary id of each ``(codes,)`` long."""
     entries = model.model.vqmodel.quantize.embedding.weight.detach().float()
-    ids = model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(entries.device)
+    ids = model.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(entries.device)
     require(len(ids) == len(entries), "vocabulary_map", f"{len(entries)} visual tokens", len(ids))
     return entries, ids
 
@@ -42,7 +42,7 @@ def decode(model, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor
     """Pixels ``(B, 3, 8 * height, 8 * width)``, about -1..1, of image tokens ``(B, N)``, vocabulary ids."""
     require_tensor("tokens", tokens, (2,), f"(B, {height * width})")
     require(tokens.shape[1] == height * width, "tokens", f"{height * width} per row", tokens.shape[1])
-    mapping = model.vocabulary_mapping.bpe2img_mapping_tensor.to(tokens.device)
+    mapping = model.model.vocabulary_mapping.bpe2img_mapping_tensor.to(tokens.device)
     return model.model.vqmodel.decode(mapping[tokens].view(-1, height, width).long())
 
 
@@ -51,7 +51,7 @@ def prefix_function(model, grid: Grid, prompt_length: int) -> Callable[[int, tor
 
     :func:`generate` does without, as :class:`AnchorProcessor` forces rows itself in one operation.
     """
-    image = model.vocabulary_mapping.image_tokens
+    image = model.model.vocabulary_mapping.image_tokens
 
     def allowed(batch: int, ids: torch.Tensor) -> list[int]:
         forced = grid.forced(len(ids) - prompt_length)

@@ -8,11 +8,12 @@ In image mode the host's ``generate`` runs conditional and unconditional rows to
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
 from fastrope.checks import require, require_tensor
 
@@ -102,7 +103,7 @@ def generate(
         guidance_scale=1.0,
         **ONE_TOKEN_LEFT,
         logits_processor=LogitsProcessorList([processor, *processors]),
-        **options,
+        **{"num_return_sequences": 1, **own_cache(model), **options},  # the host of transformers 5.0 knows no default
     )
     return Generated(processor.tokens, processor.record)
 
@@ -119,3 +120,9 @@ def _generation_config(config, input_ids: torch.Tensor):
         require(len(last) == 1, "input_ids", "prompts that end with the image-start token", last.tolist())
         config.generation_kwargs = {"boi_token_id": int(last)}
     return config
+
+
+def own_cache(model) -> dict:
+    """A new cache for the host's ``generate``, which fails to make one itself in transformers 5.0 and 5.13 to 5.17."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": DynamicCache()}
