@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = "llamagen 32, or 16 for a file ..._256.pt; emu3 90; tiny 12; janus has one"
     add("--size", type=int, help=f"tokens per side (default: {sizes})")
     add("--guidance", type=float, help=f"scale of classifier-free guidance (default: {_told('guidance')})")
-    add("--temperature", type=float, default=1.0, help="(default: 1)")
+    add("--temperature", type=float, default=1.0, help="above 0 (default: 1); --top-k 1 is greedy")
     add("--top-k", type=int, help=f"0 keeps all (default: {_told('top_k')})")
     add("--top-p", type=float, default=1.0, help="1 keeps all (default: 1)")
     add_machine_options(add)

@@ -144,7 +144,7 @@ class JanusHost(Host):
         with _ticks(self.grid[0] * self.grid[1], label) as tick:
             return janus.generate(
                 self.model, inputs.to(self.model.device), matcher=matcher, anchors=anchors, generator=generator,
-                processors=[tick], **self.settings,
+                image_start=self.processor.tokenizer.boi_token_id, processors=[tick], **self.settings,
             )  # fmt: skip
 
 
@@ -196,9 +196,6 @@ class Emu3Host(Host):
         inputs, negative = (
             self.processor(text=texts, **options) for texts in (list(prompts), [self.negative] * len(prompts))
         )
-        found = tuple(int(side) for side in inputs.pop("image_sizes")[0])
-        require(found == self.grid, "size", f"{self.grid} tokens", f"{found} from the model's processor")
-        negative.pop("image_sizes")
         with _ticks(emu3.grid(self.model, height, width).length, label) as tick:
             return emu3.generate(
                 self.model, inputs.to(self.model.device), height, width, negative=negative.to(self.model.device),
@@ -248,6 +245,9 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         "top_k": defaults.top_k if arguments.top_k is None else arguments.top_k,
         "top_p": arguments.top_p,
     }
+    from ..bindings.inputs import check_sampling
+
+    check_sampling(**settings)
     if model == "tiny":
         from .ar_tiny import tiny_host
 

@@ -131,6 +131,8 @@ def test_wrong_usage_is_explained(tmp_path, capsys):
         (["--model", "tiny", "--tau", "-1"], "ISLock.tau"),
         (["--model", "tiny", "--image", "absent.png"], "--image: no file absent.png"),
         (["--model", "tiny", "--top-p", "2"], "top_p"),
+        (["--model", "tiny", "--temperature", "0"], "top_k=1 takes the most probable token (greedy)"),
+        (["--model", "janus", "--weights", "absent", "--temperature", "0"], "temperature: expected"),
         (["--model", "tiny", "--device", "mps"], "--device: expected cpu or cuda"),
         (["--model", "tiny", "--device", "nonsense"], "--device: Expected one of cpu, cuda"),
         (["--model", "tiny", "--guidance", "nan"], "--guidance: expected a finite number, received nan"),
