@@ -72,7 +72,7 @@ def generate(
     sampled = matcher is None
     if sampled:
         matcher = plain_matcher(num_tokens, device)
-        anchors = torch.full((1, num_tokens), -1)
+        anchors = torch.full((1, num_tokens), -1, device=device)
     anchors = spread_anchors(anchors, batch, num_tokens, matcher)
     guided = guidance is not None and guidance != 1
     x, visible = _prefix(model, condition.to(device), mask, guided)

@@ -232,7 +232,7 @@ class VQTokenizer(nn.Module):
         Args:
             grid: (height, width) in codes; None for a square.
         """
-        check_codes("codes", codes, torch.arange(self.config.codes))
+        check_codes("codes", codes, torch.arange(self.config.codes, device=self.codebook.device))
         side = round(codes.shape[1] ** 0.5)
         height, width = (side, side) if grid is None else grid
         require(height * width == codes.shape[1], "codes", f"{height} x {width} = {height * width}", codes.shape[1])

@@ -61,7 +61,8 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
 def decode(model, tokens: torch.Tensor) -> torch.Tensor:
     """Pixels ``(B, 3, H, W)``, about -1..1, of image tokens ``(B, N)``."""
     expected = grid(model).num_tokens
-    check_codes("tokens", tokens, torch.arange(len(codebook(model))))
+    codes = codebook(model)
+    check_codes("tokens", tokens, torch.arange(len(codes), device=codes.device))
     require(tokens.shape[1] == expected, "tokens", f"{expected} per row", tokens.shape[1])
     return model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
 

@@ -46,6 +46,6 @@ def prefix(height: int, width: int) -> list[int]:
 
 def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Input embeddings ``(8192, dim)`` float32 of the image tokens, compared by cosine in the paper, and their ids."""
-    ids = torch.arange(IMAGE_IDS.start, IMAGE_IDS.stop)
     weight = model.get_input_embeddings().weight.detach()
-    return weight[IMAGE_IDS.start : IMAGE_IDS.stop].float(), ids.to(weight.device)
+    ids = torch.arange(IMAGE_IDS.start, IMAGE_IDS.stop, device=weight.device)
+    return weight[IMAGE_IDS.start : IMAGE_IDS.stop].float(), ids

@@ -85,7 +85,7 @@ class AnchorProcessor(LogitsProcessor):
         check_sampling(guidance, temperature, top_k, top_p)
         self.warpers = warpers(temperature, top_k, top_p)
         self._sampled = matcher is None
-        self._anchors = torch.full((1, grid.num_tokens), -1) if anchors is None else anchors
+        self._anchors = torch.full((1, grid.num_tokens), -1, device="cpu") if anchors is None else anchors
         self._allowed: torch.Tensor | None = None
         self._seeds: torch.Tensor | None = None
         self._matches: list = []
@@ -172,7 +172,7 @@ class AnchorProcessor(LogitsProcessor):
         if self.image_ids is None:
             return logits
         if self._allowed is None:
-            mask = torch.zeros(logits.shape[1], dtype=torch.bool)
+            mask = torch.zeros(logits.shape[1], dtype=torch.bool, device="cpu")
             ids = self.image_ids.cpu()
             inside = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < len(mask)
             require(inside, "image_ids", f"ids of a vocabulary of {len(mask)}", "others")

@@ -360,6 +360,19 @@ def test_anchors_of_another_vocabulary_are_refused(model, features):
         llamagen.generate(model, features, matcher=small, anchors=torch.zeros(1, N, dtype=torch.long))
 
 
+def test_another_default_device_changes_nothing(features):
+    tokens = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model = llamagen.LlamaGen(TINY).eval()  # its rotation table is not made yet
+        lock, anchors = matcher(tau=0.8, candidates=10), torch.zeros(1, N, dtype=torch.long)
+        with torch.device(device):
+            original = llamagen.generate(model, features, generator=seeded(1, 2))
+            made = llamagen.generate(model, features, matcher=lock, anchors=anchors, generator=seeded(1, 2))
+        tokens.append(torch.stack([original.tokens, made.tokens]))
+    assert torch.equal(*tokens)
+
+
 def test_low_precision_runs_and_logits_are_float32(model, features):
     spy = Spy(matcher())
     half = model.to(torch.bfloat16)
