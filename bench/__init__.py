@@ -9,10 +9,14 @@ which tensors, ``cases`` which modulations, ``peers`` who computes them, each a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from fastrope.commands.running import file_path, find_device
+from fastrope.outputs import check_folder
 
 from .rows import RESULTS
 
@@ -24,16 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0; 1 when a contestant was wrong or failed; 2 when the benchmark cannot run here.
+        0; 1 when a contestant was wrong or failed; 2 without rows to report; 130 when it was interrupted: the rows so
+        far are kept.
+
+    Raises:
+        ValueError: names that nobody knows, a file that holds no rows, a folder that cannot be written to.
+        OSError: a file that cannot be read.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        if options.report is not None or options.readme or options.plots:
-            return _report(options)
-        return _measure(options, sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        parser.error(str(error))
+    options = _parser().parse_args(argv)
+    if options.report is not None or options.readme or options.plots:
+        return _report(options)
+    return _measure(options, sys.argv[1:] if argv is None else argv)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -50,7 +55,7 @@ def _report(options: argparse.Namespace) -> int:
     if options.plots:
         from . import plots
 
-        for path in plots.draw(rows, options.plots):
+        for path in plots.draw(rows, options.plots, options.force):
             print(path)
     print(f"{report.render(rows)}\n{gates.render(rows)}")
     return 0
@@ -63,35 +68,53 @@ def _measure(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from .environment import environment, slug
     from .frame import Selection, Session
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(options.device, ("cpu", "cuda"))
     small = device.type == "cpu"
     selection = Selection(options.workload, options.case, options.peer, small, options.quick)
     tasks = suites.tasks(options.suite, selection)
     if options.against:
-        out = options.out or Path(tempfile.mkdtemp(prefix="fastrope-bench-"))
-        rows, problems = compare.run(options.against, _less(argv), options.turns, out, options.budget)
-        print(f"\n{compare.render(rows)}\n{len(rows)} rows in {out}")
+        with _folder(options.out) as out:
+            rows, problems = compare.run(options.against, _less(argv), options.turns, out, options.budget)
+        print(f"\n{compare.render(rows)}\n{_kept(rows, options.out)}")
         return _told(problems)
     dtype = getattr(torch, options.dtype or ("float32" if small else "bfloat16"))
     facts = environment(device, options.rev)
     # Timings of a CPU say nothing of the kernels and stay out of the results.
-    folder = Path(tempfile.mkdtemp(prefix="fastrope-bench-")) if small else RESULTS / slug(facts["gpu"])
-    session = Session(device, dtype, options.repeats, facts, options.out or folder, options.quick)
-    if options.resume:
-        done = session.measured(tasks, {session.folder, RESULTS / slug(facts["gpu"])})
-        tasks = [task for task in tasks if task not in done]
-        print(f"measured already: {', '.join(map(str, done)) or 'nothing'}")
-    try:
-        session.run(tasks, options.budget)
-    except KeyboardInterrupt:
-        session.problem("run", "interrupted")
+    kept, interrupted = options.out or (None if small else RESULTS / slug(facts["gpu"])), False
+    with _folder(kept) as folder:
+        session = Session(device, dtype, options.repeats, facts, folder, options.quick)
+        if options.resume:
+            done = session.measured(tasks, {session.folder, RESULTS / slug(facts["gpu"])})
+            tasks = [task for task in tasks if task not in done]
+            print(f"measured already: {', '.join(map(str, done)) or 'nothing'}")
+        try:
+            session.run(tasks, options.budget)
+        except KeyboardInterrupt:
+            interrupted = True
+            session.problem("run", "interrupted")
     print(f"\n{report.render(session.rows)}")
     if not small:
         print(gates.render(session.rows))
     for task in session.skipped:
         print(f"skipped{', the device is lost' if session.lost else ' for the budget'}: {task}")
-    print(f"{len(session.rows)} rows in {session.folder}")
-    return _told(session.problems)
+    print(_kept(session.rows, kept))
+    code = _told(session.problems)
+    return 130 if interrupted else code
+
+
+@contextlib.contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    """Where rows go: a folder that can be written to, or one that lasts as long as the run."""
+    if kept is not None:
+        check_folder("--out", kept)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="fastrope-bench-") as folder:
+        yield Path(folder)
+
+
+def _kept(rows: Sequence[dict], folder: Path | None) -> str:
+    return f"{len(rows)} rows in {folder}" if folder else f"{len(rows)} rows, not kept: --out FOLDER keeps them"
 
 
 def _told(problems: Sequence[str]) -> int:
@@ -139,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         what = f"some of the suite's {name}s; an unknown one is answered with the list"
         parser.add_argument(f"--{name}", nargs="+", action="extend", metavar="NAME", help=what)
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"where <suite>.jsonl are appended to ({RESULTS}/<gpu>)"
+        "--out", type=file_path, metavar="FOLDER", help=f"where <suite>.jsonl are appended to ({RESULTS}/<gpu>)"
     )
     parser.add_argument("--repeats", type=_count, metavar="N", help="timed rounds (default: 50 calls, 20 steps)")
     parser.add_argument("--quick", action="store_true", help="the first workload, 10 rounds")
@@ -154,11 +177,12 @@ def _parser() -> argparse.ArgumentParser:
         "--against", metavar="REV", help="another revision, or a folder that holds one: both in turns, side by side"
     )
     parser.add_argument("--turns", type=_count, default=2, metavar="N", help="processes of each revision (default 2)")
-    parser.add_argument(
-        "--report", nargs="*", type=Path, metavar="ROWS", help="tables and bars of earlier rows instead (default: all)"
-    )
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="with --report: pictures too; needs matplotlib")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="with --report: write the part between the markers")
+    add = parser.add_argument
+    what = "tables and bars of earlier rows instead (default: all)"
+    add("--report", nargs="*", type=file_path, metavar="ROWS", help=what)
+    add("--plots", type=file_path, metavar="FOLDER", help="with --report: pictures too; needs matplotlib")
+    add("--force", action="store_true", help="with --plots: replace pictures that are there")
+    add("--readme", type=file_path, metavar="FILE", help="with --report: write the part between the markers")
     return parser
 
 

@@ -30,8 +30,8 @@ CHILD = """
 import sys, fastrope
 if sys.argv[1] and not fastrope.__file__.startswith(sys.argv[1]):
     sys.exit(f"expected fastrope under {sys.argv[1]}, found {fastrope.__file__}")
-from fastrope.bench import main
-sys.exit(main(sys.argv[2:]))
+from fastrope.cli import main
+sys.exit(main(["bench", *sys.argv[2:]]))
 """
 
 

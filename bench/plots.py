@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastrope.outputs import check_files, write
+
 from .environment import slug
 from .report import conditions
 from .rows import latest
@@ -13,17 +15,22 @@ SUITES = ("attention", "block", None)  # whose rows compare many contestants on 
 COLOURS = ("#1f77b4", "#d95f02", "#4daf4a", "#984ea3", "#e7298a", "#66a61e", "#e6ab02", "#666666")
 
 
-def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """Write the pictures; returns where they are."""
+def draw(rows: Sequence[dict], folder: Path, force: bool = False) -> list[Path]:
+    """Write the pictures; returns where they are.
+
+    Raises:
+        ValueError: some are there already, unless ``force``.
+    """
     groups: dict[tuple, list[dict]] = {}
     for (gpu, dtype, suite, workload, _, _), row in latest(list(rows)).items():
         if suite in SUITES:
             groups.setdefault((gpu, dtype, suite or "attention", workload), []).append(row)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_picture(place, group, folder) for place, group in groups.items()]
+    paths = {place: folder / f"{slug(place[0])}-{place[2]}-{place[3]}-{place[1]}.png" for place in groups}
+    check_files("--plots", (), paths.values(), force)
+    return [_picture(place, group, paths[place]) for place, group in groups.items()]
 
 
-def _picture(place: tuple[str, str, str, str], rows: list[dict], folder: Path) -> Path:
+def _picture(place: tuple[str, str, str, str], rows: list[dict], path: Path) -> Path:
     """Bars of milliseconds by case and contestant on a logarithmic scale, the spread as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,6 +59,4 @@ def _picture(place: tuple[str, str, str, str], rows: list[dict], folder: Path) -
     axes.set_xlabel("milliseconds, median; lines from the 20th to the 80th percentile")
     axes.set_title(f"{suite}: {workload}, {dtype}, {gpu}", fontsize=10)
     figure.supxlabel(conditions(rows), fontsize=6, wrap=True)
-    path = folder / f"{slug(gpu)}-{suite}-{workload}-{dtype}.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return write(path, lambda part: figure.savefig(part, dpi=130))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastrope.outputs import write_text
+
 from . import gates
 from .cases import CASES
 from .names import AUTO
@@ -77,4 +79,4 @@ def write(path: Path, rows: Sequence[dict]) -> None:
     _, ends, after = rest.partition(END)
     if not (found and ends):
         raise ValueError(f"{path}: expected the lines {START} and {END}")
-    path.write_text(f"{before}{START}\n\n{part(rows)}\n\n{END}{after}", encoding="utf-8")
+    write_text(path, f"{before}{START}\n\n{part(rows)}\n\n{END}{after}")

@@ -14,9 +14,9 @@ def main() -> int:
             from links import CLONE, site  # the folder of this file is where Python looks first
 
             sys.path[0] = str(site(CLONE, Path(folder)))
-        from fastrope.bench import main as bench
+        from fastrope.cli import main as fastrope
 
-        return bench()
+        return fastrope(["bench", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -3,67 +3,144 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from . import __version__
 from .extras import MissingExtra, install
 
-# Others are named as they are.
-MODULES = {name: f"fastrope.commands.{name.replace('-', '_')}" for name in ("edit", "style", "sweep", "ar-edit")}
+
+class Command(NamedTuple):
+    """Where a command is, what it does, the extra that brings what it needs, and how it takes less memory."""
+
+    module: str
+    help: str
+    extra: str = "demo"
+    smaller: str = "--offload, --dtype bfloat16 or a smaller picture"
+
+
+COMMANDS = {
+    "doctor": Command("fastrope.doctor", "what is installed, which backend would run and why, and a self-check"),
+    "demo": Command("fastrope.demo", "pictures of what the modulations do", smaller="--quick or --device cpu"),
+    "bench": Command("fastrope.bench", "time the backends against other implementations", "bench", "--workload tiny"),
+    "edit": Command("fastrope.commands.edit", "edit a picture with LooseRoPE or GRAG on a diffusers pipeline"),
+    "style": Command("fastrope.commands.style", "draw in the style of a picture (Untwisting RoPE)"),
+    "sweep": Command("fastrope.commands.sweep", "a contact sheet of style over s_hf and s_lf"),
+    "ar-edit": Command("fastrope.commands.ar_edit", "edit an autoregressive image by changing its prompt",
+                       smaller="--dtype bfloat16, a smaller --size or fewer --edit-prompt"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
+    """Run a subcommand. What the user can do something about is told in one line on stderr.
 
     Args:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0 fine, 1 the self-check of ``doctor`` failed, 2 the command cannot run here.
+        The exit code: 0 fine; 1 a check of ``doctor``, ``demo`` or ``bench`` failed; 2 wrong usage, or the command
+        cannot run here; 130 interrupted; 141 nobody reads what is printed.
+
+    Raises:
+        Exception: whatever else goes wrong: it is a fault of this package or of one that it uses.
     """
+    name = ""
+    with _any_character(sys.stdout), _any_character(sys.stderr):
+        try:
+            try:
+                parser = _parser()
+                arguments, rest = parser.parse_known_args(argv)
+                name = arguments.command
+                return _load(COMMANDS[name].module)(rest) or 0
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except BaseException as error:
+            told = _told(error, name)
+            if told is None:
+                raise
+            code, line = told
+            if isinstance(error, OSError):
+                _leave_stdout()
+            if line:
+                print(" ".join(filter(None, ("fastrope", name))) + f": {line}", file=sys.stderr)
+            return code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastrope", description="Attention with first-class modulations.")
     parser.add_argument("--version", action="version", version=f"fastrope {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="what is installed, which backend would run and why, and a self-check")
-    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
-    # These parse their own arguments, --help included, and are imported only when asked for.
-    commands.add_parser("demo", help="pictures of what the modulations do", add_help=False)
-    commands.add_parser("bench", help="time the backends against other implementations", add_help=False)
-    commands.add_parser("edit", help="edit a picture with LooseRoPE or GRAG on a diffusers pipeline", add_help=False)
-    commands.add_parser("style", help="draw in the style of a picture (Untwisting RoPE)", add_help=False)
-    commands.add_parser("sweep", help="a contact sheet of style over s_hf and s_lf", add_help=False)
-    commands.add_parser("ar-edit", help="edit an autoregressive image by changing its prompt", add_help=False)
-    args, rest = parser.parse_known_args(argv)
-    if args.command == "doctor":
-        if rest:
-            doctor.error(f"unrecognized arguments: {' '.join(rest)}")
-        from .doctor import main as run_doctor
-
-        return run_doctor(as_json=args.json)
-    return _delegate(MODULES.get(args.command, f"fastrope.{args.command}"), args.command, rest)
+    for name, command in COMMANDS.items():  # they parse their own arguments, and are imported only when asked for
+        commands.add_parser(name, help=command.help, add_help=False)
+    return parser
 
 
-def _delegate(module: str, command: str, argv: list[str]) -> int:
-    """Import ``module`` and run its ``main(argv)``; say what is missing if that cannot be done."""
-    try:
-        run = getattr(importlib.import_module(module), "main", None)
-        if run is not None:  # an empty folder imports as a namespace package
-            return run(argv) or 0
-        problem = f"this installation has no {module}.main"
-    except MissingExtra as error:
-        problem = str(error)
-    except ModuleNotFoundError as error:
+def _load(module: str):
+    run = getattr(importlib.import_module(module), "main", None)
+    if run is None:  # an empty folder imports as a namespace package
+        raise ImportError(f"this installation has no {module}.main")
+    return run
+
+
+def _told(error: BaseException, name: str) -> tuple[int, str] | None:
+    """The exit code of an error and what to say, None for one that the user cannot do anything about."""
+    if isinstance(error, BrokenPipeError):
+        return 141, ""  # as the shell has it of a program that SIGPIPE ends
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    if _out_of_memory(error):
+        return 2, f"out of memory; {COMMANDS[name].smaller} takes less ({line})"
+    if isinstance(error, ModuleNotFoundError) and not isinstance(error, MissingExtra):
+        module = COMMANDS[name].module
         if error.name == module:
-            problem = f"this installation has no module {module}"
-        elif error.name is None or error.name.partition(".")[0] == "fastrope":
-            raise
-        else:
-            advice = install([error.name], others="bench" if command == "bench" else "demo")
-            problem = f"{error.name} is not installed: {advice}"
-    print(f"fastrope {command}: {problem}", file=sys.stderr)
-    return 2
+            return 2, f"this installation has no module {module}"
+        if error.name is None or error.name.partition(".")[0] == "fastrope":
+            return None
+        return 2, f"{error.name} is not installed: {install([error.name], others=COMMANDS[name].extra)}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return 2, f"{error.filename}: {error.strerror}"
+    return (2, line) if isinstance(error, (ImportError, OSError, ValueError, NotImplementedError)) else None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    said = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
+
+
+@contextlib.contextmanager
+def _any_character(stream) -> Iterator[None]:
+    """What a terminal's encoding does not have is written as an escape."""
+    before = getattr(stream, "errors", None)
+    if before is None or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(errors=before)
+
+
+def _leave_stdout() -> None:
+    """Where stdout cannot be written to, what is left in its buffer must not raise again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, ValueError):
+        pass
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -28,14 +30,20 @@ GRID = 6  # the sample call attends over a target and a reference of 6 x 6 token
 HEAD_DIM = 64
 
 
-def main(as_json: bool = False) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
 
     Returns:
         0, or 1 when the self-check failed.
     """
+    parser = argparse.ArgumentParser(prog="fastrope doctor", description="What would run here and why.")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(argv)
     found = report()
-    print(json.dumps(found, indent=2) if as_json else render(found))
+    print(json.dumps(found, indent=2) if options.json else render(found))
     return 0 if all(check["passed"] for check in found["self_check"]) else 1
 
 

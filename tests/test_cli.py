@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import json
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +18,7 @@ import torch
 
 import fastrope
 from fastrope import cli, debug, doctor
+from fastrope.commands import running
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +162,96 @@ def test_version(capsys):
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip() == f"fastrope {fastrope.__version__}"
+
+
+# ---- what goes wrong is told in one line -----------------------------------------------------------------------------
+
+TORCH_CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+
+
+def raising(error: BaseException):
+    def main(argv):
+        raise error
+
+    return SimpleNamespace(main=main)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 2, "out of memory; "),
+    (MemoryError(), 2, "out of memory; "), (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory; "),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), 2, "out of memory; "),
+    (RuntimeError(TORCH_CPU), 2, "out of memory; "), (RuntimeError("MPS backend out of memory"), 2, "out of memory; "),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(errno.ENOSPC, "No space left on device", "a.png"), 2, "a.png: No space left on device"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "none.jsonl"), 2, "none.jsonl: No such file"),
+    (ValueError("--delta: expected a number\nand more"), 2, "--delta: expected a number"),
+    (NotImplementedError(), 2, "NotImplementedError"), (ImportError("torchvision is needed"), 2, "torchvision is"),
+], ids=repr)  # fmt: skip
+def test_problems_are_told_in_one_line(error, code, message, command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, cli.COMMANDS[command].module, raising(error))
+    assert cli.main([command]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"fastrope {command}: {message}")
+    assert "out of memory" not in line or cli.COMMANDS[command].smaller in line
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), AssertionError(), TypeError("x"), ZeroDivisionError()]
+)
+def test_faults_of_our_own_are_not_hidden(error, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastrope.demo", raising(error))
+    with pytest.raises(type(error)):
+        cli.main(["demo"])
+
+
+def python(code: str, command: str = "{}", **environment: str) -> subprocess.CompletedProcess:
+    """The command line in a shell, around a ``doctor`` that runs ``code``."""
+    script = (
+        "import sys, types; fake = types.ModuleType('fastrope.doctor'); sys.modules['fastrope.doctor'] = fake\n"
+        f"def main(argv):\n    {code}\nfake.main = main\nfrom fastrope.cli import main\nsys.exit(main(['doctor']))"
+    )
+    run = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    bash = ["bash", "-c", "set -o pipefail; " + command.format(run)]
+    return subprocess.run(bash, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+@pytest.mark.parametrize(("command", "code", "message"), [
+    ("{} | head -c 1 > /dev/null", 141, ""),
+    ("{} > /dev/full", 2, "fastrope doctor: [Errno 28] No space left on device\n"),
+])  # fmt: skip
+def test_a_stdout_that_takes_no_more(command, code, message):
+    if "/dev/full" in command and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    done = python("print('x' * 10_000_000)" if code == 141 else "print('x')", command)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_terminals_without_the_characters():
+    done = python(r"print('caf\u00e9-\u732b.png', '\udce9'); raise ValueError('\u732b')", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (2, "caf\\xe9-\\u732b.png \\udce9\n")
+    assert done.stderr == "fastrope doctor: \\u732b\n"
+
+
+def test_streams_are_left_as_they_were(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastrope.demo", SimpleNamespace(main=lambda argv: 0))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["demo"]) == 0
+    assert stream.errors == "strict"
+    monkeypatch.setattr(sys, "stdout", None)  # closed by the caller
+    assert cli.main(["demo"]) == 0
+
+
+@pytest.mark.parametrize("command", ["edit", "style", "sweep", "ar-edit", "demo", "bench"])
+def test_tildes_are_the_home_folder(command, monkeypatch):
+    """The shell leaves that of ``--out=~/a`` alone."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("USERPROFILE", "/home/somebody")
+    assert running.file_path("~/a b.png") == Path("/home/somebody/a b.png")
+    source = Path(importlib.import_module(cli.COMMANDS[command].module).__file__).read_text(encoding="utf-8")
+    assert "type=Path" not in source

@@ -103,10 +103,10 @@ def test_the_reference_shows_where_high_frequencies_stay():
     """The tiny model copies what it attends to: nearer to the reference at s_hf 1 than at 0."""
     for name, high in (("copy", "1"), ("free", "0")):
         assert draw("--s-hf", high, "--s-lf", "1.5", "--adain", "0", "--steps", "6", "--out", f"{name}.png") == 0
-    from fastrope.commands.files import as_picture
     from fastrope.demo import scene
+    from fastrope.pictures import to_picture
 
-    reference = np.asarray(as_picture(scene.draw_scene().composite).resize((32, 32))).astype(int)
+    reference = np.asarray(to_picture("x", scene.draw_scene().composite).resize((32, 32))).astype(int)
     gap = {name: np.abs(pixels(f"{name}.png") - reference).mean() for name in ("copy", "free")}
     assert gap["copy"] < 0.8 * gap["free"]
 
@@ -141,7 +141,7 @@ def test_a_contact_sheet(capsys):
     assert draw(*words, command="sweep") == 0
     captured = capsys.readouterr()
     cells = [f"cells/s_hf_{high}_s_lf_{low}.png" for high in ("0", "0.5-1") for low in ("1", "1.5")]
-    assert captured.out.split() == ["a/s.png", "a/s.json", *cells]
+    assert captured.out.split() == ["a/s.png", "a/s.json", "cells/cells.json", "cells/plain.png", *cells]
     assert "sweep: 100%" in captured.err
     kept = record("a/s.json")
     assert (kept["s_hf"], kept["s_lf"]) == ([0.0, [0.5, 1.0]], [1.0, 1.5])
@@ -386,13 +386,13 @@ def test_axis0_can_be_told(monkeypatch):
 
 def test_presets_and_the_old_name_of_one():
     for preset in ("bigstationw-2026-06", "xmarre-0.2"):
-        assert draw("--preset", preset, "--s-lf", "1", "1.5") == 0
+        assert draw("--preset", preset, "--s-lf", "1", "1.5", "--force") == 0
         assert record()["preset"] == preset
         assert record()["dials"]["axis0"] == {
             str(count): list(weights) for count, weights in PRESETS[preset]["axis0"].items()
         }
     with pytest.warns(DeprecationWarning, match="bigstationw-workflows-2026-06"):
-        assert draw("--preset", "community") == 0
+        assert draw("--preset", "community", "--force") == 0
     assert draw("--preset", "xmarre-0.2", "--s-hf", "1", "--s-lf", "1", command="sweep") == 0
 
 

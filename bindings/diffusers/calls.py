@@ -20,7 +20,7 @@ from .fingerprints import Fingerprints
 from .hosts import Host
 from .inspection import Inspector
 from .layers import SharedWork
-from .sequences import Call, JointSequence, device_of
+from .sequences import Call, JointSequence, device_of, refuse_tracing
 from .steps import find_step
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
@@ -97,6 +97,7 @@ class CallState:
 
     def before_forward(self, module, args, kwargs) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
+        refuse_tracing()
         self.reset()
         if self.shared is not None:
             self.shared.reset()

@@ -139,7 +139,7 @@ def _neutral(numbers: tuple) -> bool:
 
 def _check_groups(modulations: tuple, bonus: Tensor) -> None:
     for m in modulations:
-        if isinstance(m, fr.BiasDelta):
+        if isinstance(m, fr.BiasDelta) and not _neutral((m.bias, m.delta)):
             group = bonus[:, m.keys if isinstance(m.keys, slice) else m.keys.cpu()]
             if bool(group.any() & ~group.all()):
                 raise NotImplementedError(

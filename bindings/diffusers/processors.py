@@ -19,6 +19,7 @@ from diffusers.models.normalization import RMSNorm
 import fastrope as fr
 
 from .dispatch import Slot, host_attention
+from .skipping import perturbed, register
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -36,7 +37,13 @@ class Stream(NamedTuple):
 class BoundProcessor:
     """A processor that stands in for ``original``; diffusers' settings pass through to that."""
 
-    def __init__(self, original, slot: Slot):
+    def __init__(self, original=None, slot: Slot | None = None):
+        if original is None:  # loading an IP-Adapter makes the processors anew that it does not replace
+            raise NotImplementedError(
+                "IP-Adapter: expected a transformer that no fastrope handle is bound to, received one that is; call "
+                "handle.remove() before loading it"
+            )
+        register(type(self), type(original))
         self.original = original
         self.slot = slot
         slot.original = original
@@ -56,14 +63,25 @@ class BoundProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config):
         if config is not None:
+            self._withdraw(config)
             raise NotImplementedError(
                 "context parallelism: expected a model that no fastrope handle is bound to, since modulations need the "
                 "whole sequence on one device; call handle.remove() first"
             )
 
+    def _withdraw(self, config) -> None:
+        """Take a configuration back from wherever diffusers has put it before it came to this processor: parallel in
+        name alone, the model could neither be bound nor made parallel again."""
+        handle = self.slot.handle
+        modules = () if handle is None else handle._state.model.modules()
+        for holder in [h for module in modules for h in (module, getattr(module, "processor", None))]:
+            if getattr(holder, "_parallel_config", None) is config:
+                holder._parallel_config = None
+
     def untouched(self) -> bool:
-        """True when the host's own processor is to run. Compiled layers decide that later, inside the op."""
-        return not torch.compiler.is_compiling() and self.slot.idle
+        """True when the host's own processor is to run. Whether something modulates a compiled layer is decided later,
+        inside the op."""
+        return perturbed() or (not torch.compiler.is_compiling() and self.slot.idle)
 
     def attend(self, streams: list[Stream], table, mask: torch.Tensor | None = None) -> torch.Tensor | None:
         """Attention over the streams, joined in the order given.

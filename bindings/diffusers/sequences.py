@@ -48,6 +48,18 @@ def device_of(hidden) -> torch.device:
     return first.device
 
 
+def refuse_tracing() -> None:
+    """What is exported or traced would hold the modulations of one call for good.
+
+    Raises:
+        NotImplementedError: under ``torch.export`` or ``torch.jit.trace``.
+    """
+    for name, on in (("torch.export", torch.compiler.is_exporting()), ("torch.jit.trace", torch.jit.is_tracing())):
+        if on:
+            raise NotImplementedError(f"{name}: expected a transformer that no fastrope handle is bound to, received "
+                                      "one that is; call handle.remove() before exporting it")  # fmt: skip
+
+
 # ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
 
 
@@ -84,7 +96,7 @@ def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | N
     positions = torch.cat([text, image])
     if mask is None:
         return JointSequence(positions, layout)
-    held = mask.detach().cpu().bool()
+    held = mask.detach().to("cpu", torch.bool, copy=True)  # what the caller does to it must not matter
     if not mask.is_floating_point():
         return JointSequence(positions, layout, key_mask=held)
     # Chroma's pipelines hand over zeros and ones in the dtype of the model, which torch adds to the logits.

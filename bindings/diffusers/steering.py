@@ -11,8 +11,8 @@ import torch
 
 from fastrope.checks import require
 from fastrope.methods.judges import CLASSES, MOVES, RegionJudge, Verdict, read_verdict
-from fastrope.methods.maps import as_pixels
 from fastrope.methods.schedules import require_number
+from fastrope.pictures import to_picture
 
 from .handle import bind
 
@@ -82,7 +82,7 @@ def steer(
         image = call.get("image")
         composite = image[0] if isinstance(image, (list, tuple)) and image else image
         require(composite is not None, "composite", "a picture, or an image in the call", None)
-    composite = _to_pil(composite)
+    composite = to_picture("composite", composite)
     judge = _find_judge(judge, method)
     generator, noise = call.pop("generator", None), call.get("latents")
     if generator is None and noise is None:
@@ -212,13 +212,3 @@ def _find_judge(judge, method) -> Callable:
         return ChatJudge.from_pretrained(judge)
     require(callable(judge), "judge", "a function of two pictures, the name of a model or None", repr(judge))
     return judge
-
-
-def _to_pil(picture):
-    from PIL import Image
-
-    if isinstance(picture, Image.Image):
-        return picture
-    pixels = as_pixels("composite", picture)
-    require(len(pixels) == 1, "composite", "one picture", f"a batch of {len(pixels)}")
-    return Image.fromarray(pixels[0].round().byte().permute(1, 2, 0).numpy())

@@ -26,6 +26,7 @@ from fastrope.methods.trajectories import (
     require_sigmas,
     rf_step,
 )
+from fastrope.pictures import rgb
 
 from .hosts import Host, find_host
 from .processors import BoundProcessor
@@ -274,7 +275,7 @@ def _pictures(pipe, image):
 
     kinds = sorted({type(x).__name__ for x in several})
     require(all(isinstance(x, Image.Image) for x in several), "image", "PIL pictures or tensors", kinds)
-    return [x.convert("RGB") for x in several]
+    return [rgb("image", x) for x in several]
 
 
 def picture_size(pipe, pictures, height: int | None = None, width: int | None = None) -> tuple[int, int]:

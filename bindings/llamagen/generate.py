@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +11,11 @@ from torch.nn import functional as F
 from fastrope.checks import require
 
 from ..anchors import Generated, Record, guide, plain_matcher, spread_anchors
+from ..inputs import check_sampling
 from .model import Cache, LlamaGen
+
+PUBLISHED = "published"
+SAMPLING = {"text": (7.5, 1000), "class": (4.0, 2000)}  # scale of guidance and top-k that the authors sample with
 
 
 @torch.no_grad()
@@ -21,9 +26,9 @@ def generate(
     mask: torch.Tensor | None = None,
     matcher=None,
     anchors: torch.Tensor | None = None,
-    guidance: float | None = 7.5,
+    guidance: float | Literal["published"] | None = PUBLISHED,
     temperature: float = 1.0,
-    top_k: int = 1000,
+    top_k: int | Literal["published"] = PUBLISHED,
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -32,12 +37,15 @@ def generate(
 
     Args:
         condition: text features ``(B, prefix, caption_dim)`` or class labels ``(B,)``.
-        mask: features that count, ``(B, prefix)`` bool; the others are set to zero and hidden.
+        mask: features that count, ``(B, prefix)`` of zeros, then ones; the others are set to zero and hidden.
+            :func:`encode_prompts` returns it.
         matcher: ``fr.ISLock(...).matcher(tokenizer.codebook, num_tokens=model.config.num_tokens)``; None samples.
         anchors: codes of the original, ``(B, N)`` or ``(1, N)`` for all, -1 where anything may come; with a matcher,
             and only then.
-        guidance: scale of ``u + (c - u) * scale``; None or 1 runs the condition alone.
-        temperature, top_k, top_p: applied in this order, after guidance; top_k 0 and top_p 1 keep everything.
+        guidance: scale of ``u + (c - u) * scale``; None or 1 runs the condition alone. ``"published"`` is the authors':
+            7.5 for text, 4 for classes.
+        temperature, top_k, top_p: applied in this order, after guidance; top_k 0 and top_p 1 keep everything, top_k 1
+            is greedy. ``top_k="published"`` is the authors': 1000 for text, 2000 for classes.
         generator: source of the seeds, one for the batch or one per row; None takes torch's own. A row's tokens depend
             on its seed alone, not on the rest of the batch.
         progress: wraps the range of positions (``tqdm``).
@@ -46,21 +54,26 @@ def generate(
         Tokens ``(B, N)`` long on the device of the model, and the record of matches (None without a matcher).
 
     Raises:
-        ValueError: shapes, dtypes or values that are not as above.
+        ValueError: shapes, dtypes or values that are not as above: features that are not finite, or padded on the
+            right, or padded without a mask; labels of no class; anchors that the matcher's codebook does not have.
     """
     model.check_condition(condition, mask)
     require((matcher is None) == (anchors is None), "anchors", "a matcher and anchors, or neither", "one of them")
     device = model.tok_embeddings.weight.device
     batch, num_tokens = condition.shape[0], model.config.num_tokens
     require(batch > 0, "condition", "at least one row", batch)
-    check_warping(temperature, top_k, top_p)
+    usual = SAMPLING[model.config.condition]
+    guidance, top_k = (usual[i] if value == PUBLISHED else value for i, value in enumerate((guidance, top_k)))
+    check_sampling(guidance, temperature, top_k, top_p)
     fits = matcher is None or matcher.num_tokens == num_tokens
     require(fits, "matcher", f"one for the model's {num_tokens} tokens", getattr(matcher, "num_tokens", None))
+    codes = None if matcher is None else len(matcher.codebook)
+    require(codes in (None, model.config.vocabulary), "matcher", f"one of {model.config.vocabulary} codes", codes)
     sampled = matcher is None
     if sampled:
         matcher = plain_matcher(num_tokens, device)
-        anchors = torch.full((1, num_tokens), -1)
-    anchors = spread_anchors(anchors, batch, num_tokens, device)
+        anchors = torch.full((1, num_tokens), -1, device=device)
+    anchors = spread_anchors(anchors, batch, num_tokens, matcher)
     guided = guidance is not None and guidance != 1
     x, visible = _prefix(model, condition.to(device), mask, guided)
     cache = Cache(model.config, x.shape[0], model.config.prefix + num_tokens - 1, x)
@@ -92,14 +105,6 @@ def _prefix(model: LlamaGen, condition: torch.Tensor, mask: torch.Tensor | None,
     if visible is not None:
         visible = F.pad(visible, (0, model.config.num_tokens), value=True)
     return model.cls_embedding(condition), visible
-
-
-def check_warping(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ``ValueError`` unless the arguments of :func:`warp` are in range."""
-    require(temperature > 0, "temperature", "a number > 0", temperature)
-    ok = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0
-    require(ok, "top_k", "an integer >= 0", repr(top_k))
-    require(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
 
 
 def warp(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:

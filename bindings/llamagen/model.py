@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastrope.checks import require, require_tensor
+from fastrope.checks import require, require_finite, require_tensor
 
+from ..inputs import check_mask
 from .checkpoint import load_weights, read_checkpoint
 
 # Published sizes: dim, layers, heads. XL has text checkpoints; all have class checkpoints.
@@ -295,20 +296,25 @@ class LlamaGen(nn.Module):
         return torch.full((batch,), self.config.classes, dtype=torch.long, device=device)
 
     def check_condition(self, condition: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Raise ``ValueError`` unless ``condition`` and ``mask`` have the shapes and dtypes of :meth:`forward`."""
+        """Raise ``ValueError`` unless ``condition`` and ``mask`` are as :meth:`forward` takes them."""
         c = self.config
         if c.condition == "class":
             require_tensor("condition", condition, (1,), "(B,) of labels")
             require(condition.dtype in (torch.int32, torch.int64), "condition", "integer labels", condition.dtype)
+            wrong = condition[(condition < 0) | (condition > c.classes)].tolist()
+            require(not wrong, "condition", f"labels below {c.classes}, or {c.classes} for none", wrong[:3])
             require(mask is None, "mask", "None with a class condition", "a mask")
             return
         require_tensor("condition", condition, (3,), f"(B, {c.prefix}, {c.caption_dim})")
         shape = tuple(condition.shape[1:])
         require(shape == (c.prefix, c.caption_dim), "condition", f"shape (B, {c.prefix}, {c.caption_dim})", shape)
         require(condition.is_floating_point(), "condition", "floating-point features", condition.dtype)
+        made_by = "as encode_prompts returns them"
         if mask is not None:
-            require_tensor("mask", mask, (2,), f"(B, {c.prefix})")
-            require(mask.shape == condition.shape[:2], "mask", tuple(condition.shape[:2]), tuple(mask.shape))
+            check_mask("mask", mask, tuple(condition.shape[:2]), f"features at the end of the prefix, {made_by}")
+        require_finite("condition", condition, ("row", "token", "channel"))
+        padded = mask is None and not bool(condition.any(-1).all())
+        require(not padded, "mask", f"the mask of condition, {made_by}", "None, though some features are all zero")
 
     def run(
         self,

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastrope.checks import require, require_tensor
+from fastrope.checks import require
 
+from ..inputs import check_codes, check_pixels
 from .checkpoint import load_weights, read_checkpoint
 
 GROUPS = 32  # of every group norm
@@ -216,7 +217,7 @@ class VQTokenizer(nn.Module):
             ValueError: sides that the factor of the tokenizer does not divide.
         """
         factor = self.config.factor
-        require_tensor("pixels", pixels, (4,), "(B, 3, H, W)")
+        check_pixels(pixels)
         height, width = pixels.shape[2:]
         ok = pixels.shape[1] == 3 and height % factor == 0 and width % factor == 0 and height and width
         require(ok, "pixels", f"3 channels and sides that are multiples of {factor}", tuple(pixels.shape))
@@ -231,7 +232,7 @@ class VQTokenizer(nn.Module):
         Args:
             grid: (height, width) in codes; None for a square.
         """
-        require_tensor("codes", codes, (2,), "(B, N)")
+        check_codes("codes", codes, torch.arange(self.config.codes, device=self.codebook.device))
         side = round(codes.shape[1] ** 0.5)
         height, width = (side, side) if grid is None else grid
         require(height * width == codes.shape[1], "codes", f"{height} x {width} = {height * width}", codes.shape[1])

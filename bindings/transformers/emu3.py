@@ -7,21 +7,28 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import LogitsProcessorList
 
-from fastrope.checks import require, require_tensor
+from fastrope.checks import require
 
 from ..anchors import Generated, Grid
+from ..inputs import check_codes, check_pixels
+from .inputs import check_options, check_result, read_prompts
 from .processor import ONE_TOKEN_LEFT, AnchorProcessor
+
+IMAGE_START, IMAGE_TOKEN = "<|image start|>", "<|image token|>"  # "height*width" stands between them
+MADE_BY = 'processor.tokenizer.padding_side = "left", then processor(text=..., return_for_image_generation=True, ...)'
 
 
 def grid(model, height: int, width: int) -> Grid:
     """The raster of ``height`` rows of ``width`` tokens, an end-of-line token after each."""
-    return Grid(height, width, newline=model.vocabulary_mapping.eol_token_id)
+    mapping = model.model.vocabulary_mapping
+    before = mapping.vocab_map.get(IMAGE_TOKEN)
+    return Grid(height, width, newline=mapping.eol_token_id, opening=() if before is None else (before,))
 
 
 def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries ``(codes, d)`` float32 of the VQ model, and the vocabulary id of each ``(codes,)`` long."""
     entries = model.model.vqmodel.quantize.embedding.weight.detach().float()
-    ids = model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(entries.device)
+    ids = model.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(entries.device)
     require(len(ids) == len(entries), "vocabulary_map", f"{len(entries)} visual tokens", len(ids))
     return entries, ids
 
@@ -29,8 +36,11 @@ def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def encode(model, pixels: torch.Tensor) -> torch.Tensor:
     """Vocabulary ids ``(B, N)`` long, no end-of-line tokens, of ``pixels (B, 3, H, W)`` as the host prepares them."""
-    require_tensor("pixels", pixels, (4,), "(B, 3, H, W)")
+    check_pixels(pixels)
     vq = model.model.vqmodel
+    factor = vq.spatial_scale_factor
+    fits = pixels.shape[2] % factor == 0 and pixels.shape[3] % factor == 0
+    require(fits, "pixels", f"sides that are multiples of {factor}", tuple(pixels.shape))
     sizes = [tuple(pixels.shape[2:])] * pixels.shape[0]
     found = vq.encode(pixels.to(device=vq.device, dtype=vq.dtype), sizes)
     codes = torch.stack(list(getattr(found, "image_tokens", found)))  # transformers 4 returns the list itself
@@ -40,9 +50,9 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode(model, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pixels ``(B, 3, 8 * height, 8 * width)``, about -1..1, of image tokens ``(B, N)``, vocabulary ids."""
-    require_tensor("tokens", tokens, (2,), f"(B, {height * width})")
+    check_codes("tokens", tokens, codebook(model)[1])
     require(tokens.shape[1] == height * width, "tokens", f"{height * width} per row", tokens.shape[1])
-    mapping = model.vocabulary_mapping.bpe2img_mapping_tensor.to(tokens.device)
+    mapping = model.model.vocabulary_mapping.bpe2img_mapping_tensor.to(tokens.device)
     return model.model.vqmodel.decode(mapping[tokens].view(-1, height, width).long())
 
 
@@ -51,7 +61,7 @@ def prefix_function(model, grid: Grid, prompt_length: int) -> Callable[[int, tor
 
     :func:`generate` does without, as :class:`AnchorProcessor` forces rows itself in one operation.
     """
-    image = model.vocabulary_mapping.image_tokens
+    image = model.model.vocabulary_mapping.image_tokens
 
     def allowed(batch: int, ids: torch.Tensor) -> list[int]:
         forced = grid.forced(len(ids) - prompt_length)
@@ -84,7 +94,8 @@ def generate(
     Args:
         model: an ``Emu3ForConditionalGeneration``.
         inputs: ``input_ids`` and ``attention_mask``, ``(B, S)`` each, that end where the image begins:
-            ``processor(text=..., return_for_image_generation=True)``, padded on the left.
+            ``processor(text=..., return_for_image_generation=True)``, padded on the left. ``image_sizes``, which the
+            processor adds, is compared with ``height`` and ``width``.
         negative: ``input_ids`` and ``attention_mask`` of the negative prompt, ``(B, S')`` or ``(1, S')`` each, prepared
             alike.
         matcher: ``lock.matcher(entries, num_tokens=height * width, token_ids=ids)`` of :func:`codebook`; None samples.
@@ -93,14 +104,16 @@ def generate(
         temperature, top_k, top_p: after guidance, among image tokens.
         generator: source of the seeds, one for the batch or one per row.
         processors: further logits processors, which run after matching (a progress bar, say).
-        options: of the host's ``generate``.
+        options: of the host's ``generate``: ``num_return_sequences`` and those that say how it runs
+            (:data:`fastrope.bindings.transformers.inputs.PASSED`).
 
     Raises:
-        ValueError: as :class:`AnchorProcessor`; guidance without ``negative``; options that are set here.
+        ValueError: as :class:`AnchorProcessor`; guidance without ``negative``; prompts padded on the right, of another
+            size, with pictures, or not made for image generation; other options, and a ``model.generation_config``,
+            that choose tokens; ``processors`` that change the choice.
     """
-    set_here = ("do_sample", "guidance_scale", "logits_processor", "max_new_tokens", "prefix_allowed_tokens_fn")
-    for name in set_here:
-        require(name not in options, name, "the arguments of this function instead", "it among the options")
+    check_options(model, options)
+    ids, mask = _read(model, inputs, height, width)
     guided = guidance is not None and guidance != 1
     require(not guided or negative is not None, "negative", "a negative prompt to guide away from", None)
     raster = grid(model, height, width)
@@ -110,18 +123,46 @@ def generate(
     )  # fmt: skip
     if guided:
         # The host repeats prompts for several sequences each, but not negative ones.
-        rows, given = inputs["input_ids"].shape[0] * options.get("num_return_sequences", 1), len(negative["input_ids"])
-        fits = given > 0 and rows % given == 0
-        require(fits, "negative", f"a number of rows that divides the batch of {rows}", given)
-        for name, mine in (("negative_prompt_ids", "input_ids"), ("negative_prompt_attention_mask", "attention_mask")):
-            options[name] = negative[mine].repeat_interleave(rows // given, dim=0)
-    model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        others, hidden = _read(model, negative, height, width, "negative")
+        rows = len(ids) * options.get("num_return_sequences", 1)
+        require(rows % len(others) == 0, "negative", f"a number of rows that divides the batch of {rows}", len(others))
+        for name, given in (("negative_prompt_ids", others), ("negative_prompt_attention_mask", hidden)):
+            options[name] = given.repeat_interleave(rows // len(others), dim=0)
+    made = model.generate(
+        ids,
+        attention_mask=mask,
         guidance_scale=float(guidance) if guided else 1.0,
         **ONE_TOKEN_LEFT,
         max_new_tokens=raster.length,
         logits_processor=LogitsProcessorList([processor, *processors]),
         **options,
-    )
+    )[:, ids.shape[1] :]
+    require(made.shape[1] == raster.length, "generate", f"{raster.length} new tokens of the host", made.shape[1])
+    check_result(raster.flatten(made), processor.tokens)
     return Generated(processor.tokens, processor.record)
+
+
+def _read(model, inputs, height: int, width: int, label: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of prompts that end where an image of ``height x width`` begins, without images before it."""
+    where = f"{label}." if label else ""
+    ids, mask = read_prompts(model, inputs, MADE_BY, label, known=("image_sizes",))
+    size = f"{height} x {width} tokens"
+    if "image_sizes" in inputs:
+        found = torch.as_tensor(inputs["image_sizes"]).tolist()
+        how = f"{size} in every row, as ratio=... and image_area=... of the processor say"
+        require(found == [[height, width]] * len(ids), where + "image_sizes", how, found)
+    mapping = model.model.vocabulary_mapping
+    own = [*mapping.image_tokens, *(id for id in (mapping.eol_token_id, mapping.image_token_id) if id is not None)]
+    seen = (torch.isin(ids, torch.tensor(own, device=ids.device)) & mask.to(ids.device).bool()).any(1)
+    rows = seen.nonzero().flatten().tolist()
+    require(not rows, where + "input_ids", "prompts without image tokens", f"some in row(s) {rows}")
+    names = mapping.vocab_map
+    if IMAGE_START in names and IMAGE_TOKEN in names:
+        words = {id: name for name, id in names.items()}
+        for row, line in enumerate(ids.tolist()):
+            _, _, tail = "".join(words.get(id, " ") for id in line).rpartition(IMAGE_START)
+            expected = f"{IMAGE_START}{height}*{width}{IMAGE_TOKEN} at the end: {size}, {MADE_BY}"
+            require(
+                tail == f"{height}*{width}{IMAGE_TOKEN}", where + "input_ids", expected, f"{tail[-40:]!r} in row {row}"
+            )
+    return ids, mask

@@ -8,16 +8,23 @@ In image mode the host's ``generate`` runs conditional and unconditional rows to
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn import functional as F
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
-from fastrope.checks import require, require_tensor
+from fastrope.checks import require
 
 from ..anchors import Generated, Grid
+from ..inputs import check_codes, check_pixels
+from .inputs import check_options, check_result, read_prompts
 from .processor import ONE_TOKEN_LEFT, AnchorProcessor
+
+MADE_BY = 'processor(text=..., generation_mode="image", padding=True, return_tensors="pt")'
 
 
 def grid(model) -> Grid:
@@ -40,7 +47,7 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
     Latents and entries are normalised before they are compared, as in the training of this tokenizer; the host's own
     ``vqmodel.encode`` compares them as they are, while its decoder normalises.
     """
-    require_tensor("pixels", pixels, (4,), "(B, 3, H, W)")
+    check_pixels(pixels)
     vq = model.model.vqmodel
     pixels = pixels.to(device=vq.quant_conv.weight.device, dtype=vq.quant_conv.weight.dtype)
     latents = vq.quant_conv(vq.encoder(pixels)).float().flatten(2).transpose(1, 2)
@@ -53,6 +60,10 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode(model, tokens: torch.Tensor) -> torch.Tensor:
     """Pixels ``(B, 3, H, W)``, about -1..1, of image tokens ``(B, N)``."""
+    expected = grid(model).num_tokens
+    codes = codebook(model)
+    check_codes("tokens", tokens, torch.arange(len(codes), device=codes.device))
+    require(tokens.shape[1] == expected, "tokens", f"{expected} per row", tokens.shape[1])
     return model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
 
 
@@ -67,6 +78,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    image_start: int | None = None,
     processors: Sequence = (),
     **options,
 ) -> Generated:
@@ -81,41 +93,77 @@ def generate(
         guidance: scale of ``u + (c - u) * scale``, 5 being the host's default; None or 1 is the condition alone.
         temperature, top_k, top_p: after guidance.
         generator: source of the seeds, one for the batch or one per row.
+        image_start: id of the image-start token, ``processor.tokenizer.boi_token_id``; None reads it from the model's
+            generation config, where not every file has it.
         processors: further logits processors, which run after matching (a progress bar, say).
-        options: of the host's ``generate``.
+        options: of the host's ``generate``: ``num_return_sequences`` and those that say how it runs
+            (:data:`fastrope.bindings.transformers.inputs.PASSED`, without those of the cache).
 
     Raises:
-        ValueError: as :class:`AnchorProcessor`; options that are set here.
+        ValueError: as :class:`AnchorProcessor`; prompts padded on the right, with pictures, or of text mode; other
+            options, and a ``model.generation_config``, that choose tokens; ``processors`` that change the choice.
+        NotImplementedError: transformers 5.0 to 5.4, whose Janus does not see the tokens it has drawn.
     """
-    for name in ("do_sample", "guidance_scale", "logits_processor"):
-        require(name not in options, name, "guidance=... and processors=... instead", "it among the options")
+    if Version("5.0") <= Version(transformers.__version__) < Version("5.5"):
+        found = transformers.__version__
+        raise NotImplementedError(
+            f"Janus of transformers {found} does not see the tokens it has drawn; 5.5 or newer does"
+        )
+    for name in ("cache_implementation", "cache_config"):
+        require(name not in options, name, "no such option: this function hands the host a new cache", "it")
+    check_options(model, options)
+    ids, mask = read_prompts(model, inputs, MADE_BY)
+    config = _generation_config(model, options, image_start)
+    _check_image_start(model, ids, mask, config.generation_kwargs["boi_token_id"])
     processor = AnchorProcessor(
         grid(model), matcher=matcher, anchors=anchors, guidance=1.0 if guidance is None else guidance,
         temperature=temperature, top_k=top_k, top_p=top_p, growing=False, generator=generator,
     )  # fmt: skip
-    config = _generation_config(options.pop("generation_config", model.generation_config), inputs["input_ids"])
-    model.generate(
-        inputs=inputs["input_ids"],
+    made = model.generate(
+        inputs=ids,
         generation_config=config,
-        attention_mask=inputs["attention_mask"],
+        attention_mask=mask,
         generation_mode="image",
         guidance_scale=1.0,
         **ONE_TOKEN_LEFT,
         logits_processor=LogitsProcessorList([processor, *processors]),
+        **own_cache(model),
         **options,
     )
+    check_result(made, processor.tokens)
     return Generated(processor.tokens, processor.record)
 
 
-def _generation_config(config, input_ids: torch.Tensor):
-    """``config`` with the image-start token that the host's ``generate`` looks up in it.
+def _generation_config(model, options: dict, image_start: int | None):
+    """The model's config with the three tokens that the host makes the unconditional prompt of.
 
-    transformers 5 drops the entry on loading where a file says that it was derived from the model's configuration; the
-    host's processor ends prompts with that token.
+    transformers 5 drops the image-start token on loading where a file says that it was derived from the model's
+    configuration.
     """
-    config = copy.deepcopy(config)
-    if not getattr(config, "generation_kwargs", None):
-        last = input_ids[:, -1].unique()
-        require(len(last) == 1, "input_ids", "prompts that end with the image-start token", last.tolist())
-        config.generation_kwargs = {"boi_token_id": int(last)}
+    config = copy.deepcopy(model.generation_config)
+    given = getattr(config, "generation_kwargs", None) or {}
+    if image_start is None:
+        image_start = given.get("boi_token_id", getattr(config, "boi_token_id", None))
+    advice = "the id that model.generation_config lacks: processor.tokenizer.boi_token_id"
+    require(image_start is not None, "image_start", advice, None)
+    config.generation_kwargs = {**given, "boi_token_id": int(image_start)}
+    for name in ("bos_token_id", "pad_token_id"):
+        value = options.get(name, getattr(config, name, None))
+        require(value is not None, f"model.generation_config.{name}", "an id, for the unconditional prompt", None)
     return config
+
+
+def _check_image_start(model, ids: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+    """Require prompts ``(B, S)`` that end with the image-start token and have no picture before it."""
+    for row, last in enumerate(ids[:, -1].tolist()):
+        expected = f"prompts of image mode, which end with the image-start token {start}: {MADE_BY}"
+        require(last == start, "input_ids", expected, f"{last} at the end of row {row}")
+    pictures = (ids[:, :-1] == start) | (ids[:, :-1] == model.config.image_token_id)
+    rows = (pictures & mask[:, :-1].to(ids.device).bool()).any(1).nonzero().flatten().tolist()
+    require(not rows, "input_ids", "prompts without pictures or a second image start", f"some in row(s) {rows}")
+
+
+def own_cache(model) -> dict:
+    """A new cache for the host's ``generate``, which fails to make one itself in transformers 5.13 to 5.17."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": DynamicCache()}

@@ -20,13 +20,18 @@ SIZE_ZERO = 8804  # plus half the tokens of a side
 
 
 def grid(height: int, width: int, *, from_start: bool = False) -> Grid:
-    """The raster of ``height`` rows of ``width`` image tokens, a new-line token after each.
+    """The raster of ``height`` rows of ``width`` image tokens, a new-line token after each, the end of the image last.
 
     Args:
-        from_start: the model itself writes the image-start token and the two sizes first, as it does for a question;
-            False where the prompt ends with them.
+        from_start: image start and sizes are generated too, as after a question, and written like the ends of rows;
+            False where the prompt ends with them, which is checked.
+
+    Raises:
+        ValueError: an odd side, which the model has no token for.
     """
-    return Grid(height, width, newline=NEW_LINE, lead=3 if from_start else 0)
+    opening = tuple(prefix(height, width))
+    lead = len(opening) if from_start else 0
+    return Grid(height, width, newline=NEW_LINE, lead=lead, end=IMAGE_END, opening=opening)
 
 
 def prefix(height: int, width: int) -> list[int]:
@@ -41,6 +46,6 @@ def prefix(height: int, width: int) -> list[int]:
 
 def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Input embeddings ``(8192, dim)`` float32 of the image tokens, compared by cosine in the paper, and their ids."""
-    ids = torch.arange(IMAGE_IDS.start, IMAGE_IDS.stop)
     weight = model.get_input_embeddings().weight.detach()
-    return weight[IMAGE_IDS.start : IMAGE_IDS.stop].float(), ids.to(weight.device)
+    ids = torch.arange(IMAGE_IDS.start, IMAGE_IDS.stop, device=weight.device)
+    return weight[IMAGE_IDS.start : IMAGE_IDS.stop].float(), ids

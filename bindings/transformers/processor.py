@@ -16,9 +16,11 @@ from transformers import (
 from fastrope.checks import require, require_tensor
 
 from ..anchors import Grid, Record, guide, plain_matcher, spread_anchors
+from ..inputs import check_sampling
 
-# Options of generate() behind an AnchorProcessor: sampling, which several sequences per prompt need, and no warpers.
-ONE_TOKEN_LEFT = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+# Options of generate() behind an AnchorProcessor: sampling, which several sequences per prompt need, no warpers, and
+# the tokens alone.
+ONE_TOKEN_LEFT = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, return_dict_in_generate=False)
 
 
 class AnchorProcessor(LogitsProcessor):
@@ -26,7 +28,8 @@ class AnchorProcessor(LogitsProcessor):
 
     At every image token the scores it returns are -inf but for the chosen token, so whatever ``generate`` does after
     it (guidance has to come before) changes nothing, sampling included. Serves one call of ``generate``; afterwards
-    ``record`` says what happened. Greedy search and sampling are fine, beams and assisted decoding are not.
+    ``record`` says what happened. Greedy search and sampling are fine, beams and assisted decoding are not. Where
+    other tokens are appended than the chosen ones, ``tokens`` and ``record`` refuse to be read.
 
     Rows of the scores, B images:
 
@@ -46,12 +49,14 @@ class AnchorProcessor(LogitsProcessor):
         guidance: see above.
         temperature, top_k, top_p: applied in this order after guidance, by transformers' own warpers; 1, 0 and 1 do
             nothing. Those of ``generate`` come too late to matter.
-        force_rows: write the grid's ``newline`` at row ends; False leaves them to the model's own prefix function.
+        force_rows: write the grid's ``opening``, ``newline`` and ``end``; False leaves them to the model's own prefix
+            function.
         growing: ``input_ids`` grows by a token per step, which is checked; False where it stands still (Janus).
         generator: source of the seeds, one for the batch or one per row.
 
     Raises:
-        ValueError: here and in calls, arguments or rows that are not as above, a step skipped, more steps than tokens.
+        ValueError: here and in calls, arguments or rows that are not as above, prompts that do not end where the grid's
+            image begins, a step skipped, more steps than tokens; on reading, tokens that were not followed.
     """
 
     def __init__(
@@ -77,55 +82,75 @@ class AnchorProcessor(LogitsProcessor):
             require_tensor("image_ids", image_ids, (1,), "(V_img,)")
         self.grid, self.matcher, self.image_ids = grid, matcher, image_ids
         self.guidance, self.force_rows, self.growing, self.generator = guidance, force_rows, growing, generator
+        check_sampling(guidance, temperature, top_k, top_p)
         self.warpers = warpers(temperature, top_k, top_p)
         self._sampled = matcher is None
-        self._anchors = torch.full((1, grid.num_tokens), -1) if anchors is None else anchors
+        self._anchors = torch.full((1, grid.num_tokens), -1, device="cpu") if anchors is None else anchors
         self._allowed: torch.Tensor | None = None
         self._seeds: torch.Tensor | None = None
         self._matches: list = []
         self._step = 0
-        self._start: int | None = None
+        self._first: torch.Size | None = None
+        self._chosen: torch.Tensor | None = None  # the last tokens, one per row of input_ids
+        self._followed: torch.Tensor | None = (
+            None  # whether every choice so far was appended; read late, without a wait
+        )
 
     @property
     def tokens(self) -> torch.Tensor:
         """Image tokens chosen so far, ``(B, n)`` long, vocabulary ids in raster order."""
-        require(len(self._matches) > 0, "processor", "one that has run", "no matched tokens")
-        return torch.stack([match.tokens for match in self._matches], dim=1)
+        return torch.stack([match.tokens for match in self._read()], dim=1)
 
     @property
     def record(self) -> Record | None:
         """What matching did so far; None without a matcher."""
-        require(len(self._matches) > 0, "processor", "one that has run", "no matched tokens")
-        return None if self._sampled else Record.stack(self._matches, self._anchors)
+        matches = self._read()
+        return None if self._sampled else Record.stack(matches, self._anchors)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores ``(B or 2B, V)`` with -inf everywhere but at the chosen tokens, in the dtype they came in."""
         step = self._advance(input_ids)
         both, batch = self._rows(input_ids, scores)
         logits = scores.float() if self.guidance is None else guide(scores.float(), self.guidance)
-        newline = self.grid.forced(step) if self.force_rows else None
+        written = self.grid.forced(step) if self.force_rows else None
         index = self.grid.raster(step)
-        if newline is not None:
-            tokens = torch.full((batch,), newline, device=scores.device)
+        if written is not None:
+            tokens = torch.full((batch,), written, device=scores.device)
         elif index is None:
+            self._chosen = None
             logits = logits.to(scores.dtype)
             return torch.cat([logits, logits]) if both else logits
         else:
             tokens = self._match(self.warpers(input_ids, self._cut(logits)), index)
+        self._chosen = torch.cat([tokens, tokens]) if both else tokens
         chosen = torch.full_like(logits, -torch.inf, dtype=scores.dtype).scatter_(1, tokens[:, None], 0.0)
         return torch.cat([chosen, chosen]) if both else chosen
 
+    def _read(self) -> list:
+        """The matches so far, if they are what was appended."""
+        require(len(self._matches) > 0, "processor", "one that has run", "no matched tokens")
+        followed = self._followed is None or bool(self._followed)
+        how = "one whose tokens are appended as chosen: no assistants, and no processors that change the choice"
+        require(followed, "processor", how, "other tokens in input_ids")
+        return self._matches
+
     def _advance(self, input_ids: torch.Tensor) -> int:
-        """This call's step, after checking it against the length of ``input_ids``."""
-        step, length = self._step, input_ids.shape[1]
-        if self._start is None:
-            self._start = length
-        expected = self._start + (step if self.growing else 0)
+        """This call's step, after checking it against ``input_ids``."""
+        step = self._step
+        if self._first is None:
+            self.grid.check_prompt(input_ids)
+            self._first = input_ids.shape
+        rows, length = self._first
+        expected = length + (step if self.growing else 0)
         how = f"{expected} columns, one more per step" if self.growing else f"{expected} columns, as at first"
         hint = "; a processor serves one call of generate, without beams or assistants"
-        require(length == expected, "input_ids", how + hint, length)
+        require(input_ids.shape[1] == expected, "input_ids", how + hint, input_ids.shape[1])
+        require(input_ids.shape[0] == rows, "input_ids", f"{rows} rows, as at first{hint}", input_ids.shape[0])
         last = self.grid.length
         require(self.growing or step < last, "processor", f"{last} steps" + hint, step + 1)
+        if self.growing and self._chosen is not None:
+            same = (input_ids[:, -1] == self._chosen).all()
+            self._followed = same if self._followed is None else self._followed & same
         self._step += 1
         return step
 
@@ -147,7 +172,7 @@ class AnchorProcessor(LogitsProcessor):
         if self.image_ids is None:
             return logits
         if self._allowed is None:
-            mask = torch.zeros(logits.shape[1], dtype=torch.bool)
+            mask = torch.zeros(logits.shape[1], dtype=torch.bool, device="cpu")
             ids = self.image_ids.cpu()
             inside = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < len(mask)
             require(inside, "image_ids", f"ids of a vocabulary of {len(mask)}", "others")
@@ -160,7 +185,7 @@ class AnchorProcessor(LogitsProcessor):
         if self._seeds is None:
             if self.matcher is None:
                 self.matcher = plain_matcher(self.grid.num_tokens, device)
-            self._anchors = spread_anchors(self._anchors, batch, self.grid.num_tokens, device)
+            self._anchors = spread_anchors(self._anchors, batch, self.grid.num_tokens, self.matcher)
             self._seeds = self.matcher.seeds(batch, self.generator)
         match = self.matcher(logits, self._anchors[:, index], index, seeds=self._seeds)
         self._matches.append(match)
@@ -170,10 +195,6 @@ class AnchorProcessor(LogitsProcessor):
 def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
     """transformers' own warpers for what differs from 1, 0 and 1, in the order of ``generate``."""
     chain = LogitsProcessorList()
-    require(temperature > 0, "temperature", "a number > 0", temperature)
-    ok = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0
-    require(ok, "top_k", "an integer >= 0", repr(top_k))
-    require(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
     if temperature != 1:
         chain.append(TemperatureLogitsWarper(float(temperature)))
     if top_k > 0:

@@ -11,8 +11,10 @@ import torch
 from .. import ISLock, __version__
 from ..checks import require
 from ..extras import require_packages
+from ..outputs import check_report, write_text
+from ..pictures import open_picture
 from . import ar_hosts
-from .running import TINY, add_machine_options, command, machine, name_of
+from .running import TINY, add_machine_options, add_out, command, file_path, machine, name_of
 
 MODELS = ("llamagen", "emu3", "janus", "tiny")
 
@@ -31,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, choices=MODELS, help="tiny has random weights and needs no download")
     add("--prompt", help="of the original; not needed with --image")
     add("--edit-prompt", required=True, action="append", metavar="PROMPT", help="once for every edit")
-    add("--image", type=Path, help="a picture to edit, instead of an original generated from --prompt")
-    add("--out", type=Path, default=Path("ar-edit"), metavar="DIR", help="where to write (default: ar-edit)")
+    add("--image", type=file_path, help="a picture to edit, instead of an original generated from --prompt")
+    add_out(add, "DIR", "ar-edit")
     add("--candidates", type=int, help=f"K, tokens drawn at the first position (default: {_told('candidates')})")
     add("--alpha", type=float, default=0.6, help="how much of the window is gone at the end (default: 0.6)")
     add("--tau", type=float, help="largest distance accepted, inf too; larger: closer to the original (default: 1)")
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = "llamagen 32, or 16 for a file ..._256.pt; emu3 90; tiny 12; janus has one"
     add("--size", type=int, help=f"tokens per side (default: {sizes})")
     add("--guidance", type=float, help=f"scale of classifier-free guidance (default: {_told('guidance')})")
-    add("--temperature", type=float, default=1.0, help="(default: 1)")
+    add("--temperature", type=float, default=1.0, help="above 0 (default: 1); --top-k 1 is greedy")
     add("--top-k", type=int, help=f"0 keeps all (default: {_told('top_k')})")
     add("--top-p", type=float, default=1.0, help="1 keeps all (default: 1)")
     add_machine_options(add)
@@ -65,8 +67,8 @@ def _run(arguments: argparse.Namespace) -> list[Path]:
     from . import ar_report
 
     device, dtype = machine(arguments, kinds=("cpu", "cuda"))
-    out = arguments.out
-    require(out.is_dir() or not out.exists(), "--out", "a folder", out)
+    out = arguments.out or Path("ar-edit")
+    check_report("--out", out, ["record.json", *ar_report.names(len(arguments.edit_prompt))], arguments.force)
     defaults = ar_hosts.DEFAULTS[arguments.model]
     lock = ISLock(
         candidates=defaults.candidates if arguments.candidates is None else arguments.candidates,
@@ -74,15 +76,14 @@ def _run(arguments: argparse.Namespace) -> list[Path]:
         tau=defaults.tau if arguments.tau is None else arguments.tau,
         metric=arguments.metric,
     )
-    if arguments.image is not None and not arguments.image.is_file():
-        raise ar_hosts.Missing(f"--image: no picture at {arguments.image}")
+    picture = None if arguments.image is None else open_picture("--image", arguments.image)
     host = ar_hosts.build(arguments, device, dtype)
     entries, ids = host.codebook()
     matcher = lock.matcher(entries, num_tokens=host.grid[0] * host.grid[1], token_ids=ids)
     # One source for all runs, so that original and edits draw independently of each other.
     generator = torch.Generator().manual_seed(arguments.seed)
-    if arguments.image is not None:
-        anchors, source = host.encode(ar_hosts.open_picture(arguments.image)), "picture"
+    if picture is not None:
+        anchors, source = host.encode(picture), "picture"
         original = host.decode(anchors)
     else:
         made = host.generate([arguments.prompt], generator, label="original")
@@ -98,11 +99,12 @@ def _run(arguments: argparse.Namespace) -> list[Path]:
     require(empty == 0, "--dtype", "one in which the model's logits are numbers",
             f"{name_of(dtype)}, which gives no probabilities at {empty} token(s)")  # fmt: skip
     edits = host.decode(made.tokens)
+    finite = all(bool(x.isfinite().all()) for x in (original, edits, plain) if x is not None)
+    require(finite, "--dtype", "one in which pixels are numbers", f"{name_of(dtype)}, in which some are not")
     conditions = (
         f"model {host.name}, device {device}, {name_of(dtype)}, {host.sampling}, "
         f"seed {arguments.seed}, torch {torch.__version__}, fastrope {__version__}"
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     record = {
         "lock": {name: getattr(lock, name) for name in ("candidates", "alpha", "tau", "metric")},
         "conditions": conditions, "grid": list(host.grid), "prompt": arguments.prompt, "edit_prompts": prompts,
@@ -110,12 +112,12 @@ def _run(arguments: argparse.Namespace) -> list[Path]:
         "distance": made.record.distance.tolist(), "window": made.record.window.tolist(),
         "accepted": made.record.accepted.tolist(),
     }  # fmt: skip
-    (arguments.out / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    write_text(out / "record.json", json.dumps(record))
     run = ar_report.Run(
         lock=lock, grid=host.grid, record=made.record, source=source, prompt=arguments.prompt, edit_prompts=prompts,
         original=original, edits=edits, plain=plain, conditions=conditions,
     )  # fmt: skip
-    return ar_report.write(run, arguments.out)
+    return ar_report.write(run, out)
 
 
-main = command(_parser, _run, _check, failures=(ar_hosts.Missing,))
+main = command(_parser, _run, _check)

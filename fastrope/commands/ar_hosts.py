@@ -11,16 +11,13 @@ from pathlib import Path
 import torch
 
 from ..checks import require
+from .running import Missing
 
 JANUS, EMU3 = "deepseek-community/Janus-Pro-1B", "BAAI/Emu3-Gen-hf"
 LLAMAGEN_FILES = (
     "t2i_XL_stage2_512.pt (--size 32) or t2i_XL_stage1_256.pt (--size 16), and vq_ds16_t2i.pt, from the repository "
     "peizesun/llamagen_t2i of the Hugging Face Hub"
 )
-
-
-class Missing(Exception):
-    """Weights or files that are not there; the message says what to get."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class JanusHost(Host):
         with _ticks(self.grid[0] * self.grid[1], label) as tick:
             return janus.generate(
                 self.model, inputs.to(self.model.device), matcher=matcher, anchors=anchors, generator=generator,
-                processors=[tick], **self.settings,
+                image_start=self.processor.tokenizer.boi_token_id, processors=[tick], **self.settings,
             )  # fmt: skip
 
 
@@ -199,9 +196,6 @@ class Emu3Host(Host):
         inputs, negative = (
             self.processor(text=texts, **options) for texts in (list(prompts), [self.negative] * len(prompts))
         )
-        found = tuple(int(side) for side in inputs.pop("image_sizes")[0])
-        require(found == self.grid, "size", f"{self.grid} tokens", f"{found} from the model's processor")
-        negative.pop("image_sizes")
         with _ticks(emu3.grid(self.model, height, width).length, label) as tick:
             return emu3.generate(
                 self.model, inputs.to(self.model.device), height, width, negative=negative.to(self.model.device),
@@ -251,6 +245,9 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         "top_k": defaults.top_k if arguments.top_k is None else arguments.top_k,
         "top_p": arguments.top_p,
     }
+    from ..bindings.inputs import check_sampling
+
+    check_sampling(**settings)
     if model == "tiny":
         from .ar_tiny import tiny_host
 
@@ -312,19 +309,11 @@ def _pretrained(model, processor, name: str, device, dtype):
         ) from error
 
 
-def open_picture(path: Path):
-    """A PIL picture in RGB."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
 def to_pixels(picture, height: int, width: int) -> torch.Tensor:
-    """``(1, 3, height, width)`` float32 in 0..1 of a PIL picture: the largest centred part of that aspect, resized."""
+    """``(1, 3, height, width)`` float32 in 0..1 of an RGB picture: the largest centred part of that aspect, resized."""
     from PIL import Image, ImageOps
 
-    fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     data = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return data.view(height, width, 3).permute(2, 0, 1)[None].float() / 255
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from ..islock import ISLock
+from ..outputs import write_picture
+from ..pictures import to_picture
 
 CLASSES = ("kept", "moved", "fallback")
 
@@ -30,14 +32,20 @@ class Run:
     conditions: str
 
 
+def names(edits: int) -> list[str]:
+    """The files that :func:`write` makes."""
+    pictures = ["original", *(f"edit-{row}" for row in range(edits)), "pictures", "map", "window"]
+    return [*(f"{name}.png" for name in pictures), "report.md", "report.html"]
+
+
 def write(run: Run, out: Path) -> tuple[Path, Path]:
     """Draw everything into ``out`` and write ``report.md`` and ``report.html`` around it."""
     from ..demo import report
 
-    save_picture(run.original[0], out / "original.png")
+    write_picture(out / "original.png", to_picture("original", run.original))
     for row, edit in enumerate(run.edits):
-        save_picture(edit, out / f"edit-{row}.png")
-    lock, conditions = run.lock, run.conditions
+        write_picture(out / f"edit-{row}.png", to_picture(f"edit {row}", edit))
+    lock, conditions = run.lock, report.literal(run.conditions)
     rule = f"K {lock.candidates}, alpha {lock.alpha:g}, tau {lock.tau:g}, metric {lock.metric}"
     counts = run.record.counts()
     total = run.grid[0] * run.grid[1]
@@ -45,7 +53,7 @@ def write(run: Run, out: Path) -> tuple[Path, Path]:
         (prompt, *(f"{counts[name][row]} ({counts[name][row] / total:.0%})" for name in CLASSES), _median(run, row))
         for row, prompt in enumerate(run.edit_prompts)
     )
-    origin = "a picture" if run.source == "picture" else f"the prompt `{run.prompt}`"
+    origin = "a picture" if run.source == "picture" else f"the prompt “{report.literal(run.prompt)}”"
     sections = [
         report.Section("1. Pictures", (
             report.Picture(
@@ -135,10 +143,10 @@ def draw_window(run: Run, path: Path) -> Path:
         formula = [run.lock.window(i, total) for i in range(total)]
         left.plot(formula, color=style.BLUE, label="floor(K (1 - alpha i / N))")
         for row, prompt in enumerate(run.edit_prompts):
-            label = "compared: " + _short(prompt)
+            label = f"edit {row}: {_short(prompt)}"
             left.plot(run.record.window[row].tolist(), color=style.ORANGE, alpha=0.7, linewidth=1, label=label)
             distance = [d if math.isfinite(d) else math.nan for d in run.record.distance[row].tolist()]
-            right.plot(distance, ".", markersize=3, label=_short(prompt))
+            right.plot(distance, ".", markersize=3, label=label)
         left.set(xlabel="token, in raster order", ylabel="candidates", ylim=(0, None), title="window")
         if math.isfinite(run.lock.tau):
             right.axhline(run.lock.tau, color=style.RED, linewidth=1, linestyle="--", label="tau")
@@ -152,15 +160,6 @@ def classes(run: Run, row: int) -> torch.Tensor:
     """``(height, width)`` long: the index into :data:`CLASSES` of every token of an edit."""
     record = run.record
     return (record.moved[row].long() + 2 * record.fallback[row].long()).view(run.grid).cpu()
-
-
-def save_picture(pixels: torch.Tensor, path: Path) -> Path:
-    """Write ``(3, H, W)`` in 0..1 as PNG."""
-    from PIL import Image
-
-    data = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    Image.frombytes("RGB", (data.shape[1], data.shape[0]), bytes(data.flatten().tolist())).save(path)
-    return path
 
 
 def _show(axes, pixels: torch.Tensor, title: str) -> None:

@@ -12,9 +12,22 @@ from .. import GRAG, LooseRoPE, apply, steer
 from ..extras import require_packages
 from ..methods.front_ends import FRONT_ENDS
 from ..methods.looserope import TIMINGS
-from .editors import HARMONISE, SETTINGS, arguments, load, require_editor, settings_for
-from .files import as_picture, open_picture, plain_path, require_format, save_picture, save_record
-from .running import TINY, Missing, add_run_options, command, ends, machine, name_of
+from ..outputs import write_picture, write_record
+from ..pictures import open_mask, open_picture, to_picture
+from .editors import HARMONISE, SETTINGS, arguments, finished, load, require_editor, settings_for
+from .running import (
+    TINY,
+    Missing,
+    add_out,
+    add_run_options,
+    command,
+    ends,
+    file_path,
+    machine,
+    name_of,
+    plain_path,
+    result,
+)  # fmt: skip
 
 SALIENCY = "spectral_residual", "mask_rcnn"  # the first is LooseRoPE.from_images's own choice
 DIALS = {
@@ -51,16 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", required=True, choices=tuple(DIALS), help="what to edit with; each has options of its own, below")
     add("--model", required=True, help="black-forest-labs/FLUX.1-Kontext-dev, Qwen/Qwen-Image-Edit-2509, another model "
         "of these families, a folder, or tiny: random weights, offline")  # fmt: skip
-    add("--image", type=Path, action="append", metavar="FILE",
+    add("--image", type=file_path, action="append", metavar="FILE",
         help="picture to edit; again for further references, where the model takes them")  # fmt: skip
     add("--prompt", help="what to do; looserope has one of its own, meaning: make pasted objects belong to the scene")
-    add("--out", type=Path, default=Path("edit.png"), metavar="FILE", help="(default: edit.png)")
+    add_out(add, "FILE", "edit.png")
     add("--plain", action="store_true", help="also run without the method, to FILE with -plain in its name")
     steps, guidance = "looserope 28; grag 24 on Qwen, else 28", "2.5 on Kontext, true CFG 4.0 on Qwen"
     add_run_options(add, steps=steps, guidance=guidance)
     loose = parser.add_argument_group("looserope").add_argument
-    loose("--mask", type=Path, metavar="FILE", help="where the paste is, white on black, as large as the picture")
-    loose("--original", type=Path, metavar="FILE", help="the picture before the paste, instead of a mask")
+    loose(
+        "--mask",
+        type=file_path,
+        metavar="FILE",
+        help="where the paste is, white on black or opaque on nothing, as large as the picture",
+    )
+    loose("--original", type=file_path, metavar="FILE", help="the picture before the paste, instead of a mask")
     loose("--boost", type=float, help="lower blends more, higher keeps more (default: 0.83)")
     loose("--levels", type=_levels, metavar="N", help='levels of saliency, or "continuous" (default: 5)')
     loose("--saliency", choices=SALIENCY, help="the first needs no model, the second torchvision (default: the first)")
@@ -81,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> list[Path]:
     """Write the edited picture, and beside it a record of how it was made."""
     require_packages("diffusers", "transformers", "PIL")
-    require_format(options.out)
+    out = result(options, "edit.png")
     images, pasted = _pictures(options)
     method = _method(options, images[0], pasted)
     device, dtype = machine(options)
@@ -89,14 +107,14 @@ def _run(options: argparse.Namespace) -> list[Path]:
     require_editor("--model", pipe)
     settings = settings_for(pipe, SETTINGS[options.method]).with_options(options, pipe)
     prompt = HARMONISE if options.prompt is None else options.prompt
-    call = arguments(pipe, options.model, settings, images, prompt, options.seed)
+    call = arguments(pipe, options.model, settings, images, prompt, options.seed) | {"output_type": "np"}
     pipe.set_progress_bar_config(desc=options.method, disable=False)
     made, method, tries = _make(options, pipe, method, call, pasted, images[0])
-    written = [save_picture(made, options.out)]
+    written = [write_picture(out, made)]
     if options.plain:
         pipe.set_progress_bar_config(desc="plain", disable=False)
         call["generator"] = torch.Generator().manual_seed(options.seed)
-        written.append(save_picture(pipe(**call).images[0], plain_path(options.out)))
+        written.append(write_picture(plain_path(out), finished(pipe(**call).images[0])))
     record = {
         "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
         **_sources(options),
@@ -104,14 +122,14 @@ def _run(options: argparse.Namespace) -> list[Path]:
         "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": name_of(dtype),
         "layers": ends(options.layers), "judge": options.judge, "tries": tries,
     }  # fmt: skip
-    return [*written, save_record(record, options.out)]
+    return [*written, write_record(out.with_suffix(".json"), record)]
 
 
 def _make(options, pipe, method, call: dict, pasted: dict, composite):
     """The picture, the method that made it, and the record of every try."""
     if options.judge is None:
         with apply(pipe, method):
-            return pipe(**call).images[0], method, []
+            return finished(pipe(**call).images[0]), method, []
     judge = options.judge
     if judge == "region":
         from ..methods.judges import RegionJudge
@@ -132,13 +150,14 @@ def _make(options, pipe, method, call: dict, pasted: dict, composite):
          "readable": t.verdict.readable, "measures": dict(t.verdict.measures)}}
         for t in steered.tries
     ]  # fmt: skip
-    return steered.images[0], steered.method, record
+    return finished(steered.images[0]), steered.method, record
 
 
 def _pictures(options):
     """The pictures to edit, and what tells where the paste is: ``{"mask": ...}`` or ``{"original": ...}``."""
     named = {name: getattr(options, name) for name in ("mask", "original")}
-    pasted = {name: open_picture(f"--{name}", path) for name, path in named.items() if path is not None}
+    read = {"mask": open_mask, "original": open_picture}
+    pasted = {name: read[name](f"--{name}", path) for name, path in named.items() if path is not None}
     if options.image is not None:
         if options.method == "looserope" and len(pasted) != 1:
             raise ValueError("looserope wants --mask or --original, and not both")
@@ -146,7 +165,8 @@ def _pictures(options):
     from ..demo import scene as scenes
 
     scene = scenes.draw_scene()
-    return [as_picture(scene.composite)], pasted or {"original": as_picture(scene.background)}
+    drawn = {name: to_picture(name, getattr(scene, name)) for name in ("composite", "background")}
+    return [drawn["composite"]], pasted or {"original": drawn["background"]}
 
 
 def _method(options, composite, pasted: dict) -> GRAG | LooseRoPE:

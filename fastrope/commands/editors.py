@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..checks import require
+from ..pictures import to_picture
 from .running import TINY, Missing
 
 if TYPE_CHECKING:
@@ -94,6 +96,17 @@ def require_editor(option: str, pipe) -> None:
     require(known, option, "a model that reads pictures (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit)", type(pipe).__name__)
 
 
+def finished(pixels: np.ndarray) -> Image:
+    """The picture that a pipeline made, ``(H, W, 3)`` in 0..1, of its ``output_type="np"``.
+
+    Raises:
+        ValueError: values that are not finite, which would make a black picture.
+    """
+    advice = "smaller dials, or the --dtype that the model was trained in"
+    require(bool(np.isfinite(pixels).all()), "the result", f"finite pixels ({advice})", "some that are not numbers")
+    return to_picture("the result", pixels)
+
+
 def load(model: str, device: torch.device, dtype: torch.dtype, offload: bool):
     """A pipeline by the name of its model, a folder, or ``"tiny"``: a Kontext pipeline with random weights, offline.
 
@@ -153,7 +166,7 @@ def _tiny_arguments(pipe, settings: Settings, images, prompt: str, generator: to
         raise ValueError(f"--image: expected one picture for the tiny model, received {len(images)}")
     side = TINY_PIXELS
     return {
-        "image": images[0].convert("RGB").resize((side, side)), "width": side, "height": side, "max_area": side**2,
+        "image": images[0].resize((side, side)), "width": side, "height": side, "max_area": side**2,
         "_auto_resize": False, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance or 2.5,
         "generator": generator, **tiny_words(pipe, prompt),
     }  # fmt: skip

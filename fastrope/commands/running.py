@@ -5,30 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import sys
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from ..checks import require
+from ..outputs import check_files, check_format
 
 TINY = "tiny"  # the model with random weights that needs no download
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Missing(Exception):
+class Missing(OSError):
     """Something that is not there: weights, a file. The message says how to get it."""
-
-
-FAILURES = (Missing, ImportError, OSError, ValueError, NotImplementedError)
 
 
 def command(
     make_parser: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], Iterable[Path]],
     check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] | None = None,
-    failures: tuple[type[Exception], ...] = (),
 ) -> Callable[[Sequence[str] | None], int]:
     """The ``main(argv)`` of a command.
 
@@ -36,12 +33,10 @@ def command(
         make_parser: its options, ``--model`` among them.
         run: does the work and gives the files it wrote, which are printed.
         check: ends the program where options contradict each other.
-        failures: what else ``run`` raises for reasons that the user can do something about.
 
     Returns:
-        A function of the arguments without the program's name (None takes those of the process), which returns 0, or 2
-        when the command cannot run: an argument, a file, weights. A module that is absent raises, for the command line
-        to say how it is installed.
+        A function of the arguments without the program's name (None takes those of the process), which returns 0. What
+        it raises is told to the user by :func:`fastrope.cli.main`.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -49,16 +44,9 @@ def command(
         options = parser.parse_args(argv)
         if check is not None:
             check(parser, options)
-        try:
-            check_numbers(options)
-            with few_threads(options.model == TINY):
-                written = list(run(options))
-        except ModuleNotFoundError:
-            raise
-        except (*FAILURES, *failures) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            print(f"{parser.prog}: {lines[0]}", file=sys.stderr)
-            return 2
+        check_numbers(options)
+        with few_threads(options.model == TINY):
+            written = list(run(options))
         for path in written:
             print(path)
         return 0
@@ -78,6 +66,38 @@ def few_threads(few: bool):
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def file_path(text: str) -> Path:
+    """A path on the command line; the shell leaves the tilde of ``--out=~/a.png`` to us."""
+    return Path(os.path.expanduser(text))
+
+
+def add_out(add: Callable, kind: str, default: str) -> None:
+    """Where results go, a ``FILE`` or a ``DIR``; :func:`result` and :func:`fastrope.outputs.check_report` check it."""
+    add("--out", type=file_path, metavar=kind, help=f"where to write (default: {default})")
+    add("--force", action="store_true", help="replace files that no option names, such as the record beside a picture")
+
+
+def result(options: argparse.Namespace, default: str) -> Path:
+    """Where the picture goes, once it is known that it and the files beside it can be written.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    out = options.out or Path(default)
+    check_format("--out", out)
+    beside = [out.with_suffix(".json"), *([plain_path(out)] if getattr(options, "plain", False) else [])]
+    if options.out is None:
+        check_files("--out", (), [out, *beside], options.force)
+    else:
+        check_files("--out", [out], beside, options.force)
+    return out
+
+
+def plain_path(path: Path) -> Path:
+    """Where the picture goes that is drawn without the method."""
+    return path.with_stem(f"{path.stem}-plain")
 
 
 def add_run_options(add: Callable, steps: str, guidance: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import apply
+from ..outputs import write_picture, write_record
 from . import styling
-from .files import plain_path, save_picture, save_record
-from .running import command
+from .running import add_out, command, plain_path, result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
         "one for all: lower copies less (default: the preset's)")  # fmt: skip
     add("--s-lf", type=float, nargs="+", metavar="S", help="weight of low frequencies, likewise: higher takes more")
     add("--plain", action="store_true", help="also draw without the reference, to FILE with -plain in its name")
-    add("--out", type=Path, default=Path("style.png"), metavar="FILE", help="(default: style.png)")
+    add_out(add, "FILE", "style.png")
     return parser
 
 
@@ -33,16 +33,17 @@ def _run(options: argparse.Namespace) -> list[Path]:
     given = {name: _dial(f"--{name.replace('_', '-')}", getattr(options, name)) for name in ("s_hf", "s_lf")}
     given = {name: value for name, value in given.items() if value is not None}
     styling.method_of(options, {}, **given)
+    out = result(options, "style.png")
     ready = styling.prepare(options)
     method = styling.method_of(options, ready.axis0, **given)
     ready.pipe.set_progress_bar_config(desc="style", disable=False)
     with apply(ready.pipe, method, reference=ready.reference):
-        written = [save_picture(ready.run(options.seed), options.out)]
+        written = [write_picture(out, ready.run(options.seed))]
     if options.plain:
         ready.pipe.set_progress_bar_config(desc="plain", disable=False)
-        written.append(save_picture(ready.run(options.seed), plain_path(options.out)))
+        written.append(write_picture(plain_path(out), ready.run(options.seed)))
     record = {"dials": styling.dials(method), **styling.record(options, ready)}
-    return [*written, save_record(record, options.out)]
+    return [*written, write_record(out.with_suffix(".json"), record)]
 
 
 def _dial(option: str, values: Sequence[float] | None) -> float | tuple[float, float] | None:

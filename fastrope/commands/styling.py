@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -13,11 +12,11 @@ from .. import ReferenceCache, UntwistingRoPE, prepare_reference
 from ..extras import require_packages
 from ..methods.trajectories import GAMMA
 from ..methods.untwisting import AXIS0, DEPRECATED, PRESETS
+from ..pictures import open_picture, to_picture
 from ..sharing import SHARED
 from . import editors
 from .editors import TINY_PIXELS, Settings, tiny_words
-from .files import as_picture, open_picture, require_format
-from .running import TINY, add_run_options, ends, machine, name_of
+from .running import TINY, add_run_options, ends, file_path, machine, name_of
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 TRAJECTORIES = ("linear", "rf_inversion")
@@ -57,13 +56,15 @@ class Styling:
 
     def run(self, seed: int):
         """One picture."""
-        return self.pipe(**self.call, generator=torch.Generator().manual_seed(seed)).images[0]
+        generator = torch.Generator().manual_seed(seed)
+        return editors.finished(self.pipe(**self.call, generator=generator, output_type="np").images[0])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options that both commands have."""
     add = parser.add_argument
-    add("--reference", type=Path, action="append", metavar="FILE", help="picture whose style is wanted; again for more")
+    add("--reference", type=file_path, action="append", metavar="FILE",
+        help="picture whose style is wanted; again for more")  # fmt: skip
     add("--prompt", help="what to draw")
     add("--reference-prompt", default="", metavar="TEXT", help="what the reference shows (default: nothing said)")
     add("--model", default=MODEL, help="FLUX.1, FLUX.2, Qwen-Image, Z-Image or kin, a folder, or tiny: random weights, "
@@ -112,8 +113,7 @@ def prepare(options: argparse.Namespace) -> Styling:
         MissingExtra: diffusers, transformers or pillow is not installed.
     """
     require_packages("diffusers", "transformers", "PIL")
-    require_format(options.out)
-    pictures = _pictures(options)
+    pictures = pictures_of(options)
     method_of(options, {})  # dials are checked before anything is loaded
     pipe = _load(options, *machine(options))
     settings = editors.settings_for(pipe, SETTINGS).with_options(options, pipe)
@@ -167,12 +167,13 @@ def dials(method: UntwistingRoPE) -> dict[str, object]:
     return found | {"layers": ends(method.layers)}
 
 
-def _pictures(options) -> list:
+def pictures_of(options: argparse.Namespace) -> list:
+    """The references, PIL; for the tiny model one may be drawn."""
     if options.reference is not None:
         return [open_picture("--reference", path) for path in options.reference]
     from ..demo import scene
 
-    return [as_picture(scene.draw_scene().composite)]
+    return [to_picture("composite", scene.draw_scene().composite)]
 
 
 def _load(options, device: torch.device, dtype: torch.dtype):

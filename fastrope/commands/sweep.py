@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import apply
+import torch
+
+from .. import __version__, apply
+from ..checks import require
 from ..extras import require_packages
+from ..outputs import check_files, write_picture, write_record, write_text
+from ..pictures import open_picture
 from . import styling
-from .files import require_folder, save_picture, save_record
-from .running import command
+from .running import add_out, command, file_path, machine, result
 
 HIGH, LOW = (0.0, 0.25, 0.5, 0.75, 1.0), (0.6, 1.0, 1.2, 1.5)
 Value = float | tuple[float, float]
+FREE = ("s_hf", "s_lf", "out", "cells", "force")  # options that make no difference to a cell
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,43 +33,74 @@ def _parser() -> argparse.ArgumentParser:
     what = "a number for all steps, or FIRST:LAST"
     add("--s-hf", type=_value, nargs="+", default=HIGH, metavar="S", help=f"rows, each {what} (default: {_list(HIGH)})")
     add("--s-lf", type=_value, nargs="+", default=LOW, metavar="S", help=f"columns, likewise (default: {_list(LOW)})")
-    add("--cells", type=Path, metavar="FOLDER", help="also write every cell in full size")
-    add("--out", type=Path, default=Path("sweep.png"), metavar="FILE", help="(default: sweep.png)")
+    add("--cells", type=file_path, metavar="FOLDER", help="keeps every cell in full size as it is drawn; one that an "
+        "earlier run with the same options left is not drawn again (default: sweep-cells, after --out)")  # fmt: skip
+    add_out(add, "FILE", "sweep.png")
     return parser
 
 
 def _run(options: argparse.Namespace) -> list[Path]:
-    """Write the contact sheet, beside it a record of how it was made, and the cells if they are wanted."""
+    """Write every cell when it is drawn, then the contact sheet and a record of how it was made."""
     require_packages("diffusers", "transformers", "matplotlib", "PIL", "tqdm")
     from tqdm.auto import tqdm
 
-    if options.cells is not None:
-        require_folder("--cells", options.cells)
     grid = [[styling.method_of(options, {}, s_hf=high, s_lf=low) for low in options.s_lf] for high in options.s_hf]
+    out = result(options, "sweep.png")
+    folder = options.cells or out.with_name(f"{out.stem}-cells")
+    names = [[folder / _cell(high, low) for low in options.s_lf] for high in options.s_hf]
+    made_by, plain_file = folder / "cells.json", folder / "plain.png"
+    recipe = _recipe(options)
+    resumed = not options.force and _holds(made_by, recipe)
+    cells = [made_by, plain_file, *(name for row in names for name in row)]
+    check_files("--cells", cells if resumed else (), () if resumed else cells, options.force)
+    require(out not in cells and out.with_suffix(".json") not in cells, "--out", "a name that no cell has", out)
     ready = styling.prepare(options)
     grid = [[styling.method_of(options, ready.axis0, s_hf=m.s_hf, s_lf=m.s_lf) for m in row] for row in grid]
     ready.pipe.set_progress_bar_config(disable=True)
-    cells: list[list] = []
+    if not resumed:
+        write_text(made_by, json.dumps(recipe, indent=1))
     with tqdm(total=1 + len(grid) * len(grid[0]), desc="sweep", unit="picture") as bar:
-        plain = ready.run(options.seed)
-        bar.update()
+
+        def picture(path: Path):
+            """Of an earlier run, else drawn and kept."""
+            if not (resumed and path.exists()):
+                write_picture(path, ready.run(options.seed))
+            bar.update()
+            return open_picture("--cells", path)
+
+        plain, drawn = picture(plain_file), []
         with apply(ready.pipe, reference=ready.reference) as handle:
-            for row in grid:
-                cells.append([])
-                for method in row:
+            for methods, files in zip(grid, names, strict=True):
+                drawn.append([])
+                for method, file in zip(methods, files, strict=True):
                     handle.update(method)
-                    cells[-1].append(ready.run(options.seed))
-                    bar.update()
-    sheet = draw(ready.pictures, plain, cells, options.s_hf, options.s_lf, _caption(options, grid[0][0], ready))
+                    drawn[-1].append(picture(file))
+    sheet = draw(ready.pictures, plain, drawn, options.s_hf, options.s_lf, _caption(options, grid[0][0], ready))
     shared = {n: value for n, value in styling.dials(grid[0][0]).items() if n not in ("s_hf", "s_lf")}
     record = {"s_hf": list(options.s_hf), "s_lf": list(options.s_lf), "dials": shared}
-    written = [save_picture(sheet, options.out), save_record(record | styling.record(options, ready), options.out)]
-    if options.cells is not None:
-        for high, row in zip(options.s_hf, cells, strict=True):
-            for low, cell in zip(options.s_lf, row, strict=True):
-                name = f"s_hf {_name(high)} s_lf {_name(low)}.png".replace(" ", "_").replace(":", "-")
-                written.append(save_picture(cell, options.cells / name))
-    return written
+    record_file = write_record(out.with_suffix(".json"), record | styling.record(options, ready))
+    return [write_picture(out, sheet), record_file, *cells]
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, str]:
+    """What a cell depends on besides its values: a cell of the same recipe need not be drawn again."""
+    pictures = hashlib.sha256()
+    for picture in styling.pictures_of(options):
+        pictures.update(repr(picture.size).encode() + picture.tobytes())
+    told = {name: str(value) for name, value in vars(options).items() if name not in FREE}
+    where = {"machine": str(machine(options)), "torch": str(torch.__version__), "fastrope": __version__}
+    return told | where | {"pictures": pictures.hexdigest()}
+
+
+def _holds(path: Path, recipe: dict[str, str]) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == recipe
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _cell(high: Value, low: Value) -> str:
+    return f"s_hf_{_name(high)}_s_lf_{_name(low)}.png".replace(":", "-")
 
 
 def draw(
@@ -139,11 +177,22 @@ def _value(text: str) -> Value:
 
 
 def _name(value: Value) -> str:
-    return ":".join(f"{n:g}" for n in (value if isinstance(value, tuple) else (value,)))
+    """Short where that tells the value."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return ":".join(f"{n:g}" if float(f"{n:g}") == n else repr(n) for n in numbers)
 
 
 def _list(values: Sequence[Value]) -> str:
     return " ".join(map(_name, values))
 
 
-main = command(_parser, _run, styling.check_options)
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    styling.check_options(parser, options)
+    for name in ("s_hf", "s_lf"):
+        values = getattr(options, name)
+        twice = [value for n, value in enumerate(values) if value in values[:n]]
+        if twice:
+            parser.error(f"--{name.replace('_', '-')}: expected values that differ, received {_name(twice[0])} twice")
+
+
+main = command(_parser, _run, _check)

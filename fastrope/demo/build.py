@@ -12,12 +12,15 @@ import torch
 
 import fastrope as fr
 
+from ..outputs import write_text
 from . import bands, groups, kontext, maps, sheets
 from .kontext import NAMES, Settings
 from .probe import chosen_backend
 from .report import Picture, Section, Table, write
 from .worker import Worker
 
+FILES = (*(f"{name}.png" for name in ("bands", "maps", "groups", "scene", "runs", "backends")), "numbers.json",
+         "report.md", "report.html")  # fmt: skip
 TOLERANCE = 1e-4  # largest difference of a float32 run's final latents from eager in float64; pixels span -1..1
 
 
@@ -41,26 +44,8 @@ class Agreement:
         return self.failure is None and self.worst <= TOLERANCE
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for, else CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: neither cpu nor cuda, or CUDA was asked for and there is none.
-        RuntimeError: torch does not know the name.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"expected cpu or cuda, received {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"expected a CUDA device that torch sees, received {name!r} and none is visible")
-    return device
-
-
 def build(out: Path, device: torch.device, quick: bool) -> int:
     """Compute, draw and write everything into ``out``; the exit code of :func:`fastrope.demo.main`."""
-    out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain; the worker has its own
     try:
@@ -94,7 +79,7 @@ def _build(out: Path, device: torch.device, quick: bool) -> int:
         finally:
             if worker is not None:
                 worker.stop()
-    (out / "numbers.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_text(out / "numbers.json", json.dumps(numbers, indent=1))
     lead = (
         "What the four modulations of FastRoPE do to attention, and whether its backends agree. Everything below was "
         "computed by `fastrope demo` with FastRoPE itself; nothing was downloaded and nothing is timed."

@@ -101,7 +101,8 @@ def draw(panels: list[Panel], crop: torch.Tensor, path: Path, paper: style.Paper
                 grid = ((torch.arange(GRID) + 0.5) * cell).numpy()
                 ax.contour(grid, grid, crop.float().numpy(), [0.5], colors="white", linewidths=1.2, linestyles="--")
             ax.set_title(panel.name if n else "attention with RoPE", fontsize=13, fontweight="bold", loc="center")
-            ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8)
+            ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8,
+                          parse_math=True)  # fmt: skip
         return style.save(figure, path)
 
 

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..outputs import write_text
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -31,7 +33,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and, in order, its paragraphs (``str``, with ``code`` in backticks), pictures and tables."""
+    """A heading and, in order, its paragraphs (``str``), pictures and tables.
+
+    All but the rows of tables is Markdown as far as ``code`` in backticks and a backslash before punctuation go; what a
+    user wrote comes in through :func:`literal`.
+    """
 
     title: str
     parts: tuple[str | Picture | Table, ...]
@@ -40,9 +46,12 @@ class Section:
 def write(title: str, lead: str, sections: list[Section], folder: Path) -> tuple[Path, Path]:
     """Write ``report.md`` and ``report.html`` into ``folder``; the pictures lie there already."""
     markdown, page = folder / "report.md", folder / "report.html"
-    markdown.write_text(_markdown(title, lead, sections), encoding="utf-8")
-    page.write_text(_html(title, lead, sections), encoding="utf-8")
-    return markdown, page
+    return write_text(markdown, _markdown(title, lead, sections)), write_text(page, _html(title, lead, sections))
+
+
+def literal(text: str) -> str:
+    """Any text, such as a prompt, so that no reader of Markdown or HTML takes part of it for mark-up; in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>&|$~#!^])", r"\\\1", " ".join(text.split()))
 
 
 def _markdown(title: str, lead: str, sections: list[Section]) -> str:
@@ -54,7 +63,7 @@ def _markdown(title: str, lead: str, sections: list[Section]) -> str:
                 lines += [f"![{part.alt}]({part.path.name})"]
             elif isinstance(part, Table):
                 lines += ["| " + " | ".join(part.head) + " |", "|" + "---|" * len(part.head)]
-                lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in part.rows]
+                lines += ["| " + " | ".join(map(literal, row)) + " |" for row in part.rows]
             else:
                 lines += [part, ""]
                 continue
@@ -77,7 +86,8 @@ def _html(title: str, lead: str, sections: list[Section]) -> str:
                 )
             elif isinstance(part, Table):
                 head = "".join(f"<th>{_inline(cell)}</th>" for cell in part.head)
-                rows = "".join("<tr>" + "".join(f"<td>{_inline(c)}</td>" for c in row) + "</tr>" for row in part.rows)
+                cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in part.rows)
+                rows = "".join(f"<tr>{row}</tr>" for row in cells)
                 body.append(
                     f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
                     f"</div><figcaption>{_caption(part)}</figcaption></figure>"
@@ -97,7 +107,8 @@ def _caption(part: Picture | Table) -> str:
 
 
 def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    mark = r"\\(&#?\w+;|[^a-zA-Z0-9\s])|`([^`]+)`"
+    return re.sub(mark, lambda m: m[1] or f"<code>{m[2]}</code>", html.escape(text))
 
 
 def _unnumbered(title: str) -> str:

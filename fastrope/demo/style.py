@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..extras import require_packages
+from ..outputs import write
 
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -60,6 +61,7 @@ def settings(paper: Paper = LIGHT) -> dict:
         "grid.linewidth": 0.7, "lines.linewidth": 2.0, "font.family": "DejaVu Sans", "font.size": 10,
         "axes.titlesize": 11, "axes.labelsize": 10, "legend.frameon": False, "legend.fontsize": 9,
         "axes.titlelocation": "left", "axes.titlepad": 8, "mathtext.fontset": "dejavusans",
+        "text.parse_math": False, "text.usetex": False,  # labels hold prompts, and a dollar is a dollar
     }  # fmt: skip
 
 
@@ -76,6 +78,4 @@ def picture_axes(axes, paper: Paper = LIGHT) -> None:
 
 def save(figure, path: Path) -> Path:
     """Write ``figure`` as PNG and return where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    return path
+    return write(path, lambda part: figure.savefig(part, dpi=DPI))

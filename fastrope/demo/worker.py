@@ -47,20 +47,23 @@ class Worker:
                 code = self._process.wait(timeout=poll)
             except subprocess.TimeoutExpired:
                 waited += poll
-                tick(self._log.read_text().count("\ndone "))
+                tick(self._said().count("\ndone "))
                 if waited > TIMEOUT:
                     self.stop()
                     raise RuntimeError(f"no result after {TIMEOUT:.0f} s of waiting") from None
                 continue
-            tick(self._log.read_text().count("\ndone "))
+            tick(self._said().count("\ndone "))
             break
         if code != 0:
-            lines = self._log.read_text().strip().splitlines() or [f"exit code {code}"]
+            lines = self._said().strip().splitlines() or [f"exit code {code}"]
             raise RuntimeError(lines[-1][:200])
         loaded = torch.load(self._out, weights_only=True)
         if "unavailable" in loaded:
             raise NotImplementedError(loaded["unavailable"])
         return loaded
+
+    def _said(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def stop(self) -> None:
         """End the child if it still runs."""

@@ -33,14 +33,14 @@ class GRAG:
         steps: step indices likewise, or two floats ``(start, stop)``, fractions of the run; None means all.
 
     ``bias`` and ``delta`` are numbers, schedules (:mod:`fastrope.methods.schedules`), or a list with one of these per
-    reference. ``GRAG(1, 1)`` modulates nothing, to the same bits.
+    reference. ``GRAG(1, 1)`` modulates nothing, to the same bits, on any sequence.
 
     With ``text_bias`` or ``text_delta`` set and the other dials left alone (or neutral), it also serves sequences
     without any reference.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; when asked for modulations also where the
-            sequence holds no reference, or not those named.
+        ValueError: naming the argument, what was expected and what came; when asked for modulations that are not
+            neutral, also where the sequence holds no reference, or not those named.
     """
 
     bias: Schedule | Sequence[Schedule] = 1.0
@@ -77,29 +77,39 @@ class GRAG:
         """One :class:`fastrope.BiasDelta` per group that is not neutral here; the same objects for equal values."""
         if site not in self._active:
             return []
-        count = len(site.tokens.reference_grids)
-        require(
-            count > 0 or self._text_only, "GRAG", "a sequence with at least one reference picture", repr(site.tokens)
-        )
-        chosen = self.references or range(count)
-        require(all(i < count for i in chosen), "GRAG.references", f"references in [0, {count})", chosen)
-        bias, delta = (self._per_reference(name, len(chosen), site) for name in ("bias", "delta"))
+        bias, delta = (self._values(name, site) for name in ("bias", "delta"))
+        references = () if {*bias, *delta} == {1.0} else self._references(site.tokens, bias, delta)
         text = value_at("GRAG.text_bias", self.text_bias, site), value_at("GRAG.text_delta", self.text_delta, site)
-        return list(_groups(site.tokens, tuple(zip(chosen, bias, delta, strict=True)), text))
+        return list(_groups(site.tokens, references, text))
 
     @property
     def _text_only(self) -> bool:
         """Whether nothing but the text's dials was set."""
-        dials = self.bias, self.delta, self.references
-        untouched = dials in ((GRAG.bias, GRAG.delta, None), (1.0, 1.0, None))
+        untouched = (self.bias, self.delta, self.references) == (GRAG.bias, GRAG.delta, None)
         return untouched and (self.text_bias, self.text_delta) != (1.0, 1.0)
 
-    def _per_reference(self, name: str, count: int, site: Site) -> list[float]:
+    def _values(self, name: str, site: Site) -> tuple[float, ...]:
+        """One per reference, or one for all."""
         value = getattr(self, name)
         if not isinstance(value, tuple):
-            return [value_at(f"GRAG.{name}", value, site)] * count
-        require(len(value) == count, f"GRAG.{name}", f"{count} values, one per reference", len(value))
-        return [value_at(f"GRAG.{name}[{i}]", v, site) for i, v in enumerate(value)]
+            return (value_at(f"GRAG.{name}", value, site),)
+        return tuple(value_at(f"GRAG.{name}[{i}]", v, site) for i, v in enumerate(value))
+
+    def _references(
+        self, tokens: TokenLayout, bias: tuple[float, ...], delta: tuple[float, ...]
+    ) -> tuple[tuple[int, float, float], ...]:
+        """Index, lambda and delta of the references that are groups."""
+        count = len(tokens.reference_grids)
+        require(count > 0 or self._text_only, "GRAG", "a sequence with at least one reference picture", repr(tokens))
+        chosen = self.references or range(count)
+        require(all(i < count for i in chosen), "GRAG.references", f"references in [0, {count})", chosen)
+        found = []
+        for name, values in (("bias", bias), ("delta", delta)):
+            listed, several = isinstance(getattr(self, name), tuple), len(chosen)
+            expected = f"{several} values, one per reference"
+            require(not listed or len(values) == several, f"GRAG.{name}", expected, len(values))
+            found.append(values if listed else values * several)
+        return tuple(zip(chosen, *found, strict=True))
 
 
 @lru_cache(maxsize=512)

@@ -1,4 +1,4 @@
-"""Judges of an unfinished edit: has the paste been blended in, left raw, or erased?
+"""Judges of an unfinished edit: does the paste belong to the scene, is it still the crop, or is it going away?
 
 A judge is any function ``(composite, estimate) -> answer`` of two PIL pictures, the photo with the crop pasted in and a
 first estimate of the result; see :func:`fastrope.steer`. The answer is a :class:`Verdict`, or text that
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import require
-from .maps import as_map, as_pixels, dilate, resize_mask
+from ..pictures import as_pixels
+from .maps import areas, as_map, dilate, resize_mask
 from .schedules import require_number
 
 CLASSES = ("success", "neglect", "suppression")
@@ -25,6 +26,7 @@ READ, STARTS = 20_000, 64  # of an answer: an object that a model was asked for 
 LABEL = r"^[^\w\n]{0,20}(?:class|verdict|label)\b[^\w\n]{0,20}(\w{1,20})\b(?![^\S\n]*\w)"
 QUOTED = r'"[^"\n]*"|[\u201c\u2018][^\u2018-\u201d\n]*[\u201d\u2019]|(?<!\w)\'[^\'\n]*\'(?!\w)|`[^`\n]*`'
 NEGATED = r"\b(?:no|not|non|nor|never|neither|without|cannot|hardly|barely|un)\b|n['\u2019]t\b"
+SMALL = 0.05  # share of the paste below which an area is too small to be judged by itself: compression leaves specks
 RING = 4  # cells around the paste whose mean colour stands for a background nobody gave
 
 
@@ -33,7 +35,9 @@ class Verdict:
     """A judge's answer.
 
     Args:
-        kind: ``"success"``, ``"neglect"`` (the paste is left raw) or ``"suppression"`` (the paste is erased).
+        kind: ``"success"``: the scene's background stands where the crop's was; ``"neglect"``: the crop's own
+            background, its edge or filler that is foreign to the scene is still visible, in any pasted area;
+            ``"suppression"``: the object has lost its identity, or parts of it are missing.
         reasoning: why, for people.
         readable: False where no class could be read from the answer, which then counts as success.
         measures: numbers behind the verdict.
@@ -72,16 +76,17 @@ def read_verdict(answer: object) -> Verdict:
 
 @dataclass(frozen=True, eq=False)
 class RegionJudge:
-    """Needs no model: how far the pasted region has moved away from the composite, and towards the background.
+    """Needs no model: how far pasted areas have moved away from the composite, and towards the background.
 
     All pictures are averaged onto ``size x size`` cells, because a first estimate has no fine detail. Over the cells of
-    the paste, with ``p`` the composite, ``b`` the background and ``x`` the estimate,
+    each connected area of the paste, with ``p`` the composite, ``b`` the background and ``x`` the estimate,
 
-    * ``change = |x - p| / |p - b|``: below ``unchanged`` the verdict is neglect;
-    * ``kept = <x - b, p - b> / |p - b|^2``, 1 at the composite and 0 at the background: below ``erased`` it is
-      suppression.
+    * ``change = |x - p| / |p - b|``: below ``unchanged`` in any area the verdict is neglect;
+    * ``kept = <x - b, p - b> / |p - b|^2``, 1 at the composite and 0 at the background: below ``erased`` in any area it
+      is suppression.
 
-    The thresholds are plain defaults; no trained model was used to set them.
+    This stands in for what the verdicts mean (see :class:`Verdict`): colours alone cannot tell the crop's background
+    from its object. The thresholds are plain defaults; no trained model was used to set them.
 
     Args:
         mask: the paste, ``(h, w)``, of any size.
@@ -113,18 +118,15 @@ class RegionJudge:
         """Judge a pair of pictures of any form and size."""
         inside = resize_mask(self.mask, (self.size, self.size))
         paste, found = self._cells("composite", composite), self._cells("estimate", estimate)
-        if self.background is None:
-            ring = dilate(inside, RING) & ~inside
-            around = ring if bool(ring.any()) else torch.ones_like(inside)
-            behind = paste[:, around[0]].mean(dim=1)[:, None]
-        else:
-            behind = self._cells("background", self.background)[:, inside[0]]
-        paste, found = paste[:, inside[0]], found[:, inside[0]]
-        contrast = paste - behind
-        if float(contrast.abs().max()) < 1:  # of 255
+        background = None if self.background is None else self._cells("background", self.background)
+        judged = []
+        for area in areas(inside):
+            if float(area.sum()) >= SMALL * float(inside.sum()):
+                behind = _around(paste, area, inside) if background is None else background[:, area[0]]
+                judged += _moved(paste[:, area[0]], found[:, area[0]], behind)
+        if not judged:
             return Verdict("success", "the paste looks like its background: nothing to judge", readable=False)
-        change = float((found - paste).norm() / contrast.norm())
-        kept = float(((found - behind) * contrast).sum() / contrast.square().sum())
+        change, kept = (min(values) for values in zip(*judged, strict=True))
         measures = {"change": change, "kept": kept}
         if change < self.unchanged:
             return Verdict("neglect", f"change {change:.3f} is below {self.unchanged:g}", measures=measures)
@@ -137,6 +139,22 @@ class RegionJudge:
         pixels = as_pixels(name, picture)
         require(len(pixels) == 1, name, "one picture", f"a batch of {len(pixels)}")
         return F.interpolate(pixels, size=(self.size, self.size), mode="area")[0]
+
+
+def _around(paste: torch.Tensor, area: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The mean colour ``(3, 1)`` of the cells around an area; of all cells where it fills the picture."""
+    ring = dilate(area, RING) & ~inside
+    ring = ring if bool(ring.any()) else torch.ones_like(inside)
+    return paste[:, ring[0]].mean(dim=1)[:, None]
+
+
+def _moved(paste: torch.Tensor, found: torch.Tensor, behind: torch.Tensor) -> list[tuple[float, float]]:
+    """Change and kept share over the cells of an area, ``(3, cells)`` each; none where it looks like its background."""
+    contrast = paste - behind
+    if float(contrast.abs().max()) < 1:  # of 255
+        return []
+    change = float((found - paste).norm() / contrast.norm())
+    return [(change, float(((found - behind) * contrast).sum() / contrast.square().sum()))]
 
 
 def _from_json(text: str) -> tuple[str | None, str | None]:

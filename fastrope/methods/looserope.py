@@ -8,17 +8,16 @@ from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..activity import Indices
 from ..checks import require
 from ..modulations import LogitGain, Modulation, QueryScale
+from ..pictures import as_pixels, mask_of
 from ..tokens import Site, TokenLayout
 from .front_ends import FRONT_ENDS, PublishedSaliency
 from .maps import (
     as_map,
-    as_pixels,
     blur,
     crop_mask,
     dilate,
@@ -34,6 +33,7 @@ from .schedules import Activity, Steps, first_step_at, require_number
 STEPS = 28  # of the published run; its cut-offs after steps 10, 18 and 22 are fractions of it
 TIMINGS = ("scaled", "absolute")
 MASK_RULES = ("area", "centre")
+WHITE = {"uint8": 255, "uint16": 65535}  # the value that tells a picture of a mask from a map of numbers
 KEPT = 32  # sets of modulations remembered: text lengths of a run times phases
 
 
@@ -166,10 +166,13 @@ class LooseRoPE:
 
         Args:
             composite: the photo with the crop pasted in: a PIL image, an array ``(H, W, 3)`` or a tensor ``(3, H, W)``,
-                with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1.
+                with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1. A PIL image is
+                turned as its EXIF orientation says: give the pipeline one that is
+                (``PIL.ImageOps.exif_transpose``).
             original: the photo before, of the same size: the mask is where any channel differs by over ``threshold``.
             mask: or the mask itself, ``(H, W)`` or ``(B, H, W)``, an array or tensor (nonzero = inside) or a picture: a
-                PIL image, or uint8 up to 255 (inside = 128 and up, so that compression draws no outline).
+                PIL image, uint8 up to 255 or uint16 up to 65535 (inside = at least half of white, so that compression
+                draws no outline; a PIL image that is transparent somewhere: where it is opaque).
             saliency: ``"spectral_residual"`` (needs no model), ``"mask_rcnn"`` (torchvision's, downloads its weights),
                 any ``nn.Module`` (its finest feature map), a function ``(image (3, H, W) in 0..1, mask (H, W)) ->
                 energy (h, w)``, or the energy itself as an array.
@@ -200,7 +203,8 @@ class LooseRoPE:
             same = inside.shape[1:] == pixels.shape[2:] and len(inside) in (1, len(pixels))
             require(same, "mask", f"the size of the composite, {tuple(pixels.shape[2:])}", tuple(inside.shape))
         blamed = "mask" if original is None else "original"
-        require(bool(inside.any()), blamed, "a paste: pixels inside the mask", "none")
+        what = "a paste: pixels inside the mask (of a picture: half of white or more, or opaque)"
+        require(bool(inside.any()), blamed, what, "none")
         if front_end == "published":
             on_grid = PublishedSaliency(pixels / 255, inside, saliency)
             return cls(saliency=on_grid, mask=inside, **{"mask_rule": "centre", **dials})
@@ -219,8 +223,9 @@ class LooseRoPE:
         if self.levels is None:
             r, x = sal, 2 * sal - 1
         else:
-            bounds = torch.arange(1, self.levels, dtype=torch.float64) / self.levels
-            x = torch.linspace(-1, 1, self.levels, dtype=torch.float64)[torch.bucketize(sal, bounds, right=True)]
+            like = {"dtype": sal.dtype, "device": sal.device}
+            bounds = torch.arange(1, self.levels, **like) / self.levels
+            x = torch.linspace(-1, 1, self.levels, **like)[torch.bucketize(sal, bounds, right=True)]
             r = self.range_curve(x)
         g = torch.ones_like(sal) if self.crop_curve is None else self.crop_curve(x)
         return (self.range_growth**phase * r).clamp(0, 1), 1 - (1 - g) * self.crop_decay**phase
@@ -248,10 +253,7 @@ class LooseRoPE:
         """What is not neutral here, a QueryScale and a LogitGain per distinct mask; the same objects within a phase."""
         if site not in self._active:
             return []
-        tokens, count = site.tokens, len(site.tokens.reference_grids)
-        require(count > 0, "LooseRoPE", "a sequence with at least one reference picture", repr(tokens))
-        require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)
-        phase = self.phase(site.step, site.num_steps)
+        tokens, phase = site.tokens, self.phase(site.step, site.num_steps)
         key = tokens, site.spatial_axes, phase
         if key not in self._known:
             if len(self._known) >= KEPT:
@@ -261,10 +263,15 @@ class LooseRoPE:
 
     def _build(self, tokens: TokenLayout, axes: tuple[int, ...], phase: int) -> tuple[Modulation, ...]:
         saliency, queries = self.on_grid(tokens.target_grid)
-        keys = self._mask_on(tokens.reference_grids[self.reference])
         r, g = (torch.where(queries, f, 1.0).flatten(1) for f in self.factors(saliency, phase))
+        if bool((r == 1).all()) and bool((g == 1).all()):
+            return ()
+        count = len(tokens.reference_grids)
+        require(count > 0, "LooseRoPE", "a sequence with at least one reference picture", repr(tokens))
+        require(self.reference < count, "LooseRoPE.reference", f"a reference in [0, {count})", self.reference)
+        keys = self._mask_on(tokens.reference_grids[self.reference])
         rows, reference = max(len(r), len(keys)), tokens.reference(self.reference)
-        scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64)
+        scale, gain = torch.ones(2, rows, len(tokens), dtype=torch.float64, device="cpu")
         scale[:, tokens.target], gain[:, tokens.target] = r, g
         found: list[Modulation] = []
         if bool((scale != 1).any()):
@@ -274,7 +281,7 @@ class LooseRoPE:
         for n, inside in enumerate(masks):
             own = torch.where((owner == n)[:, None], gain, 1.0)
             if bool(inside.any()) and bool((own != 1).any()):
-                covered = torch.zeros(len(tokens), dtype=torch.bool)
+                covered = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
                 covered[reference] = inside
                 found.append(LogitGain(_shared(own), keys=covered))
         return tuple(found)
@@ -296,11 +303,10 @@ def _shared(x: torch.Tensor) -> torch.Tensor:
 
 def _as_mask(mask: object) -> torch.Tensor:
     if callable(getattr(mask, "convert", None)):
-        pixels = as_pixels("mask", mask)
-        return pixels.amax(dim=1) >= 128
+        return torch.from_numpy(mask_of("mask", mask))[None]
     found = as_map("mask", mask)
-    picture = mask.dtype in (np.uint8, torch.uint8) and float(found.max()) == 255
-    return found >= 128 if picture else found != 0
+    white = WHITE.get(str(mask.dtype).removeprefix("torch."))
+    return found > white / 2 if float(found.max()) == white else found != 0
 
 
 def _curve(name: str, value: object) -> Curve:

@@ -24,37 +24,11 @@ def as_map(name: str, value: object) -> torch.Tensor:
     """
     hint = "an array or tensor (h, w) or (B, h, w)"
     require(isinstance(value, (np.ndarray, torch.Tensor)), name, hint, type(value).__name__)
-    x = torch.as_tensor(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
+    x = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
     x = x.to("cpu", torch.float64, copy=True)
     require(x.ndim in (2, 3) and x.numel() > 0, name, hint, tuple(x.shape))
     require(bool(x.isfinite().all()), name, "finite values", "values that are not")
     return x.reshape(-1, *x.shape[-2:])
-
-
-def as_pixels(name: str, image: object) -> torch.Tensor:
-    """A picture as ``(B, 3, H, W)`` float64 in 0..255 on the CPU.
-
-    Args:
-        image: a PIL image, an array ``(H, W, 3)`` or ``(B, H, W, 3)``, or a tensor ``(3, H, W)`` or ``(B, 3, H, W)``;
-            integers are in 0..255, floating-point numbers in 0..1.
-
-    Raises:
-        ValueError: another type or shape, values out of range.
-    """
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        forms = "a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
-        require(callable(getattr(image, "convert", None)), name, forms, type(image).__name__)
-        image = np.asarray(image.convert("RGB"))
-    channels_last = isinstance(image, np.ndarray)
-    x = torch.as_tensor(np.array(image) if channels_last else image.detach()).cpu()
-    shape = "(H, W, 3) or (B, H, W, 3)" if channels_last else "(3, H, W) or (B, 3, H, W)"
-    ok = x.ndim in (3, 4) and x.numel() > 0 and x.shape[-1 if channels_last else -3] == 3
-    require(ok, name, shape, tuple(x.shape))
-    x = x.double() * (255 if x.is_floating_point() else 1)
-    require(bool(((x >= 0) & (x <= 255)).all()), name, "integers in 0..255 or floating-point numbers in 0..1",
-            f"values in {float(x.min()):g}..{float(x.max()):g}")  # fmt: skip
-    x = x.reshape(-1, *x.shape[-3:])
-    return x.permute(0, 3, 1, 2) if channels_last else x
 
 
 def crop_mask(composite: torch.Tensor, original: torch.Tensor, threshold: float = 5.0) -> torch.Tensor:
@@ -72,6 +46,19 @@ def dilate(mask: torch.Tensor, iterations: int) -> torch.Tensor:
         grown[:, :, :-1] |= mask[:, :, 1:]
         mask = grown
     return mask
+
+
+def areas(mask: torch.Tensor) -> list[torch.Tensor]:
+    """The 4-connected areas of one mask ``(1, h, w)``, each a mask of that shape."""
+    left, found = mask.clone(), []
+    while bool(left.any()):
+        area = torch.zeros_like(left)
+        area.view(-1)[left.view(-1).nonzero()[0]] = True
+        while not torch.equal(grown := dilate(area, 1) & left, area):
+            area = grown
+        found.append(area)
+        left &= ~area
+    return found
 
 
 def resize(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -110,8 +97,8 @@ def resize_by_overlap(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def _overlaps(cells: int, pixels: int) -> torch.Tensor:
     """``(cells, pixels)``: the share of each cell that a pixel covers."""
-    edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells
-    at = torch.arange(pixels, dtype=torch.float64)
+    edges = torch.arange(cells + 1, dtype=torch.float64, device="cpu")[:, None] * pixels / cells
+    at = torch.arange(pixels, dtype=torch.float64, device="cpu")
     covered = torch.minimum(edges[1:], at + 1) - torch.maximum(edges[:-1], at)
     return covered.clamp(min=0) * cells / pixels
 
@@ -121,7 +108,7 @@ def blur(x: torch.Tensor, line: Sequence[float] = GAUSSIAN, mirrored: bool = Fal
 
     Beyond the edges the outermost cells are repeated, or where ``mirrored`` the map goes back without repeating them.
     """
-    kernel, reach = torch.tensor(line, dtype=x.dtype) / sum(line), len(line) // 2
+    kernel, reach = torch.tensor(line, dtype=x.dtype, device=x.device) / sum(line), len(line) // 2
     rows, columns = (_outwards(n, reach, mirrored) for n in x.shape[1:])
     padded = x[:, rows][:, :, columns]
     return F.conv2d(padded[:, None], (kernel[:, None] * kernel)[None, None])[:, 0]
@@ -129,7 +116,7 @@ def blur(x: torch.Tensor, line: Sequence[float] = GAUSSIAN, mirrored: bool = Fal
 
 def _outwards(cells: int, reach: int, mirrored: bool) -> torch.Tensor:
     """Which cell stands at places from ``-reach`` to ``cells - 1 + reach``."""
-    at = torch.arange(-reach, cells + reach)
+    at = torch.arange(-reach, cells + reach, device="cpu")
     if not mirrored or cells == 1:
         return at.clamp(0, cells - 1)
     at = at.abs() % (2 * (cells - 1))

@@ -44,7 +44,9 @@ def spectral_residual(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     average = F.avg_pool2d(F.pad(log, (1, 1, 1, 1), mode="circular"), 3, stride=1)
     energy = torch.fft.ifft2(torch.polar((log - average).exp(), spectrum.angle())).abs().square()
     reach = math.ceil(3 * SMOOTHING)
-    line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=energy.dtype) / SMOOTHING) ** 2)
+    line = torch.exp(
+        -0.5 * (torch.arange(-reach, reach + 1, dtype=energy.dtype, device=energy.device) / SMOOTHING) ** 2
+    )
     line = line / line.sum()
     energy = F.conv2d(F.pad(energy, (reach,) * 4, mode="replicate"), (line[:, None] * line)[None, None])
     found = torch.zeros_like(grey)
@@ -86,8 +88,8 @@ def feature_energy(
     network = backbone.backbone if detector else backbone
     modules = dict(network.named_modules())
     require(layer is None or layer in modules, "layer", "the name of a submodule", repr(layer))
-    parameter = next(network.parameters(), torch.zeros(()))
-    mean, deviation = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in normalise)
+    parameter = next(network.parameters(), torch.zeros((), device="cpu"))
+    mean, deviation = (torch.tensor(v, dtype=torch.float64, device="cpu")[:, None, None] for v in normalise)
     pixels = image.double()
     if shortest_edge is not None:
         size = _scaled(tuple(image.shape[1:]), shortest_edge)
@@ -166,7 +168,7 @@ def energy_of(
     found = []
     for image, mask in zip(images, masks.expand(len(images), -1, -1), strict=True):
         if not bool(mask.any()):
-            found.append(torch.zeros(1, *size, dtype=torch.float64))
+            found.append(torch.zeros(1, *size, dtype=torch.float64, device="cpu"))
             continue
         energy = as_map("saliency", source(image, mask))
         require(len(energy) == 1, "saliency", "one map (h, w) per picture", tuple(energy.shape))

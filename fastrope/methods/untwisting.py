@@ -141,14 +141,18 @@ class UntwistingRoPE:
 
     def weights(self, site: Site) -> torch.Tensor:
         """``s_d`` of all pairs, ``(D/2,)`` float64, in the order of the RoPE's pairs; whether active here or not."""
-        return torch.tensor(self._weights(site), dtype=torch.float64)
+        return torch.tensor(self._weights(site), dtype=torch.float64, device="cpu")
 
     def modulations(self, site: Site) -> list[BandWeight]:
         """One :class:`fastrope.BandWeight` on the reference's keys, unless neutral; the same for equal values."""
         if not self._acts(site):
             return []
-        span, weights = self._span(site), self._weights(site)
-        return [_band_weight(weights, span.start, span.stop)] if set(weights) != {1.0} else []
+        weights = self._weights(site)
+        neutral = set(weights) == {1.0}
+        if neutral and self.reference != SHARED:
+            return []
+        span = self._span(site)
+        return [] if neutral else [_band_weight(weights, span.start, span.stop)]
 
     def sharings(self, site: Site) -> list[Sharing]:
         """That the reference is shared, and how much of its statistics; see :mod:`fastrope.sharing`."""
@@ -156,8 +160,10 @@ class UntwistingRoPE:
             return []
         strength = value_at("UntwistingRoPE.adain", self.adain, site)
         _require_strength(strength)
+        if strength == 0 and self.reference != SHARED:
+            return []
         self._span(site)
-        return [Sharing(self.reference, strength)] if self.reference == SHARED or strength > 0 else []
+        return [Sharing(self.reference, strength)]
 
     def _weights(self, site: Site) -> tuple[float, ...]:
         high, low = (self._value(name, site) for name in ("s_hf", "s_lf"))
@@ -246,4 +252,4 @@ def _curves(
 @lru_cache(maxsize=512)
 def _band_weight(weights: tuple[float, ...], start: int, stop: int) -> BandWeight:
     """Cached, because a binding that meets the same object again reuses its plan."""
-    return BandWeight(torch.tensor(weights, dtype=torch.float64), keys=slice(start, stop))
+    return BandWeight(torch.tensor(weights, dtype=torch.float64, device="cpu"), keys=slice(start, stop))

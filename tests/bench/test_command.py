@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from bench_rows import a_row
 
-from fastrope import bench
+from fastrope import bench, cli
 from fastrope.bench import attention, suites
 from fastrope.bench.environment import environment, revision
 from fastrope.bench.frame import Selection, Session, Task
@@ -38,9 +39,45 @@ def test_the_command_writes_rows_elsewhere_on_a_cpu(tmp_path, capsys):
     assert printed.count("| grag | fastrope-sdpa |") == 1
     assert "revision abc" in printed
     assert printed.count("not measured") > 10  # the bars are those of a GPU
-    assert bench.main(ARGUMENTS) == 0
-    place = capsys.readouterr().out.split("rows in ")[1].strip()
-    assert not place.startswith(str(bench.RESULTS))
+
+
+def test_a_smoke_test_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    """Neither among the results nor in the temporary folder, with ``--out`` or without."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert bench.main([*ARGUMENTS, "--repeats", "1"]) == 0
+    assert "2 rows, not kept: --out FOLDER keeps them" in capsys.readouterr().out
+    assert bench.main([*ARGUMENTS, "--repeats", "1", "--out", "rows"]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["attention.jsonl", "rows", "temporary"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--report", "none.jsonl"], "none.jsonl: No such file or directory"),
+    (["--report", "text.txt"], "text.txt:1: expected a row of JSON, received 'text'"),
+    (["--readme", "none.md"], "none.md: No such file or directory"),
+    (["--device", "nowhere"], "--device: "), (["--out", "text.txt"], "--out: expected a folder, received text.txt"),
+    (["--against", "no-such-branch"], "--against: expected a revision of this clone"),
+])  # fmt: skip
+def test_problems_are_named_in_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("text")
+    assert cli.main(["bench", *ARGUMENTS, *words]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"fastrope bench: {message}")
+
+
+def test_pictures_are_not_replaced_unasked(tmp_path):
+    pytest.importorskip("matplotlib")
+    from fastrope.bench import plots
+
+    (first,) = plots.draw([a_row()], tmp_path / "plots")
+    with pytest.raises(ValueError, match=r"^--plots: .* is there already"):
+        plots.draw([a_row()], tmp_path / "plots")
+    first.write_bytes(b"")
+    assert plots.draw([a_row()], tmp_path / "plots", force=True) == [first]
+    assert first.stat().st_size > 1000
 
 
 def test_a_wrong_contestant_fails_the_command(tmp_path, monkeypatch, capsys):
@@ -57,8 +94,7 @@ def test_a_wrong_contestant_fails_the_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("option", "known"), [("workload", "kontext"), ("case", "loose-levels"), ("peer", "cudnn")])
 def test_names_nobody_knows_are_answered_with_those_there_are(option, known, capsys):
-    with pytest.raises(SystemExit):
-        bench.main([f"--{option}", "tyni"])
+    assert cli.main(["bench", f"--{option}", "tyni"]) == 2
     message = capsys.readouterr().err
     assert f"--{option}: expected some of" in message
     assert known in message
@@ -173,7 +209,7 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(attention, "measure", interrupted)
-    assert bench.main([*ARGUMENTS, "--out", str(tmp_path)]) == 1
+    assert bench.main([*ARGUMENTS, "--out", str(tmp_path)]) == 130
     assert len(read(tmp_path / "attention.jsonl")) == 1
     assert "interrupted" in capsys.readouterr().err
 

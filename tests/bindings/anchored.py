@@ -6,7 +6,7 @@ import torch
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 class Spy:
@@ -14,7 +14,12 @@ class Spy:
 
     def __init__(self, inner):
         self.inner, self.logits, self.positions = inner, [], []
-        self.num_tokens, self.seeds = inner.num_tokens, inner.seeds
+        self.num_tokens, self.seeds, self.rows, self.codebook = (
+            inner.num_tokens,
+            inner.seeds,
+            inner.rows,
+            inner.codebook,
+        )
 
     def __call__(self, logits, anchors, position, **kwargs):
         self.logits.append(logits)

@@ -175,6 +175,36 @@ def test_masks_change_between_calls():
             assert_same(out, run(model, call), 1e-10)
 
 
+def test_a_mask_belongs_to_the_call_it_came_with():
+    """What is remembered of a sequence must not change with the caller's mask."""
+    host = TINY_HOSTS["chroma"]
+    model = host.build().double()
+    call, mask = masked_call(host)
+    kept = mask.clone()
+    with fr.apply(model, grag_like(host.layout)) as handle:
+        run(model, call)
+        mask[0, 1] = False
+        run(model, call)
+        handle.update(mods := [fr.BiasDelta(1.3, 1.4, keys=host.layout.target)])
+        out = run(model, call | {"attention_mask": kept})
+    with host.by_formulas(model, host.attend(mods, key_mask=kept)):
+        assert_same(out, run(model, call), 1e-10)
+
+
+def test_neutral_groups_over_a_floating_mask():
+    """Which groups the host's mask divides matters only where they modulate."""
+    host = TINY_HOSTS["chroma"]
+    model = host.build()
+    call, mask = masked_call(host)
+    call = {k: v.float() if v.is_floating_point() else v for k, v in call.items()} | {"attention_mask": mask.float()}
+    stock = run(model, call)
+    with fr.apply(model, fr.BiasDelta(1.0, torch.ones(2), keys=host.layout.text)):
+        assert torch.equal(run(model, call), stock)
+    handle = fr.apply(model, fr.BiasDelta(1.0, 1.1, keys=host.layout.text))
+    with handle, pytest.raises(NotImplementedError, match=r"^BiasDelta\.keys: "):
+        run(model, call)
+
+
 @pytest.mark.parametrize("rotation", ["op", "host"])
 def test_floating_masks_are_added_to_the_logits(rotation):
     """Chroma's pipelines hand over zeros and ones in the dtype of the model, and torch adds them."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastrope import cli
 from fastrope.commands import ar_edit, ar_hosts, ar_report, ar_tiny
+from fastrope.pictures import open_picture
 
 EDIT = ["--edit-prompt", "a green boat"]
 
@@ -67,7 +68,7 @@ def test_the_same_prompt_with_every_token_allowed_changes_nothing(tmp_path):
 def test_seeds_decide(tmp_path):
     tokens = []
     for seed in (1, 1, 2):
-        run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 4, "--seed", seed, out=tmp_path)
+        run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 4, "--seed", seed, "--force", out=tmp_path)
         tokens.append(record(tmp_path)["tokens"])
     assert tokens[0] == tokens[1] != tokens[2]
 
@@ -75,7 +76,7 @@ def test_seeds_decide(tmp_path):
 def test_a_picture_takes_the_place_of_the_prompt(tmp_path, picture):
     out = tmp_path / "out"
     assert run("--model", "tiny", "--image", picture, *EDIT, "--size", 5, out=out) == 0
-    fitted = ar_hosts.to_pixels(ar_hosts.open_picture(picture), 40, 40) * 2 - 1
+    fitted = ar_hosts.to_pixels(open_picture("x", picture), 40, 40) * 2 - 1
     anchors = ar_tiny.Mosaic(5, torch.device("cpu")).encode(fitted)
     assert record(out)["anchors"] == anchors.tolist()
     assert "between a picture and" in (out / "report.md").read_text()
@@ -128,8 +129,10 @@ def test_wrong_usage_is_explained(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--model", "tiny", "--tau", "-1"], "ISLock.tau"),
-        (["--model", "tiny", "--image", "absent.png"], "--image: no picture at absent.png"),
+        (["--model", "tiny", "--image", "absent.png"], "--image: no file absent.png"),
         (["--model", "tiny", "--top-p", "2"], "top_p"),
+        (["--model", "tiny", "--temperature", "0"], "top_k=1 takes the most probable token (greedy)"),
+        (["--model", "janus", "--weights", "absent", "--temperature", "0"], "temperature: expected"),
         (["--model", "tiny", "--device", "mps"], "--device: expected cpu or cuda"),
         (["--model", "tiny", "--device", "nonsense"], "--device: Expected one of cpu, cuda"),
         (["--model", "tiny", "--guidance", "nan"], "--guidance: expected a finite number, received nan"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from anchored import Spy, seeded
-from transformers import Emu3Config, Emu3ForConditionalGeneration, LogitsProcessorList
+from torch.nn import functional as F
+from transformers import Emu3Config, Emu3ForConditionalGeneration, GenerationConfig, LogitsProcessorList
 
 import fastrope as fr
 from fastrope.bindings.transformers import AnchorProcessor, emu3
 
-CODES, EOL, FIRST, VOCAB = 32, 60, 20, 64
+CODES, EOL, PICTURE, FIRST, VOCAB = 32, 60, 61, 20, 64
+ENDS = {(3, 4): [52, 55, 57, 56, 53], (2, 3): [52, 54, 57, 55, 53]}  # image start, height, *, width, image token
 HEIGHT, WIDTH = 3, 4
 N = HEIGHT * WIDTH
 
@@ -22,8 +25,9 @@ def model():
     torch.manual_seed(0)
     # The vocabulary keeps codes in another order than the codebook, which a mistaken mapping would not survive.
     visual = {f"<|visual token {code:06d}|>": FIRST + code * 7 % CODES for code in range(CODES)}
+    words = {word: 52 + place for place, word in enumerate([emu3.IMAGE_START, emu3.IMAGE_TOKEN, *"234*"])}
     config = Emu3Config(
-        vocabulary_map={**visual, "<|extra_200|>": EOL, "<image>": 61},
+        vocabulary_map={**visual, **words, "<|extra_200|>": EOL, "<image>": PICTURE},
         text_config=dict(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -38,19 +42,25 @@ def model():
     with torch.no_grad():
         model.lm_head.weight.mul_(20.0)
         model.get_input_embeddings().weight.mul_(20.0)
+        for layer in model.model.text_model.layers:
+            layer.self_attn.o_proj.weight.mul_(200.0)  # all prompts end alike: let what comes before matter
     return model
+
+
+def prompts(words, size=(HEIGHT, WIDTH)):
+    """What the host's processor makes of ``words (B, S)``."""
+    ids = torch.cat([words, torch.tensor(ENDS[size]).expand(len(words), -1)], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @pytest.fixture
 def inputs():
-    ids = torch.randint(5, 18, (2, 6))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return prompts(torch.randint(5, 18, (2, 6)))
 
 
 @pytest.fixture
 def negative():
-    ids = torch.randint(5, 18, (1, 3)).expand(2, -1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return prompts(torch.randint(5, 18, (1, 3)).expand(2, -1))
 
 
 def matcher(model, tau=math.inf, candidates=CODES, alpha=0.0):
@@ -220,12 +230,170 @@ def test_pictures_become_vocabulary_ids_and_back(model, inputs):
     assert torch.equal(made.tokens, ids)
 
 
+def swapped(batch, **entries):
+    return {**{name: tensor.clone() for name, tensor in batch.items()}, **entries}
+
+
+def padded_right(batch):
+    ids, mask = (F.pad(batch[name], (0, 2)) for name in ("input_ids", "attention_mask"))
+    return swapped(batch, input_ids=ids, attention_mask=mask)
+
+
+def with_token(batch, token, row=1, place=2):
+    ids = batch["input_ids"].clone()
+    ids[row, place] = token
+    return swapped(batch, input_ids=ids)
+
+
+def masked(batch, *places, dtype=torch.long):
+    mask = batch["attention_mask"].clone()
+    for place in places:
+        mask[place] = 0
+    return swapped(batch, attention_mask=mask.to(dtype))
+
+
+FOREIGN = [
+    (padded_right, r"attention_mask: expected padding on the left.*padding_side = \"left\".*row\(s\) \[0, 1\]"),
+    (lambda b: masked(b, (1, 3)), r"attention_mask: expected padding on the left.* in row\(s\) \[1\]"),
+    (
+        lambda b: masked(b, 1),
+        r"attention_mask: expected a token that counts in every row, received none in row\(s\) \[1\]",
+    ),
+    (lambda b: swapped(b, attention_mask=torch.zeros(2, 11).fill_(-1e4)), "attention_mask: expected 1 where a token"),
+    (lambda b: swapped(b, attention_mask=torch.ones(2, 10)), r"attention_mask: expected shape \(2, 11\)"),
+    (lambda b: swapped(b, attention_mask=torch.ones(2, 1, 11, 11)), "attention_mask: expected shape"),
+    (lambda b: {"input_ids": b["input_ids"]}, "attention_mask: expected one, from"),
+    (
+        lambda b: with_token(b, 0, 0, 0),
+        r"attention_mask: expected zeros where input_ids has padding.*ones in row\(s\) \[0\]",
+    ),
+    (
+        lambda b: with_token(b, FIRST + 3),
+        r"input_ids: expected prompts without image tokens, received some in row\(s\) \[1\]",
+    ),
+    (lambda b: with_token(b, EOL), "input_ids: expected prompts without image tokens"),
+    (lambda b: with_token(b, PICTURE), "input_ids: expected prompts without image tokens"),
+    (lambda b: with_token(b, VOCAB), "input_ids: expected ids below the vocabulary's 64"),
+    (lambda b: swapped(b, input_ids=b["input_ids"].float()), "input_ids: expected integers"),
+    (lambda b: swapped(b, input_ids=b["input_ids"][0]), r"input_ids: expected shape \(B, S\)"),
+    (lambda b: with_token(b, 7, place=-1), "input_ids: expected <|image start|>3"),  # of text mode, in one row alone
+    (
+        lambda b: prompts(b["input_ids"][:, :6], (2, 3)),
+        r"input_ids: expected .* at the end: 3 x 4 tokens.*received '2\*3",
+    ),
+    (
+        lambda b: swapped(b, image_sizes=torch.tensor([[3, 4], [4, 3]])),
+        "image_sizes: expected 3 x 4 tokens in every row",
+    ),
+    (lambda b: swapped(b, pixel_values=torch.zeros(2, 3, 8, 8)), "pixel_values: expected a prompt of text alone"),
+    (lambda b: swapped(b, inputs_embeds=torch.zeros(2, 11, 32)), "inputs_embeds: expected a prompt of text alone"),
+    (lambda b: swapped(b, token_type_ids=torch.ones(2, 11)), "token_type_ids: expected a prompt of text alone"),
+    (lambda b: b["input_ids"], ".*: expected what processor.* returns, received Tensor"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FOREIGN)
+@pytest.mark.parametrize("negated", [False, True], ids=["prompt", "negative"])
+def test_prompts_made_for_something_else_are_refused(model, inputs, negative, change, message, negated):
+    message = message.replace("<|", re.escape("<|")).replace("|>", re.escape("|>"))
+    batches = (inputs, change(swapped(inputs))) if negated else (change(inputs), negative)
+    with pytest.raises(ValueError, match=("negative" if negated else "^") + ".*" * negated + message):
+        emu3.generate(model, batches[0], HEIGHT, WIDTH, negative=batches[1], guidance=3.0)
+
+
+def test_what_the_processor_adds_is_accepted(model, inputs):
+    plain = emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, top_k=1)
+    more = swapped(inputs, image_sizes=[[HEIGHT, WIDTH]] * 2, token_type_ids=torch.zeros(2, 11, dtype=torch.long))
+    more["attention_mask"] = more["attention_mask"].bool()
+    assert torch.equal(emu3.generate(model, more, HEIGHT, WIDTH, guidance=None, top_k=1).tokens, plain.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_beams=4), "num_beams: expected one image per sequence"),
+        (dict(do_sample=False), "do_sample: expected top_k=1"),
+        (dict(past_key_values=None), "past_key_values: expected a call without a cache from elsewhere"),
+        (
+            dict(generation_config=GenerationConfig(temperature=0.5)),
+            "generation_config: expected the arguments of this",
+        ),
+        (dict(max_new_tokens=3), "max_new_tokens: expected the grid alone"),
+        (dict(eos_token_id=EOL), "eos_token_id: expected no other options than"),
+        (dict(assistant_model=None), "assistant_model: expected no other options than"),
+        (dict(repetition_penalty=1.3), "repetition_penalty: expected no other options than"),
+        (dict(stopping_criteria=[]), "stopping_criteria: expected no other options"),
+        (dict(output_scores=True), "output_scores: expected no other options"),
+        (dict(num_return_sequences=0), "num_return_sequences: expected an integer >= 1"),
+    ],
+)
+def test_options_that_would_choose_tokens_are_refused(model, inputs, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_beams", 3), ("repetition_penalty", 1.2), ("suppress_tokens", [3]), ("min_p", 0.1)]
+)
+def test_a_generation_config_that_would_choose_tokens_is_refused(model, inputs, monkeypatch, name, value):
+    monkeypatch.setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"^model.generation_config.{name}: expected"):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None)
+
+
+def test_the_sampling_of_the_models_own_config_gives_way(model, inputs, monkeypatch):
+    plain = emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, top_k=8, generator=seeded(1, 2))
+    for name, value in dict(do_sample=False, top_k=3, return_dict_in_generate=True, max_length=12).items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    again = emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, top_k=8, generator=seeded(1, 2))
+    assert torch.equal(again.tokens, plain.tokens)
+
+
+def test_processors_that_change_the_choice_are_found_out(model, inputs):
+    def first(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([FIRST]), 0.0)
+
+    with pytest.raises(ValueError, match="expected"):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, top_k=8, processors=[first])
+
+
+def test_codes_instead_of_vocabulary_ids_are_refused(model, inputs):
+    """They have no codebook row, so that every position would be free."""
+    codes = torch.randint(15, (2, N))
+    with pytest.raises(ValueError, match="anchors: expected ids of the matcher's codebook .*vocabulary ids"):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, matcher=matcher(model), anchors=codes)
+    with pytest.raises(ValueError, match="tokens: expected image tokens alone"):
+        emu3.decode(model, codes, HEIGHT, WIDTH)
+    entries, _ = emu3.codebook(model)
+    without = fr.ISLock().matcher(entries, num_tokens=N)  # its ids were forgotten
+    with pytest.raises(ValueError, match="anchors: expected ids of the matcher's codebook"):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, matcher=without, anchors=random_anchors() + 12)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(1, 3, 6, 8, dtype=torch.uint8), "pixels: expected a floating dtype"),
+        (torch.rand(1, 3, 6, 8) * 255, "pixels: expected values about -1..1"),
+        (torch.full((1, 3, 6, 8), torch.nan), "pixels: expected finite values"),
+        (torch.rand(1, 3, 5, 8), "pixels: expected sides that are multiples of 2"),
+        (torch.rand(1, 6, 8, 3), r"pixels: expected shape \(B, 3, H, W\)"),
+    ],
+)
+def test_pictures_of_another_range_are_refused(model, pixels, message):
+    with pytest.raises(ValueError, match=message):
+        emu3.encode(model, pixels)
+
+
 def test_bad_calls_are_named(model, inputs):
     with pytest.raises(ValueError, match="negative: expected a negative prompt"):
         emu3.generate(model, inputs, HEIGHT, WIDTH)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, max_new_tokens=3)
+    small = prompts(inputs["input_ids"][:, :6], (2, 3))
     with pytest.raises(ValueError, match="matcher: expected one for the grid's 6 tokens, received 12"):
-        emu3.generate(model, inputs, 2, 3, guidance=None, matcher=matcher(model), anchors=random_anchors())
+        emu3.generate(model, small, 2, 3, guidance=None, matcher=matcher(model), anchors=random_anchors())
     with pytest.raises(ValueError, match="tokens: expected 12 per row"):
-        emu3.decode(model, torch.zeros(1, 5, dtype=torch.long), HEIGHT, WIDTH)
+        emu3.decode(model, torch.full((1, 5), FIRST), HEIGHT, WIDTH)
+    with pytest.raises(
+        ValueError, match=r"temperature: expected a finite number > 0; top_k=1 .*\(greedy\), received 0"
+    ):
+        emu3.generate(model, inputs, HEIGHT, WIDTH, guidance=None, temperature=0)

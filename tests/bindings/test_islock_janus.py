@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from anchored import Spy, seeded
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration, LogitsProcessorList
@@ -14,6 +15,14 @@ import fastrope as fr
 from fastrope.bindings.transformers import AnchorProcessor, Grid, janus
 
 BOS, PAD, BOI, CODES, N = 1, 0, 3, 40, 16
+
+
+def host_generate(model, inputs, **options):
+    """The host's own image generation, which needs help in some versions: see :func:`janus.own_cache`."""
+    return model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_mode="image",
+        **janus.own_cache(model), **options,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +88,7 @@ def test_guidance_is_applied_once(model, inputs):
 
 def test_the_most_probable_tokens_are_those_of_the_host(model, inputs):
     """The host's own guidance, without this package, as the oracle."""
-    host = model.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_mode="image", guidance_scale=5,
-        do_sample=False,
-    )  # fmt: skip
+    host = host_generate(model, inputs, guidance_scale=5, do_sample=False)
     ours = janus.generate(model, inputs, guidance=5.0, top_k=1)
     assert torch.equal(ours.tokens, host)
     assert ours.record is None
@@ -141,24 +147,93 @@ def test_pictures_become_the_nearest_codes_and_tokens_become_pixels(model, input
     assert janus.decode(model, made.tokens).shape == (2, 3, 8, 8)
 
 
-def test_the_image_start_token_is_found_where_the_host_lost_it(model, inputs, monkeypatch):
+def test_the_image_start_token_is_asked_for_where_the_host_lost_it(model, inputs, monkeypatch):
     expected = janus.generate(model, inputs, top_k=1)
     monkeypatch.delattr(model.generation_config, "generation_kwargs")
-    assert torch.equal(janus.generate(model, inputs, top_k=1).tokens, expected.tokens)
+    with pytest.raises(ValueError, match=r"image_start: expected the id .* processor\.tokenizer\.boi_token_id"):
+        janus.generate(model, inputs, top_k=1)
+    assert torch.equal(janus.generate(model, inputs, top_k=1, image_start=BOI).tokens, expected.tokens)
     assert not hasattr(model.generation_config, "generation_kwargs")
-    uneven = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    uneven["input_ids"][0, -1] = 9
-    with pytest.raises(ValueError, match="prompts that end with the image-start token"):
-        janus.generate(model, uneven, top_k=1)
+
+
+def changed(batch, place=None, token=None, **entries):
+    found = {name: tensor.clone() for name, tensor in batch.items()}
+    if place is not None:
+        found["input_ids"][place] = token
+    return {**found, **entries}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(place=(slice(None), -1), token=9), "input_ids: expected prompts of image mode.*generation_mode=.*row 0"),
+        (dict(place=(1, -1), token=9), "input_ids: expected prompts of image mode.* received 9 at the end of row 1"),
+        (dict(place=(1, 2), token=BOI), r"input_ids: expected prompts without pictures .* row\(s\) \[1\]"),
+        (dict(place=(0, 2), token=45), r"input_ids: expected prompts without pictures .* row\(s\) \[0\]"),
+        (dict(place=(0, 0), token=PAD), "attention_mask: expected zeros where input_ids has padding"),
+        (dict(place=(0, 1), token=50), "input_ids: expected ids below the vocabulary's 50"),
+        (
+            dict(attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2])),
+            "attention_mask: expected padding on the left",
+        ),
+        (dict(attention_mask=torch.ones(2, 5)), r"attention_mask: expected shape \(2, 6\)"),
+        (dict(pixel_values=torch.zeros(2, 3, 8, 8)), "pixel_values: expected a prompt of text alone"),
+    ],
+)
+def test_prompts_made_for_something_else_are_refused(model, inputs, change, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        janus.generate(model, changed(inputs, **change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_beams=2), "num_beams: expected one image per sequence"),
+        (dict(generation_mode="text"), "generation_mode: expected no other options"),
+        (dict(cache=None), "cache: expected a call without a cache from elsewhere"),
+        (dict(cache_implementation="static"), "cache_implementation: expected no such option"),
+        (dict(use_cache=False), "use_cache: expected no other options"),
+        (dict(temperature=0), r"temperature: .*top_k=1 .* \(greedy\)"),
+    ],
+)
+def test_options_that_would_choose_tokens_are_refused(model, inputs, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        janus.generate(model, inputs, **options)
+
+
+def test_an_unconditional_prompt_that_cannot_be_made_is_refused(model, inputs, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "pad_token_id", None)
+    with pytest.raises(ValueError, match="model.generation_config.pad_token_id: expected an id, for the unconditional"):
+        janus.generate(model, inputs)
+
+
+def test_processors_that_change_the_choice_are_found_out(model, inputs):
+    def first(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([0]), 0.0)
+
+    with pytest.raises(ValueError, match="processors: expected ones that leave the tokens chosen before them"):
+        janus.generate(model, inputs, processors=[first])
+
+
+def test_pixels_and_tokens_of_something_else_are_refused(model):
+    with pytest.raises(ValueError, match="pixels: expected values about -1..1"):
+        janus.encode(model, torch.rand(1, 3, 8, 8) * 255)
+    with pytest.raises(ValueError, match=r"tokens: expected image tokens alone, received \[40\]"):
+        janus.decode(model, torch.full((1, N), CODES)[:, :1])
+    with pytest.raises(ValueError, match="tokens: expected 16 per row, received 15"):
+        janus.decode(model, torch.zeros(1, N - 1, dtype=torch.long))
+
+
+def test_a_host_that_does_not_see_its_tokens_is_refused(model, inputs, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.4.0")
+    with pytest.raises(NotImplementedError, match=r"Janus of transformers 5\.4\.0 .* 5\.5 or newer"):
+        janus.generate(model, inputs)
 
 
 def test_the_host_guiding_too_is_refused(model, inputs):
     processor = AnchorProcessor(janus.grid(model), guidance=5.0, growing=False)
     with pytest.raises(ValueError, match="twice the batch size"):
-        model.generate(
-            inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_mode="image", guidance_scale=5,
-            logits_processor=LogitsProcessorList([processor]),
-        )  # fmt: skip
+        host_generate(model, inputs, guidance_scale=5, logits_processor=LogitsProcessorList([processor]))
     for name in ("guidance_scale", "logits_processor"):
         with pytest.raises(ValueError, match=name):
             janus.generate(model, inputs, **{name: None})
@@ -166,16 +241,13 @@ def test_the_host_guiding_too_is_refused(model, inputs):
 
 def test_a_processor_serves_one_call(model, inputs):
     processor = AnchorProcessor(janus.grid(model), guidance=5.0, growing=False)
-    call = dict(attention_mask=inputs["attention_mask"], generation_mode="image", guidance_scale=1.0)
-    model.generate(inputs["input_ids"], logits_processor=LogitsProcessorList([processor]), **call)
+    call = dict(guidance_scale=1.0, logits_processor=LogitsProcessorList([processor]))
+    host_generate(model, inputs, **call)
     with pytest.raises(ValueError, match=f"processor: expected {N} steps; a processor serves one call"):
-        model.generate(inputs["input_ids"], logits_processor=LogitsProcessorList([processor]), **call)
+        host_generate(model, inputs, **call)
 
 
 def test_a_processor_without_guidance_is_refused(model, inputs):
     processor = AnchorProcessor(Grid(4, 4), growing=False)
     with pytest.raises(ValueError, match=r"scores: expected 2 rows, as input_ids; guidance=\.\.\..* received 4"):
-        model.generate(
-            inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_mode="image", guidance_scale=1.0,
-            logits_processor=LogitsProcessorList([processor]),
-        )  # fmt: skip
+        host_generate(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([processor]))

@@ -308,9 +308,9 @@ def test_free_positions_are_sampled_as_without_anchors(model, features):
 
 
 def test_hidden_features_do_not_matter(model, features):
-    mask = torch.tensor([[False, True, True, True, False]] * 2)  # the last one also predicts the first image token
+    mask = torch.tensor([[False, False, True, True, True]] * 2)
     changed = features.clone()
-    changed[:, [0, -1]] = 100.0
+    changed[:, :2] = 100.0
     runs = [llamagen.generate(model, f, mask=mask, top_k=20, generator=seeded(1, 2)) for f in (features, changed)]
     assert torch.equal(runs[0].tokens, runs[1].tokens)
     unmasked = llamagen.generate(model, changed, top_k=20, generator=seeded(1, 2))
@@ -329,6 +329,51 @@ def test_class_conditions():
     assert torch.equal(made.tokens, anchors.expand(2, -1))
 
 
+@pytest.mark.parametrize(("condition", "guidance", "top_k"), [("text", 7.5, 1000), ("class", 4.0, 2000)])
+def test_the_defaults_are_the_published_ones_of_the_condition(condition, guidance, top_k):
+    shapes = {**TINY.__dict__, "condition": condition, "vocabulary": 3000, "prefix": 5 if condition == "text" else 1}
+    model = llamagen.LlamaGen(llamagen.LlamaGenConfig(**shapes)).eval()
+    given = torch.randn(1, 5, 12) if condition == "text" else torch.tensor([3])
+    lock = fr.ISLock(candidates=9).matcher(torch.randn(3000, 8), num_tokens=N)
+    call, seen = dict(matcher=lock, anchors=torch.zeros(1, N, dtype=torch.long)), []
+    for settings in ({}, dict(guidance=guidance, top_k=top_k)):
+        spy = Spy(lock)
+        llamagen.generate(model, given, **{**call, "matcher": spy}, generator=seeded(1), **settings)
+        seen.append(torch.stack(spy.logits, 1))
+    assert torch.isfinite(seen[0]).sum(-1).unique().tolist() == [top_k]
+    assert torch.equal(*seen)
+
+
+def test_labels_of_no_class_are_refused():
+    config = llamagen.LlamaGenConfig(**{**TINY.__dict__, "condition": "class", "prefix": 1, "classes": 7})
+    model = llamagen.LlamaGen(config).eval()
+    for label in (-1, 8):
+        with pytest.raises(ValueError, match=rf"condition: expected labels below 7.* received \[{label}\]"):
+            llamagen.generate(model, torch.tensor([3, label]))
+
+
+def test_anchors_of_another_vocabulary_are_refused(model, features):
+    anchors = torch.full((1, N), TINY.vocabulary)
+    with pytest.raises(ValueError, match="anchors: expected ids of the matcher's codebook"):
+        llamagen.generate(model, features, matcher=matcher(), anchors=anchors)
+    small = fr.ISLock().matcher(torch.randn(9, 4), num_tokens=N)
+    with pytest.raises(ValueError, match="matcher: expected one of 48 codes, received 9"):
+        llamagen.generate(model, features, matcher=small, anchors=torch.zeros(1, N, dtype=torch.long))
+
+
+def test_another_default_device_changes_nothing(features):
+    tokens = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model = llamagen.LlamaGen(TINY).eval()  # its rotation table is not made yet
+        lock, anchors = matcher(tau=0.8, candidates=10), torch.zeros(1, N, dtype=torch.long)
+        with torch.device(device):
+            original = llamagen.generate(model, features, generator=seeded(1, 2))
+            made = llamagen.generate(model, features, matcher=lock, anchors=anchors, generator=seeded(1, 2))
+        tokens.append(torch.stack([original.tokens, made.tokens]))
+    assert torch.equal(*tokens)
+
+
 def test_low_precision_runs_and_logits_are_float32(model, features):
     spy = Spy(matcher())
     half = model.to(torch.bfloat16)
@@ -342,9 +387,21 @@ def test_low_precision_runs_and_logits_are_float32(model, features):
     [
         (dict(condition=torch.zeros(2, 4, 12)), r"condition: expected shape \(B, 5, 12\)"),
         (dict(condition=torch.zeros(2, 5, 12, dtype=torch.long)), "condition: expected floating-point"),
-        (dict(mask=torch.ones(2, 4, dtype=torch.bool)), r"mask: expected \(2, 5\)"),
+        (dict(mask=torch.ones(2, 4, dtype=torch.bool)), r"mask: expected shape \(2, 5\)"),
+        (
+            dict(mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])),
+            r"mask: expected padding on the left.*row\(s\) \[1\]",
+        ),
+        (dict(mask=torch.zeros(2, 5)), "mask: expected a token that counts"),
+        (dict(mask=torch.tensor([[-1e4, 0, 0, 0, 0]] * 2)), "mask: expected 1 where a token counts"),
+        (dict(condition=torch.full((2, 5, 12), math.nan)), "condition: expected finite values"),
+        (
+            dict(condition=F.pad(torch.ones(2, 3, 12), (0, 0, 2, 0))),
+            "mask: expected the mask of condition",
+        ),
+        (dict(guidance=math.inf), "guidance: expected a finite number"),
         (dict(anchors=torch.zeros(2, N, dtype=torch.long)), "anchors: expected a matcher and anchors"),
-        (dict(temperature=0.0), "temperature"),
+        (dict(temperature=0.0), r"temperature: expected a finite number > 0; top_k=1 .* \(greedy\), received 0.0"),
         (dict(top_k=-1), "top_k"),
         (dict(top_p=0.0), "top_p"),
     ],

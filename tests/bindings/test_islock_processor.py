@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from anchored import Spy
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 import fastrope as fr
 from fastrope.bindings.transformers import AnchorProcessor, Grid, lumina
 
-HEIGHT, WIDTH = 2, 3
+HEIGHT, WIDTH = 2, 4
 N = HEIGHT * WIDTH
 VOCAB = 9000
 CODES = 8192
@@ -29,7 +30,7 @@ def model():
 
 def prompt(rows=2):
     ids = torch.randint(8900, VOCAB, (rows, 4))
-    return torch.cat([ids, torch.tensor(lumina.prefix(HEIGHT, 4)).expand(rows, -1)], dim=1)
+    return torch.cat([ids, torch.tensor(lumina.prefix(HEIGHT, WIDTH)).expand(rows, -1)], dim=1)
 
 
 def matcher(model, tau=math.inf, candidates=CODES, alpha=0.0):
@@ -51,8 +52,10 @@ def test_ids_and_rows_are_luminas(model):
     assert (int(ids[0]), int(ids[-1]), len(ids)) == (4, 8195, CODES)
     assert torch.equal(entries[5], model.get_input_embeddings().weight[9])
     grid = lumina.grid(HEIGHT, WIDTH)
-    assert (grid.newline, grid.length, grid.lead) == (8803, HEIGHT * (WIDTH + 1), 0)
+    assert (grid.newline, grid.length, grid.lead) == (8803, HEIGHT * (WIDTH + 1) + 1, 0)
     assert lumina.grid(HEIGHT, WIDTH, from_start=True).raster(3) == 0
+    with pytest.raises(ValueError, match="height, width: expected even numbers"):
+        lumina.grid(3, 4)
     assert lumina.prefix(48, 32) == [8197, 8804 + 24, 8804 + 16]
     with pytest.raises(ValueError, match="height, width: expected even numbers"):
         lumina.prefix(3, 4)
@@ -62,40 +65,76 @@ def test_rows_end_with_new_lines_and_anchors_fill_them(model):
     grid, ids = lumina.grid(HEIGHT, WIDTH), prompt()
     anchors = torch.randint(4, 8196, (2, N))
     processor = AnchorProcessor(grid, matcher=matcher(model), anchors=anchors, image_ids=lumina.codebook(model)[1])
-    out = run(model, ids, processor, grid).view(2, HEIGHT, WIDTH + 1)
+    out = run(model, ids, processor, grid)
+    assert out[:, -1].tolist() == [8196, 8196]
+    out = out[:, :-1].view(2, HEIGHT, WIDTH + 1)
     assert torch.equal(out[..., :WIDTH].flatten(1), anchors)
     assert bool((out[..., WIDTH] == lumina.NEW_LINE).all())
     assert torch.equal(processor.record.tokens, anchors)
     assert processor.record.counts()["kept"] == [N, N]
 
 
-def test_what_comes_before_the_image_is_the_models(model):
-    grid, ids = lumina.grid(HEIGHT, WIDTH, from_start=True), prompt()
+def test_start_and_sizes_are_written_where_they_are_generated(model):
+    grid, ids = lumina.grid(HEIGHT, WIDTH, from_start=True), torch.randint(8900, VOCAB, (2, 4))
     anchors = torch.randint(4, 8196, (2, N))
     processor = AnchorProcessor(grid, matcher=matcher(model), anchors=anchors, image_ids=lumina.codebook(model)[1])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=grid.length, do_sample=False,
         logits_processor=LogitsProcessorList([processor]),
     )[:, ids.shape[1] :]  # fmt: skip
-    free = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-    assert torch.equal(out[:, :3], free[:, ids.shape[1] :])
+    assert out[:, :3].tolist() == [lumina.prefix(HEIGHT, WIDTH)] * 2
     assert torch.equal(grid.flatten(out), anchors)
+
+
+def test_what_comes_before_an_unknown_opening_is_the_models(model):
+    ids = torch.randint(8900, VOCAB, (2, 4))
+    grid = Grid(HEIGHT, WIDTH, lead=3, opening=(7,))
+    processor = AnchorProcessor(grid, image_ids=lumina.codebook(model)[1])
+    call = dict(attention_mask=torch.ones_like(ids), do_sample=False)
+    out = model.generate(
+        ids, max_new_tokens=grid.length, logits_processor=LogitsProcessorList([processor]), **call
+    )[:, 4:]  # fmt: skip
+    free = model.generate(ids, max_new_tokens=2, **call)
+    assert torch.equal(out[:, :2], free[:, 4:])
+    assert out[:, 2].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("change", ["size", "padding", "text"])
+def test_prompts_that_end_elsewhere_are_refused(model, change):
+    """Another size, padding on the right, no image start: one check of the last tokens."""
+    ids = prompt()
+    if change == "size":
+        ids[1, -1] += 1
+    elif change == "padding":
+        ids = torch.cat([ids, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    else:
+        ids = ids[:, :4]
+    grid = lumina.grid(HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match=r"input_ids: expected prompts that end with \[8197, 8805, 8806\]"):
+        run(model, ids, AnchorProcessor(grid, image_ids=lumina.codebook(model)[1]), grid)
+
+
+def test_later_processors_that_change_the_choice_are_found_out(model):
+    grid, ids = lumina.grid(HEIGHT, WIDTH), prompt()
+
+    def first(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([4]), 0.0)
+
+    processor = AnchorProcessor(grid, image_ids=lumina.codebook(model)[1])
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=grid.length,
+        logits_processor=LogitsProcessorList([processor, first]),
+    )  # fmt: skip
+    for name in ("tokens", "record"):
+        with pytest.raises(ValueError, match="processor: expected one whose tokens are appended as chosen"):
+            getattr(processor, name)
 
 
 def test_a_doubled_batch_is_guided_once_and_stays_in_step(model):
     grid, ids = lumina.grid(HEIGHT, WIDTH), prompt(4)
-    seen = []
-
-    class Spy:
-        num_tokens, inner = N, matcher(model, tau=0.9, candidates=20)
-        seeds = inner.seeds
-
-        def __call__(self, logits, *args, **kwargs):
-            seen.append(logits)
-            return self.inner(logits, *args, **kwargs)
-
+    spy = Spy(matcher(model, tau=0.9, candidates=20))
     anchors = torch.randint(4, 8196, (2, N))
-    processor = AnchorProcessor(grid, matcher=Spy(), anchors=anchors, guidance=4.0, image_ids=lumina.codebook(model)[1])
+    processor = AnchorProcessor(grid, matcher=spy, anchors=anchors, guidance=4.0, image_ids=lumina.codebook(model)[1])
     out = run(model, ids, processor, grid)
     assert torch.equal(out[:2], out[2:])
     assert torch.equal(grid.flatten(out[:2]), processor.tokens)
@@ -103,8 +142,9 @@ def test_a_doubled_batch_is_guided_once_and_stays_in_step(model):
         logits = model(torch.cat([ids, out], 1)).logits[:, ids.shape[1] - 1 : -1]
     expected = logits[2:] + (logits[:2] - logits[2:]) * 4.0
     steps = [grid.step(index) for index in range(N)]
-    torch.testing.assert_close(torch.stack(seen, 1)[..., 4:8196], expected[:, steps, 4:8196], atol=1e-4, rtol=1e-4)
-    assert bool(torch.isneginf(seen[0][:, :4]).all())
+    found = torch.stack(spy.logits, 1)[..., 4:8196]
+    torch.testing.assert_close(found, expected[:, steps, 4:8196], atol=1e-4, rtol=1e-4)
+    assert bool(torch.isneginf(spy.logits[0][:, :4]).all())
 
 
 def test_later_warpers_and_seeds_change_nothing(model):
@@ -142,7 +182,8 @@ def test_bad_arguments_are_named(model):
         (dict(grid=(2, 3)), "grid: expected a Grid"),
         (dict(grid=grid, anchors=anchors), "anchors: expected a matcher and anchors, or neither"),
         (dict(grid=Grid(2, 2), anchors=anchors, matcher=matcher(model)), "matcher: expected one for the grid's 4"),
-        (dict(grid=grid, temperature=0), "temperature"), (dict(grid=grid, top_k=2.0), "top_k"),
+        (dict(grid=grid, temperature=0), r"temperature: .* top_k=1 takes the most probable token \(greedy\)"),
+        (dict(grid=grid, guidance=math.nan), "guidance"), (dict(grid=grid, top_k=2.0), "top_k"),
         (dict(grid=grid, top_p=1.5), "top_p"), (dict(grid=grid, image_ids=torch.zeros(2, 2)), "image_ids"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -155,6 +196,8 @@ def test_bad_calls_are_named():
     processor(ids, torch.zeros(2, 10))
     with pytest.raises(ValueError, match="input_ids: expected 6 columns, one more per step; .* received 5"):
         processor(ids, torch.zeros(2, 10))
+    with pytest.raises(ValueError, match="input_ids: expected 2 rows, as at first"):
+        processor(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 10))
     with pytest.raises(ValueError, match="scores: expected twice the rows"):
         AnchorProcessor(Grid(1, 2), guidance=2.0)(ids[:1], torch.zeros(3, 10))
     with pytest.raises(ValueError, match="image_ids: expected ids of a vocabulary of 10"):

@@ -194,8 +194,23 @@ def test_pictures_that_do_not_fit_are_refused(tokenizer, shape):
         tokenizer.encode(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), "a floating dtype"),
+        (torch.full((1, 3, 8, 8), 200.0), "values about -1..1: pixels / 127.5 - 1 of 8 bits"),
+        (torch.full((1, 3, 8, 8), torch.inf), "finite values"),
+    ],
+)
+def test_pictures_of_another_range_are_refused(tokenizer, pixels, message):
+    with pytest.raises(ValueError, match=f"pixels: expected {message}"):
+        tokenizer.encode(pixels)
+
+
 def test_codes_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(ValueError, match="codes: expected 2 x 2 = 4, received 5"):
         tokenizer.decode(torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="codes: expected image tokens alone"):
+        tokenizer.decode(torch.full((1, 4), TINY.codes))
     with pytest.raises(ValueError, match="channels: expected a multiple of 32"):
         VQConfig(channels=48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from transformers import (  # noqa: E402
     Qwen3VLProcessor,
 )
 
-from fastrope.bindings.transformers.judge import SIZE, ChatJudge, Example  # noqa: E402
+from fastrope.bindings.transformers.judge import SIZE, TASK, ChatJudge, Example  # noqa: E402
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE = """{%- for m in messages %}<|im_start|>{{ m.role }}
@@ -134,6 +135,19 @@ def test_conversation(model, processor):
     assert all(f'"{kind}"' in task["text"] for kind in ("success", "neglect", "suppression"))
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text.count("<|image_pad|>") == 6
+
+
+def test_classes_are_defined_as_the_authors_mean_them():
+    """Neglect is a background of the crop's own in any area, suppression also what is missing in part."""
+    said = dict(re.findall(r'^- "(\w+)": (.*)$', TASK, re.MULTILINE))
+    assert list(said) == ["success", "neglect", "suppression"]
+    for kind, words in {
+        "success": ("background of the crop is gone", "scene's own background", "all pasted areas", "whole"),
+        "neglect": ("any of the pasted areas", "own background", "filler", "line where it ends"),
+        "suppression": ("lost its identity", "parts of it are missing"),
+    }.items():
+        for word in words:
+            assert word in said[kind]
 
 
 def test_loading(model, processor, monkeypatch, tmp_path):

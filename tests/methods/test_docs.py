@@ -24,7 +24,7 @@ import diffusers_hosts as hosts  # noqa: E402
 from methods import tiny_run  # noqa: E402
 
 from fastrope.demo import tiny  # noqa: E402
-from fastrope.methods.maps import as_pixels  # noqa: E402
+from fastrope.pictures import as_pixels  # noqa: E402
 
 STEPS: list[int] = []
 

@@ -14,6 +14,7 @@ from methods.oracle import dilated
 
 import fastrope as fr
 from fastrope.methods import front_ends
+from fastrope.methods.judges import RegionJudge
 
 # ---- the oracle: numpy, one loop per formula ------------------------------------------------------------------------
 
@@ -191,6 +192,28 @@ def test_the_default_is_ours():
     )
     assert all(torch.equal(a, b) for a, b in zip(default, ours, strict=True))
     assert not torch.allclose(ours[0], theirs[0], atol=0.01)
+
+
+@pytest.mark.parametrize("source", ["spectral_residual", "module", "array"])
+@pytest.mark.parametrize("front_end", front_ends.FRONT_ENDS)
+def test_a_default_device_does_not_reach_maps(front_end, source):
+    """Users set it to their GPU; here to one that holds no data."""
+    composite, mask, energy = paste(24, 16)
+    given = {"module": Pooling(), "array": energy}.get(source, source)
+    site = fr.Site(fr.TokenLayout(2, (6, 4), [(6, 4)]))
+
+    def made():
+        method = fr.LooseRoPE.from_images(composite, mask=mask, saliency=given, front_end=front_end)
+        verdict = RegionJudge(mask)(composite, 255 - composite)
+        return [getattr(m, n) for m, n in zip(method.modulations(site), ("scale", "gain"), strict=True)], verdict
+
+    expected, verdict = made()
+    with torch.device("meta"):
+        found, judged = made()
+        weights = fr.UntwistingRoPE().weights(site)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert judged == verdict
+    assert torch.equal(weights, fr.UntwistingRoPE().weights(site))
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

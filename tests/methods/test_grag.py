@@ -96,6 +96,14 @@ def test_bad_arguments_are_named(kwargs, name):
         fr.GRAG(**kwargs)
 
 
+@pytest.mark.parametrize("kwargs", [
+    dict(bias=1, delta=1), dict(bias=1, delta=PerStep([1.0] * 28)), dict(bias=[1, 1], delta=1, references=[0, 5]),
+])  # fmt: skip
+def test_neutral_values_modulate_nothing_on_any_sequence(kwargs):
+    assert fr.GRAG(**kwargs).modulations(fr.Site(fr.TokenLayout(3, (2, 2)))) == []
+    assert fr.At(fr.GRAG(**kwargs), layers=0).modulations(fr.Site(fr.TokenLayout(3, (2, 2)))) == []
+
+
 @pytest.mark.parametrize(("kwargs", "tokens", "message"), [
     ({}, fr.TokenLayout(3, (2, 2)), "GRAG: expected a sequence with at least one reference picture"),
     (dict(delta=1.2, text_delta=0.9), fr.TokenLayout(3, (2, 2)), "GRAG: expected a sequence with at least one"),

@@ -131,6 +131,37 @@ def test_region_judge_lets_another_look_pass():
     assert RegionJudge(mask, background)(composite, recoloured).kind == "success"
 
 
+def two_pastes() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Composite, background, mask, and which of its pixels are the smaller paste's."""
+    composite, background, mask = pictures()
+    second = np.zeros_like(mask)
+    second[40:56, 52:60] = True
+    composite = composite.copy()
+    composite[second] = 10
+    return composite, background, mask | second, second
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["background given", "background guessed"])
+@pytest.mark.parametrize(("share", "kind"), [(1.0, "neglect"), (0.7, "success"), (0.2, "suppression")])
+def test_one_pasted_area_is_enough(share, kind, given):
+    """The larger paste is blended; the verdict is that of the smaller one."""
+    composite, background, mask, second = two_pastes()
+    estimate = np.where(second[..., None], blend(composite, background, share), blend(composite, background, 0.7))
+    verdict = RegionJudge(mask, background if given else None)(composite, estimate)
+    assert verdict.kind == kind
+
+
+def test_specks_are_no_areas():
+    composite, background, mask = pictures()
+    mask[::12, :8] = True  # where nothing was pasted and nothing changes
+    mask[5, 60] = True
+    composite = composite.copy()
+    composite[5, 60] = 255
+    estimate = blend(composite, background, 0.7)
+    estimate[5, 60] = 255
+    assert RegionJudge(mask, background)(composite, estimate).kind == "success"
+
+
 def test_region_judge_takes_pictures_of_other_sizes():
     composite, background, mask = pictures()
     small = Image.fromarray(composite).resize((32, 48), Image.Resampling.BOX)

@@ -301,6 +301,12 @@ def test_maps_are_the_methods_own():
     assert float(method.saliency.min()) == 0.5
 
 
+def test_neutral_dials_modulate_nothing_on_any_sequence():
+    neutral = plain(range_curve=(1, 1, 0), crop_curve=None)
+    for step in (0, 12, 20):
+        assert neutral.modulations(fr.Site(fr.TokenLayout(2, (4, 4)), step=step)) == []
+
+
 def test_a_reference_that_is_not_there():
     with pytest.raises(ValueError, match=r"LooseRoPE.reference: expected a reference in \[0, 1\), received 1"):
         plain(reference=1).modulations(fr.Site(layout()))

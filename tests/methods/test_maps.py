@@ -13,6 +13,7 @@ from methods.oracle import dilated
 from PIL import Image
 
 import fastrope as fr
+from fastrope import pictures
 from fastrope.methods import maps
 
 seeds = st.integers(0, 2**16)
@@ -77,6 +78,21 @@ def test_masks_keep_at_least_a_token_on_any_grid(seed, h, w):
     assert 1 <= int(maps.resize_mask(mask, (h, w)).sum()) <= 4  # a pixel that grids share lies in up to four cells
 
 
+@settings(max_examples=30)
+@given(seeds, sides, sides)
+def test_areas(seed, h, w):
+    """Two cells are in one area when steps along rows and columns lead from one to the other inside the mask."""
+    mask = random_map(seed, h, w) > 0.5
+    owner = {cell: n for n, cell in enumerate(map(tuple, mask[0].nonzero().tolist()))}
+    for _ in owner:
+        for y, x in owner:
+            owner[y, x] = min(owner[c] for c in ((y, x), (y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if c in owner)
+    found = maps.areas(mask)
+    assert torch.equal(sum(found, torch.zeros_like(mask).int()), mask.int())
+    labels = [sorted({owner[tuple(cell)] for cell in area[0].nonzero().tolist()}) for area in found]
+    assert sorted(labels) == [[n] for n in sorted(set(owner.values()))]
+
+
 def test_min_max():
     x = torch.tensor([[[2.0, 4.0], [3.0, 6.0]], [[5.0, 5.0], [5.0, 5.0]]], dtype=torch.float64)
     assert maps.normalise(x).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.5, 0.5], [0.5, 0.5]]]
@@ -106,7 +122,7 @@ def test_pictures_in_every_form():
     tensor = torch.from_numpy(composite).permute(2, 0, 1)
     forms = [composite, Image.fromarray(composite), tensor, tensor.double() / 255, tensor[None], composite[None]]
     for form in forms:
-        torch.testing.assert_close(maps.as_pixels("x", form)[0], tensor.double())
+        torch.testing.assert_close(pictures.as_pixels("x", form)[0], tensor.double())
 
 
 def test_crop_mask_from_an_original():

@@ -65,7 +65,7 @@ def test_first_verdict_success_is_an_unsteered_run_to_the_bit(pipe, method, call
     assert len(calls) == 4  # the estimate costs no call of the transformer
     assert [t.value for t in steered.tries] == [0.83]
     assert steered.method.boost == 0.83
-    assert judge.seen[0][0] is call["image"]
+    assert np.array_equal(judge.seen[0][0], call["image"])
 
 
 @pytest.mark.parametrize("answers", list(itertools.product(MOVES, repeat=2)), ids="-".join)

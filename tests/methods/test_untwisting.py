@@ -202,6 +202,15 @@ def test_blocks_layers_and_steps():
     assert [len(nested.sharings(site(step))) for step in (0, 1)] == [0, 1]
 
 
+def test_neutral_dials_do_nothing_on_any_sequence():
+    """But a shared reference is seen at any weights, so it must be there."""
+    bare, dials = fr.Site(fr.TokenLayout(7, (3, 5))), dict(s_hf=1, s_lf=1, adain=0)
+    neutral = fr.UntwistingRoPE(reference=3, **dials)
+    assert neutral.modulations(bare) == neutral.sharings(bare) == []
+    with pytest.raises(ValueError, match=r"^UntwistingRoPE\.reference: expected a site with a shared reference"):
+        fr.UntwistingRoPE(**dials).sharings(bare)
+
+
 def test_a_reference_that_is_not_there():
     bare = fr.Site(fr.TokenLayout(7, (3, 5)))
     with pytest.raises(ValueError, match=r"^UntwistingRoPE\.reference: expected a site with a shared reference"):
