@@ -1,6 +1,6 @@
 """The fused loop: modulated attention over segments of keys, one launch.
 
-A segment's treatment never enters the loop over keys. It is a query tile (prepared once: rotated for the segment, times
+What covers a segment never enters the loop over keys. It is a query tile (prepared once: rotated for the segment, times
 its band weights), a row of the packed keys to start from, and an affine map of the logits (row factor ``delta g``, row
 bias ``(lambda - delta) g <w q, mu>``); the loop body is that of plain attention.
 """
@@ -240,7 +240,7 @@ def fused_attention(
     out = torch.empty((batch, num_queries, heads, dim), dtype=dtype, device=q.device)
     lse = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
     t = tables or KernelTables(lse)
-    # A pointer stands in for a table that a call has not: its loads are masked off, and a flag for each would double the
+    # A pointer stands in for a table that a call has not: its loads are masked off. A flag for each would double the
     # number of binaries each time.
     bias, groups, gains, mask = (lse if x is None else x for x in (bias, t.groups, t.gains, key_mask))
     sorted_queries, tile_bucket = (t.segments if x is None else x for x in (t.sorted_queries, t.tile_bucket))

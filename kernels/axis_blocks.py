@@ -1,8 +1,8 @@
 """Exact attention of queries with per-query position scales, against the scaled keys.
 
 The score of a scaled pair is ``<R((1 - r_i) phi_j) R(r_i phi_i) q_i, R(phi_j) k_j>``. On a grid many keys share
-``phi_j`` on an axis, so the query is turned once per coordinate rather than once per key: an axis block holds 8 x 8 keys,
-those of a row share the angles of pair class A, those of a column those of class B, all of them those of class C, and
+``phi_j`` on an axis, so a query is turned once per coordinate and not once per key. An axis block holds 8 x 8 keys.
+Those of a row share the angles of pair class A, those of a column those of class B, all of them those of class C, and
 
     s[u, v] = <q_A turned for row u, k_A> + <q_B turned for column v, k_B> + <q_C turned for the block, k_C>
 
@@ -34,21 +34,23 @@ CHUNK = tl.constexpr(abi.PAIR_CHUNK)
 
 
 @triton.jit
-def load_pairs(X, rows, mask, pair, stride_s, stride_d, half, PAIRS: tl.constexpr):
+def load_pairs(X, rows, mask, pair, stride_s, stride_d, interleaved, PAIRS: tl.constexpr):
     """Both members of some pairs of some rows; rows, mask and pair broadcast to the shape returned. Offsets inside a
     head are int32."""
-    first = tl.where(half != 0, pair, 2 * pair)
-    second = tl.where(half != 0, pair + PAIRS, 2 * pair + 1)
+    first = tl.where(interleaved != 0, 2 * pair, pair)
+    second = tl.where(interleaved != 0, 2 * pair + 1, pair + PAIRS)
     x = tl.load(X + (rows * stride_s + first * stride_d), mask=mask, other=0.0)
     y = tl.load(X + (rows * stride_s + second * stride_d), mask=mask, other=0.0)
     return x, y
 
 
 @triton.jit
-def query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_s, stride_d, half, PAIRS: tl.constexpr):
+def query_pairs(
+    Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_s, stride_d, interleaved, PAIRS: tl.constexpr
+):
     """Query pairs at their own scale times the segment's weights: [M, CHUNK] float32 each; pair -1 is zero."""
     mask = row_mask[:, None] & (pair >= 0)[None, :]
-    x, y = load_pairs(Q, rows[:, None], mask, pair[None, :], stride_s, stride_d, half, PAIRS)
+    x, y = load_pairs(Q, rows[:, None], mask, pair[None, :], stride_s, stride_d, interleaved, PAIRS)
     x, y = x.to(tl.float32), y.to(tl.float32)
     table = rows[:, None] * PAIRS + pair[None, :]
     cos = tl.load(COS + table, mask=mask, other=1.0)
@@ -69,15 +71,15 @@ def key_turns(KEY_PHASE, keys, mask, pair, phase_low, PAIRS: tl.constexpr):
 def turned_product(
     s, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
     K, KEY_PHASE, phase_low, representatives, keys, present, stride_ks, stride_kd,
-    COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS, num_columns, interleaved, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one pair class's scores of a axis_block to s [U, M, N]: queries turned once per representative, times U x N keys.
+    """Add one pair class's scores of a block to s [U, M, N]: queries turned once per representative, times U x N keys.
 
     representatives: [U] keys that stand for the coordinates; keys, present: [U, N].
     """
     for c in range(0, num_columns, CHUNK):
         pair = tl.load(COLUMNS + c + tl.arange(0, CHUNK))
-        x, y = query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS)
+        x, y = query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, interleaved, PAIRS)
         phase, low = key_turns(
             KEY_PHASE, representatives[:, None], (pair >= 0)[None, :], pair[None, :], phase_low, PAIRS
         )  # [U, C]
@@ -88,7 +90,7 @@ def turned_product(
         turned_y = (y[None, :, :] * cos + x[None, :, :] * sin).to(K.dtype.element_ty)
         mask = present[:, None, :] & (pair >= 0)[None, :, None]
         k_x, k_y = load_pairs(
-            K, keys[:, None, :], mask, pair[None, :, None], stride_ks, stride_kd, half, PAIRS
+            K, keys[:, None, :], mask, pair[None, :, None], stride_ks, stride_kd, interleaved, PAIRS
         )  # [U, C, N]
         s = tl.dot(turned_x, k_x, s, input_precision=PRECISION)
         s = tl.dot(turned_y, k_y, s, input_precision=PRECISION)
@@ -99,7 +101,7 @@ def turned_product(
 def whole_block_product(
     qk, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
     K, KEY_PHASE, phase_low, representative, keys, present, stride_ks, stride_kd,
-    COLUMNS, num_columns, half, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS, num_columns, interleaved, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the scores of the pairs whose angles a whole block shares to qk [M, KEYS]: queries turned once.
 
@@ -107,11 +109,13 @@ def whole_block_product(
     """
     for c in range(0, num_columns, CHUNK):
         pair = tl.load(COLUMNS + c + tl.arange(0, CHUNK))
-        x, y = query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, half, PAIRS)
+        x, y = query_pairs(Q, COS, SIN, WEIGHTS, rows, row_mask, pair, weight, stride_qs, stride_qd, interleaved, PAIRS)
         phase, low = key_turns(KEY_PHASE, representative, pair >= 0, pair, phase_low, PAIRS)
         sin, cos = sincos_of_product(factor[:, None], factor_low[:, None], phase[None, :], low[None, :])  # [M, C]
         mask = (pair >= 0)[:, None] & present[None, :]
-        k_x, k_y = load_pairs(K, keys[None, :], mask, pair[:, None], stride_ks, stride_kd, half, PAIRS)  # [C, KEYS]
+        k_x, k_y = load_pairs(
+            K, keys[None, :], mask, pair[:, None], stride_ks, stride_kd, interleaved, PAIRS
+        )  # [C, KEYS]
         qk = tl.dot((x * cos - y * sin).to(k_x.dtype), k_x, qk, input_precision=PRECISION)
         qk = tl.dot((y * cos + x * sin).to(k_y.dtype), k_y, qk, input_precision=PRECISION)
     return qk
@@ -149,7 +153,7 @@ def weigh_values(
 AXIS_BLOCK_COUNTS = (
     "num_segments", "num_queries", "num_sorted", "heads", "key_heads", "num_per_query", "columns_a", "columns_b",
     "columns_c", "cos_batch_stride", "phase_batch_stride", "phase_low", "factor_batch_stride", "groups_batch_stride",
-    "gains_batch_stride", "mask_batch_stride", "sorted_batch_stride", "bucket_batch_stride", "half",
+    "gains_batch_stride", "mask_batch_stride", "sorted_batch_stride", "bucket_batch_stride", "interleaved",
 )  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def axis_block_kernel(
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_segments, num_queries, num_sorted, heads, key_heads, num_per_query, columns_a, columns_b, columns_c,
     cos_batch_stride, phase_batch_stride, phase_low, factor_batch_stride,
-    groups_batch_stride, gains_batch_stride, mask_batch_stride, sorted_batch_stride, bucket_batch_stride, half,
+    groups_batch_stride, gains_batch_stride, mask_batch_stride, sorted_batch_stride, bucket_batch_stride, interleaved,
     log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY_TILE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -213,13 +217,13 @@ def axis_block_kernel(
                 tl.zeros([AXIS_BLOCK, BLOCK_M, AXIS_BLOCK], dtype=tl.float32),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
                 k_base, key_phase, phase_low, tl.load(BLOCK_B + block * AXIS_BLOCK + offs_u), tl.trans(keys),
-                tl.trans(present), stride_ks, stride_kd, COLUMNS_B, columns_b, half, PAIRS, PRECISION,
+                tl.trans(present), stride_ks, stride_kd, COLUMNS_B, columns_b, interleaved, PAIRS, PRECISION,
             )  # [N, M, U]  # fmt: skip
             qk = turned_product(
                 tl.permute(across, (2, 1, 0)),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
                 k_base, key_phase, phase_low, tl.load(BLOCK_A + block * AXIS_BLOCK + offs_u), keys, present,
-                stride_ks, stride_kd, COLUMNS_A, columns_a, half, PAIRS, PRECISION,
+                stride_ks, stride_kd, COLUMNS_A, columns_a, interleaved, PAIRS, PRECISION,
             )  # [U, M, N]  # fmt: skip
             qk = tl.reshape(tl.permute(qk, (1, 0, 2)), (BLOCK_M, KEYS))
 
@@ -227,7 +231,7 @@ def axis_block_kernel(
             qk = whole_block_product(
                 qk, q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
                 k_base, key_phase, phase_low, tl.load(BLOCK_C + block).to(tl.int64), tl.reshape(keys, (KEYS,)), flat,
-                stride_ks, stride_kd, COLUMNS_C, columns_c, half, PAIRS, PRECISION,
+                stride_ks, stride_kd, COLUMNS_C, columns_c, interleaved, PAIRS, PRECISION,
             )  # fmt: skip
             qk = tl.where(flat[None, :], qk * row_scale[:, None] + row_bias[:, None], -float("inf"))
             p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
@@ -245,7 +249,7 @@ def axis_block_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
-    half: bool,
+    interleaved: bool,
     key_mask: torch.Tensor | None,
     tables: KernelTables,
     bias: torch.Tensor,
@@ -259,7 +263,7 @@ def axis_block_attention(
         q: ``(B, Sq, H, D)`` as the caller has it, any strides.
         k: ``(B, Hkv, R, D)`` rotated at r = 1 in its first Sk rows; v: ``(B, Hkv, Sk, D)``. Any strides.
         rotation: cos and sin ``(Bx, 2, Sq, D/2)`` float32; variant 1 brings q to its per-query scale.
-        half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
+        interleaved, key_mask, tables, bias, scale: as in :func:`fused_attention`.
         blocks: the scaled keys.
 
     Returns:
@@ -286,7 +290,7 @@ def axis_block_attention(
         factor_batch_stride=batch_stride(blocks.factor), groups_batch_stride=batch_stride(t.groups),
         gains_batch_stride=batch_stride(t.gains), mask_batch_stride=batch_stride(key_mask),
         sorted_batch_stride=batch_stride(t.sorted_queries), bucket_batch_stride=batch_stride(t.tile_bucket),
-        half=int(half), log2_scale=scale * LOG2E,
+        interleaved=int(interleaved), log2_scale=scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         QUERY_TILE=abi.QUERY_TILE, HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -60,16 +60,16 @@ def load_stream(X, X2, rows, channels, mask, split, stride_s, stride_d, stride2_
 @triton.jit
 def load_rotated(
     X, X2, W, W2, COS, SIN, rows, table_rows, valid, split, eps, eps2,
-    stride_s, stride_d, stride2_s, stride2_d, half,
+    stride_s, stride_d, stride2_s, stride2_d, interleaved,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """``R(phi) x[rows, :]`` -> [rows, BLOCK_D] float32, with tables of HEAD_DIM / 2 cosines and sines a row; x joined
     of two streams and RMS-normalised first if STREAMS."""
     offs_d = tl.arange(0, BLOCK_D)
     PAIRS: tl.constexpr = HEAD_DIM // 2
-    pair = pair_of(offs_d, half, PAIRS)
-    partner = tl.where(half != 0, (offs_d + PAIRS) % HEAD_DIM, offs_d ^ 1)
-    first = tl.where(half != 0, offs_d < PAIRS, offs_d % 2 == 0)
+    pair = pair_of(offs_d, interleaved, PAIRS)
+    partner = tl.where(interleaved != 0, offs_d ^ 1, (offs_d + PAIRS) % HEAD_DIM)
+    first = tl.where(interleaved != 0, offs_d % 2 == 0, offs_d < PAIRS)
     mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
     x = load_stream(X, X2, rows, offs_d, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
     y = load_stream(X, X2, rows, partner, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
@@ -126,9 +126,9 @@ def sincos_of_fraction(t, shifted):
 
 
 @triton.jit
-def pair_of(channels, half, PAIRS: tl.constexpr):
+def pair_of(channels, interleaved, PAIRS: tl.constexpr):
     """The RoPE pair a channel belongs to."""
-    return tl.where(half != 0, channels % PAIRS, channels // 2)
+    return tl.where(interleaved != 0, channels // 2, channels % PAIRS)
 
 
 @triton.jit
@@ -158,8 +158,8 @@ def softmax_step(qk, m_i, l_i):
 def store_state(
     STATE, STATE_M, STATE_L, acc, m_i, l_i, state, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Running softmax of some sorted queries, for the fused loop to resume: unnormalised output, maximum and sum, in rows
-    ``state`` (int64) of its tables."""
+    """Running softmax of some sorted queries, for the fused loop to resume: unnormalised output, maximum and sum, in
+    rows ``state`` (int64) of its tables."""
     offs_d = tl.arange(0, BLOCK_D)
     tl.store(STATE_M + state, m_i, mask=mask)
     tl.store(STATE_L + state, l_i, mask=mask)

@@ -59,8 +59,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def ships(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether :func:`select` has a configuration: descriptors are for few architectures, and they and the polynomial are
-    for 16-bit inputs; the polynomial of more than 128 channels spills."""
+    """Whether :func:`select` has a configuration: descriptors are for few architectures, they and the polynomial for
+    16-bit inputs; the polynomial of more than 128 channels spills."""
     if (kernel.endswith("_tma") and arch not in TMA_ARCHS) or (kernel in POLYNOMIAL and head_dim > 128):
         return False
     return dtype != torch.float32 or kernel not in (*TMA_LOOPS, *POLYNOMIAL)
@@ -151,7 +151,7 @@ def _tma(loop: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _axis_blocks(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    """``block_n`` is the keys of an axis block weighed at once: all 64, but for float32, whose operands are in registers."""
+    """``block_n`` is the keys of a block weighed at once: all 64, but for float32, whose operands are in registers."""
     if not float32:
         return LaunchConfig(16, 64, block_d, 8, 1)
     if block_d <= 16 and arch != "gfx942":

@@ -28,7 +28,7 @@ from .streams import Streams, stream_arguments
 from .tables import KernelTables, batch_stride
 
 PACK_COUNTS = (
-    "heads", "num_rows", "table_batch_stride", "half", "split", "head_rows", "token_rows",
+    "heads", "num_rows", "table_batch_stride", "interleaved", "split", "head_rows", "token_rows",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def pack_kernel(
     X, X2, W, W2, OUT, SOURCE, COS, SIN,
     stride_xb, stride_xs, stride_xh, stride_xd,
     stride_yb, stride_ys, stride_yh, stride_yd,
-    heads, num_rows, table_batch_stride, half, split, head_rows, token_rows, eps, eps2,
+    heads, num_rows, table_batch_stride, interleaved, split, head_rows, token_rows, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr,
     STREAMS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def pack_kernel(
         x = load_rotated(
             base, X2 + b * stride_yb + h * stride_yh, W, W2,
             COS + b * table_batch_stride, SIN + b * table_batch_stride, source, offs_n, valid, split, eps, eps2,
-            stride_xs, stride_xd, stride_ys, stride_yd, half, HEAD_DIM, BLOCK_D, STREAMS,
+            stride_xs, stride_xd, stride_ys, stride_yd, interleaved, HEAD_DIM, BLOCK_D, STREAMS,
         )  # fmt: skip
     elif STREAMS:
         channels = tl.arange(0, BLOCK_D)
@@ -79,7 +79,7 @@ def pack_rows(
     source: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
-    half: bool,
+    interleaved: bool,
     config: LaunchConfig,
     tokens_first: bool = False,
 ) -> torch.Tensor:
@@ -90,7 +90,7 @@ def pack_rows(
             given.
         source: ``(R,)`` int32, the token each packed row is made from; None keeps all ``R = S`` where they are.
         cos, sin: ``(1 or B, R, D/2)`` float32, rows contiguous, or None to gather only.
-        half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
+        interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
         tokens_first: lay rows out as ``(B, R, H, D)`` in memory.
 
     Returns:
@@ -103,7 +103,7 @@ def pack_rows(
     pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
         OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
         SIN=out if sin is None else sin, heads=heads, num_rows=rows, table_batch_stride=batch_stride(cos),
-        half=int(half), head_rows=head_rows, token_rows=token_rows, **stream_arguments(x),
+        interleaved=int(interleaved), head_rows=head_rows, token_rows=token_rows, **stream_arguments(x),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
         GATHER=source is not None, ROTATE=cos is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -114,25 +114,26 @@ def pack_rows(
 QUERIES_COUNTS = (
     "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "num_groups", "num_buckets",
     "pass_groups", "num_per_query", "num_residual", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride",
-    "sorted_batch_stride", "bucket_batch_stride", "half", "split",
+    "sorted_batch_stride", "bucket_batch_stride", "interleaved", "split",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=QUERIES_COUNTS)
 def queries_kernel(
-    X, X2, W, W2, OUT, RESIDUAL, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, PER_QUERY_MEANS, SORTED_QUERIES, TILE_BUCKET,
+    X, X2, W, W2, OUT, RESIDUAL, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, PER_QUERY_MEANS,
+    SORTED_QUERIES, TILE_BUCKET,
     stride_xb, stride_xs, stride_xh, stride_xd,
     stride_yb, stride_ys, stride_yh, stride_yd,
     num_segments, num_variants, num_rows, num_sorted, heads, key_heads, num_groups, num_buckets,
-    pass_groups, num_per_query, num_residual, cos_batch_stride, cos_variant_stride, groups_batch_stride, sorted_batch_stride,
-    bucket_batch_stride, half, split, eps, eps2,
+    pass_groups, num_per_query, num_residual, cos_batch_stride, cos_variant_stride, groups_batch_stride,
+    sorted_batch_stride, bucket_batch_stride, interleaved, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
     ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """Queries of one block of rows as every segment sees them; rows are sorted queries where there are any.
 
-    OUT[b, h, variant, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>. RESIDUAL, of the
-    first num_residual rows, is what rounding left of OUT.
+    OUT[b, h, variant, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>. RESIDUAL
+    is what rounding left of the first num_residual rows of OUT.
     """
     blocks = tl.cdiv(num_rows, BLOCK_M)
     block = tl.program_id(0) % blocks
@@ -151,7 +152,7 @@ def queries_kernel(
     base2 = X2 + b * stride_yb + h.to(tl.int64) * stride_yh
     offs_d = tl.arange(0, BLOCK_D)
     channel = offs_d < HEAD_DIM
-    pair = pair_of(offs_d, half, HEAD_DIM // 2)
+    pair = pair_of(offs_d, interleaved, HEAD_DIM // 2)
     groups = GROUPS + b * groups_batch_stride
     for s in range(num_segments):
         row = SEGMENTS + s * SEGMENT_FIELDS
@@ -162,7 +163,7 @@ def queries_kernel(
             table = b * cos_batch_stride + tl.load(row + SCALED) * cos_variant_stride
             x = load_rotated(
                 base, base2, W, W2, COS + table, SIN + table, rows, rows, row_mask, split, eps, eps2,
-                stride_xs, stride_xd, stride_ys, stride_yd, half, HEAD_DIM, BLOCK_D, STREAMS,
+                stride_xs, stride_xd, stride_ys, stride_yd, interleaved, HEAD_DIM, BLOCK_D, STREAMS,
             )  # fmt: skip
         else:
             x = load_rows(base, rows, row_mask, stride_xs, stride_xd, HEAD_DIM, BLOCK_D).to(tl.float32)
@@ -192,7 +193,7 @@ def queries_kernel(
 def prepare_queries(
     q: torch.Tensor | Streams,
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
-    half: bool,
+    interleaved: bool,
     tables: KernelTables,
     residual: bool,
     config: LaunchConfig,
@@ -202,13 +203,14 @@ def prepare_queries(
     Args:
         q: ``(B, Sq, H, D)``, any strides, or streams (with a rotation).
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32, or None.
-        half: pairing ``(c, c + D/2)`` rather than ``(2c, 2c + 1)``.
+        interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
         tables: the plan's tables, with the means of the groups.
         residual: also return the rounding residual of queries with per-query scales.
 
     Returns:
         ``(B, H, variants, N, D)`` in the dtype of q, ``N`` rows (``Sq`` where queries keep their order), the row bias
-        ``(B, H, segments, N)`` float32, of segments in a group, and with ``residual`` ``(B, H, variants, C, D)``, else None.
+        ``(B, H, segments, N)`` float32, of segments in a group, and the residual
+        ``(B, H, variants, C, D)`` or None.
     """
     batch, num_queries, heads, dim = q.shape
     t = tables
@@ -235,7 +237,7 @@ def prepare_queries(
         cos_batch_stride=batch_stride(rotation and cos),
         cos_variant_stride=cos.stride(1) if rotation and cos.shape[1] > 1 else 0,
         groups_batch_stride=batch_stride(t.groups), sorted_batch_stride=batch_stride(t.sorted_queries),
-        bucket_batch_stride=batch_stride(t.tile_bucket), half=int(half), **stream_arguments(q),
+        bucket_batch_stride=batch_stride(t.tile_bucket), interleaved=int(interleaved), **stream_arguments(q),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, QUERY_TILE=abi.QUERY_TILE,
         ROTATE=rotation is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

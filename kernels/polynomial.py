@@ -62,7 +62,7 @@ def side_by_side(x, y, dtype: tl.constexpr):
 
 @triton.jit
 def rows_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M: tl.constexpr):
-    """Slots of a part of a tile, [BLOCK_M], and which of them there are."""
+    """Sorted queries of a part of a tile, [BLOCK_M], and which of them there are."""
     tiles = TILES + b * tiles_batch_stride + tile
     offs_m = tl.load(tiles) + part * BLOCK_M + tl.arange(0, BLOCK_M)
     return offs_m, offs_m < tl.load(tiles + 1)
@@ -70,7 +70,7 @@ def rows_of_tile(TILES, b, tile, part, tiles_batch_stride, BLOCK_M: tl.constexpr
 
 TERMS_COUNTS = (
     "num_tiles", "num_segments", "num_queries", "num_variants", "num_per_query", "heads", "tiles_batch_stride",
-    "middle_batch_stride", "sorted_batch_stride", "factor_batch_stride", "origin_batch_stride", "half",
+    "middle_batch_stride", "sorted_batch_stride", "factor_batch_stride", "origin_batch_stride", "interleaved",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def terms_kernel(
     Q, RESIDUAL, OUT, SEGMENTS, TILES, MIDDLE, SORTED_QUERIES, FACTOR, ORIGIN, SHARE, COLUMNS,
     stride_qb, stride_qh, stride_qv, stride_qs, stride_qd,
     num_tiles, num_segments, num_queries, num_variants, num_per_query, heads, tiles_batch_stride, middle_batch_stride,
-    sorted_batch_stride, factor_batch_stride, origin_batch_stride, half, max_key_angle,
+    sorted_batch_stride, factor_batch_stride, origin_batch_stride, interleaved, max_key_angle,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, QUERY_TILE: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, variant, row, n] = a_n i^n ((f_i - f) R)^n R(f_i origin) q, of the variants of scaled segments."""
@@ -113,8 +113,8 @@ def terms_kernel(
         for near in tl.static_range(2):
             pair = tl.load(COLUMNS + near * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
             known = pair >= 0
-            first = tl.where(half != 0, pair, 2 * pair)
-            second = tl.where(half != 0, pair + PAIRS, 2 * pair + 1)
+            first = tl.where(interleaved != 0, 2 * pair, pair)
+            second = tl.where(interleaved != 0, 2 * pair + 1, pair + PAIRS)
             x = tl.load(q_rows + first * stride_qd, mask=mask & known, other=0.0).to(tl.float32)
             y = tl.load(q_rows + second * stride_qd, mask=mask & known, other=0.0).to(tl.float32)
             x += tl.load(residual_rows + first, mask=mask & known, other=0.0).to(tl.float32)
@@ -261,7 +261,7 @@ def polynomial_attention(
     residual: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    half: bool,
+    interleaved: bool,
     key_mask: torch.Tensor | None,
     tables: KernelTables,
     bias: torch.Tensor,
@@ -278,7 +278,7 @@ def polynomial_attention(
         k: ``(B, 2 Hkv, n, 2 P)`` contiguous: the scaled keys in key order as adjacent members of the P pairs that reach
             furthest, then of the P others, as heads of their own; to be turned by ``-factor`` times their angle.
         v: ``(B, Hkv, Sk, D)``; any strides, unless ``config.tma``.
-        half, key_mask, tables, bias, scale: as in :func:`fused_attention`.
+        interleaved, key_mask, tables, bias, scale: as in :func:`fused_attention`.
         polynomial: the plan's tables, with tiles for the dtype of ``queries``.
         num_queries: ``Sq``.
 
@@ -300,8 +300,8 @@ def polynomial_attention(
     terms_kernel[(num_tiles * (abi.QUERY_TILE // terms_config.block_m) * batch * heads,)](
         Q=queries, RESIDUAL=residual, OUT=terms, FACTOR=p.factor, ORIGIN=p.origin, SHARE=p.share, COLUMNS=p.columns,
         **strides("q", queries, "bhvsd"), factor_batch_stride=batch_stride(p.factor),
-        origin_batch_stride=batch_stride(p.origin), half=int(half), BLOCK_M=terms_config.block_m, **shared,
-        num_warps=terms_config.num_warps, num_stages=terms_config.num_stages,
+        origin_batch_stride=batch_stride(p.origin), interleaved=int(interleaved), BLOCK_M=terms_config.block_m,
+        **shared, num_warps=terms_config.num_warps, num_stages=terms_config.num_stages,
     )  # fmt: skip
     acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=device)
     m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=device) for _ in range(2))

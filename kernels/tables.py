@@ -18,7 +18,7 @@ class KernelTables:
         groups: ``(Bx, G, 3)`` float32: lambda, delta, number of unmasked keys.
         gains: ``(Bx, N, Sq)`` float32, products of gains.
         means: ``(B, Hkv, G, 1 + buckets, D)`` float32, of the groups at each scale bucket.
-        per_query_means: ``(B, Hkv, G', C, D)`` float32, of the G' groups of the pass, for queries with per-query scales.
+        per_query_means: ``(B, Hkv, G', C, D)`` float32, of the G' groups of the pass, under per-query scales.
         sorted_queries: ``(Bx, T * QUERY_TILE)`` int32, query index or -1. Queries with per-query scales come first.
         tile_bucket: ``(Bx, T)`` int32, the scale bucket of each tile: 0 at r = 1, -1 for per-query scales.
         key_heads: ``Hkv``.

@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrope.kernels import attention, axis_blocks, config, match, means, pack, polynomial, tables
+from fastrope.kernels import abi, attention, axis_blocks, config, match, means, pack, polynomial
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -39,7 +39,8 @@ TARGETS = {
 }  # fmt: skip
 FUNCTIONS = {
     **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},
-    "axis_blocks": axis_blocks.axis_block_kernel, "polynomial": polynomial.polynomial_kernel, "polynomial_tma": polynomial.polynomial_kernel,
+    "axis_blocks": axis_blocks.axis_block_kernel,
+    **dict.fromkeys(("polynomial", "polynomial_tma"), polynomial.polynomial_kernel),
     "terms": polynomial.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
     "means": means.means_kernel, "match": match.match_kernel,
 }  # fmt: skip

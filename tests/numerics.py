@@ -319,7 +319,7 @@ def every_modulation(
 
 
 def many_signatures(g: torch.Generator, queries: int, keys: int, dim: int, kind: str | None) -> list:
-    """More query variants, groups and products of gains than one launch holds: nearly every key has another signature."""
+    """More query variants, groups and products of gains than a launch holds: nearly every key has another signature."""
     modulations = [
         fr.LogitGain(uniform(g, queries, low=0.5, high=1.5), keys=key_set(g, "mask", keys)) for _ in range(4)
     ]

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope.backends import folded, reference
 from fastrope import device as devices
-from fastrope.backends import fused
+from fastrope.backends import folded, fused, reference
 
 pytest.importorskip("triton")
 from fastrope import kernels
@@ -232,7 +231,7 @@ def test_compilations_of_a_call_that_folds(recorders):
     ("dtype", "more"), [(torch.float32, ["axis_block_kernel"]), (torch.float16, ["terms_kernel", "polynomial_kernel"])]
 )
 def test_compilations_of_a_modulated_call(recorders, dtype, more):
-    """Scale buckets and per-query scales, many lengths: one binary of each kernel, and one more of the kernel that packs keys
+    """Scale buckets and per-query scales, many lengths: one binary of each kernel, one more of that which packs keys
     where it sorts values too."""
     scales = (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.9, 0.901, n))
     lengths = (70, 113, 128, 239, 256, 600)

@@ -27,8 +27,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrope as fr
-from fastrope import ops
 from fastrope import device as devices
+from fastrope import ops
 from fastrope.backends import sdpa
 
 SCALE = 0.25
@@ -342,7 +342,7 @@ def test_the_watch_sees_reads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["levels", "few"])
 def test_sdpa_allocates_no_logits(kind, dtype):
-    """2048 x 2048: the logits of one head alone are 64 times the keys. Query variants, scale buckets and float32 copies stay small."""
+    """2048 x 2048: the logits of one head alone are 64 times the keys. Query variants and copies stay small."""
     tokens, dim = 2048, 16
     g = generator(5)
     q, k, v = tensors(g, queries=tokens, heads=2, dim=dim, dtype=dtype)
@@ -357,7 +357,9 @@ def test_sdpa_allocates_no_logits(kind, dtype):
     with Watch() as watch:
         fr.attention(q, k, v, plan=plan, backend="sdpa")
     keys_wide = k.numel() * 4
-    variants = 5  # plain, scaled, scaled with gain; in half precision a gain takes two columns, and so does a plain gain
+    variants = (
+        5  # plain, scaled, scaled with gain; in half precision a gain takes two columns, and so does a plain gain
+    )
     assert watch.largest <= 2 * variants * keys_wide, watch.where
     assert watch.largest < tokens * tokens * k.element_size(), watch.where
 

@@ -166,12 +166,14 @@ def test_channels_hold_every_pair_once_furthest_first(pairs, pairing):
     assert share[0] == 1
     phase = found.phase.double().transpose(1, 2).flatten(2)  # (Bk, n, columns)
     spread = torch.where(turned, angles, 0.0)[..., columns[known]]
-    assert torch.allclose(phase[..., known] * found.max_key_angle, spread - (spread.amax(1) + spread.amin(1))[:, None] / 2, atol=1e-5)
+    assert torch.allclose(
+        phase[..., known] * found.max_key_angle, spread - (spread.amax(1) + spread.amin(1))[:, None] / 2, atol=1e-5
+    )
     assert not phase[..., ~known].any()
 
 
 def test_memory_is_as_documented():
-    """Keys: packed, then their channels in order; queries: the rounding residual, and six terms of half the pairs each."""
+    """Keys: packed, then their channels in order; queries: the residual, and six terms of half the pairs each."""
     copies = {dim: (1 + 4 * half / dim, 1 + 12 * half / dim) for dim in range(16, 129, 2)
               if (half := polynomial.half_of(dim // 2))}  # fmt: skip
     assert max(copies.values()) == (3, 7)
@@ -316,7 +318,9 @@ def test_r_of_almost_zero_is_attention_without_rope_on_these_keys(sparse):
     """Per-query scales of next to nothing, against the closed form."""
     _, call, where = picture(torch.float16)
     r = torch.where(call.modulations[0].scale == 1, 1.0, torch.arange(TOKENS, device=DEVICE) * 1e-7)
-    small, none = (replace(call, modulations=[fr.QueryScale(x, keys=where)]) for x in (r, torch.where(r == 1, 1.0, 0.0)))
+    small, none = (
+        replace(call, modulations=[fr.QueryScale(x, keys=where)]) for x in (r, torch.where(r == 1, 1.0, 0.0))
+    )
     compare(none, *by_polynomial(small).run("triton"), "zero", twin=small)
 
 
@@ -371,8 +375,8 @@ def test_what_goes_through_axis_blocks(monkeypatch):
 
 
 def test_it_is_as_exact_as_axis_blocks(sparse, monkeypatch):
-    """Every query loosened against every key, in two query variants, mean errors of both: a polynomial whose error shows
-    would be the larger."""
+    """Every query loosened against every key, in two query variants: the mean error of a polynomial that showed would
+    be the larger."""
     g = generator(1)
     n = 14 * 14
     q, k, v = tensors(g, batch=1, queries=n, heads=1, dim=32, dtype=torch.float16)

@@ -28,7 +28,6 @@ from numerics import (
 
 import fastrope as fr
 from fastrope import device as devices
-from fastrope.backends import fused
 
 pytest.importorskip("triton")
 from fastrope import kernels
@@ -123,7 +122,10 @@ def test_masked_keys_may_hold_anything(kind, launches):
     k, v = (x.masked_fill(~mask[:, :, None, None], torch.nan) for x in (call.k, call.v))
     out, lse = replace(call, k=k, v=v).run("triton")
     assert not out[1].any()
-    assert fr.explain(call.q, k, v, rope=call.rope, key_mask=mask, backend="triton").decision.launch.loop == "tensor descriptors"
+    assert (
+        fr.explain(call.q, k, v, rope=call.rope, key_mask=mask, backend="triton").decision.launch.loop
+        == "tensor descriptors"
+    )
     compare(call, out, lse)
     assert set(launches) == {"attention_tma" if kind is None else "attention_modulated_tma"}
 
@@ -154,7 +156,9 @@ def test_what_a_descriptor_cannot_say(launches):
         assert not kernels.describable(other.transpose(1, 2))
         assert fr.explain(q, k, other, backend="triton").decision.launch.loop.startswith("pointers (v: ")
         check(Call(q, k, other), "triton")
-    assert fr.explain(q.float(), k.float(), v.float(), backend="triton").decision.launch.loop.startswith("pointers (no descriptors on ")
+    assert fr.explain(q.float(), k.float(), v.float(), backend="triton").decision.launch.loop.startswith(
+        "pointers (no descriptors on "
+    )
     check(Call(q.float(), k.float(), v.float()), "triton")
     assert set(launches) == {"attention"}
 

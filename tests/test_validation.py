@@ -396,7 +396,7 @@ def test_other_numbers_in_the_groups_of_a_plan(call):
     for tensor, wanted, before in zip(found.tensors, expected.tensors, plan.tensors, strict=True):
         assert torch.equal(tensor, wanted)
         held = plan.lowered.groups
-        assert (tensor is before) == (held is None or before is not held.values and before is not held.for_kernels)
+        assert (tensor is before) == (held is None or all(before is not x for x in (held.values, held.for_kernels)))
     assert torch.equal(call.run("eager", False, **unplanned(found)), call.run("eager", False, **unplanned(expected)))
 
 
@@ -421,7 +421,9 @@ def test_numbers_that_do_not_fit_a_plan(numbers, name):
 
 
 def test_nbytes_are_those_of_the_tables():
-    call = Call(*tensors(generator(6), queries=60, dim=32), axial(grid(60), 32), every_modulation(generator(6), 60, 60, 32))
+    call = Call(
+        *tensors(generator(6), queries=60, dim=32), axial(grid(60), 32), every_modulation(generator(6), 60, 60, 32)
+    )
     plan = call.planned()
     assert plan.nbytes == sum(t.numel() * t.element_size() for t in plan.tensors) > 0
 

@@ -30,7 +30,7 @@ def takes(q, lowered: Lowered) -> bool:
 def run(
     q, k, v, lowered: Lowered, scale: float, packed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 ) -> torch.Tensor:
-    """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the queries that a plan leaves unmodulated; forward only.
+    """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the unmodulated queries of any plan; forward only.
 
     Arguments as of :func:`fastrope.backends.fused.run`. ``packed`` has keys and values ``(B, Hkv, Sk, D)`` that are
     prepared already. Extra memory: one copy each of k, of q where it is rotated, and of v where it is joined or sorted.
@@ -90,7 +90,7 @@ def _prepared(name: str, x, lowered: Lowered, rows: dict[str, tuple], tokens_fir
     """``(B, H, R, D)``."""
     if not _needs_pass(name, x, lowered, rows):
         return x.transpose(1, 2)
-    return kernels.pack_rows(x, *rows[name], lowered.pairing == "half", configs(x)("pack"), tokens_first)
+    return kernels.pack_rows(x, *rows[name], lowered.pairing == "interleaved", configs(x)("pack"), tokens_first)
 
 
 def _move_groups(keys: torch.Tensor, lowered: Lowered) -> None:

@@ -122,16 +122,16 @@ def _far_apart(x) -> bool:
 def pack(q, k, v, lowered: Lowered, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys ``(B, Hkv, R, D)`` and values ``(B, Hkv, Sk, D)`` as the loop reads them: joined, in key order, the keys
     rotated, and the scaled ones once more per scale bucket."""
-    tables, half, config = lowered.keys, lowered.pairing == "half", configs(q)("pack")
+    tables, interleaved, config = lowered.keys, lowered.pairing == "interleaved", configs(q)("pack")
     keys, values = k, v
     if "k" in launch.packs:
         rotation = tables.rotation and (tables.rotation.cos, tables.rotation.sin)
-        keys = kernels.pack_rows(k, tables.source, *(rotation or (None, None)), half, config)
+        keys = kernels.pack_rows(k, tables.source, *(rotation or (None, None)), interleaved, config)
     else:
         keys = k.transpose(1, 2)
     if "v" in launch.packs:
         order = tables.source[: k.shape[1]] if tables.order is not None else None
-        values = kernels.pack_rows(v, order, None, None, half, config)
+        values = kernels.pack_rows(v, order, None, None, interleaved, config)
     else:
         values = v.transpose(1, 2)
     if tables.mask is not None and launch.descriptors:
@@ -179,7 +179,7 @@ def _plain(q, keys, values, num_keys: int, lowered: Lowered, scale: float, launc
     if "q" in launch.packs:
         rotation = lowered.queries and lowered.queries.rotation
         cos, sin = (rotation.cos[:, 0], rotation.sin[:, 0]) if rotation else (None, None)
-        queries = kernels.pack_rows(q, None, cos, sin, lowered.pairing == "half", config("pack"))
+        queries = kernels.pack_rows(q, None, cos, sin, lowered.pairing == "interleaved", config("pack"))
     else:
         queries = q.transpose(1, 2)
     loop = "attention_tma" if launch.descriptors else "attention"
@@ -200,20 +200,32 @@ def _run_pass(
         means: of the groups, or None.
         places: leading sorted queries; None: all.
     """
-    config, mask, half = configs(q), lowered.keys.mask, lowered.pairing == "half"
+    config, mask, interleaved = configs(q), lowered.keys.mask, lowered.pairing == "interleaved"
     tables = _tables(keys, means, places, lowered, bounds)
     rotation = lowered.queries and lowered.queries.rotation
     rotation = rotation and (rotation.cos, rotation.sin)
-    queries, bias, residual = kernels.prepare_queries(q, rotation, half, tables, launch.polynomial, config("queries"))
+    queries, bias, residual = kernels.prepare_queries(
+        q, rotation, interleaved, tables, launch.polynomial, config("queries")
+    )
     state, suffix = None, "_tma" if launch.descriptors else ""
     if launch.polynomial:
         state = kernels.polynomial_attention(
-            queries, residual, scaled, values, half, mask, tables, bias, lowered.polynomial, q.shape[1], scale,
+            queries, residual, scaled, values, interleaved, mask, tables, bias, lowered.polynomial, q.shape[1], scale,
             config(f"polynomial{suffix}"), config("terms"),
         )  # fmt: skip
     elif lowered.num_per_query:
         state = kernels.axis_block_attention(
-            q, keys, values, rotation, half, mask, tables, bias, lowered.axis_blocks, scale, config("axis_blocks")
+            q,
+            keys,
+            values,
+            rotation,
+            interleaved,
+            mask,
+            tables,
+            bias,
+            lowered.axis_blocks,
+            scale,
+            config("axis_blocks"),
         )
     loop = f"attention_modulated{suffix}" if len(lowered.passes) == 1 else "attention_parts"
     return kernels.fused_attention(

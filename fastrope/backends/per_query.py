@@ -44,7 +44,7 @@ def polynomial_keys(k, keys: torch.Tensor, lowered: Lowered, config) -> torch.Te
     """
     p = lowered.polynomial
     if p.source is not None:
-        keys = kernels.pack_rows(k, p.source, p.cos, p.sin, lowered.pairing == "half", config("pack"))
+        keys = kernels.pack_rows(k, p.source, p.cos, p.sin, lowered.pairing == "interleaved", config("pack"))
     return keys[:, :, p.rows[None, :, None], p.channels[:, None, :]].flatten(1, 2)
 
 

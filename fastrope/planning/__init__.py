@@ -1,4 +1,4 @@
-"""From arguments to what backends read: ``resolve`` (what the user meant), ``lower`` (typed tables), ``build`` (plans)."""
+"""From arguments to what backends read: ``resolve`` (what the user meant), ``lower`` (tables), ``build`` (plans)."""
 
 from .build import Plan, cached_plan, plan
 from .lowered import Lowered

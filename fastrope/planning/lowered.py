@@ -42,7 +42,7 @@ class KeyTables:
     The packed keys have ``R`` rows: all keys in key order at r = 1, then the scaled ones once per scale bucket.
 
     Args:
-        segments: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, the segment table; None where the number of keys is not known.
+        segments: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, the segment table; None where ``Sk`` is not known.
         order: ``(Sk,)`` int64, the key in each place of the key order; None where keys stay where they are.
         source: ``(R,)`` int32, the key each packed row is made from; None where these are the keys as they come.
         mask: ``(Bx, Sk)`` bool in key order, True = attend.
@@ -131,8 +131,8 @@ class GainTables:
     products: Tensor | None = None
 
     def products_for(self, segments: Sequence[Segment]) -> Tensor | None:
-        """``(Bx, sets, Sq)`` float32: the products that ``segments`` use, numbered as in their rows of the segment table.
-        None where none is used."""
+        """``(Bx, sets, Sq)`` float32: the products that ``segments`` use, numbered as in the segment table. None where
+        none is used."""
         used = [self.sets[n] for n in dict.fromkeys(s.gain for s in segments if s.gain >= 0)]
         found = [self.values[:, list(members)].prod(dim=1) for members in used]
         return torch.stack(found, dim=1).float() if found else None

@@ -205,7 +205,7 @@ def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
 
 
 def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
-    """A copy of finite values as float64 on the CPU. A NaN equals nothing, so it would slip between the scale buckets."""
+    """A copy of finite values as float64 on the CPU. A NaN equals nothing, so no scale bucket would hold it."""
     if not isinstance(values, torch.Tensor):
         values = torch.tensor(values, dtype=torch.float64, device="cpu")
     values = wide_on_cpu(values).clone()

@@ -6,7 +6,6 @@ import pytest
 
 from fastrope import bench
 from fastrope import device as devices
-from fastrope.backends import fused
 from fastrope.bench import match
 from fastrope.bench.rows import read
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastrope as fr
+from fastrope import device as devices
 from fastrope.bench import attention, runner, timing
 from fastrope.bench.cases import CASES, PLAIN, chosen, crop
 from fastrope.bench.environment import environment, slug

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import fastrope as fr
 from fastrope import device as devices
-from fastrope.backends import fused
 from fastrope.bindings import llamagen
 from fastrope.bindings.llamagen.generate import warp
 from fastrope.bindings.llamagen.model import rotate, rotation_table

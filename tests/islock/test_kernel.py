@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from fastrope import ISLock
 from fastrope import device as devices
-from fastrope.backends import fused
 
 pytest.importorskip("triton")
 from fastrope import kernels

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastrope import device as devices
-from fastrope.backends import fused
 from fastrope.islock import reference
 
 triton = pytest.importorskip("triton")

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrope import ISLock
 from fastrope import device as devices
-from fastrope.backends import fused
 from fastrope.islock import op
 
 BACKENDS = ("eager", "triton") if devices.interpreted() else ("eager",)
