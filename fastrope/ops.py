@@ -11,7 +11,6 @@ Both return ``(out, lse)``, ``lse`` empty unless asked for, and differentiate in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -89,7 +88,7 @@ def _(q, k, v, tensors, spec, scale, return_lse, backend):
 @torch.library.custom_op("fastrope::planned_attention_backward", mutates_args=())
 def planned_attention_backward(
     grad_out: Tensor,
-    grad_lse: Optional[Tensor],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -272,7 +271,7 @@ def _(q, k, v, tensors, ints, floats, layout, scale, return_lse, backend):
 @torch.library.custom_op("fastrope::attention_backward", mutates_args=())
 def raw_attention_backward(
     grad_out: Tensor,
-    grad_lse: Optional[Tensor],  # noqa: UP045 - see above
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
