@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Set up this clone and run it. Needs nothing but Python 3.10 - 3.12.
+"""Set up this clone and run it. Needs nothing but Python 3.10 - 3.14.
 
     python3 dev.py demo [arguments of "fastrope demo"]
     python3 dev.py test [arguments of pytest]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 STAMP = VENV / "fastrope.json"
-PYTHONS = ((3, 10), (3, 12))
+PYTHONS = ((3, 10), (3, 14))  # those that have a build of the torch below
 TORCH = "2.13.0"
 EXTRAS = {"demo": {"demo"}, "test": {"demo", "test"}}  # what each extra of pyproject.toml brings
 MAX_WORKERS = 8  # each test worker imports torch: about 1 GB
@@ -33,7 +33,8 @@ class Failure(Exception):
 def main(argv):
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         found = ".".join(map(str, sys.version_info[:3]))
-        raise Failure(f"Python: expected 3.10, 3.11 or 3.12, received {found}. Try: python3.11 dev.py {' '.join(argv)}")
+        first, last = (".".join(map(str, version)) for version in PYTHONS)
+        raise Failure(f"Python: expected {first} to {last}, received {found}. Try: python3.11 dev.py {' '.join(argv)}")
     if not argv or argv[0] not in EXTRAS:
         print(__doc__.strip())
         return 0 if argv and argv[0] in ("-h", "--help") else 2

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
+import importlib
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,11 +17,19 @@ def environment(device: torch.device, rev: str | None = None) -> dict:
     return {
         "gpu": torch.cuda.get_device_name(device) if cuda else "cpu",
         "torch": torch.__version__,
-        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": triton_version(),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "rev": rev or revision(),
     }
+
+
+def triton_version() -> str | None:
+    """Whatever distribution it came with: ``triton-windows`` on Windows, another for ROCm."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
 
 
 def revision(name: str = "HEAD", folder: Path | None = None) -> str | None:

@@ -54,7 +54,7 @@ def report() -> dict:
         "fastrope": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": _versions(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "driver": _driver(),
@@ -146,13 +146,11 @@ def _check(q, k, v, prepared: Plan, backend: str) -> dict:
     return {**found, "passed": found["error"] <= found["allowed"], "problem": None}
 
 
-def _version(package: str) -> str | None:
-    if package == "torch":
-        return str(torch.__version__)  # with the build, which its metadata may lack
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str | None]:
+    """Of every package, by the name it is imported with: triton is ``triton-windows`` on Windows."""
+    brought = metadata.packages_distributions()
+    found = {name: metadata.version(brought[name][0]) if name in brought else None for name in PACKAGES}
+    return {**found, "torch": str(torch.__version__)}  # with the build, which its metadata may lack
 
 
 def _driver() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def streamed_attention(
     q: Sequence[Tensor],
     k: Sequence[Tensor],
     v: Sequence[Tensor],
-    weights: Sequence[Optional[Tensor]],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    weights: Sequence[Tensor | None],
     eps: Sequence[float],
     tensors: Sequence[Tensor],
     spec: str,

@@ -8,7 +8,6 @@ lines are the same checks as outside a graph, so a wrong shape raises while trac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def _(q, k, v, tensors, spec, scale, return_lse, backend):
 @torch.library.custom_op("fastrope::planned_attention_backward", mutates_args=())
 def planned_attention_backward(
     grad_out: Tensor,
-    grad_lse: Optional[Tensor],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,15 @@ def test_doctor_reports_what_is_installed(report):
     assert report["packages"]["torch"] == torch.__version__
     assert report["devices"][0]["device"] == "cpu"
     json.dumps(report)
+
+
+def test_doctor_finds_triton_whatever_its_distribution_is_called(monkeypatch):
+    versions = {"triton-windows": "3.6.0.post24"}
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"triton": ["triton-windows"]})
+    monkeypatch.setattr(metadata, "version", versions.__getitem__)
+    found = doctor._versions()
+    assert found["triton"] == "3.6.0.post24"
+    assert found["diffusers"] is None
 
 
 def test_doctor_says_per_dtype_what_runs_and_why(report):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import fastrope
 from fastrope import extras
@@ -224,6 +226,54 @@ for name in ("fastrope", "fastrope.kernels", "fastrope.bindings", "fastrope.bind
 """
     found = run_python(code, env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""}, cwd=tmp_path).splitlines()
     assert all(str(tmp_path / "installed") in origin for origin in found), found
+
+
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # as text: Python 3.10 cannot parse it
+PYTHONS = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+MINIMA = {name: Version(least) for name, least in re.findall(r"""["']([a-z-]+)>=([\d.]+)""", PYPROJECT)}
+UNREACHED = "Failed to fetch|error sending request|timed out|not found in the (package registry|cache)"
+HEAVY = ("torch", "triton", "triton-windows", "diffusers", "transformers")  # whose minima were tried
+
+
+def test_every_place_names_the_same_versions():
+    first, last = PYTHONS[0], PYTHONS[-1]
+    assert [f"3.{minor}" for minor in range(int(first[2:]), int(last[2:]) + 1)] == PYTHONS
+    assert f'requires-python = ">={first}"' in PYPROJECT  # an upper bound would stop pip on the next Python
+    readme, dev = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "dev.py"))
+    assert readme.count(f"Python {first} to {last}") == 2
+    assert f"Python {first} - {last}" in dev
+    assert f"PYTHONS = ({tuple(map(int, first.split('.')))}, {tuple(map(int, last.split('.')))})" in dev
+    for name in ("torch", "triton", "diffusers", "transformers"):
+        assert f"{name} >= {MINIMA[name]}" in readme
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("python", "system", "versions"),
+    [
+        *((python, "linux", "lowest-direct") for python in PYTHONS),
+        *((python, "windows", "lowest-direct") for python in (PYTHONS[0], PYTHONS[-1])),
+        *((python, "linux", "highest") for python in (PYTHONS[0], PYTHONS[-1])),
+        (PYTHONS[-1], "windows", "highest"), (PYTHONS[-1], "macos", "highest"),
+    ],
+)  # fmt: skip
+def test_versions_go_together(python, system, versions):
+    """All extras at once, by the metadata of wheels in a registry; nothing is installed."""
+    uv = pytest.importorskip("uv")
+    command = [uv.find_uv_bin(), "pip", "compile", str(ROOT / "pyproject.toml"), "--all-extras", "--no-header"]
+    command += ["--python-version", python, "--python-platform", system, "--resolution", versions]
+    command += ["--only-binary", ":all:", "--no-annotate", "--no-python-downloads", "--python", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True)
+    unreached = re.search(UNREACHED, done.stderr)
+    if done.returncode and unreached:
+        pytest.skip(f"no registry of packages is reached: {unreached[0]}")
+    assert done.returncode == 0, done.stderr
+    found = {name: Version(number) for name, number in re.findall(r"^([\w-]+)==([\d.]*\d)", done.stdout, re.MULTILINE)}
+    brought = {"linux": ["triton"], "windows": ["triton-windows"], "macos": []}[system]
+    assert [name for name in found if name.startswith("triton")] == brought
+    assert all(found[name] >= MINIMA[name] for name in found.keys() & MINIMA.keys())
+    if versions == "lowest-direct":  # a stated minimum that nothing can have is none
+        assert {n: found[n] for n in HEAVY if n in found} == {n: MINIMA[n] for n in HEAVY if n in found}
 
 
 # ---- python -O ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Optional
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -237,7 +236,7 @@ def host_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Optional[Tensor],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    mask: Tensor | None,
     slot: Tensor,
 ) -> Tensor:
     """Attention of a bound layer, modulated or the host's own as its slot says when this runs.

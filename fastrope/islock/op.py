@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def match_anchors(
     anchors: Tensor,
     position: Tensor,
     seeds: Tensor,
-    active: Optional[Tensor],  # noqa: UP045 - the schema parser of torch 2.9 reads Optional
+    active: Tensor | None,
     codebook: Tensor,
     rows: Tensor,
     windows: Tensor,

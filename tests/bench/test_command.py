@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,18 @@ def test_a_wrong_contestant_fails_the_command(tmp_path, monkeypatch, capsys):
     assert bench.main(arguments) == 1
     assert not (tmp_path / "attention.jsonl").exists()
     assert "problem: attention / tiny / plain / biased: WrongResult: wrong" in capsys.readouterr().err
+
+
+def test_rows_say_which_triton_whatever_its_distribution_is_called(monkeypatch):
+    triton = pytest.importorskip("triton")
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert environment(CPU, "abc")["triton"] == triton.__version__
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert environment(CPU, "abc")["triton"] is None
 
 
 @pytest.mark.parametrize(("option", "known"), [("workload", "kontext"), ("case", "loose-levels"), ("peer", "cudnn")])
