@@ -172,7 +172,7 @@ def _streams(q, k, v, norms: Sequence[Norm]):
 
     def streams(parts, norms):
         weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
-        return kernels.Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(n.eps for n in norms))
+        return kernels.Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(float(n.eps) for n in norms))
 
     values = kernels.Streams(tuple(v)) if len(v) > 1 else v[0]
     return streams(q, norms[: len(q)]), streams(k, norms[len(q) :]), values

@@ -74,7 +74,7 @@ def test_rules(on_gpu, arguments, dtype, return_lse, expected):
     """``folded``: sdpa, after a prologue of our kernels; ``split``: that for unmodulated queries, else triton."""
     plan = fr.plan(**arguments)
     found = on_gpu(plan, dtype, return_lse=return_lse)
-    assert (found.folded, found.divided) == (expected == "folded", expected == "split")
+    assert (found.folded, found.split) == (expected == "folded", expected == "split")
     expected = {"folded": "sdpa", "split": "triton"}.get(expected, expected)
     assert found.backend == expected
     assert found.warning is None

@@ -384,7 +384,7 @@ def test_plans_own_what_they_hold(dtype, later):
         x.zero_()
     for name, out in zip(backends, before, strict=True):
         assert torch.equal(fr.attention(q, q, q, plan=plan, backend=name), out), name
-    assert not plan.rope.axis.eq(0).all()
+    assert not plan.resolved.rope.axis.eq(0).all()
 
 
 def test_plans_outlive_inference_mode():

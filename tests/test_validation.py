@@ -422,7 +422,7 @@ def test_numbers_that_do_not_fit_a_plan(numbers, name):
 
 def test_nbytes_are_those_of_the_tables():
     call = Call(
-        *tensors(generator(6), queries=60, dim=32), axial(grid(60), 32), every_modulation(generator(6), 60, 60, 32)
+        *tensors(generator(6), queries=60, dim=32), axial(grid(60), 32), modulations=every_modulation(generator(6), 60, 60, 32)
     )
     plan = call.planned()
     assert plan.nbytes == sum(t.numel() * t.element_size() for t in plan.tensors) > 0
@@ -437,8 +437,8 @@ def test_explain_says_what_runs():
     assert found.backend == ("sdpa" if DEVICE == "cpu" else "triton")
     assert found.dropped == 1
     assert [(s.start, s.stop) for s in found.segments] == [(0, 4), (4, 12)]
-    assert len(found.levels) == len(mods["modulations"][0].scale.unique()) - 1
-    for part in ("backend: ", "not eager", "segments of keys", "QueryScale", "levels: 1", "dropped: 1"):
+    assert len(found.scale_buckets) == len(mods["modulations"][0].scale.unique()) - 1
+    for part in ("backend: ", "not eager", "segments of keys", "QueryScale", "scale buckets: 1", "dropped: 1"):
         assert part in str(found)
 
 
