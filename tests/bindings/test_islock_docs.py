@@ -101,3 +101,23 @@ def test_lumina():
 def test_a_changed_page_is_noticed():
     with pytest.raises(AssertionError, match="is not in the snippet"):
         snippet("Janus", ("no such text", ""))
+
+
+def test_what_fresh_processors_make_by_default_is_refused(tmp_path):
+    """Emu3's pads on the right, Janus's makes prompts of text mode: the two silent mistakes that are made most."""
+    from transformers import Emu3ForConditionalGeneration, Emu3Processor, JanusForConditionalGeneration, JanusProcessor
+
+    from fastrope.bindings.transformers import emu3, janus
+
+    tiny_hosts.save_emu3(tmp_path / "emu3")
+    tiny_hosts.save_janus(tmp_path / "janus")
+    words = ["a boat", "a red boat"]
+    processor = Emu3Processor.from_pretrained(tmp_path / "emu3")
+    options = dict(return_for_image_generation=True, ratio="1:1", image_area=24**2, return_tensors="pt", padding=True)
+    inputs, model = processor(text=words, **options), Emu3ForConditionalGeneration.from_pretrained(tmp_path / "emu3")
+    with pytest.raises(ValueError, match=r"attention_mask: expected padding on the left.* in row\(s\) \[0\]"):
+        emu3.generate(model, inputs, 3, 3, guidance=None)
+    processor = JanusProcessor.from_pretrained(tmp_path / "janus")
+    model = JanusForConditionalGeneration.from_pretrained(tmp_path / "janus")
+    with pytest.raises(ValueError, match=r"input_ids: expected prompts of image mode.*generation_mode=\"image\""):
+        janus.generate(model, processor(text=words, padding=True, return_tensors="pt"), image_start=5)
