@@ -422,7 +422,9 @@ def test_numbers_that_do_not_fit_a_plan(numbers, name):
 
 def test_nbytes_are_those_of_the_tables():
     call = Call(
-        *tensors(generator(6), queries=60, dim=32), axial(grid(60), 32), modulations=every_modulation(generator(6), 60, 60, 32)
+        *tensors(generator(6), queries=60, dim=32),
+        axial(grid(60), 32),
+        modulations=every_modulation(generator(6), 60, 60, 32),
     )
     plan = call.planned()
     assert plan.nbytes == sum(t.numel() * t.element_size() for t in plan.tensors) > 0
