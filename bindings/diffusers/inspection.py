@@ -130,7 +130,7 @@ class Inspector:
         self._calls = -1
 
     def probe(self, site: fr.Site, sequence: JointSequence, plain: Work) -> Callable | None:
-        """What a layer's slot is to call with its queries and keys; None where nobody looks."""
+        """What a layer is to call with its queries and keys; None where nobody looks."""
         if site.layer == 0:
             self._calls += 1
         if site not in self._where:
