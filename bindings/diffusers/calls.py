@@ -82,7 +82,7 @@ class CallState:
         self.shares = False
         self.prepare: Callable[[torch.nn.Module, Call, tuple], Prepared] = self._prepare
         self.installed: list[tuple[torch.nn.Module, object]] = []  # attention modules and their processors
-        self._told = threading.local()
+        self._told, self._told_last = threading.local(), None
         self._kinds = tuple(kinds)
         self._known_kinds = tuple(dict.fromkeys(kinds))
         self._warned = False
@@ -164,12 +164,12 @@ class CallState:
         return [fr.Site(tokens, layer, *where, kind, self._known_kinds) for layer, kind in enumerate(self._kinds)]
 
     def tell(self, step: Step | None) -> None:
-        """The step of the calls that this thread makes; None: to be found out."""
-        self._told.step = step
+        """The step of the calls to come of this thread, and of threads that told none; None: to be found out."""
+        self._told.step = self._told_last = step
 
     def step(self, call: Call) -> Step:
         """The step a call belongs to."""
-        return getattr(self._told, "step", None) or self._found_step(call) or self._first_step()
+        return getattr(self._told, "step", self._told_last) or self._found_step(call) or self._first_step()
 
     def _found_step(self, call: Call) -> Step | None:
         running = running_pipeline(self.model)

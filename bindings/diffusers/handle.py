@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -101,8 +101,8 @@ class Handle:
             self._state.inspector = None
 
     def set_step(self, step: int | None, num_steps: int = 28) -> None:
-        """Tell methods the denoising step of the calls that this thread makes, where no pipeline does; ``None`` goes
-        back to finding it out.
+        """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out. It counts for
+        this thread's calls, and for those of threads that were told none of their own.
 
         Without a pipeline, and untold, methods see step 0, and a warning says so once.
 
@@ -146,8 +146,10 @@ class Handle:
             attn.set_processor(processor)
         # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
         before, after = map(torch.compiler.disable, (state.before_forward, state.after_forward))
-        undo.callback(called.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.callback(called.register_forward_hook(after, always_call=True).remove)
+        undo.callback(_unhook, called, before)
+        called.register_forward_pre_hook(before, with_kwargs=True)
+        undo.callback(_unhook, called, after)
+        called.register_forward_hook(after, always_call=True)
 
     def __enter__(self) -> Handle:
         self._bound  # noqa: B018
@@ -193,6 +195,19 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op",
 def _put_back(attn: torch.nn.Module, processor: BoundProcessor) -> None:
     if attn.processor is processor:  # and was not replaced meanwhile
         attn.set_processor(processor.original)
+
+
+def _unhook(module: torch.nn.Module, hook: Callable) -> None:
+    """Take a hook away, also one whose registration was broken off before it told what removes it."""
+    flags = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, each in hooks.items() if each is hook]:
+            for each in (hooks, *flags):
+                each.pop(key, None)
 
 
 def unbind(target) -> None:
