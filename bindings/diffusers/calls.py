@@ -15,6 +15,7 @@ import torch
 
 import fastrope as fr
 from fastrope.checks import require
+from fastrope.device import wide_on_cpu
 from fastrope.modulations import MODULATIONS, Modulation
 
 from .checkpoints import follow
@@ -204,7 +205,7 @@ class CallState:
     ) -> tuple[JointSequence, fr.RoPE]:
         if key not in self._sequences:
             sequence = self.host.describe(*identified)
-            wide = sequence.positions.cpu().double()
+            wide = wide_on_cpu(sequence.positions)
             rope = fr.RoPE.axial(wide, self.axes_dim, self.host.theta(module), self.host.pairing)
             self._check_embedding(module, sequence, rope, device)
             self._sequences[key] = sequence, rope

@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 import fastrope as fr
+from fastrope.device import on_device
 from fastrope.joint import fuses
 
 from .forwards import Forwards, LayerState
@@ -99,7 +100,7 @@ class Work:
         if key not in self._plans:
             key_mask = self._masks[keys]
             rope, key_rope = (
-                r and fr.RoPE(r.angles.to(device), r.axis.to(device), r.pairing, applied)
+                r and fr.RoPE(on_device(r.angles, device), r.axis.to(device), r.pairing, applied)
                 for r in (self._rope, self.key_rope)
             )
             self._plans[key] = fr.plan(
@@ -150,7 +151,7 @@ def _check_groups(modulations: tuple, bonus: Tensor) -> None:
 def to_device(m, device: torch.device):
     """A modulation with its tensors on a device."""
     tensors = {f.name: getattr(m, f.name) for f in fields(m) if isinstance(getattr(m, f.name), torch.Tensor)}
-    return replace(m, **{name: t.to(device) for name, t in tensors.items()})
+    return replace(m, **{name: on_device(t, device) for name, t in tensors.items()})
 
 
 class Layer:
