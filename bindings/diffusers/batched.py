@@ -5,7 +5,7 @@ The rows are appended before the transformer runs, and dropped from its output.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,51 +13,31 @@ from torch import Tensor
 
 import fastrope as fr
 
-from .asking import Asked
-from .calls import CallState, Identified
+from .calls import CallState, Identified, Prepared
 from .dispatch import Work
 from .extended import target_work, with_shared
+from .forwards import Forward, LayerState
 from .layers import BatchedWork, ReferenceWork, SharedWork
+from .requests import LayerRequest
 from .rows import Joined
 from .sequences import JointSequence
 
 
-class BatchedReference:
-    """Fills the slots of a handle for calls that a reference joined."""
+def prepare_batch(
+    state: CallState, module, joined: Joined, sites: list[fr.Site], methods: Sequence, requests: list[LayerRequest]
+) -> Prepared:
+    """The forward of a call that a reference joined, and its arguments.
 
-    def __init__(self, state: CallState):
-        self._state = state
-        self._appended = 0  # rows, in the forward under way
-
-    def reset(self) -> None:
-        """Before every forward: the last one may have broken off."""
-        self._appended = 0
-
-    def fill(self, module, joined: Joined, sites: list[fr.Site], asked: list[Asked]) -> dict[str, object]:
-        """Fill the slots; the arguments to call the transformer with.
-
-        Args:
-            sites: of the target in a call of its own.
-            asked: by the methods, at these sites.
-        """
-        state = self._state
-        batch = _Batch(state, module, joined)
-        if batch.tokens != sites[0].tokens:  # filled up
-            asked = [Asked.of(state.methods, replace(site, tokens=batch.tokens)) for site in sites]
-        for slot, each in zip(state.slots, asked, strict=True):
-            slot.work = batch.work(each)
-        state.forget()
-        self._appended = joined.rows
-        return joined.call
-
-    def cut(self, output):
-        """The target's part of the output; None where that is all of it."""
-        if not self._appended:
-            return None
-        rows, cut, self._appended = self._appended, self._state.host.rows.cut, 0
-        if isinstance(output, tuple):
-            return cut(output[0], rows), *output[1:]
-        return replace(output, sample=cut(output.sample, rows))
+    Args:
+        sites: of the target in a call of its own.
+        requests: of the methods, at these sites.
+    """
+    batch = _Batch(state, module, joined)
+    if batch.tokens != sites[0].tokens:  # filled up
+        requests = [LayerRequest.of(methods, replace(site, tokens=batch.tokens)) for site in sites]
+    layers = tuple(LayerState(batch.work(each)) for each in requests)
+    state.forget()
+    return Prepared(Forward(layers, joined.rows), joined.call)
 
 
 class _Batch:
@@ -78,24 +58,24 @@ class _Batch:
         shared = theirs[..., layout.target, :]
         self._shared = shared.repeat(joined.rows, 1) if shared.ndim == 2 else shared.flatten(0, 1)
 
-    def work(self, asked: Asked) -> Work | BatchedWork | None:
+    def work(self, request: LayerRequest) -> Work | BatchedWork | None:
         """What a layer does; None where the host's own attention will do."""
-        if any(asked):
-            content = self._key, self._count, self._state.digest(asked.modulations), asked.sharings
-            return self._state.remember(content, lambda: self._batched(asked))
+        if any(request):
+            content = self._key, self._count, self._state.digest(request.modulations), request.sharings
+            return self._state.remember(content, lambda: self._batched(request))
         if not self._filled_up:
             return None
         return self._state.remember((self._key, self._count, "all"), self._plain)
 
-    def _batched(self, asked: Asked) -> BatchedWork:
+    def _batched(self, request: LayerRequest) -> BatchedWork:
         key = self._key, self._count
-        shared = self._shared if asked.shares else None
+        shared = self._shared if request.shares else None
         targets = self._state.alike(
-            (*key, asked.sharings),
-            asked.modulations,
-            lambda like: target_work(*self._mine, asked.modulations, shared, like),
+            (*key, request.sharings),
+            request.modulations,
+            lambda like: target_work(*self._mine, request.modulations, shared, like),
         )
-        shared_work = SharedWork(targets, asked.sharings, self.tokens)
+        shared_work = SharedWork(targets, request.sharings, self.tokens)
         return self._as_the_host_masks(BatchedWork(shared_work, self._reference, self._count))
 
     def _plain(self) -> Work:
@@ -108,7 +88,7 @@ class _Batch:
 
 
 def _identify(state: CallState, module, joined: Joined) -> Identified:
-    """The sequence of all rows, fillers of texts masked."""
+    """The sequence of all rows, fillers of texts mrequest."""
     found = state.sequence_of(module, joined.call)
     if joined.text_mask is None:
         return found

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 import fastrope as fr
+from fastrope.checks import require
+from fastrope.device import wide_on_cpu
 from fastrope.modulations import MODULATIONS, Modulation
 
-from .asking import Asked
-from .dispatch import Slot, Work, structure_of
+from .checkpoints import follow
+from .dispatch import Layer, Work, structure_of
 from .fingerprints import Fingerprints
+from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .hosts import Host
 from .inspection import Inspector
 from .layers import SharedWork
+from .requests import LayerRequest
 from .sequences import Call, JointSequence, device_of, refuse_tracing
-from .steps import find_step
+from .steps import Step, find_step, running_pipeline
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
 KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps
@@ -36,25 +42,25 @@ class Identified(NamedTuple):
     rope: fr.RoPE
 
 
-class Filler(Protocol):
-    """What fills the slots in place of :class:`CallState` where a handle has a shared reference."""
+class Prepared(NamedTuple):
+    """What a forward is to do, and the arguments to call the transformer with, if others."""
 
-    def reset(self) -> None:
-        """Forget the forward before."""
-
-    def fill(self, module, call: Call) -> dict[str, object] | None:
-        """Fill the slots for one forward; arguments to call it with instead, if others."""
+    forward: Forward
+    arguments: dict[str, object] | None = None
 
 
 class CallState:
-    """Shared by the layers of one handle. Before every forward it fills their slots.
+    """Of one handle: its hooks, which make a :class:`.forwards.Forward` for every call, and what calls have in common.
+
+    Forwards are made one at a time, whatever thread they come from; their layers run side by side.
 
     Args:
         host, model: the transformer and its row of the table.
         methods: modulations and methods, flat.
-        slots: one per attention layer, in order of execution; ``installed`` has their modules and processors.
-        kinds: the kind of each layer's block.
-        pipe: the pipeline the handle was made for, if any; it knows the step.
+        kinds: the kind of each layer's block, in order of execution.
+        backend: as in :func:`fastrope.apply`.
+        applied: whether the host rotates queries and keys.
+        pipe: the pipeline the handle was made for, if any.
     """
 
     def __init__(
@@ -62,19 +68,22 @@ class CallState:
         host: Host,
         model: torch.nn.Module,
         methods: Sequence,
-        slots: Sequence[Slot],
         kinds: Sequence[str],
+        backend: str,
+        applied: bool,
         pipe=None,
     ):
         self.host = host
         self.model = model
         self.methods = tuple(methods)
-        self.slots = tuple(slots)
+        self.forwards = Forwards()
+        self.layers = tuple(Layer(self.forwards, n, backend, applied) for n in range(len(kinds)))
         self.axes_dim = host.axes_dim(model)
-        self.told: tuple[int, int] | None = None
         self.inspector: Inspector | None = None
-        self.shared: Filler | None = None
-        self.installed: tuple[tuple[torch.nn.Module, object], ...] = ()
+        self.shares = False
+        self.prepare: Callable[[torch.nn.Module, Call, tuple], Prepared] = self._prepare
+        self.installed: list[tuple[torch.nn.Module, object]] = []  # attention modules and their processors
+        self._told, self._told_last = threading.local(), None
         self._kinds = tuple(kinds)
         self._known_kinds = tuple(dict.fromkeys(kinds))
         self._warned = False
@@ -86,70 +95,90 @@ class CallState:
         self._alike: weakref.WeakValueDictionary[Hashable, Work] = weakref.WeakValueDictionary()
 
     @property
-    def pipe(self):
-        """The pipeline the handle was made for, if it is still there."""
-        return self._pipe()
+    def bound(self) -> bool:
+        """Whether the layers are."""
+        return self.layers[0].handle is not None
 
-    def reset(self) -> None:
-        """Empty all slots."""
-        for slot in self.slots:
-            slot.filled, slot.work, slot.probe = False, None, None
+    # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def before_forward(self, module, args, kwargs) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
         refuse_tracing()
-        self.reset()
-        if self.shared is not None:
-            self.shared.reset()
-        for attn, processor in self.installed:
-            if attn.processor is not processor:  # by an IP-Adapter, say; the layer would go without its modulations
-                raise NotImplementedError(
-                    f"attention processors: expected those that fastrope.apply installed, received "
-                    f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
-                )
-        changed = None
-        if self.methods or self.inspector is not None:
-            call = self._signature.bind_partial(module, *args, **kwargs).arguments
-            call.pop(next(iter(self._signature.parameters)))  # self
-            changed = self._fill(module, call) if self.shared is None else self.shared.fill(module, call)
-        for slot in self.slots:
-            slot.filled = True
-        return None if changed is None else ((), changed)
+        with self.forwards.lock:
+            if not self.bound:  # any more: the call waited here while the handle was removed
+                return None
+            for attn, processor in self.installed:
+                if attn.processor is not processor:  # by an IP-Adapter, say; the layer would go without its modulations
+                    raise NotImplementedError(
+                        f"attention processors: expected those that fastrope.apply installed, received "
+                        f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
+                    )
+            if within_checkpoint():
+                refuse_checkpoint()
+            if torch.is_grad_enabled():
+                follow(self.model, self.forwards)
+            forward = self.forwards.settled()
+            forward, arguments = self._prepared(module, args, kwargs) if forward is None else (forward, None)
+            require(self.bound, "handle", "one that stays bound while its methods are asked", "one that was removed")
+            self.forwards.enter(call_frame(), forward)
+        return None if arguments is None else ((), arguments)
 
-    def _fill(self, module, call: Call) -> None:
-        key, sequence, rope = self.sequence_of(module, call)
-        device = device_of(call.get(self.host.hidden))
-        sites = self._sites(call, sequence)
-        asked = [Asked.of(self.methods, site) for site in sites] if sites else [Asked(self.methods)] * len(self.slots)
-        layers = [each.modulations for each in asked]
-        for slot, work in zip(self.slots, self._works_for(key, sequence, rope, layers, device), strict=True):
-            slot.work = work
-        self._normalise(key, sequence, rope, sites, asked)
-        if self.inspector is not None:
-            plain = self._work(key, sequence, rope, (), ())
-            for slot, site in zip(self.slots, sites, strict=True):
-                slot.probe = self.inspector.probe(site, sequence, plain)
+    def after_forward(self, module, args, output):
+        """Forward hook, called after errors, too: the reference's rows are dropped from the output."""
+        forward = self.forwards.leave(call_frame())
+        if forward is None or not forward.appended or output is None:
+            return None
+        if isinstance(output, tuple):
+            return self.host.rows.cut(output[0], forward.appended), *output[1:]
+        return replace(output, sample=self.host.rows.cut(output.sample, forward.appended))
 
-    def _sites(self, call: Call, sequence: JointSequence) -> list[fr.Site]:
-        """One site per layer; none where nobody asks."""
-        if self.inspector is None and all(isinstance(m, MODULATIONS) for m in self.methods):
-            return []
-        return self.sites(*self.step(call), sequence.layout())
+    def _prepared(self, module, args, kwargs) -> Prepared:
+        methods = self.methods
+        if not methods and self.inspector is None:
+            return Prepared(Forward((LayerState(),) * len(self.layers)))
+        call = self._signature.bind_partial(module, *args, **kwargs).arguments
+        call.pop(next(iter(self._signature.parameters)))  # self
+        return self.prepare(module, call, methods)
 
-    def sites(self, step: int, num_steps: int, tokens: fr.TokenLayout) -> list[fr.Site]:
+    def _prepare(self, module, call: Call, methods: tuple) -> Prepared:
+        found, inspector, count = self.sequence_of(module, call), self.inspector, len(self.layers)
+        # One site per layer; none where nobody asks.
+        asked = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
+        sites = self.sites(self.step(call), found.sequence.layout()) if asked else []
+        requests = [LayerRequest.of(methods, site) for site in sites] or [LayerRequest(methods)] * count
+        works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
+        for n, (modulations, sharings) in enumerate(requests):
+            if sharings:  # of a method that wants the statistics of a reference in the sequence itself
+                base = self._work(found, self.digest(modulations), modulations)
+                works[n] = SharedWork(base, sharings, sites[n].tokens)
+        probes = [None] * count
+        if inspector is not None:
+            plain = self._work(found, (), ())
+            probes = [inspector.probe(site, found.sequence, plain) for site in sites]
+        return Prepared(Forward(tuple(map(LayerState, works, probes))))
+
+    # ---- sites ------------------------------------------------------------------------------------------------------
+
+    def sites(self, step: Step, tokens: fr.TokenLayout) -> list[fr.Site]:
         """One site per layer."""
-        where = step, num_steps, self.axes_dim, self.host.spatial_axes, len(self.slots)
+        where = step.index, step.count, self.axes_dim, self.host.spatial_axes, len(self.layers)
         return [fr.Site(tokens, layer, *where, kind, self._known_kinds) for layer, kind in enumerate(self._kinds)]
 
-    def step(self, call: Call) -> tuple[int, int]:
-        """The step a call belongs to, and how many there are."""
-        return self.told or self._step(call) or self._first_step()
+    def tell(self, step: Step | None) -> None:
+        """The step of the calls to come of this thread, and of threads that told none; None: to be found out."""
+        self._told.step = self._told_last = step
 
-    def _step(self, call: Call) -> tuple[int, int] | None:
-        pipe = self._pipe()
-        return pipe and find_step(pipe, call.get(self.host.timestep), self.host.model_time)
+    def step(self, call: Call) -> Step:
+        """The step a call belongs to."""
+        return getattr(self._told, "step", self._told_last) or self._found_step(call) or self._first_step()
 
-    def _first_step(self) -> tuple[int, int]:
+    def _found_step(self, call: Call) -> Step | None:
+        running = running_pipeline(self.model)
+        pipe = self._pipe() if running is None else running
+        scheduler = getattr(pipe, "scheduler", None)
+        return find_step(scheduler, call.get(self.host.timestep), self.host.model_time, running is not None)
+
+    def _first_step(self) -> Step:
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -157,7 +186,7 @@ class CallState:
                 "pipeline, or call handle.set_step(step, num_steps)",
                 stacklevel=2,
             )
-        return 0, fr.Site.num_steps
+        return Step(0, fr.Site.num_steps)
 
     # ---- sequences --------------------------------------------------------------------------------------------------
 
@@ -176,7 +205,7 @@ class CallState:
     ) -> tuple[JointSequence, fr.RoPE]:
         if key not in self._sequences:
             sequence = self.host.describe(*identified)
-            wide = sequence.positions.to(torch.float64)
+            wide = wide_on_cpu(sequence.positions)
             rope = fr.RoPE.axial(wide, self.axes_dim, self.host.theta(module), self.host.pairing)
             self._check_embedding(module, sequence, rope, device)
             self._sequences[key] = sequence, rope
@@ -197,7 +226,9 @@ class CallState:
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
-    def _works_for(self, key, sequence, rope, layers: list[tuple[Modulation, ...]], device) -> list[Work | None]:
+    def _works_for(
+        self, found: Identified, layers: list[tuple[Modulation, ...]], device: torch.device
+    ) -> list[Work | SharedWork | None]:
         """The work of every layer; None where nothing is modulated."""
         distinct: list[tuple[Modulation, ...]] = []
         index = []
@@ -208,23 +239,17 @@ class CallState:
         contents = [self._fingerprints.key(modulations) for modulations in distinct]
         works = []
         for modulations, content in zip(distinct, contents, strict=True):
-            work = self._work(key, sequence, rope, content, modulations) if modulations else None
+            work = self._work(found, content, modulations) if modulations else None
             works.append(work if work is not None and work.modulates(self._applied, device) else None)
         self.forget()
         return [works[n] for n in index]
 
-    def _normalise(self, key, sequence, rope, sites: list[fr.Site], asked: list[Asked]) -> None:
-        """Where a method wants the statistics of a reference in the sequence itself."""
-        for slot, site, (modulations, sharings) in zip(self.slots, sites, asked, strict=False):
-            if sharings:
-                base = self._work(key, sequence, rope, self.digest(modulations), modulations)
-                slot.work = SharedWork(base, sharings, site.tokens)
-
     @property
     def _applied(self) -> bool:
-        return self.slots[0].applied or self.slots[0].compiled
+        return self.layers[0].applied or self.layers[0].compiled
 
-    def _work(self, key, sequence, rope, content: Hashable, modulations: tuple) -> Work:
+    def _work(self, found: Identified, content: Hashable, modulations: tuple) -> Work:
+        key, sequence, rope = found
         return self.remember(
             (key, content),
             lambda: self.alike(key, modulations, lambda like: Work(sequence, rope, modulations, like=like)),

@@ -1,14 +1,13 @@
-"""Where a layer's attention is decided: its slot, and the op that a compiler sees in its place.
+"""Where a layer's attention is decided, and the op that a compiler sees in its place.
 
 A compiler specialises on every Python number and object it meets, so a compiled layer meets neither plan nor
-modulation: it calls one opaque op with the slot's number in a tensor, and the op looks the slot up when it runs.
+modulation: it calls one opaque op with the layer's number in a tensor, and the op looks the layer up when it runs.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
@@ -16,12 +15,14 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 import fastrope as fr
+from fastrope.device import on_device
 from fastrope.joint import fused_joint_attention
 
+from .forwards import Forwards, LayerState
 from .rotation import Rotation
 from .sequences import JointSequence
 
-_SLOTS: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -99,7 +100,7 @@ class Work:
         if key not in self._plans:
             key_mask = self._masks[keys]
             rope, key_rope = (
-                r and fr.RoPE(r.angles.to(device), r.axis.to(device), r.pairing, applied)
+                r and fr.RoPE(on_device(r.angles, device), r.axis.to(device), r.pairing, applied)
                 for r in (self._rope, self.key_rope)
             )
             self._plans[key] = fr.plan(
@@ -150,80 +151,77 @@ def _check_groups(modulations: tuple, bonus: Tensor) -> None:
 def to_device(m, device: torch.device):
     """A modulation with its tensors on a device."""
     tensors = {f.name: getattr(m, f.name) for f in fields(m) if isinstance(getattr(m, f.name), torch.Tensor)}
-    return replace(m, **{name: t.to(device) for name, t in tensors.items()})
+    return replace(m, **{name: on_device(t, device) for name, t in tensors.items()})
 
 
-class Slot:
-    """What one attention layer is to do in the current call.
+class Layer:
+    """One attention layer of a bound transformer. It holds nothing of a call: see :mod:`.forwards`.
 
-    ``work`` is None where nothing is modulated; ``probe(q, k, work, applied)``, if any, looks at the attention. The
-    host rotates queries and keys if ``applied``, and always in a layer that is ``compiled``.
+    The host rotates queries and keys if ``applied``, and always in a layer that is ``compiled``.
+
+    Args:
+        forwards: of the handle.
+        index: of the layer, in order of execution.
+        backend: as in :func:`fastrope.apply`.
     """
 
-    def __init__(self, backend: str, applied: bool):
+    def __init__(self, forwards: Forwards, index: int, backend: str, applied: bool):
         self.backend = backend
         self.applied = applied
         self.compiled = False
-        self.work: Work | None = None
-        self.probe: Callable | None = None
-        self.filled = False
         self.original = None
-        self.handle = None  # whose slot this is
+        self.handle = None  # whose layer this is
         self.number = next(_NUMBERS)
-        self.address = torch.tensor([self.number])
-        _SLOTS[self.number] = self
+        self.address = torch.tensor([self.number], device="cpu")
+        self._forwards = forwards
+        self._index = index
+        _LAYERS[self.number] = self
 
     def close(self) -> None:
-        """Make the op refuse this slot from now on."""
-        _SLOTS.pop(self.number, None)
+        """Make the op refuse this layer from now on."""
+        self.handle = None
+        _LAYERS.pop(self.number, None)
 
     def __reduce_ex__(self, protocol):
-        """A copy would be filled by nobody: it would go on with the work of the call before."""
+        """No handle would know of a copy."""
         raise NotImplementedError(
             "copy: expected a transformer that no fastrope handle is bound to; call handle.remove() before copying or "
             "pickling it"
         )
 
     @property
-    def idle(self) -> bool:
-        """True when the host's own processor can run unobserved.
+    def state(self) -> LayerState:
+        """What the layer does in the forward that whoever asks is part of.
 
         Raises:
             ValueError: the layer was called before the transformer was.
         """
-        if not self.filled:
-            raise ValueError(
-                "transformer: expected a call of the object that fastrope.apply was given, received one that went "
-                "round it, so that the layout of the sequence is unknown"
-            )
-        return self.work is None and self.probe is None
+        return self._forwards.current().layers[self._index]
 
     def attend_streams(self, streams: list[fr.Stream | None], mask: Tensor | None) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)`` straight from the projections where the fused prologue is for it: on a
         GPU, or where its backend was asked for. None elsewhere, for streams that the host's own steps bring to one
         dtype, and under a probe, which looks at q and k."""
-        if None in streams or self.probe is not None or type(self.work) is not Work:
+        work, probe = self.state
+        if None in streams or probe is not None or type(work) is not Work:
             return None
         wanted = self.backend == "triton" or (self.backend == "auto" and streams[0].q.is_cuda)
         alike = len({x.dtype for s in streams for x in (s.q, s.k, s.v)}) == 1
-        if not wanted or not alike or (mask is not None and not self.work.masked):
+        if not wanted or not alike or (mask is not None and not work.masked):
             return None
-        return self.work.attend_streams(streams, self.backend)
+        return work.attend_streams(streams, self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)``, or None where the host's own is wanted."""
-        if self.idle:
-            return None
-        if mask is not None and self.work is not None and not self.work.masked:
+        work, probe = self.state
+        if mask is not None and work is not None and not work.masked:
             raise NotImplementedError(
                 "attention_mask: expected None in a modulated layer of this host, received a mask that is no part of "
                 "the transformer's own arguments"
             )
-        if self.probe is not None:
-            self.probe(q, k, self.work, applied)
-        if self.work is None:
-            return None
-        return self.work.attend(q, k, v, applied, self.backend)
+        if probe is not None:
+            probe(q, k, work, applied)
+        return None if work is None else work.attend(q, k, v, applied, self.backend)
 
 
 # What the op does changes from call to call, so no CUDA graph may replay it. Where torch has no such tag, the tensor on
@@ -237,19 +235,19 @@ def host_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    slot: Tensor,
+    layer: Tensor,
 ) -> Tensor:
-    """Attention of a bound layer, modulated or the host's own as its slot says when this runs.
+    """Attention of a bound layer, modulated or the host's own as the forward says that runs this.
 
     Args:
         q, k, v: ``(B, S, H, D)``, rotated by the host.
         mask: what the host masks with, for its own attention.
-        slot: ``(1,)`` int64 on the CPU, the number of the slot.
+        layer: ``(1,)`` int64 on the CPU, the number of the layer.
 
     Returns:
         ``(B, S, H, D)`` contiguous.
     """
-    found = _SLOTS.get(int(slot))
+    found = _LAYERS.get(int(layer))
     if found is None:
         raise ValueError("handle: expected a bound handle, received compiled code of one that was removed")
     found.compiled = True
@@ -260,5 +258,5 @@ def host_attention(
 
 
 @host_attention.register_fake
-def _(q, k, v, mask, slot):
+def _(q, k, v, mask, layer):
     return q.new_empty(q.shape)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,11 +14,12 @@ from fastrope.checks import require
 from fastrope.dispatch import BACKENDS
 
 from .calls import CallState
-from .dispatch import Slot
+from .checkpoints import unfollow
 from .hosts import Host, find_host
 from .inspection import Inspector, Record
 from .processors import BoundProcessor
 from .shared import SharedAttention
+from .steps import Step
 
 ROTATIONS = ("op", "host")
 
@@ -25,22 +27,35 @@ ROTATIONS = ("op", "host")
 class Handle:
     """Methods bound to a transformer. A context manager: leaving the block removes them."""
 
-    def __init__(self, state: CallState, hooks: list):
-        self._state = state
-        self._hooks = hooks
+    def __init__(self, state: CallState):
+        self._state: CallState | None = state  # None once removed: with it go transformer, pipeline and plans
+        self._undo = contextlib.ExitStack()
+        self._methods = state.methods
+        self._transformer = state.host.transformer
 
     @property
     def bound(self) -> bool:
         """True until :meth:`remove`."""
-        return bool(self._hooks)
+        return self._state is not None
 
     @property
     def methods(self) -> tuple:
         """The modulations and methods bound, flat."""
-        return self._state.methods
+        return self._methods
+
+    @property
+    def _bound(self) -> CallState:
+        """What is shared by all calls.
+
+        Raises:
+            ValueError: a handle that was removed.
+        """
+        require(self.bound, "handle", "a bound handle", "one that was removed already")
+        return self._state
 
     def update(self, *methods) -> None:
         """Replace all modulations and methods, from the next call of the transformer on: in the middle of a run, too.
+        Calls that are under way in other threads go on with those they began with.
 
         Nothing is re-applied and nothing compiles again. Methods are frozen: a parameter is changed by
         ``handle.update(dataclasses.replace(method, delta=1.2))``.
@@ -48,8 +63,7 @@ class Handle:
         Raises:
             ValueError: something that is neither modulation nor method, or a handle that was removed.
         """
-        require(self.bound, "handle", "a bound handle", "one that was removed already")
-        self._state.methods = flat_methods(methods, "methods")
+        self._bound.methods = self._methods = flat_methods(methods, "methods")
 
     def inspect(
         self,
@@ -74,61 +88,71 @@ class Handle:
             ValueError: a handle that was removed, or that another record looks at.
             NotImplementedError: a handle with a shared reference, whose keys are in no group of the sequence.
         """
-        require(self.bound, "handle", "a bound handle", "one that was removed already")
-        require(self._state.inspector is None, "handle", "one record at a time: stop() the other", "an open record")
-        if self._state.shared is not None:
+        state = self._bound
+        require(state.inspector is None, "handle", "one record at a time: stop() the other", "an open record")
+        if state.shares:
             raise NotImplementedError("inspect: expected a handle without a shared reference, received one with it")
         record = Record(lambda: self._stop(inspector))
-        inspector = Inspector(record, Where(layers, steps), queries)
-        self._state.inspector = inspector
+        inspector = state.inspector = Inspector(record, Where(layers, steps), queries)
         return record
 
     def _stop(self, inspector: Inspector) -> None:
-        if self._state.inspector is inspector:
+        if self.bound and self._state.inspector is inspector:
             self._state.inspector = None
 
     def set_step(self, step: int | None, num_steps: int = 28) -> None:
-        """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out.
+        """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out. It counts for
+        this thread's calls, and for those of threads that were told none of their own.
 
         Without a pipeline, and untold, methods see step 0, and a warning says so once.
 
         Raises:
-            ValueError: a step outside ``[0, num_steps)``.
+            ValueError: a step outside ``[0, num_steps)``, or a handle that was removed.
         """
         if step is not None:
             ok = isinstance(step, int) and isinstance(num_steps, int) and 0 <= step < num_steps
             require(ok, "step", f"an integer in [0, {num_steps})", repr(step))
-        self._state.told = None if step is None else (step, num_steps)
+        self._bound.tell(None if step is None else Step(step, num_steps))
 
     def remove(self) -> None:
         """Put the previous processors back, the very same objects, and take the hooks away.
 
         Raises:
-            ValueError: the handle was removed before.
+            ValueError: the handle was removed before, or a call of the transformer is under way, in whatever thread.
         """
-        require(self.bound, "handle", "a bound handle", "one that was removed already")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._state.inspector = None
-        replaced = 0
-        for attn, processor in self._state.installed:
-            if attn.processor is processor:
-                attn.set_processor(processor.original)
-            else:
-                replaced += 1
+        state = self._bound
+        with state.forwards.lock:
+            under_way = state.forwards.busy()
+            require(not under_way, "handle", "no call of the transformer under way, in whatever thread", "one that is")
+            replaced = sum(attn.processor is not processor for attn, processor in state.installed)
+            self._undo.close()
+            self._state = None
         if replaced:
             warnings.warn(
                 f"{replaced} attention processors were replaced after fastrope.apply; they stay as they are",
                 stacklevel=2,
             )
-        self._state.reset()  # what the last call was given is not kept by a handle that somebody keeps
-        for slot in self._state.slots:
-            slot.close()
-            slot.handle = None
-        self._state.installed = ()
+
+    def _install(self, called: torch.nn.Module, attentions: Sequence[torch.nn.Module]) -> None:
+        """Bind; every change goes with what undoes it."""
+        state, undo = self._state, self._undo
+        undo.callback(unfollow, state.model)
+        for attn, layer in zip(attentions, state.layers, strict=True):
+            undo.callback(layer.close)
+            layer.handle = self
+            processor = state.host.processors[type(attn.processor).__name__](attn.processor, layer)
+            undo.callback(_put_back, attn, processor)
+            state.installed.append((attn, processor))
+            attn.set_processor(processor)
+        # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
+        before, after = map(torch.compiler.disable, (state.before_forward, state.after_forward))
+        undo.callback(_unhook, called, before)
+        called.register_forward_pre_hook(before, with_kwargs=True)
+        undo.callback(_unhook, called, after)
+        called.register_forward_hook(after, always_call=True)
 
     def __enter__(self) -> Handle:
+        self._bound  # noqa: B018
         return self
 
     def __exit__(self, *exception) -> None:
@@ -136,9 +160,9 @@ class Handle:
             self.remove()
 
     def __repr__(self) -> str:
-        names = ", ".join(type(m).__name__ for m in self._state.methods)
-        what = f"{len(self._state.slots)} layers" if self.bound else "removed"
-        return f"<fastrope.Handle on {self._state.host.transformer}: {what}, [{names}]>"
+        names = ", ".join(type(m).__name__ for m in self._methods)
+        what = f"{len(self._state.layers)} layers" if self.bound else "removed"
+        return f"<fastrope.Handle on {self._transformer}: {what}, [{names}]>"
 
 
 def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op", reference=None) -> Handle:
@@ -155,24 +179,35 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op",
     layers = _find_layers(model, host)
     for name, attn in layers:
         _check_processor(name, attn.processor, host)
-    slots = [Slot(backend, applied=rotation == "host") for _ in layers]
     kinds = [host.blocks[name.partition(".")[0]] for name, _ in layers]
-    state = CallState(host, model, methods, slots, kinds, pipe)
-    state.shared = None if reference is None else SharedAttention(state, reference)
-    # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
-    hooks = [called.register_forward_pre_hook(torch.compiler.disable(state.before_forward), with_kwargs=True)]
-    if state.shared is not None:
-        hooks.append(called.register_forward_hook(torch.compiler.disable(state.shared.after_forward)))
-    installed = []
-    for (_, attn), slot in zip(layers, slots, strict=True):
-        processor = host.processors[type(attn.processor).__name__](attn.processor, slot)
-        attn.set_processor(processor)
-        installed.append((attn, processor))
-    state.installed = tuple(installed)
-    handle = Handle(state, hooks)
-    for slot in slots:
-        slot.handle = handle
+    state = CallState(host, model, methods, kinds, backend, rotation == "host", pipe)
+    if reference is not None:
+        state.prepare, state.shares = SharedAttention(state, reference).prepare, True
+    handle = Handle(state)
+    try:
+        handle._install(called, [attn for _, attn in layers])
+    except BaseException:
+        handle._undo.close()
+        raise
     return handle
+
+
+def _put_back(attn: torch.nn.Module, processor: BoundProcessor) -> None:
+    if attn.processor is processor:  # and was not replaced meanwhile
+        attn.set_processor(processor.original)
+
+
+def _unhook(module: torch.nn.Module, hook: Callable) -> None:
+    """Take a hook away, also one whose registration was broken off before it told what removes it."""
+    flags = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, each in hooks.items() if each is hook]:
+            for each in (hooks, *flags):
+                each.pop(key, None)
 
 
 def unbind(target) -> None:
@@ -183,7 +218,7 @@ def unbind(target) -> None:
     """
     _, model = _transformer_of(target)
     bound = (getattr(module, "processor", None) for module in model.modules())
-    handle = next((p.slot.handle for p in bound if isinstance(p, BoundProcessor)), None)
+    handle = next((p.layer.handle for p in bound if isinstance(p, BoundProcessor)), None)
     require(
         handle is not None, "pipe", "a transformer that a handle is bound to", f"{type(model).__name__} without one"
     )

@@ -58,9 +58,9 @@ class Record:
 
     @property
     def looks(self) -> list[Look]:
-        """Everything seen, in order. Both branches of guidance are calls of their own."""
+        """Everything seen, call by call, layer by layer. Both branches of guidance are calls of their own."""
         found = []
-        for call, site, names, sums in self._seen:
+        for call, site, names, sums in sorted(self._seen, key=lambda seen: (seen[0], seen[1].layer)):
             mass = {name: float(m) for name, m in zip(names, sums[0].tolist(), strict=True)}
             distance = {
                 name: (square / m) ** 0.5 if m > 0 else float("nan")
@@ -130,7 +130,7 @@ class Inspector:
         self._calls = -1
 
     def probe(self, site: fr.Site, sequence: JointSequence, plain: Work) -> Callable | None:
-        """What a layer's slot is to call with its queries and keys; None where nobody looks."""
+        """What a layer is to call with its queries and keys; None where nobody looks."""
         if site.layer == 0:
             self._calls += 1
         if site not in self._where:

@@ -2,7 +2,7 @@
 
 :class:`SharedWork` is the target's part. Its shared keys come from :class:`ReferenceWork`: in the same layer, where the
 reference is further rows of the batch (:class:`BatchedWork`); or recorded when it ran alone (:class:`Recorder`) and
-brought back later (:class:`KeptWork`).
+brought back later (:class:`CachedWork`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain
 
-from .asking import shares
 from .dispatch import Work
 from .prefetch import Prefetch
+from .requests import shares
 from .rotation import Rotation
 from .sequences import JointSequence
 
@@ -27,7 +27,7 @@ class SharedWork:
 
     Args:
         targets: the attention itself; its keys are the sequence and the shared tokens.
-        sharings: what the methods ask for in this layer, see :func:`.asking.combine`.
+        sharings: what the methods ask for in this layer, see :func:`.requests.combine`.
         tokens: the layout of the sequence.
     """
 
@@ -134,26 +134,26 @@ class BatchedWork:
         return torch.cat([self._targets.attend(*targets, applied, backend, shared), theirs])
 
 
-class KeptWork:
-    """A target's attention with keys that were kept.
+class CachedWork:
+    """A target's attention with the keys of a reference cache.
 
     Args:
         targets: the attention.
-        kept: the keys of the step's layers.
+        cached: the keys of the step's layers.
         n: which of them are this layer's.
-        rotation: of the kept keys.
+        rotation: of the cached keys.
     """
 
-    def __init__(self, targets: SharedWork, kept: Prefetch, n: int, rotation: Rotation):
+    def __init__(self, targets: SharedWork, cached: Prefetch, n: int, rotation: Rotation):
         self.masked = targets.masked
         self._targets = targets
-        self._kept = kept
+        self._cached = cached
         self._n = n
         self._rotation = rotation
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """As :meth:`.dispatch.Work.attend`."""
-        shared = self._kept.take(self._n).map(lambda x: x.to(k.device, non_blocking=True))
+        shared = self._cached.take(self._n).map(lambda x: x.to(k.device, non_blocking=True))
         if shared.applied != applied:
             turned = self._rotation.do(shared.k) if applied else self._rotation.undo(shared.k)
             shared = shared._replace(k=turned, applied=applied)

@@ -18,7 +18,7 @@ from diffusers.models.normalization import RMSNorm
 
 import fastrope as fr
 
-from .dispatch import Slot, host_attention
+from .dispatch import Layer, host_attention
 from .skipping import perturbed, register
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -37,7 +37,7 @@ class Stream(NamedTuple):
 class BoundProcessor:
     """A processor that stands in for ``original``; diffusers' settings pass through to that."""
 
-    def __init__(self, original=None, slot: Slot | None = None):
+    def __init__(self, original=None, layer: Layer | None = None):
         if original is None:  # loading an IP-Adapter makes the processors anew that it does not replace
             raise NotImplementedError(
                 "IP-Adapter: expected a transformer that no fastrope handle is bound to, received one that is; call "
@@ -45,8 +45,8 @@ class BoundProcessor:
             )
         register(type(self), type(original))
         self.original = original
-        self.slot = slot
-        slot.original = original
+        self.layer = layer
+        layer.original = original
 
     @property
     def _attention_backend(self):
@@ -72,7 +72,7 @@ class BoundProcessor:
     def _withdraw(self, config) -> None:
         """Take a configuration back from wherever diffusers has put it before it came to this processor: parallel in
         name alone, the model could neither be bound nor made parallel again."""
-        handle = self.slot.handle
+        handle = self.layer.handle
         modules = () if handle is None else handle._state.model.modules()
         for holder in [h for module in modules for h in (module, getattr(module, "processor", None))]:
             if getattr(holder, "_parallel_config", None) is config:
@@ -81,7 +81,7 @@ class BoundProcessor:
     def untouched(self) -> bool:
         """True when the host's own processor is to run. Whether something modulates a compiled layer is decided later,
         inside the op."""
-        return perturbed() or (not torch.compiler.is_compiling() and self.slot.idle)
+        return perturbed() or (not torch.compiler.is_compiling() and self.layer.state.idle)
 
     def attend(self, streams: list[Stream], table, mask: torch.Tensor | None = None) -> torch.Tensor | None:
         """Attention over the streams, joined in the order given.
@@ -96,19 +96,19 @@ class BoundProcessor:
         if table is None:
             raise NotImplementedError("rotary embedding: expected the host's table in a bound layer, received None")
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self.slot.applied:
-            out = self.slot.attend_streams([_as_projected(s) for s in streams], mask)
+        if not compiling and not self.layer.applied:
+            out = self.layer.attend_streams([_as_projected(s) for s in streams], mask)
             if out is not None:
                 return out.flatten(2)
-        q, k, v = self.prepare(streams, table if compiling or self.slot.applied else None)
+        q, k, v = self.prepare(streams, table if compiling or self.layer.applied else None)
         if compiling:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 raise NotImplementedError(
                     "compiled transformer: expected torch.no_grad() while a fastrope handle is bound, received tensors "
                     "that require grad; gradients flow in the transformer that is not compiled"
                 )
-            return host_attention(q, k, v, mask, self.slot.address).flatten(2)
-        out = self.slot.attend(q, k, v, mask, self.slot.applied)
+            return host_attention(q, k, v, mask, self.layer.address).flatten(2)
+        out = self.layer.attend(q, k, v, mask, self.layer.applied)
         return None if out is None else out.flatten(2)
 
     def prepare(self, streams: list[Stream], table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

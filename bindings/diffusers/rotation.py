@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrope.device import on_device
 from fastrope.rope import rotate
 
 
@@ -29,5 +30,5 @@ class Rotation:
         return rotate(x, -self._of(span, x.device), self._pairing)
 
     def _of(self, span: slice, device: torch.device) -> Tensor:
-        self._angles = self._angles.to(device)
-        return self._angles[..., span, :]
+        self._angles = angles = on_device(self._angles, device)  # of another thread's device, the next moment
+        return angles[..., span, :]

@@ -86,7 +86,7 @@ def steer(
     judge = _find_judge(judge, method)
     generator, noise = call.pop("generator", None), call.get("latents")
     if generator is None and noise is None:
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
 
     current = _Current(method)
     tries: list[Try] = []

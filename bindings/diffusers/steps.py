@@ -2,53 +2,95 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import NamedTuple
 
 import torch
 
 from fastrope.checks import require
 
 
-def find_sigma(
-    sigmas: list[float] | None,
-    timestep: torch.Tensor | None,
-    step: int,
-    model_time: Callable[[torch.Tensor], torch.Tensor],
-) -> float:
-    """Noise level of a step: the scheduler's, or read off the timestep the model is given.
+class Step(NamedTuple):
+    """A step of a run.
 
     Args:
-        sigmas: of the scheduler, where the step is an index into them; None elsewhere.
+        index, count: which, of how many.
+        scheduler: in whose timesteps ``index`` counts; None where it was told, or nothing tells.
+    """
+
+    index: int
+    count: int
+    scheduler: object | None = None
+
+
+def running_pipeline(model: torch.nn.Module):
+    """The pipeline whose call runs the transformer, found on this thread's call stack; None where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",) and code.co_argcount:
+            owner = _owner(frame)
+            called = getattr(owner, "transformer", None)
+            if called is not None and getattr(called, "_orig_mod", called) is model:
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def _owner(frame: FrameType):
+    """The object whose method a frame runs."""
+    values = frame.f_locals
+    owner = values.get("self")
+    # Before Python 3.13 the frame keeps this dict, and with it tensors that the method is done with. It is another
+    # one's business only where the method itself has called locals().
+    if type(values) is dict and sys.getrefcount(values) <= 3:
+        values.clear()
+    return owner
+
+
+def find_sigma(
+    step: Step,
+    read: Callable[[torch.Tensor], list[float]],
+    timestep: torch.Tensor | None,
+    model_time: Callable[[torch.Tensor], torch.Tensor],
+) -> float:
+    """Noise level of a step: its scheduler's, or read off the timestep the model is given.
+
+    Args:
+        read: the values of a tensor.
         timestep: what the model was given.
-        step: index of the step.
         model_time: the scheduler's timesteps as the model is given them, affine.
 
     Raises:
         ValueError: neither tells.
     """
-    if sigmas is not None and step < len(sigmas):
-        return sigmas[step]
+    sigmas = getattr(step.scheduler, "sigmas", None)
+    levels = read(sigmas) if isinstance(sigmas, torch.Tensor) else []
+    if step.index < len(levels):
+        return levels[step.index]
     known = isinstance(timestep, torch.Tensor) and timestep.numel() > 0
     require(known, "timestep", "a tensor, as nothing else tells the noise level", type(timestep).__name__)
-    clean, noise = (float(model_time(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1000.0))
+    ends = torch.tensor([0.0, 1000.0], dtype=torch.float64, device="cpu")
+    clean, noise = model_time(ends).tolist()
     return (float(timestep.flatten()[0]) - clean) / (noise - clean)
 
 
 def find_step(
-    pipe, timestep: torch.Tensor | None, model_time: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[int, int] | None:
-    """Index of the current step in the scheduler's timesteps, and their number.
+    scheduler, timestep: torch.Tensor | None, model_time: Callable[[torch.Tensor], torch.Tensor], running: bool
+) -> Step | None:
+    """The current step among the scheduler's timesteps.
 
-    Inside the pipeline's loop the scheduler knows the index, without a device synchronisation. Elsewhere (a pipeline
-    that does not say whether it runs, another one that shares transformer and scheduler, a direct call) the timestep's
-    value is looked up. None where both fail, and where the scheduler was never given steps or has made all of them:
-    whoever calls then goes by another one.
+    In its pipeline's call the scheduler knows the index, without a device synchronisation. Elsewhere (a loop of one's
+    own, the first step of pipelines that set no begin index) the timestep's value is looked up. None where both fail,
+    and where the scheduler was never given steps or has made all of them: whoever calls then goes by another one.
 
     Args:
         timestep: what the model was given.
         model_time: the scheduler's timesteps as the model is given them.
+        running: whether the scheduler's pipeline runs the model.
     """
-    scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0:
         return None
@@ -56,19 +98,19 @@ def find_step(
     if index is None:
         index = getattr(scheduler, "begin_index", None)
     count = len(timesteps)
-    if index is not None and index < count and getattr(pipe, "_current_timestep", None) is not None:
-        return int(index), count
+    if running and index is not None and index < count:
+        return Step(int(index), count, scheduler)
     # Before they are given steps, schedulers hold those of their training.
     never = index is None and getattr(scheduler, "num_inference_steps", None) is None
     if never or (index is not None and index >= count) or not isinstance(timestep, torch.Tensor):
         return None
     dtype = timestep.dtype if timestep.is_floating_point() else torch.float32
     # The pipeline rounds to the model's dtype, then divides; the same here makes equal values equal.
-    known = model_time(torch.as_tensor(timesteps).cpu().to(dtype)).double()
+    known = model_time(torch.as_tensor(timesteps, device="cpu").to(dtype)).double()
     distance = (known - timestep.flatten()[0].cpu().double()).abs()
     nearest = int(distance.argmin())
     if distance[nearest] > 1e-3:
         return None
     if index is not None and index < count and distance[index] == distance[nearest]:
-        return int(index), count  # neighbours that half precision rounds to one value
-    return nearest, count
+        nearest = int(index)  # neighbours that half precision rounds to one value
+    return Step(nearest, count, scheduler)

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -99,6 +100,7 @@ class _Walk:
         self.arguments: Mapping[str, object] = {}
         self.sigmas: tuple[float, ...] = ()
         self.points: list[torch.Tensor] = []
+        self.thread = threading.get_ident()  # others may run the same transformer meanwhile
 
     def run(self, call: dict) -> None:
         """Go through the pipeline's call once."""
@@ -151,7 +153,7 @@ class _Walk:
 
     def _see(self, module, args, kwargs) -> None:
         """What the transformer is told, at its first call."""
-        if self.hidden is not None:
+        if self.hidden is not None or threading.get_ident() != self.thread:
             return
         model = getattr(module, "_orig_mod", module)
         told = dict(inspect.signature(type(model).forward).bind_partial(module, *args, **kwargs).arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import replace
 
@@ -171,21 +172,24 @@ def test_gradients_are_refused_in_compiled_layers():
 
 def test_the_op_meets_its_contract():
     """Schema, fake implementation, layout of the output."""
-    from fastrope.bindings.diffusers.dispatch import Slot, host_attention
+    from fastrope.bindings.diffusers.dispatch import Layer, host_attention
+    from fastrope.bindings.diffusers.forwards import Forward, Forwards, LayerState
 
-    slot = Slot("auto", applied=True)
-    slot.original, slot.filled = types.SimpleNamespace(_attention_backend=None), True
+    forwards = Forwards()
+    layer = Layer(forwards, 0, "auto", applied=True)
+    layer.original = types.SimpleNamespace(_attention_backend=None)
+    forwards.enter(sys._getframe(), Forward((LayerState(),)))
     q, k, v = torch.randn(3, 2, 7, 2, 16).unbind()
     mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
     for given in (None, mask):
         torch.library.opcheck(
-            host_attention, (q, k, v.transpose(1, 2).contiguous().transpose(1, 2), given, slot.address)
+            host_attention, (q, k, v.transpose(1, 2).contiguous().transpose(1, 2), given, layer.address)
         )
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    assert torch.equal(host_attention(q, k, v, None, slot.address), expected)
-    slot.close()
+    assert torch.equal(host_attention(q, k, v, None, layer.address), expected)
+    layer.close()
     with pytest.raises(ValueError, match=r"^handle: expected a bound handle"):
-        host_attention(q, k, v, None, slot.address)
+        host_attention(q, k, v, None, layer.address)
 
 
 def test_a_compiled_pipeline_counts_its_steps():

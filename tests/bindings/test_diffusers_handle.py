@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -19,6 +22,9 @@ from diffusers_hosts import (
     TINY_HOSTS,
     all_four,
     build_flux,
+    flux_generate,
+    flux_pipeline,
+    grag_like,
     kontext_call,
     run,
 )
@@ -62,6 +68,62 @@ def test_copies_are_refused_while_bound(transformer):
             with pytest.raises(NotImplementedError, match=r"^copy: expected .* handle\.remove\(\)"):
                 copy.deepcopy(each)
     copy.deepcopy(transformer)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", [0, 1, 3, "hook before", "hook after"])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_binding_is_all_or_nothing(transformer, monkeypatch, error, where, late):
+    """An error or an interrupt at any layer or hook, just before or just after it took effect, undoes everything."""
+    before, call = transformer.attn_processors, kontext_call()
+    stock, owner, name = run(transformer, call), transformer, "set_processor"
+    if isinstance(where, int):
+        owner = attentions(transformer)[where]
+    else:
+        name = "register_forward_pre_hook" if where == "hook before" else "register_forward_hook"
+    real = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        monkeypatch.undo()
+        if late:
+            real(*args, **kwargs)
+        raise error("stop")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(error, match=r"^stop$"):
+        fr.apply(transformer, all_four())
+    assert all(transformer.attn_processors[key] is p for key, p in before.items())
+    assert not transformer._forward_pre_hooks
+    assert not transformer._forward_hooks
+    assert torch.equal(run(transformer, call), stock)
+    with pytest.raises(ValueError, match=r"^pipe: expected a transformer that a handle is bound to"):
+        fr.remove(transformer)
+    with fr.apply(transformer, all_four()):
+        assert not torch.equal(run(transformer, call), stock)
+    assert torch.equal(run(transformer, call), stock)
+
+
+def test_a_removed_handle_is_no_context():
+    """What is under it would run without its methods."""
+    handle = fr.apply(build_flux(), all_four())
+    handle.remove()
+    with pytest.raises(ValueError, match=r"^handle: expected a bound handle, received one that was removed"):
+        handle.__enter__()
+    assert repr(handle).startswith("<fastrope.Handle on FluxTransformer2DModel: removed, [QueryScale")
+
+
+def test_a_removed_handle_holds_nothing():
+    """Neither transformer nor pipeline nor plans, though somebody keeps it."""
+    pipe = flux_pipeline()
+    layout = TINY_HOSTS["flux"].layout
+    handle = fr.apply(pipe, grag_like(layout))
+    flux_generate(pipe)
+    held = [pipe, pipe.transformer, next(iter(handle._state._works.values())).plans[0]]
+    held = [weakref.ref(x) for x in held]
+    handle.remove()
+    del pipe
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
 
 
 def test_removing_twice_is_refused(transformer):
@@ -133,6 +195,41 @@ def test_a_failed_call_leaves_no_plan_of_an_earlier_one(transformer):
             run(transformer, kontext_call(short))
         with pytest.raises(ValueError, match=r"went round"):
             transformer.forward(**kontext_call())
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_call_leaves_nothing_behind(transformer):
+    """torch runs no hooks after a KeyboardInterrupt; what it leaves is never taken for the work of another call."""
+    call, inner = kontext_call(), kontext_call()
+    with fr.apply(transformer, all_four()) as handle:
+        expected = run(transformer, call), run(transformer, inner)
+
+        def broken_off() -> None:
+            watch = transformer.single_transformer_blocks[0].register_forward_pre_hook(interrupt)
+            with contextlib.suppress(KeyboardInterrupt):
+                run(transformer, inner)
+            watch.remove()
+
+        broken_off()
+        with pytest.raises(ValueError, match=r"^transformer: expected a call of the object"):
+            transformer.forward(**call)
+        broken_off()
+        assert torch.equal(run(transformer, call), expected[0])
+        with pytest.raises(ValueError, match=r"^transformer: expected a call of the object"):
+            transformer.forward(**call)
+
+        def within(*_) -> None:
+            watch.remove()
+            broken_off()
+            assert torch.equal(run(transformer, inner), expected[1])
+
+        watch = transformer.transformer_blocks[1].register_forward_pre_hook(within)
+        assert torch.equal(run(transformer, call), expected[0])  # a call within goes before, not instead
+        broken_off()
+        assert not handle._state.forwards.busy()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_steps_do_not_depend_on_the_dtype_or_on_earlier_runs():
 
 @pytest.mark.parametrize(("dtype", "shift"), [(torch.float32, 3.0), (torch.bfloat16, 100.0)])
 def test_a_pipeline_that_shares_the_transformer_gets_the_right_steps(dtype, shift):
-    """The handle's pipeline is not the one that runs: steps come from the timestep's value."""
+    """The handle's pipeline is not the one that runs; the scheduler is its own."""
     pipe = build_pipeline(flux_pipeline, dtype, shift)
     other = FluxPipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
@@ -100,21 +102,93 @@ def test_a_pipeline_that_shares_the_transformer_gets_the_right_steps(dtype, shif
     assert method.sites[0].num_steps == 16
 
 
-@pytest.mark.parametrize("ran", [False, True])
-def test_a_pipeline_with_a_scheduler_of_its_own_is_not_taken_for_the_handles(ran):
-    """Timesteps of another run tell nothing, even where some are equal: untold, methods see step 0, with a warning."""
-    pipe = build_pipeline(flux_pipeline)
+def sibling_of(pipe):
+    """Another pipeline around the same transformer, with a scheduler of its own."""
     other = FluxPipeline(**{**pipe.components, "scheduler": scheduler()})
     other.set_progress_bar_config(disable=True)
-    method = Recorder()
-    with fr.apply(pipe, method):
-        if ran:
-            generate(pipe, steps=4)
-            assert [s.step for s in method.sites[::LAYERS]] == [0, 1, 2, 3]
-            method.sites.clear()
-        with pytest.warns(UserWarning, match=r"^fastrope: nothing tells the denoising step"):
+    return other
+
+
+def steps_of(method) -> list[tuple[int, int]]:
+    """Steps and their number, call by call; forgets them."""
+    found = [(site.step, site.num_steps) for site in method.sites[::LAYERS]]
+    method.sites.clear()
+    return found
+
+
+@pytest.mark.parametrize("through", [lambda pipe: pipe, lambda pipe: pipe.transformer], ids=["pipeline", "transformer"])
+def test_a_pipeline_with_a_scheduler_of_its_own_gets_its_own_steps(through):
+    """Whatever the handle was made for, before and after another pipeline's run, also one that broke off."""
+    pipe = build_pipeline(flux_pipeline)
+    other, method = sibling_of(pipe), Recorder()
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    with fr.apply(through(pipe), method), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for broken in (False, True):
             generate(other, steps=8)
-    assert {(s.step, s.num_steps) for s in method.sites} == {(0, 28)}
+            assert steps_of(method) == [(n, 8) for n in range(8)]
+            if broken:
+                with pytest.raises(KeyboardInterrupt):
+                    generate(pipe, steps=4, callback_on_step_end=stop)
+                assert steps_of(method) == [(0, 4), (1, 4)]
+            else:
+                generate(pipe, steps=4)
+                assert steps_of(method) == [(n, 4) for n in range(4)]
+        generate(other, steps=6)
+        assert steps_of(method) == [(n, 6) for n in range(6)]
+
+
+def test_a_run_that_broke_off_leaves_no_step_behind(transformer):
+    """A call by hand after it goes by its timestep, and is told of where that says nothing."""
+    pipe = flux_pipeline(transformer.float())
+    method, layout = Recorder(), TINY_HOSTS["flux"].layout
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    with fr.apply(pipe, method):
+        with pytest.raises(RuntimeError, match=r"^stop$"):
+            generate(pipe, steps=4, callback_on_step_end=stop)
+        method.sites.clear()
+        call = TINY_HOSTS["flux"].call(layout, 2, torch.float32)
+        call["timestep"] = (pipe.scheduler.timesteps[2:3] / 1000).expand(2)
+        run(transformer, call)
+        assert steps_of(method) == [(2, 4)]
+        call["timestep"] = call["timestep"] - 0.05
+        with pytest.warns(UserWarning, match=r"^fastrope: nothing tells the denoising step"):
+            run(transformer, call)
+        assert steps_of(method) == [(0, 28)]
+
+
+def test_looking_for_the_pipeline_keeps_nothing_of_it(monkeypatch):
+    """Neither tensors that its call is done with, nor what it keeps in its own locals()."""
+    from fastrope.bindings.diffusers.steps import running_pipeline
+
+    model, seen = torch.nn.Identity(), []
+
+    class Pipeline:
+        transformer, scheduler = model, None
+
+        def __call__(self, keep: bool):
+            tensor = torch.ones(3)
+            held, mine = weakref.ref(tensor), locals() if keep else None
+            seen.append(running_pipeline(model))
+            if keep:
+                assert mine["tensor"] is tensor
+            else:
+                del tensor
+                assert held() is None
+
+    pipe = Pipeline()
+    pipe(False)
+    pipe(True)
+    assert seen == [pipe, pipe]
+    assert running_pipeline(model) is None
 
 
 def test_the_step_inside_the_loop_is_read_without_touching_a_tensor():
@@ -124,11 +198,10 @@ def test_the_step_inside_the_loop_is_read_without_touching_a_tensor():
         return timesteps / 1000
 
     scheduler = types.SimpleNamespace(timesteps=torch.empty(9, device="meta"), step_index=None, begin_index=0)
-    pipe = types.SimpleNamespace(scheduler=scheduler, _current_timestep=1.0)
-    assert find_step(pipe, torch.empty(2, device="meta"), in_thousands) == (0, 9)
+    assert find_step(scheduler, torch.empty(2, device="meta"), in_thousands, True)[:2] == (0, 9)
     scheduler.step_index = 4
-    assert find_step(pipe, torch.empty(2, device="meta"), in_thousands) == (4, 9)
-    assert find_step(types.SimpleNamespace(scheduler=None), torch.ones(2), in_thousands) is None
+    assert find_step(scheduler, torch.empty(2, device="meta"), in_thousands, True)[:2] == (4, 9)
+    assert find_step(None, torch.ones(2), in_thousands, True) is None
 
 
 def test_methods_active_at_some_steps_only():

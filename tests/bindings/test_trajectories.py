@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -500,6 +501,27 @@ def test_a_run_asks_for_the_schedulers_sigmas(case, kept):
 def flux():
     torch.manual_seed(0)
     return "flux", PIPELINES["flux"]()
+
+
+def test_another_threads_calls_are_not_taken_for_the_references(flux):
+    """Nor broken off: a pipeline that shares the transformer runs while the picture is encoded."""
+    _, pipe = flux
+    expected, (seen, *_) = prepare(flux), seen_in_a_run(flux)[0]
+    call = {name: x + 1 if name.endswith("hidden_states") else x for name, x in seen.items() if name != "return_dict"}
+    alone, found = hosts.run(pipe.transformer, call), []
+
+    def elsewhere(*_):
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(hosts.run, pipe.transformer, call).result())
+
+    watch = pipe.vae.encoder.register_forward_pre_hook(elsewhere)
+    try:
+        reference = prepare(flux)
+    finally:
+        watch.remove()
+    assert torch.equal(found[0], alone)
+    assert list(reference.arguments) == list(expected.arguments)
+    assert all(torch.equal(x, expected.arguments[name]) for name, x in reference.arguments.items())
 
 
 def sized(flux, image, **size) -> tuple[int, int]:

@@ -12,14 +12,14 @@ from fastrope.modulations import MODULATIONS, Modulation
 from fastrope.sharing import SHARED, Sharing
 
 
-class Asked(NamedTuple):
+class LayerRequest(NamedTuple):
     """Modulations, and sharings as :func:`combine` gives them; both empty where a layer stays as it is."""
 
     modulations: tuple[Modulation, ...] = ()
     sharings: tuple[Sharing, ...] = ()
 
     @classmethod
-    def of(cls, methods: Sequence, site: fr.Site) -> Asked:
+    def of(cls, methods: Sequence, site: fr.Site) -> LayerRequest:
         """All that methods ask for at a site.
 
         Raises:

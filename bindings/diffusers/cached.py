@@ -13,34 +13,21 @@ from fastrope.sharing import Snapshot
 from .adapters import Adapters
 from .calls import CallState, Identified
 from .fingerprints import Readings
+from .forwards import Forward, LayerState
 from .layers import Recorder, ReferenceWork
 from .sequences import Call, device_of
 
 
-class KeptReference:
+class CachedReference:
     """Finds what a cache holds of a step, and runs the reference for what it does not.
 
-    The run is a forward of the same transformer, inside the target's: its hooks come back here, see :attr:`recording`.
+    The run is a call of the same transformer before the target's begins: the hooks are the same, the forward another.
     """
 
     def __init__(self, state: CallState, cache: fr.ReferenceCache):
         self._state = state
         self._cache = cache
-        self._recording: tuple[Snapshot, set[int]] | None = None
         self._guidance, self._adapters = Readings(), Adapters()
-
-    @property
-    def recording(self) -> bool:
-        """Whether the forward under way is the reference's own."""
-        return self._recording is not None
-
-    def record(self, module, call: Call) -> None:
-        """Fill the slots for the reference's own forward."""
-        (snapshot, layers), state = self._recording, self._state
-        key, sequence, rope = state.sequence_of(module, call)
-        reference = state.remember((key, "alone"), lambda: ReferenceWork(sequence, rope))
-        for n in layers:
-            state.slots[n].work = Recorder(reference, self._cache.keep, snapshot, n)
 
     def snapshot(
         self, module, call: Call, alone: Call, own: Identified, moment: tuple[int, float], layers: set[int]
@@ -57,9 +44,7 @@ class KeptReference:
         name = self._name(call, alone, own, moment)
         known = self._cache.find(name)
         missing = layers - set(known.layers if known else ())
-        if not missing:
-            return known
-        return self._cache.put(name, self._run(module, alone, _empty(own, self._state.host.rows.count(alone)), missing))
+        return self._cache.put(name, self._run(module, alone, own, missing)) if missing else known
 
     def _name(self, call: Call, alone: Call, own: Identified, moment: tuple[int, float]) -> Hashable:
         """All that the keys depend on, but for the model's weights and what the source makes of a moment."""
@@ -76,20 +61,24 @@ class KeptReference:
         guidance = call.get("guidance") if given is None else given
         return self._guidance.of(guidance)[0] if isinstance(guidance, Tensor) else guidance
 
-    def _run(self, module, alone: Call, fresh: Snapshot, layers: set[int]) -> Snapshot:
-        if getattr(self._state.model, "is_cache_enabled", False):
+    def _run(self, module, alone: Call, own: Identified, layers: set[int]) -> Snapshot:
+        state, cache = self._state, self._cache
+        if getattr(state.model, "is_cache_enabled", False):
             raise NotImplementedError(
                 "enable_cache: expected a transformer without diffusers' own caches when a reference is run alone, "
                 "received one that would take the reference's blocks for the target's; call disable_cache() first"
             )
-        self._recording = fresh, layers
-        try:
-            with torch.no_grad():
-                module(**alone)
-        finally:
-            self._recording = None
-        self._state.reset()
-        return fresh
+        snapshot = _empty(own, state.host.rows.count(alone))
+        reference = state.remember((own.key, "alone"), lambda: ReferenceWork(own.sequence, own.rope))
+        forward = Forward(
+            tuple(
+                LayerState(Recorder(reference, cache.keep, snapshot, n) if n in layers else None)
+                for n in range(len(state.layers))
+            )
+        )
+        with torch.no_grad():
+            state.forwards.run(forward, module, alone)
+        return snapshot
 
 
 def _empty(own: Identified, rows: int) -> Snapshot:

@@ -1,0 +1,100 @@
+"""Gradient checkpointing: a block that runs again does what it did in its own forward.
+
+Later forwards, other threads and the removal of the handle lie between. diffusers' models hand their blocks to
+``_gradient_checkpointing_func``; while a handle is bound they hand it blocks that carry their forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+
+import torch
+
+from .dispatch import Layer
+from .forwards import Forwards
+
+NAME = "_gradient_checkpointing_func"
+
+
+def follow(model: torch.nn.Module, forwards: Forwards) -> None:
+    """Let the model's blocks carry their forward, whichever function the user has set by now."""
+    function = getattr(model, NAME, None)
+    if callable(function) and not isinstance(function, _Following):
+        setattr(model, NAME, _Following(function, forwards))
+
+
+def unfollow(model: torch.nn.Module) -> None:
+    """Put the model's own function back."""
+    function = getattr(model, NAME, None)
+    if isinstance(function, _Following):
+        setattr(model, NAME, function.original)
+
+
+class _Following:
+    """``function(block, *args)``."""
+
+    def __init__(self, original: Callable, forwards: Forwards):
+        self.original = original
+        self._forwards = forwards
+
+    def __call__(self, block: torch.nn.Module, *args, **kwargs):
+        return self.original(_Carrying(block, self._forwards), *args, **kwargs)
+
+
+class _Carrying:
+    """A block with the forward that it is part of now. It holds nothing else of the handle."""
+
+    def __init__(self, block: torch.nn.Module, forwards: Forwards):
+        self._block = block
+        self._forwards = forwards
+        self._forward = forwards.current()
+        self._processors = {
+            name: module.processor
+            for name, module in block.named_modules()
+            if isinstance(getattr(getattr(module, "processor", None), "layer", None), Layer)
+        }
+
+    def __getattr__(self, name: str):
+        return getattr(self._block, name)
+
+    def __call__(self, *args, **kwargs):
+        frame, forward = sys._getframe(), self._forward
+        self._forward = forward.unobserved()
+        try:
+            with self._forwards.lock:
+                self._forwards.enter(frame, forward)
+                block = self._bound_block()
+            return block(*args, **kwargs)
+        finally:
+            self._forwards.leave(frame)
+
+    def _bound_block(self) -> torch.nn.Module:
+        """The block with the processors of its forward. Where they were taken away it stays as it is, for whoever runs
+        it meanwhile, and a copy with the same parameters has them."""
+        block = self._block
+        for name, processor in self._processors.items():
+            if self._block.get_submodule(name).processor is not processor:
+                block = _with_processor(block, name.split(".") if name else [], processor)
+        return block
+
+
+def _with_processor(module: torch.nn.Module, path: list[str], processor) -> torch.nn.Module:
+    """A copy that shares all but the modules on the path to a processor of its own.
+
+    Raises:
+        NotImplementedError: a forward that was put into a module on the path, which would run the module itself.
+    """
+    if "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None:
+        raise NotImplementedError(
+            f"gradient checkpointing: expected backward() before handle.remove() where hooks of offloading or a "
+            f"compiler run a block, received a {type(module).__name__} with them after it"
+        )
+    twin = copy.copy(module)
+    if path:
+        twin._modules = dict(module._modules)
+        twin._modules[path[0]] = _with_processor(module._modules[path[0]], path[1:], processor)
+    else:
+        twin.processor = processor
+    return twin

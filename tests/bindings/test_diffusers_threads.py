@@ -1,0 +1,228 @@
+"""Threads that share one bound transformer: what each draws is what it draws alone, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers_hosts import (
+    TEXT,
+    TINY_HOSTS,
+    assert_differ,
+    build_flux,
+    flux_prompts,
+    grag_like,
+    kl_vae,
+    kontext_generate,
+    kontext_pipeline,
+    loose_like,
+    quiet,
+    run,
+    scheduler,
+)
+from test_untwisting_shared import CARRIED, DIALS, apply, call_of, source_of
+
+GRIDS = (4, 6), (6, 4)
+
+
+def two_calls() -> list[dict]:
+    """Of one reference each, on grids that differ though their tokens are as many."""
+    return [TINY_HOSTS["kontext"].call(fr.TokenLayout(TEXT, grid, [grid])) for grid in GRIDS]
+
+
+def by_layout(site: fr.Site) -> list:
+    """Modulations that only fit the site's own layout, and differ from layer to layer."""
+    return grag_like(site.tokens, delta=0.5 + 0.1 * site.layer) + loose_like(site.tokens)
+
+
+METHOD = types.SimpleNamespace(modulations=by_layout)
+
+
+def overlapping(at: torch.nn.Module, first, second):
+    """``first()`` in a thread of its own, which waits before it runs a module until ``second()`` is over."""
+    begun, over, caller = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        if threading.get_ident() in caller:
+            begun.set()
+            assert over.wait(60)
+
+    def called():
+        caller.append(threading.get_ident())
+        return first()
+
+    watch = at.register_forward_pre_hook(wait)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(called)
+            try:
+                assert begun.wait(60) or found.exception()
+                other = second()
+            finally:
+                over.set()
+            return found.result(), other
+    finally:
+        watch.remove()
+
+
+@pytest.mark.parametrize("how", ["op", "host", "compiled"])
+def test_a_call_overtaken_by_another(how):
+    model, (one, other) = build_flux().double(), two_calls()
+    if how == "compiled":
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with fr.apply(model, METHOD, rotation="host" if how == "host" else "op"):
+        expected = run(model, one), run(model, other)
+        found = overlapping(model.x_embedder, lambda: run(model, one), lambda: run(model, other))
+    assert all(map(torch.equal, found, expected))
+    assert_differ(expected[0], run(model, one))
+
+
+@CARRIED
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+def test_a_reference_beside_other_calls(carried, warm):
+    """Shared by two targets in two threads, also where its cache is empty yet."""
+    host = TINY_HOSTS["flux"]
+    model, source = host.build().double(), source_of(host, call_of(host, 6, 1))
+    calls = [call_of(host, text, rows) for text, rows in ((5, 2), (9, 1))]
+    method = fr.UntwistingRoPE(**DIALS)
+    with apply(model, carried, source, method):
+        expected = [run(model, call) for call in calls]
+    with apply(model, carried, source, method):
+        if warm:
+            run(model, calls[0])
+            found = overlapping(model.x_embedder, lambda: run(model, calls[0]), lambda: run(model, calls[1]))
+            assert all(map(torch.equal, found, expected))
+        with yielding(model), ThreadPoolExecutor(2) as pool:
+            several = [pool.submit(run, model, calls[n % 2]) for n in range(6)]
+            assert all(torch.equal(each.result(), expected[n % 2]) for n, each in enumerate(several))
+
+
+def test_a_record_of_overlapping_calls():
+    model, (one, other) = build_flux().double(), two_calls()
+    with fr.apply(model, METHOD) as handle:
+        with handle.inspect(layers=[0, 3]) as expected:
+            run(model, one)
+            run(model, other)
+        with handle.inspect(layers=[0, 3]) as record:
+            overlapping(model.x_embedder, lambda: run(model, one), lambda: run(model, other))
+    assert [look.call for look in record.looks] == [0, 0, 1, 1]
+    assert record.looks == expected.looks
+
+
+def test_methods_and_steps_of_one_thread_leave_the_others_calls():
+    """Methods replaced and a step told during a call belong to the next one, and a step to the thread that told it."""
+    model, (one, other) = build_flux().double(), two_calls()
+    steps = []
+
+    def modulations(site):
+        steps.append((site.step, site.num_steps, site.layer))
+        return by_layout(site)
+
+    with fr.apply(model, METHOD) as handle:
+        expected = run(model, one), run(model, other)
+
+        def second():
+            handle.update(types.SimpleNamespace(modulations=modulations))
+            handle.set_step(3, 9)
+            return run(model, other)
+
+        def first():
+            handle.set_step(1, 4)
+            found = run(model, one)
+            handle.set_step(2, 4)
+            run(model, one)
+            return found
+
+        found = overlapping(model.x_embedder, first, second)
+        assert all(map(torch.equal, found, expected))
+        assert steps[::4] == [(3, 9, 0), (2, 4, 0)]
+        run(model, one)
+        assert steps[-1] == (3, 9, 3)
+
+
+def test_binding_and_removing_during_a_call_of_another_thread():
+    """A call is bound or not as a whole, or refused by name; what was refused changed nothing."""
+    model, (one, other) = build_flux().double(), two_calls()
+    stock = run(model, other)
+    with fr.apply(model, METHOD) as handle:
+        expected, bound = run(model, one), model.attn_processors
+
+        def remove():
+            with pytest.raises(ValueError, match=r"^handle: expected no call of the transformer under way"):
+                handle.remove()
+            return all(model.attn_processors[name] is p for name, p in bound.items())
+
+        found, unchanged = overlapping(model.x_embedder, lambda: run(model, one), remove)
+        assert unchanged
+        assert torch.equal(found, expected)
+        assert torch.equal(run(model, one), expected)
+    assert torch.equal(run(model, other), stock)
+
+    def first():
+        with pytest.raises(ValueError, match=r"^transformer: expected a call of .* or began before"):
+            run(model, one)
+        return True
+
+    refused, handle = overlapping(model.x_embedder, first, lambda: fr.apply(model, METHOD))
+    assert refused
+    assert torch.equal(run(model, one), expected)
+    handle.remove()
+
+
+@contextlib.contextmanager
+def yielding(model):
+    """Every block lets the other threads run."""
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    watches = [block.register_forward_pre_hook(lambda *_: time.sleep(1e-4)) for block in blocks]
+    yield
+    for watch in watches:
+        watch.remove()
+
+
+def test_three_pipelines_of_one_transformer_draw_what_each_draws_alone():
+    """Sizes, references, batches, numbers of steps and methods' answers differ; 100 calls."""
+    kontext = kontext_pipeline()
+    model = kontext.transformer
+    parts = {**kontext.components, "vae": None}
+    flux = [quiet(FluxPipeline(**{**parts, "scheduler": scheduler()})) for _ in range(2)]
+    other = quiet(FluxKontextPipeline(**{**kontext.components, "scheduler": scheduler(), "vae": kl_vae()}))
+
+    def draw(pipe, size, steps, batch):
+        given = flux_prompts(batch, TEXT, None, torch.float32)
+        noise = torch.Generator().manual_seed(2)
+        return pipe(
+            **given, **size, num_inference_steps=steps, output_type="latent", generator=noise, return_dict=False
+        )[0]
+
+    jobs = [
+        lambda: draw(flux[0], dict(height=48, width=80), 2, 1),
+        lambda: draw(flux[1], dict(height=80, width=48), 3, 2),
+        lambda: kontext_generate(other, 2, 1),
+    ]
+
+    def modulations(site):
+        return by_layout(site) if site.step else grag_like(site.tokens, delta=1.5)
+
+    counts = 34, 33, 33
+    with fr.apply(kontext, types.SimpleNamespace(modulations=modulations)):
+        expected = [job() for job in jobs]
+        with yielding(model), ThreadPoolExecutor(3) as pool:
+            runs = [
+                pool.submit(lambda job=job, count=count: [job() for _ in range(count)])
+                for job, count in zip(jobs, counts, strict=True)
+            ]
+            found = [each.result() for each in runs]
+    assert [len(each) for each in found] == list(counts)
+    for each, alone in zip(found, expected, strict=True):
+        assert all(torch.equal(out, alone) for out in each)
