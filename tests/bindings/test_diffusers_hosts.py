@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope.backends import triton as triton_backend
+from fastrope import device as devices
+from fastrope.backends import fused
 
 pytest.importorskip("diffusers")
 from diffusers.models.normalization import RMSNorm
@@ -407,14 +408,14 @@ def widen(value):
 
 def watched(monkeypatch) -> list[bool]:
     """Whether each run of the kernels was handed streams."""
-    calls, kernels = [], triton_backend.run
+    calls, kernels = [], fused.run
     monkeypatch.setattr(
-        triton_backend, "run", lambda q, k, *rest: calls.append(not isinstance(k, torch.Tensor)) or kernels(q, k, *rest)
+        fused, "run", lambda q, k, *rest: calls.append(not isinstance(k, torch.Tensor)) or kernels(q, k, *rest)
     )
     return calls
 
 
-@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs the interpreted kernels")
 @pytest.mark.parametrize(
     ("name", "masked"), [("flux", False), ("flux2", False), ("chroma", True), ("qwen", True), ("z-image", False)]
 )
@@ -432,7 +433,7 @@ def test_the_fused_prologue_equals_the_steps_of_the_host(name, masked, monkeypat
     assert calls == [True, True]
 
 
-@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs the interpreted kernels")
 @pytest.mark.parametrize("why", ["hooked", "not fused"])
 def test_the_hosts_own_norms_are_called(why, monkeypatch):
     """Offloading and adapters hook modules, so that their weights alone do not say what they do; and where the prologue
@@ -485,7 +486,7 @@ def test_norms_the_prologue_knows(norm, known):
         torch.testing.assert_close(found(x), norm(x))
 
 
-@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernels")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs the interpreted kernels")
 def test_queries_of_another_dtype_take_the_steps_of_the_host(monkeypatch):
     """An adapter that leaves queries wider than values: they are brought to one dtype first."""
     host = TINY_HOSTS["qwen"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope.backends import triton
+from fastrope import device as devices
 
 pytest.importorskip("diffusers")
 import diffusers
@@ -57,7 +57,7 @@ def test_layers_are_skipped_as_in_the_stock_model(name, what):
 def test_what_modulates_a_skipped_layer_is_skipped_with_it(name, what, backend):
     """The kernels of a backend must not stand in for what diffusers leaves out."""
     host = TINY_HOSTS[name]
-    if backend == "triton" and triton.unsupported(torch.empty(1)):
+    if backend == "triton" and devices.kernel_obstacle(torch.empty(1)):
         pytest.skip("triton cannot run here")
     model, call = skipping(host, what), host.call(host.layout, dtype=torch.float32)
     mods = [fr.BiasDelta(1.5, 2.0, keys=host.layout.target)]

@@ -29,7 +29,7 @@ from test_untwisting_shared import apply, call_of, plain_layout, source_of
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrope.backends import triton as triton_backend
+from fastrope import device as devices
 
 STEPS = 3
 DIALS = dict(s_hf=(0.2, 0.9), s_lf=(0.9, 1.6), beta=2.0, adain=0.5)
@@ -218,7 +218,7 @@ def test_confined_to_some_steps_and_layers():
             assert_same(host.generate(pipe, STEPS, 1, (TEXT, None)), stock)
 
 
-@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs the interpreted kernel")
+@pytest.mark.skipif(not devices.interpreted(), reason="runs the interpreted kernel")
 @CARRIED
 def test_the_fused_kernel_shares(carried):
     host = TINY_HOSTS["flux"]
