@@ -12,7 +12,8 @@ from numerics import calls
 import fastrope as fr
 from fastrope.kernels.abi import AXIS_BLOCK, QUERY_TILE
 from fastrope.planning import axis_blocks, scales, segments
-from fastrope.planning.lowered import Lowered, tensors_of
+from fastrope.planning.flattening import tensors_of
+from fastrope.planning.lowered import Lowered
 from fastrope.planning.scales import AT_ONE, PER_QUERY
 from fastrope.planning.segments import MAX_RUNS, KeySignatures, Segment
 

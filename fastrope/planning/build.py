@@ -17,8 +17,9 @@ from ..checks import require, require_finite, require_tensor
 from ..device import on_device
 from ..modulations import MODULATIONS, Modulation
 from ..rope import RoPE
+from .flattening import map_tensors
 from .lower import lower
-from .lowered import Lowered, map_tensors
+from .lowered import Lowered
 from .resolve import Resolved, as_tuple, check_arguments, common_device, lengths, resolve
 
 

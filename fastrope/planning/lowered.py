@@ -9,15 +9,14 @@ in every call.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.tables import AxisBlocks, Polynomial, PolynomialTiles
+from .flattening import flatten, tables, unflatten
 from .resolve import Group
 from .segments import Segment
 
@@ -288,8 +287,7 @@ class Lowered:
 
     def flatten(self) -> tuple[list[Tensor], str]:
         """All tensors, and a string from which :meth:`unflatten` makes the same of them; ops carry both."""
-        tensors: list[Tensor] = []
-        return tensors, json.dumps(_flatten(self, tensors), separators=(",", ":"))
+        return flatten(self)
 
     @staticmethod
     def unflatten(tensors: Sequence[Tensor], spec: str) -> Lowered:
@@ -298,10 +296,7 @@ class Lowered:
         Raises:
             ValueError: another number of tensors than the spec names.
         """
-        count, make = _recipe(spec)
-        if len(tensors) != count:
-            raise ValueError(f"tensors: expected {count}, as the spec of the plan says, received {len(tensors)}")
-        return make(iter(tensors))
+        return unflatten(tensors, spec, TABLES)
 
 
 def weighted_rotation(rotation: Rotation | None, bands: BandTables, segments: Sequence[Segment]) -> Rotation:
@@ -319,71 +314,8 @@ def weighted_rotation(rotation: Rotation | None, bands: BandTables, segments: Se
     return Rotation(cos, sin)
 
 
-# ---- flattening ------------------------------------------------------------------------------------------------------
-# A dataclass becomes [its name, a value per field]; a tensor becomes "tensor"; whatever else is written as it is.
-
-_TABLES = {
-    cls.__name__: cls
-    for cls in (
-        Lowered, KeyTables, QueryTables, BandTables, GroupTables, GainTables, ScaleTables, SortedQueries,
-        UnmodulatedQueries, ClassAngles, PerQueryMeans, Rotation, Segment, AxisBlocks, Polynomial, PolynomialTiles,
-    )
-}  # fmt: skip
-
-
-def _flatten(value, tensors: list[Tensor]):
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return {"tensor": 0}
-    if is_dataclass(value):
-        return {type(value).__name__: [_flatten(getattr(value, f.name), tensors) for f in fields(value)]}
-    return [_flatten(x, tensors) for x in value] if isinstance(value, tuple) else value
-
-
-@lru_cache(maxsize=256)
-def _recipe(spec: str):
-    """How many tensors a spec names, and a function that takes them from an iterator and makes the table."""
-    count = 0
-
-    def recipe(value):
-        nonlocal count
-        before = count
-        if value == {"tensor": 0}:
-            count += 1
-            return next
-        if isinstance(value, dict):
-            ((name, parts),) = value.items()
-            make, parts = _TABLES[name], [recipe(part) for part in parts]
-        elif isinstance(value, list):
-            make, parts = (lambda *found: found), [recipe(part) for part in value]
-        else:
-            return lambda tensors: value
-        if count == before:  # no tensor in it: the same every time
-            constant = make(*(part(()) for part in parts))
-            return lambda tensors: constant
-        return lambda tensors: make(*[part(tensors) for part in parts])
-
-    make = recipe(json.loads(spec))
-    return count, make
-
-
-def tensors_of(table) -> Iterator[Tensor]:
-    """All tensors of a table and of the tables in it."""
-    for f in fields(table):
-        value = getattr(table, f.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif is_dataclass(value):
-            yield from tensors_of(value)
-
-
-def map_tensors(table, function):
-    """The same table with ``function(tensor)`` in the place of every tensor."""
-    changed = {}
-    for f in fields(table):
-        value = getattr(table, f.name)
-        if isinstance(value, Tensor):
-            changed[f.name] = function(value)
-        elif is_dataclass(value):
-            changed[f.name] = map_tensors(value, function)
-    return replace(table, **changed)
+# What a spec may name.
+TABLES = tables(
+    Lowered, KeyTables, QueryTables, BandTables, GroupTables, GainTables, ScaleTables, SortedQueries,
+    UnmodulatedQueries, ClassAngles, PerQueryMeans, Rotation, Segment, AxisBlocks, Polynomial, PolynomialTiles,
+)  # fmt: skip

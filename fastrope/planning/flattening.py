@@ -1,0 +1,105 @@
+"""Nested dataclasses of tensors as a list of tensors and a string, and back: what a torch op can carry.
+
+A dataclass becomes {its name: a value per field}, a tensor {"tensor": 0}, a tuple a list; whatever else JSON holds as
+it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+Tables = tuple[type, ...]
+
+
+def tables(*classes: type) -> Tables:
+    """Dataclasses that a spec may name.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    if len({cls.__name__ for cls in classes}) < len(classes):
+        raise ValueError(f"classes: expected names that differ, received {[cls.__name__ for cls in classes]}")
+    return classes
+
+
+def flatten(table: Any) -> tuple[list[Tensor], str]:
+    """All tensors of a table, in order, and its spec."""
+    tensors: list[Tensor] = []
+    return tensors, json.dumps(_flatten(table, tensors), separators=(",", ":"))
+
+
+def unflatten(tensors: Sequence[Tensor], spec: str, known: Tables) -> Any:
+    """Inverse of :func:`flatten`.
+
+    Raises:
+        ValueError: another number of tensors than the spec names.
+    """
+    count, make = _recipe(spec, known)
+    if len(tensors) != count:
+        raise ValueError(f"tensors: expected {count}, as the spec of the plan says, received {len(tensors)}")
+    return make(iter(tensors))
+
+
+def tensors_of(table: Any) -> Iterator[Tensor]:
+    """All tensors of a table and of the tables in it."""
+    for f in fields(table):
+        value = getattr(table, f.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from tensors_of(value)
+
+
+def map_tensors(table: Any, function: Callable[[Tensor], Tensor | None]) -> Any:
+    """The same table with ``function(tensor)`` in the place of every tensor."""
+    changed = {}
+    for f in fields(table):
+        value = getattr(table, f.name)
+        if isinstance(value, Tensor):
+            changed[f.name] = function(value)
+        elif is_dataclass(value):
+            changed[f.name] = map_tensors(value, function)
+    return replace(table, **changed)
+
+
+def _flatten(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": 0}
+    if is_dataclass(value):
+        return {type(value).__name__: [_flatten(getattr(value, f.name), tensors) for f in fields(value)]}
+    return [_flatten(x, tensors) for x in value] if isinstance(value, tuple) else value
+
+
+@lru_cache(maxsize=256)
+def _recipe(spec: str, known: Tables) -> tuple[int, Callable[[Iterator[Tensor]], Any]]:
+    """How many tensors a spec names, and a function that takes them from an iterator and makes the table."""
+    classes = {cls.__name__: cls for cls in known}
+    count = 0
+
+    def recipe(value: Any) -> Callable[[Iterator[Tensor]], Any]:
+        nonlocal count
+        before = count
+        if value == {"tensor": 0}:
+            count += 1
+            return next
+        if isinstance(value, dict):
+            ((name, parts),) = value.items()
+            make, parts = classes[name], [recipe(part) for part in parts]
+        elif isinstance(value, list):
+            make, parts = (lambda *found: found), [recipe(part) for part in value]
+        else:
+            return lambda tensors: value
+        if count == before:  # no tensor in it: the same every time
+            constant = make(*(part(iter(())) for part in parts))
+            return lambda tensors: constant
+        return lambda tensors: make(*[part(tensors) for part in parts])
+
+    make = recipe(json.loads(spec))
+    return count, make
