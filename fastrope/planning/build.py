@@ -17,7 +17,7 @@ from ..checks import require, require_finite, require_tensor
 from ..device import on_device
 from ..modulations import MODULATIONS, Modulation
 from ..rope import RoPE
-from .flattening import map_tensors
+from .flattening import map_tensors, tensors_of
 from .lower import lower
 from .lowered import Lowered
 from .resolve import Resolved, as_tuple, check_arguments, common_device, lengths, resolve
@@ -44,6 +44,10 @@ class Plan:
         """A plan of both."""
         tensors, spec = lowered.flatten()
         return Plan(resolved, lowered, tuple(tensors), spec)
+
+    def _with(self, resolved: Resolved, lowered: Lowered) -> Plan:
+        """Other numbers in the same tables: the spec stays."""
+        return Plan(resolved, lowered, tuple(tensors_of(lowered)), self.spec)
 
     def __repr__(self) -> str:
         segments, buckets = len(self.lowered.segments), self.lowered.num_buckets
@@ -79,7 +83,7 @@ class Plan:
             resolved = self.resolved.with_groups(numbers)
             batch = max(len(x) for group in resolved.groups for x in (group.bias, group.delta))
             require(batch in (1, self.lowered.batch), "numbers", f"batch {self.lowered.batch or 1}", batch)
-            return Plan.of(resolved, self.lowered.with_groups(resolved.groups))
+            return self._with(resolved, self.lowered.with_groups(resolved.groups))
 
     def with_weight(self, weight: torch.Tensor) -> Plan:
         """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
@@ -100,7 +104,7 @@ class Plan:
         require_finite("weight", weight, ("pair",))
         with torch.inference_mode(False):
             resolved = self.resolved.with_weight(weight)
-            return Plan.of(resolved, self.lowered.with_weight(resolved.weights[0].w))
+            return self._with(resolved, self.lowered.with_weight(resolved.weights[0].w))
 
 
 def plan(
