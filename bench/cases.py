@@ -82,7 +82,7 @@ def loose_levels(workload: Workload, device: torch.device) -> list[Modulation]:
     return [fr.QueryScale(per_query(workload, by_level(RANGE), device), keys=workload.source, axes=SPATIAL)]
 
 
-def loose_continuous(workload: Workload, device: torch.device) -> list[Modulation]:
+def loose_per_query(workload: Workload, device: torch.device) -> list[Modulation]:
     """The paper's formula: every query of the crop has a scale of its own, over the same range."""
     scale = per_query(workload, lambda saliency: RANGE[0] + (1 - RANGE[0]) * saliency, device)
     return [fr.QueryScale(scale, keys=workload.source, axes=SPATIAL)]
@@ -114,9 +114,9 @@ CASES = _cases(
     Case("grag", "BiasDelta on the reference", grag),
     Case("bands", "BandWeight on the reference", bands),
     Case("loose-levels", "QueryScale, five levels on a quarter of the target", loose_levels),
-    Case("loose-continuous", "QueryScale, a quarter of the target, all different", loose_continuous),
+    Case("loose-per-query", "QueryScale, a quarter of the target, all different", loose_per_query),
     Case("crop-gain", "LogitGain, a quarter of the target and of the reference", crop_gain),
     Case("all", "all four, levels", _together(loose_levels, bands, grag, crop_gain)),
-    Case("all-continuous", "all four, all scales different", _together(loose_continuous, bands, grag, crop_gain)),
+    Case("all-per-query", "all four, all scales different", _together(loose_per_query, bands, grag, crop_gain)),
     Case("shared", "BandWeight on the keys of a shared reference", bands, shared=True),
 )

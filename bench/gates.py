@@ -166,7 +166,7 @@ GATES = (
     ),
     Gate(
         "LooseRoPE, all scales different, over our own plain", "<= 1.40 x", "1.15 x",
-        partial(over_plain, ["loose-continuous"]), 1.40, 1.15,
+        partial(over_plain, ["loose-per-query"]), 1.40, 1.15,
     ),
     Gate("everything at once over our own plain", "<= 1.20 x", "1.10 x", partial(over_plain, ["all"]), 1.20, 1.10),
     Gate(

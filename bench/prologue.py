@@ -64,7 +64,7 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class KeySet:
-    """Keys that queries set apart see under one treatment: ``rows`` of the keys left, ``places`` of the same among the
+    """Keys that queries set apart see under one signature: ``rows`` of the keys left, ``places`` of the same among the
     scaled ones (None: they are not scaled), the product of the gains there ``(n,)``."""
 
     rows: Rows
@@ -100,9 +100,9 @@ class _Lowering:
             return [(m, key_mask(m.keys, tokens, self.device)[self.left]) for m in some]
 
         # Keys are written anew anyway: in an order that makes each set of them a view, for one gather of the values.
-        treatment = self._treatment(of(fr.QueryScale), of(fr.LogitGain))
-        if len(treatment.unique_consecutive()) > len(treatment.unique()):
-            self.left = self.left[treatment.argsort(stable=True)]
+        signature = self._signature(of(fr.QueryScale), of(fr.LogitGain))
+        if len(signature.unique_consecutive()) > len(signature.unique()):
+            self.left = self.left[signature.argsort(stable=True)]
         self.scales, self.gains = of(fr.QueryScale), of(fr.LogitGain)
         self.groups, self.weights = of(fr.BiasDelta), of(fr.BandWeight)
         if any(x.ndim != 1 for x in (*(m.scale for m, _ in self.scales), *(m.gain for m, _ in self.gains))):
@@ -163,15 +163,15 @@ class _Lowering:
         indexed = tuple((_as_slice(x.nonzero().flatten()), x, bias, delta) for x, bias, delta in groups)
         return Keys(self._turn(angles, self.left[some]), indexed, weight)
 
-    def _treatment(self, scales: list[tuple], gains: list[tuple]) -> torch.Tensor:
+    def _signature(self, scales: list[tuple], gains: list[tuple]) -> torch.Tensor:
         """What queries set apart do to each key left: a bit for each gain, above them one for the scale."""
         return sum((keys.long() << n for n, (_, keys) in enumerate(gains + scales)), start=torch.zeros_like(self.left))
 
     def _sets(self, apart: torch.Tensor) -> Iterator[KeySet]:
-        treatment, place = self._treatment(self.scales, self.gains), self.scaled.cumsum(0) - 1
-        for value in treatment.unique().tolist():
+        signature, place = self._signature(self.scales, self.gains), self.scaled.cumsum(0) - 1
+        for value in signature.unique().tolist():
             gains = [m.gain[apart] for n, (m, _) in enumerate(self.gains) if value >> n & 1]
-            rows = (treatment == value).nonzero().flatten()
+            rows = (signature == value).nonzero().flatten()
             yield KeySet(
                 _as_slice(rows), _as_slice(place[rows]) if value >> len(self.gains) else None,
                 torch.stack(gains).prod(dim=0).float() if gains else None,

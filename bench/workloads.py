@@ -93,7 +93,7 @@ def _workloads(*workloads: Workload) -> dict[str, Workload]:
 
 _TEXT, _SIDE = 512, (64, 64)  # of FLUX; 1024 px at 16 px a token
 _KONTEXT = fr.TokenLayout(_TEXT, _SIDE, references=[_SIDE])
-_ENDS = ("plain", "all", "loose-levels", "grag", "all-continuous")  # what tells most, most telling first
+_ENDS = ("plain", "all", "loose-levels", "grag", "all-per-query")  # what tells most, most telling first
 _FLUX2 = {"heads": 48, "axes_dim": (32, 32, 32, 32), "theta": 2000.0, "convention": "flux2"}
 _TINY = {"heads": 2, "dim": 32, "axes_dim": (8, 12, 12), "small": True}
 

@@ -19,8 +19,6 @@ POLYNOMIAL = ("polynomial", "polynomial_tma", "terms")  # for 16-bit inputs of u
 KERNELS = (*LOOPS, *TMA_LOOPS, "axis_blocks", *POLYNOMIAL, "pack", "queries", "means")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
-# Shared memory one block may use, bytes (CUDA programming guide, "technical specifications"; CDNA3 LDS).
-SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
 @dataclass(frozen=True)

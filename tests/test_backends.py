@@ -104,7 +104,7 @@ def test_query_scale(backend, dtype, kind):
 
 
 @targets
-def test_query_scale_levels_beside_continuous(backend, dtype):
+def test_scale_buckets_beside_per_query_scales(backend, dtype):
     g, q, k, v, rope, reference = picture(dtype, tokens=210)
     r = uniform(g, 210)
     r[torch.randperm(210, generator=g)[:140]] = 0.75
@@ -274,7 +274,7 @@ def test_one_axis_and_axes_without_channels(backend, dtype):
 
 @targets
 @pytest.mark.parametrize("kind", ["levels", "distinct", None])
-def test_more_treatments_than_one_launch_holds(backend, dtype, kind):
+def test_more_key_signatures_than_one_launch_holds(backend, dtype, kind):
     g = generator(11)
     tokens, heads = (24, 2) if INTERPRETED else (300, 4)
     q, k, v = tensors(g, batch=2, queries=tokens, heads=heads, key_heads=heads // 2, dim=16, dtype=dtype)

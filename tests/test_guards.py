@@ -52,7 +52,7 @@ def planted(shape, generator, dtype=torch.float32) -> torch.Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("scale_of", [levels, lambda n: torch.linspace(0.4, 1, n)], ids=["levels", "continuous"])
+@pytest.mark.parametrize("scale_of", [levels, lambda n: torch.linspace(0.4, 1, n)], ids=["buckets", "per query"])
 def test_nan_around_every_buffer_stays_out(scale_of, monkeypatch):
     """Inputs are views into NaN; every buffer the launchers allocate starts as NaN."""
     generator = torch.Generator().manual_seed(0)

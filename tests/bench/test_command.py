@@ -148,7 +148,7 @@ def test_what_tells_most_comes_first():
     assert order[:3] == [("attention", "kontext"), ("block", "kontext"), ("attention", "tokens-33k")]
     assert order[-1] == ("shared", "flux-1024px")
     assert {task.case for task in tasks[:8]} == {
-        "plain", "grag", "bands", "loose-levels", "loose-continuous", "crop-gain", "all", "all-continuous",
+        "plain", "grag", "bands", "loose-levels", "loose-per-query", "crop-gain", "all", "all-per-query",
     }  # fmt: skip
     assert {name for suite, name in order if suite == "attention"} == {
         w.name for w in WORKLOADS.values() if not w.small

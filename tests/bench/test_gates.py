@@ -47,7 +47,7 @@ def test_the_plain_loop_against_cudnn(ms, expected):
     ("case", "beginning", "bar", "aim", "workload"),
     [
         ("loose-levels", "LooseRoPE, five", 1.12, 1.05, "kontext"),
-        ("loose-continuous", "LooseRoPE, all", 1.40, 1.15, "kontext"),
+        ("loose-per-query", "LooseRoPE, all", 1.40, 1.15, "kontext"),
         ("all", "everything at once", 1.20, 1.10, "kontext"),
         ("all", "33k tokens", 1.15, 1.05, "tokens-33k"),
     ],

@@ -93,7 +93,7 @@ def test_prologue_and_epilogue_are_one_graph_each(workload, case, stacked):
 
 
 def test_calls_are_as_few_as_can_be():
-    """Levels cost a call each, or one for all; other treatments one for each set of keys."""
+    """Levels cost a call each, or one for all; other signatures one for each set of keys."""
     counts = {}
     for case, stacked in (("plain", False), ("grag", False), ("crop-gain", False), ("loose-levels", False),
                           ("loose-levels", True), ("all", False), ("all", True)):  # fmt: skip
@@ -183,7 +183,7 @@ def test_flex_attention_says_what_it_cannot():
         peers.flex_run(problem("tiny-masked", "grag"), [], flex_attention, peers.as_is)
 
 
-@pytest.mark.parametrize("case", ["loose-continuous", "all-continuous"])
+@pytest.mark.parametrize("case", ["loose-per-query", "all-per-query"])
 def test_materialised_keys_of_single_queries(case, monkeypatch):
     """What more distinct scales than there are passes for are computed with."""
     monkeypatch.setattr("fastrope.bench.materialised.MAX_SCALES", 3)

@@ -63,7 +63,7 @@ def test_every_supported_peer_runs_every_case(tmp_path, capsys):
     for impl in ("fastrope-auto", "fastrope-auto-applied", "fastrope-sdpa", "careful-flash", "materialised"):
         assert {("tiny", case, impl) for case in CASES if case != "shared"} <= ran
         assert {("tiny-shared", PLAIN, impl), ("tiny-shared", "shared", impl)} <= ran
-        assert ("tiny-masked", "all-continuous", impl) in ran
+        assert ("tiny-masked", "all-per-query", impl) in ran
     assert {(w, PLAIN, "flash") for w in ("tiny", "tiny-masked", "tiny-shared")} <= ran
     printed = capsys.readouterr().out
     for reason in ("a score_mod cannot rotate", "no way to say any modulation", "cuDNN is for CUDA"):
@@ -190,9 +190,9 @@ def test_cases_change_a_quarter_of_the_target(name):
     quarter = target // 4
     assert int(crop(workload).sum()) == quarter
     (levels,) = CASES["loose-levels"].modulations(workload, CPU)
-    (continuous,) = CASES["loose-continuous"].modulations(workload, CPU)
+    (per_query,) = CASES["loose-per-query"].modulations(workload, CPU)
     (gain,) = CASES["crop-gain"].modulations(workload, CPU)
-    for values, distinct in ((levels.scale, 5), (continuous.scale, quarter), (gain.gain, 5)):
+    for values, distinct in ((levels.scale, 5), (per_query.scale, quarter), (gain.gain, 5)):
         changed = (values != 1).nonzero().flatten()
         assert len(changed) == quarter
         assert len(values[changed].unique()) == distinct

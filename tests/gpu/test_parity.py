@@ -110,7 +110,7 @@ def test_flux_kontext_folded(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", ["loose-levels", "crop-gain", "loose-continuous", "all", "all-continuous"])
+@pytest.mark.parametrize("case", ["loose-levels", "crop-gain", "loose-per-query", "all", "all-per-query"])
 def test_flux_kontext_split(case, dtype):
     """Queries outside of the crop through torch's attention."""
     problem = kontext(case, dtype)
