@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastrope as fr
 
@@ -15,7 +18,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
 from fastrope import cli, demo
-from fastrope.demo import bands, build, groups, idea, kontext, maps
+from fastrope.demo import bands, build, groups, idea, kontext, maps, report
 from fastrope.demo.probe import attention_weights, smooth_noise
 from fastrope.demo.untwisting import band_weights
 
@@ -130,6 +133,43 @@ def test_device_that_is_not_there(capsys, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_is_no_folder(there, capsys, tmp_path):
+    if there:
+        (tmp_path / "a.png").touch()
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "a.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastrope demo: --out: expected a folder, received ")
+
+
+def test_an_earlier_report_is_kept(capsys, tmp_path):
+    for name in build.FILES:
+        (tmp_path / name).write_text("mine")
+        assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"fastrope demo: --out: {tmp_path / name} is there already")
+        (tmp_path / name).unlink()
+
+
+@settings(max_examples=200)
+@given(st.text(st.characters(codec="utf-8")))
+def test_text_of_users_is_shown_as_it_is(text):
+    """Only spaces are lost."""
+    shown = html.unescape(report._inline(report.literal(text)))
+    assert shown == " ".join(text.split())
+    assert "<" not in report._inline(report.literal(text))
+
+
+def test_cells_of_a_table_are_text(tmp_path):
+    cell = "<b>a</b> | `c` $x$"
+    table = report.Table(("h",), ((cell,),), "caption", "none")
+    pages = report.write("title", "a `code`", [report.Section("s", (table,))], tmp_path)
+    text, page = (path.read_text() for path in pages)
+    assert r"| \<b\>a\</b\> \| \`c\` \$x\$ |" in text
+    assert "<td>&lt;b&gt;a&lt;/b&gt; | `c` $x$</td>" in page
+    assert "a <code>code</code>" in page
+
+
 def test_absent_and_broken_backends_are_told_apart():
     def absent():
         raise NotImplementedError("no kernel for this device")
@@ -151,6 +191,7 @@ def test_demo_quick(tmp_path):
     code = demo.main(["--quick", "--out", str(out), "--device", "cpu"])
     numbers = json.loads((out / "numbers.json").read_text())
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert {path.name for path in out.iterdir()} == set(build.FILES)
     for name in PICTURES:
         assert (out / f"{name}.png").stat().st_size > 5000
         assert f"({name}.png)" in text

@@ -52,7 +52,7 @@ def photo(name: str, size: tuple[int, int] = (40, 40), seed: int = 0) -> str:
 def test_a_picture_and_its_record(capsys):
     words = "--prompt", "a heron", "--reference", photo("ref.png"), "--plain", "--out", "made/heron.png"
     assert draw(*words, "--s-hf", "0.9", "1", "--s-lf", "1.2", "--beta", "3", "--adain", "0.25", "--seed", "5") == 0
-    assert capsys.readouterr().out.split() == ["made/heron.png", "made/heron-plain.png", "made/heron.json"]
+    assert capsys.readouterr().out.split() == ["made/heron.png", "made/heron.json", "made/heron-plain.png"]
     assert pixels("made/heron.png").shape == (32, 32, 3)
     assert (pixels("made/heron.png") != pixels("made/heron-plain.png")).any()
     kept = record("made/heron.json")
@@ -153,6 +153,71 @@ def test_cells_are_what_style_draws():
     assert draw("--s-hf", "0.9", "--s-lf", "1", "1.4", "--cells", "cells", command="sweep") == 0
     assert draw("--s-hf", "0.9", "--s-lf", "1.4") == 0
     assert np.array_equal(pixels("style.png"), pixels("cells/s_hf_0.9_s_lf_1.4.png"))
+
+
+def test_prompts_are_text():
+    """Neither mathematics nor mark-up, in the sheet and in names."""
+    prompt = r"costs $5, \frac{ or $x_"
+    assert draw("--prompt", prompt, "--s-hf", "0.5", "--s-lf", "1", command="sweep") == 0
+    assert record("sweep.json")["prompt"] == prompt
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """A list that grows with every picture that is drawn, which are flat."""
+    seen = []
+
+    def run(self, seed):
+        seen.append(seed)
+        return Image.new("RGB", (8, 8), (len(seen), 0, 0))
+
+    monkeypatch.setattr(styling.Styling, "run", run)
+    return seen
+
+
+def test_cells_outlive_a_run_that_breaks_off(drawn, monkeypatch, capsys):
+    """They are kept as they are drawn, and not drawn again by the same options, also with further values."""
+    words = "--s-hf", "0.5", "--s-lf", "1", "1.5"
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "draw", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw(*words, command="sweep")
+    kept = {path.name: path.read_bytes() for path in Path("sweep-cells").iterdir()}
+    assert sorted(kept) == ["cells.json", "plain.png", "s_hf_0.5_s_lf_1.5.png", "s_hf_0.5_s_lf_1.png"]
+    assert len(drawn) == 3
+    assert draw(*words, "2", command="sweep") == 0
+    assert len(drawn) == 4
+    assert all((Path("sweep-cells") / name).read_bytes() == data for name, data in kept.items())
+    for changed in (["--seed", "1"], ["--reference", photo("ref.png")]):
+        assert draw(*words, *changed, "--out", "b.png", "--cells", "sweep-cells", command="sweep") == 2
+        said = capsys.readouterr().err
+        assert "fastrope sweep: --cells: sweep-cells/cells.json is there already; --force replaces it" in said
+    photo("ref.png", seed=1)  # another picture of the same name
+    assert draw(*words, "--seed", "1", "--reference", "ref.png", "--force", command="sweep") == 0
+    photo("ref.png", seed=2)
+    assert draw(*words, "--seed", "1", "--reference", "ref.png", "--out", "c.png", "--cells", "sweep-cells",
+                command="sweep") == 2  # fmt: skip
+    assert len(drawn) == 7
+
+
+def test_cells_of_values_that_look_alike(drawn):
+    assert draw("--s-hf", "0.5", "--s-lf", "1", "1.0000001", "1.0000002", command="sweep") == 0
+    cells = sorted(path.name for path in Path("sweep-cells").glob("s_*"))
+    assert cells == [f"s_hf_0.5_s_lf_{low}.png" for low in ("1.0000001", "1.0000002", "1")]
+
+
+@pytest.mark.parametrize("values", [("1", "1.0"), ("0.5:1", "1", "0.50:1")])
+def test_a_value_is_given_once(values, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--model", "tiny", "--s-lf", *values])
+    assert stopped.value.code == 2
+    assert "--s-lf: expected values that differ, received " in capsys.readouterr().err
+
+
+def test_a_result_has_no_name_of_a_cell(drawn, capsys):
+    assert draw("--cells", ".", "--out", "plain.png", command="sweep") == 2
+    assert "fastrope sweep: --out: expected a name that no cell has, received plain.png" in capsys.readouterr().err
+    assert drawn == []
 
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200)]

@@ -110,11 +110,6 @@ def _run(options: argparse.Namespace) -> list[Path]:
     call = arguments(pipe, options.model, settings, images, prompt, options.seed) | {"output_type": "np"}
     pipe.set_progress_bar_config(desc=options.method, disable=False)
     made, method, tries = _make(options, pipe, method, call, pasted, images[0])
-    written = [write_picture(out, made)]
-    if options.plain:
-        pipe.set_progress_bar_config(desc="plain", disable=False)
-        call["generator"] = torch.Generator().manual_seed(options.seed)
-        written.append(write_picture(plain_path(out), finished(pipe(**call).images[0])))
     record = {
         "method": options.method, "dials": _dials(method), "model": options.model, "pipeline": type(pipe).__name__,
         **_sources(options),
@@ -122,7 +117,12 @@ def _run(options: argparse.Namespace) -> list[Path]:
         "negative_prompt": settings.negative_prompt, "device": str(device), "dtype": name_of(dtype),
         "layers": ends(options.layers), "judge": options.judge, "tries": tries,
     }  # fmt: skip
-    return [*written, write_record(out.with_suffix(".json"), record)]
+    written = [write_picture(out, made), write_record(out.with_suffix(".json"), record)]
+    if options.plain:
+        pipe.set_progress_bar_config(desc="plain", disable=False)
+        call["generator"] = torch.Generator().manual_seed(options.seed)
+        written.append(write_picture(plain_path(out), finished(pipe(**call).images[0])))
+    return written
 
 
 def _make(options, pipe, method, call: dict, pasted: dict, composite):
@@ -130,18 +130,9 @@ def _make(options, pipe, method, call: dict, pasted: dict, composite):
     if options.judge is None:
         with apply(pipe, method):
             return finished(pipe(**call).images[0]), method, []
-    judge = options.judge
-    if judge == "region":
-        from ..methods.judges import RegionJudge
-
-        judge = RegionJudge(method.mask, pasted.get("original"))
     tries = 4 if options.max_tries is None else options.max_tries
-    try:
-        steered = steer(pipe, method, judge, tries, composite=composite, **call)
-    except OSError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        advice = 'a model id or folder is wanted; "region" needs no model'
-        raise Missing(f"--judge: cannot load {options.judge}: {lines[0]} ({advice})") from error
+    judge = _judge(options.judge, method, pasted.get("original"))
+    steered = steer(pipe, method, judge, tries, composite=composite, **call)
     for t in steered.tries:
         said = "not judged" if t.verdict is None else f"{t.verdict.kind} ({t.verdict.reasoning})"
         print(f"boost {t.value:.3f}: {said}", file=sys.stderr)
@@ -151,6 +142,21 @@ def _make(options, pipe, method, call: dict, pasted: dict, composite):
         for t in steered.tries
     ]  # fmt: skip
     return finished(steered.images[0]), steered.method, record
+
+
+def _judge(name: str, method: LooseRoPE, original):
+    if name == "region":
+        from ..methods.judges import RegionJudge
+
+        return RegionJudge(method.mask, original)
+    from ..bindings.transformers.judge import ChatJudge
+
+    try:
+        return ChatJudge.from_pretrained(name)
+    except OSError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        advice = 'a model id or folder is wanted; "region" needs no model'
+        raise Missing(f"--judge: cannot load {name}: {lines[0]} ({advice})") from error
 
 
 def _pictures(options):

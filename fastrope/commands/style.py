@@ -38,12 +38,13 @@ def _run(options: argparse.Namespace) -> list[Path]:
     method = styling.method_of(options, ready.axis0, **given)
     ready.pipe.set_progress_bar_config(desc="style", disable=False)
     with apply(ready.pipe, method, reference=ready.reference):
-        written = [write_picture(out, ready.run(options.seed))]
+        made = ready.run(options.seed)
+    record = {"dials": styling.dials(method), **styling.record(options, ready)}
+    written = [write_picture(out, made), write_record(out.with_suffix(".json"), record)]
     if options.plain:
         ready.pipe.set_progress_bar_config(desc="plain", disable=False)
         written.append(write_picture(plain_path(out), ready.run(options.seed)))
-    record = {"dials": styling.dials(method), **styling.record(options, ready)}
-    return [*written, write_record(out.with_suffix(".json"), record)]
+    return written
 
 
 def _dial(option: str, values: Sequence[float] | None) -> float | tuple[float, float] | None:

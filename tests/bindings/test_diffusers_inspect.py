@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import replace
 
@@ -129,7 +130,7 @@ def test_masked_text_gets_nothing():
     assert sum(masked.looks[0].mass.values()) == pytest.approx(1)
 
 
-def test_a_run_of_a_pipeline(tmp_path):
+def test_a_run_of_a_pipeline(tmp_path, monkeypatch):
     """Both branches of guidance, some steps, a drawing."""
     pytest.importorskip("matplotlib")
     pipe = kontext_pipeline()
@@ -148,6 +149,11 @@ def test_a_run_of_a_pipeline(tmp_path):
     assert list(record.mean("distance", "layer")) == ["target", "reference 0"]
     record.plot(tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what an installation without it looks like
+    with pytest.raises(ImportError, match=r'^matplotlib is not installed: pip install "fastrope\[demo\]"$'):
+        record.plot(tmp_path / "attention.png")
 
 
 def test_one_record_at_a_time():

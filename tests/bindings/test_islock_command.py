@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import html
 import json
+import re
 import sys
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from fastrope import cli
 from fastrope.commands import ar_edit, ar_hosts, ar_report, ar_tiny
+from fastrope.demo import report
 from fastrope.pictures import open_picture
 
 EDIT = ["--edit-prompt", "a green boat"]
@@ -53,6 +56,32 @@ def test_the_tiny_model_writes_a_report(tmp_path, capsys):
     text = (out / "report.md").read_text()
     for word in ("a green boat", "a forest", "a red boat", "tau 0.5", "Kept", "![", "seed 0"):
         assert word in text
+
+
+def test_prompts_are_text(tmp_path):
+    """Neither mathematics in pictures nor mark-up in reports."""
+    out, prompt = tmp_path / "out", r"<img src=x onerror=alert(1)> `a` | **b** $\frac{ & _c"
+    assert run("--model", "tiny", "--prompt", prompt, "--edit-prompt", prompt, "--size", 3, out=out) == 0
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert page.count(html.escape(prompt)) == text.count(report.literal(prompt)) == 2
+    assert "<img src=x" not in page
+    assert not re.search(r"(?<!\\)<img src=x", text)
+    assert record(out)["prompt"] == prompt
+
+
+def test_only_files_that_were_announced_are_written(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", "tiny", "--prompt", "x", *EDIT, "--edit-prompt", "y", "--size", 3]
+    assert run(*words, out=out) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(["record.json", *ar_report.names(2)])
+    for path in out.iterdir():
+        path.unlink()
+    for name in ("record.json", "edit-1.png"):
+        (out / name).write_text("mine")
+        assert run(*words, out=out) == 2
+        assert f"fastrope ar-edit: --out: {out / name} is there already" in capsys.readouterr().err
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+        (out / name).unlink()
 
 
 def test_the_same_prompt_with_every_token_allowed_changes_nothing(tmp_path):
