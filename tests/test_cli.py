@@ -86,10 +86,10 @@ def test_doctor_exits_with_1_when_a_backend_computes_the_wrong_thing(capsys, mon
 
 
 def test_doctor_reports_a_backend_that_raises(monkeypatch):
-    def broken(*args):
+    def broken(*args, **named):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(fastrope.api, "run_plan", broken)
+    monkeypatch.setattr(doctor, "attention", broken)
     checks = doctor.report()["self_check"]
     assert not any(check["passed"] for check in checks)
     assert checks[0]["problem"] == "RuntimeError: no such kernel"
