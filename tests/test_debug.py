@@ -67,7 +67,7 @@ def test_environment(value, expected, monkeypatch):
     assert debug.enabled(False) is False
 
 
-@pytest.mark.parametrize("name", ["FASTROPE_DEBUG", "FASTROPE_TMA", "FASTROPE_SERIES"])
+@pytest.mark.parametrize("name", ["FASTROPE_DEBUG", "FASTROPE_TMA", "FASTROPE_POLYNOMIAL"])
 def test_a_switch_that_is_neither_on_nor_off_is_refused(name, monkeypatch):
     monkeypatch.setenv(name, "maybe")
     with pytest.raises(ValueError, match=rf"^{name}: expected one of 1, true, .*, received 'maybe'$"):
