@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 import fastrope as fr
 from fastrope import device as devices
@@ -343,84 +342,3 @@ def key_masks(g: torch.Generator, kind: str | None, batch: int, keys: int) -> to
     if kind == "row":
         mask[-1] = False
     return mask.to(DEVICE)
-
-
-# ---- hypothesis ------------------------------------------------------------------------------------------------------
-
-TOKENS = (1, 2, 5, 16, 17, 33, 64, 100, 113, 130, 200)
-
-
-@st.composite
-def calls(
-    draw,
-    dtype: torch.dtype = torch.float32,
-    tokens: Sequence[int] = TOKENS,
-    dims: Sequence[int] = (16, 64, 80, 96, 128),
-    heads: Sequence[tuple[int, int]] = ((1, 1), (2, 1), (1, 3), (2, 3)),
-) -> Call:
-    """Calls with any composition of modulations; values come from a seed, structure from hypothesis.
-
-    Args:
-        heads: key heads, and queries' heads that share each.
-    """
-
-    def pick(*options):
-        return draw(st.sampled_from(options))
-
-    g = generator(draw(st.integers(0, 2**16)))
-    batch = pick(1, 1, 2, 3)
-    dim = pick(*dims)
-    key_heads, share = pick(*heads)
-    queries = pick(*tokens)
-    positions = pick("grid", "grid", "scatter", "line", "per row", "angles", None)
-    crossed = draw(st.booleans())
-    keys = pick(*tokens) if crossed else queries
-    layout = pick(*LAYOUTS)
-    q, k, v = tensors(
-        g, batch=batch, queries=queries, keys=keys, heads=key_heads * share, key_heads=key_heads, dim=dim,
-        dtype=dtype, layout=layout,
-    )  # fmt: skip
-    rope = key_rope = None
-    if positions is not None:
-        pairing = pick("interleaved", "half")
-        rope = _rope(g, positions, queries, dim, batch, pairing, draw(st.booleans()))
-        if crossed:
-            key_rope = _rope(g, positions, keys, dim, batch, pairing, draw(st.booleans()))
-    modulations = []
-    if rope is not None and draw(st.booleans()):
-        axes = pick(None, (1, 2), (2,), (0,)) if positions != "angles" else None
-        per_row = batch if draw(st.booleans()) else None
-        r = scales(g, pick(*SCALES), queries, per_row)
-        modulations.append(fr.QueryScale(r, keys=key_set(g, pick(*KEY_SETS), keys), axes=axes))
-    for _ in range(pick(0, 0, 1, 2) if rope is not None else 0):
-        weight = uniform(g, dim // 2, low=0.25, high=1.5)
-        modulations.append(fr.BandWeight(weight, keys=key_set(g, pick(*KEY_SETS), keys)))
-    for group in disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ():
-        bias, delta = 0.5 + uniform(g, batch), 0.5 + uniform(g, batch)
-        form = pick("numbers", "scalars", "per row")
-        if form != "per row":
-            bias, delta = bias[0], delta[0]
-        if form == "numbers":
-            bias, delta = float(bias), float(delta)
-        modulations.append(fr.BiasDelta(bias, delta, keys=group))
-    for _ in range(pick(0, 0, 1, 2)):
-        shape = pick((queries,), (batch, queries))
-        gain = uniform(g, *shape, low=-1.0, high=1.5)
-        modulations.append(fr.LogitGain(gain, keys=key_set(g, pick(*KEY_SETS), keys)))
-    return Call(
-        q, k, v, rope, key_rope, draw(st.permutations(modulations)), key_masks(g, pick(None, None, "random", "row",
-        "shared"), batch, keys), pick(None, 0.05), label=f"{positions} {layout}",
-    )  # fmt: skip
-
-
-def _rope(g, positions: str, tokens: int, dim: int, batch: int, pairing: str, applied: bool) -> fr.RoPE:
-    if positions == "angles":
-        return fr.RoPE(draw(g, tokens, dim // 2) * 100, pairing=pairing, applied=applied)
-    if positions == "grid":
-        text = min(tokens // 4, 7)
-        where = grid(tokens, text, frame=int(torch.randint(3, (1,), generator=g)))
-    elif positions == "line":
-        where = torch.arange(tokens, device=DEVICE)[:, None].expand(-1, 3)
-    else:
-        where = scatter(g, tokens, batch=batch if positions == "per row" else None)
-    return axial(where, dim, pairing, applied)

@@ -13,7 +13,6 @@ from numerics import (
     Tally,
     axes_of,
     axial,
-    calls,
     check,
     disjoint_sets,
     draw,
@@ -30,6 +29,7 @@ from numerics import (
     tensors,
     uniform,
 )  # fmt: skip
+from strategies import calls
 
 import fastrope as fr
 from fastrope import device as devices

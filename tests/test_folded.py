@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from folding import DTYPES, MODULATIONS, SORTED, a_call, both, dtypes, run, weight
 from hypothesis import given, settings
 from numerics import (
     LAYOUTS,
@@ -16,52 +17,27 @@ from numerics import (
     Tally,
     assert_close,
     axial,
-    calls,
-    disjoint_sets,
     generator,
     grid,
-    key_set,
-    lay_out,
     scales,
     scatter,
     skip_unless_runnable,
     tensors,
-    uniform,
 )  # fmt: skip
-from test_ops import Watch
+from strategies import calls
 
 import fastrope as fr
 from fastrope import device as devices
-from fastrope import ops
 from fastrope.backends import folded
 from fastrope.rope import rotate
 
 pytest.importorskip("triton")
 from fastrope import kernels
 
-DTYPES = (torch.float32, torch.float16)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
 
 @pytest.fixture(autouse=True)
 def _runnable():
     skip_unless_runnable("triton")
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Backend ``sdpa`` folds wherever it can, as on a GPU. What :func:`folded.run` gave, in order."""
-    outs, run = [], folded.run
-    monkeypatch.setattr(folded, "takes", lambda q, lowered: folded.folds(lowered) and q.dtype in DTYPES)
-    monkeypatch.setattr(folded, "run", lambda *call: outs.append(run(*call)) or outs[-1])
-    return outs
-
-
-def run(call: Call, plan: fr.Plan | None = None) -> torch.Tensor:
-    plan = call.planned() if plan is None else plan
-    assert folded.folds(plan.lowered)
-    scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
-    return folded.run(call.q, call.k, call.v, plan.lowered, scale)
 
 
 def check(call: Call, tally: Tally | None = None) -> torch.Tensor:
@@ -72,41 +48,6 @@ def check(call: Call, tally: Tally | None = None) -> torch.Tensor:
     if tally is not None:
         tally.add(errors, call.q.dtype)
     return out
-
-
-def weight(g, dim: int = 16, keys=slice(None)) -> fr.BandWeight:
-    return fr.BandWeight(uniform(g, dim // 2, low=0.25, high=1.5), keys=keys)
-
-
-def a_call(dtype=torch.float32, tokens: int = 37, batch: int = 2, dim: int = 16, modulations=None, **options) -> Call:
-    """A call of ``modulations(generator)``, rotated."""
-    g = generator(1)
-    q, k, v = tensors(g, batch=batch, queries=tokens, dim=dim, dtype=dtype, **options)
-    return Call(q, k, v, axial(grid(tokens, min(4, tokens)), dim), modulations=modulations(g) if modulations else ())
-
-
-def both(g) -> list:
-    """Weights inside, outside and across a group, some of them over the same keys."""
-    return [weight(g, keys=slice(3, 30)), fr.BiasDelta(1.3, 0.6, slice(10, 25)), weight(g, keys=slice(20, None))]
-
-
-MODULATIONS = {
-    "a weight": lambda g: [weight(g, keys=slice(9, 30))],
-    "weights of all keys": lambda g: [weight(g), weight(g)],
-    "weights over the same keys": lambda g: [weight(g, keys=slice(20)), weight(g, keys=slice(10, 30))],
-    "a group": lambda g: [fr.BiasDelta(1.3, 0.6, slice(10, None))],
-    "a group of each row": lambda g: [fr.BiasDelta(0.5 + uniform(g, 2), 0.5 + uniform(g, 2), slice(5, 20))],
-    "delta 0": lambda g: [fr.BiasDelta(0.7, torch.tensor([0.0, 1.2]), slice(5, 20))],
-    "lambda 0": lambda g: [fr.BiasDelta(torch.tensor([0.0, 1.2]), 0.7, slice(5, 20))],
-    "lambda and delta 0": lambda g: [fr.BiasDelta(0.0, 0.0, slice(5, 20))],
-    "two groups": lambda g: [fr.BiasDelta(1.2, 0.8, slice(3, 12)), fr.BiasDelta(0.6, 1.4, slice(20, 33))],
-    "a group in parts": lambda g: [fr.BiasDelta(1.3, 0.6, torch.tensor([1, 2, 3, 17, 18, 30]))],
-    "scattered": lambda g: [weight(g, keys=key_set(g, "mask", 37)), *(
-        fr.BiasDelta(1.2, 0.6, keys) for keys in disjoint_sets(g, 2, 37))],
-    "together": both,
-}  # fmt: skip
-SORTED = ("scattered",)
-GROUPED = ("a group", "scattered", "together")
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------
@@ -315,95 +256,3 @@ def test_what_is_taken(monkeypatch):
     monkeypatch.setattr(devices, "kernel_obstacle", lambda q: "float64" if q.dtype == torch.float64 else None)
     assert [folded.takes(like(dtype), plan) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1, 1, 0]
     assert not folded.takes(like(torch.bfloat16), other)
-
-
-# ---- on the way there ------------------------------------------------------------------------------------------------
-
-
-def test_it_stands_in_for_sdpa(taken):
-    call = a_call(torch.float16, modulations=both)
-    out = call.run("sdpa", return_lse=False)
-    assert len(taken) == 1
-    assert torch.equal(out, taken[0])
-    assert out.is_contiguous()
-
-
-@pytest.mark.parametrize("change", ["lse", "gain", "mask", "float64", "grad", "tangent"])
-def test_what_it_does_not_do_stays_with_sdpa(change, taken):
-    call = a_call(modulations=both)
-    if change == "gain":
-        call = replace(call, modulations=[*call.modulations, fr.LogitGain(torch.linspace(0.5, 1.5, 37))])
-    if change == "mask":
-        call = replace(call, key_mask=torch.arange(37)[None] < 30)
-    if change == "float64":
-        call = call.to(torch.float64)
-    if change == "grad":
-        leaf = call.k.clone().requires_grad_()
-        (found,) = torch.autograd.grad(replace(call, k=leaf).run("sdpa", False).square().sum(), leaf)
-        (expected,) = torch.autograd.grad(replace(call, k=leaf).run("eager", False).square().sum(), leaf)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    elif change == "tangent":
-        with contextlib.suppress(NotImplementedError):  # of torch's kernel on a CPU
-            torch.func.jvp(lambda q: replace(call, q=q).run("sdpa", False), (call.q,), (call.q,))
-    else:
-        call.run("sdpa", return_lse=change == "lse")
-    assert not taken
-
-
-def test_explain_says_so(taken):
-    call = a_call(torch.float16, modulations=both)
-
-    def lines(call, **changes):
-        found = fr.explain(call.q, call.k, call.v, **call.tokens(), backend="sdpa", **changes)
-        return [line for line in str(found).splitlines() if line.startswith(("backend", "prologue", "passes"))]
-
-    assert lines(call) == ["backend: sdpa (asked for)", "prologue: kernels over q, k"]
-    assert lines(call, return_lse=True) == ["backend: sdpa (asked for)"]
-    scattered = a_call(modulations=MODULATIONS["scattered"])
-    assert lines(scattered)[1:] == ["prologue: kernels over q, k, v"]
-    applied = replace(call, rope=call.rope.as_applied())
-    assert lines(applied)[1:] == ["prologue: kernels over k"]
-    assert lines(replace(applied, modulations=())) == ["backend: sdpa (asked for)"]
-    spread = replace(applied, modulations=(), v=lay_out(call.v, "transposed"))
-    assert lines(spread)[1:] == ["prologue: kernels over v"]
-    assert not taken
-
-
-def arguments(call: Call) -> tuple:
-    plan = call.planned()
-    return call.q, call.k, call.v, list(plan.tensors), plan.spec, 0.25, False, "sdpa"
-
-
-@pytest.mark.parametrize("case", GROUPED)
-def test_the_op_keeps_its_contract(case, taken):
-    call = a_call(tokens=37, modulations=MODULATIONS[case], heads=1, batch=1 if case != "together" else 2)
-    torch.library.opcheck(ops.planned_attention, arguments(call), test_utils=("test_schema", "test_faketensor"))
-    assert taken
-
-
-def test_its_gradient_is_that_of_sdpa(taken):
-    call = a_call(modulations=both)
-    leaf = call.k.clone().requires_grad_()
-    out, _ = ops.planned_attention(*arguments(replace(call, k=leaf)))
-    (found,) = torch.autograd.grad(out.sum(), leaf)
-    (expected,) = torch.autograd.grad(replace(call, k=leaf, scale=0.25).run("eager", False).sum(), leaf)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_it_compiles_into_one_graph(taken):
-    call = a_call(modulations=both)
-    plan = call.planned()
-    compiled = torch.compile(lambda q: fr.attention(q * 2, call.k, call.v, plan=plan, backend="sdpa") + 1,
-                             fullgraph=True, backend="aot_eager")  # fmt: skip
-    out = compiled(call.q)
-    assert len(taken) == 1
-    assert torch.equal(out, fr.attention(call.q * 2, call.k, call.v, plan=plan, backend="sdpa") + 1)
-
-
-@pytest.mark.parametrize("case", GROUPED)
-def test_a_planned_call_reads_nothing_on_the_host(case):
-    call = a_call(torch.float16, modulations=MODULATIONS[case])
-    plan = call.planned()
-    with Watch() as watch:
-        run(call, plan)
-    assert watch.read == []

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
+from joining import DIM, IMAGE, TEXT, a_plan, group, streams
 from numerics import (
     DEVICE,
     axial,
-    draw,
     every_modulation,
     generator,
     grid,
     key_masks,
-    lay_out,
     scales,
     scatter,
     skip_unless_runnable,
     uniform,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrope as fr
 from fastrope import device as devices
@@ -29,30 +24,6 @@ from fastrope import joint
 from fastrope.backends import folded, fused
 from fastrope.planning import polynomial
 from fastrope.tolerance import measure
-
-TEXT, IMAGE, DIM = 9, 25, 16
-
-
-def streams(
-    dtype: torch.dtype = torch.float32,
-    lengths: Sequence[int] = (TEXT, IMAGE),
-    batch: int = 2,
-    dim: int = DIM,
-    layouts: Sequence[str] = ("fused", "fused"),
-    weights: Sequence[torch.dtype | None] | None = None,
-    heads: tuple[int, int] = (2, 1),
-) -> list[fr.Stream]:
-    """One stream per length, everything drawn; ``weights`` the dtype of each stream's norms, None for no weights;
-    ``heads`` of queries and of keys."""
-    g = generator(3)
-    found = []
-    for n, length in enumerate(lengths):
-        q = draw(g, batch, length, heads[0], dim, dtype=dtype)
-        k, v = (draw(g, batch, length, heads[1], dim, dtype=dtype) for _ in range(2))
-        kind, drawn = dtype if weights is None else weights[n], uniform(g, 2, dim, low=0.5, high=1.5)
-        norms = [fr.Norm(None if kind is None else w.to(kind), 10.0**-n) for w in drawn]
-        found.append(fr.Stream(*(lay_out(x, layouts[n]) for x in (3 * q, 0.2 * k, v)), *norms))
-    return found
 
 
 def exact(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,14 +40,6 @@ def exact(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         k.append(normed(s.k, s.norm_k))
         v.append(s.v.double())
     return tuple(torch.cat(x, dim=1) for x in (q, k, v))
-
-
-def a_plan(length: int = TEXT + IMAGE, dim: int = DIM, pairing: str = "interleaved", **more) -> fr.Plan:
-    return fr.plan(rope=axial(grid(length, min(TEXT, length // 2)), dim, pairing), **more)
-
-
-def group(delta: float = 0.8, length: int = TEXT + IMAGE) -> list:
-    return [fr.BiasDelta(1.0, delta, keys=slice(length // 3, None))]
 
 
 def watched(monkeypatch) -> list[bool]:
@@ -320,60 +283,6 @@ def test_forward_mode_is_not_dropped():
         parts[1] = parts[1]._replace(k=dual)
         with pytest.raises(NotImplementedError, match="forward only"):
             fr.joint_attention(parts, plan=plan, backend="triton")
-
-
-# ---- compilers -------------------------------------------------------------------------------------------------------
-
-
-def arguments(parts, plan: fr.Plan, backend: str) -> tuple:
-    norms = [s.norm_q for s in parts] + [s.norm_k for s in parts]
-    lists = [[getattr(s, name) for s in parts] for name in ("q", "k", "v")]
-    weights, eps = zip(*norms, strict=True)
-    return *lists, list(weights), list(eps), list(plan.tensors), plan.spec, 0.25, backend
-
-
-@pytest.mark.parametrize("backend", ["triton", "sdpa"])
-def test_opcheck(backend):
-    skip_unless_runnable(backend)
-    given = arguments(
-        streams(lengths=(3, 4), weights=(None, torch.float32)), a_plan(7, modulations=group(length=7)), backend
-    )
-    torch.library.opcheck(joint.streamed_attention, given, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_streams_compile_into_one_graph():
-    """One opaque op, also where the kernels run; norms, weights and a plan's numbers are inputs of the graph."""
-    skip_unless_runnable("triton")
-
-    def attend(q, k, v, weight, plan, backend):
-        first = fr.Stream(q[:, :TEXT], k[:, :TEXT], v[:, :TEXT], fr.Norm(weight, 1e-6), fr.Norm(None, 1e-6))
-        last = fr.Stream(q[:, TEXT:], k[:, TEXT:], v[:, TEXT:], fr.Norm(weight + 1, 1e-6), fr.Norm(weight, 1e-5))
-        return fr.joint_attention([first, last], plan=plan, backend=backend) * 2
-
-    q, k, v = (torch.cat(x, dim=1) for x in list(zip(*streams(), strict=True))[:3])
-    weight = torch.linspace(0.5, 1.5, DIM, device=DEVICE)
-    plan, other = (a_plan(modulations=group(delta)) for delta in (0.8, 0.9))
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend, fullgraph=True, backend=counter)
-    for n, (held, backend) in enumerate(((plan, "auto"), (other, "auto"), (plan, "triton"))):
-        given = q, k, v, weight, held, backend
-        torch.testing.assert_close(compiled(*given), attend(*given))
-        assert counter.frame_count == (1, 1, 2)[n]
-    leaf = k.clone().requires_grad_()
-    grads = [torch.autograd.grad(f(q, leaf, v, weight, plan, "auto").sum(), leaf)[0] for f in (compiled, attend)]
-    torch.testing.assert_close(*grads)
-    with pytest.raises(Exception, match="eager"):
-        compiled(q, k, v, weight, plan, "eager")
-
-
-def test_fake_tensors_pass_through():
-    skip_unless_runnable("triton")
-    plan = a_plan()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        parts = [s._replace(q=mode.from_tensor(s.q), k=mode.from_tensor(s.k), v=mode.from_tensor(s.v))
-                 for s in streams(layouts=("contiguous",) * 2)]  # fmt: skip
-        out = fr.joint_attention(parts, plan=plan, backend="triton")
-    assert out.shape == (2, TEXT + IMAGE, 2, DIM)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import calls
+from strategies import calls
 
 import fastrope as fr
 from fastrope.kernels.abi import AXIS_BLOCK, QUERY_TILE

@@ -16,7 +16,6 @@ from numerics import (
     Call,
     assert_close,
     axial,
-    calls,
     draw,
     every_modulation,
     generator,
@@ -27,6 +26,7 @@ from numerics import (
     tensors,
     uniform,
 )
+from strategies import calls
 
 import fastrope as fr
 

@@ -24,7 +24,7 @@ from numerics import (
     tensors,
     uniform,
 )  # fmt: skip
-from test_ops import Watch
+from watch import Watch
 
 import fastrope as fr
 from fastrope import dispatch, joint, ops

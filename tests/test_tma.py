@@ -12,7 +12,6 @@ from numerics import (
     Call,
     assert_close,
     axial,
-    calls,
     check,
     compare,
     draw,
@@ -25,6 +24,7 @@ from numerics import (
     uniform,
     with_tiles,
 )
+from strategies import calls
 
 import fastrope as fr
 from fastrope import device as devices

@@ -1,47 +1,28 @@
-"""Bad input: every wrong argument raises, and the message names it. And the cache of plans, which must not go stale."""
+"""Bad input: every wrong argument raises, and the message names it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from numerics import (
     DEVICE,
-    Call,
     axial,
-    calls,
     draw,
-    every_modulation,
     generator,
     grid,
-    scales,
-    tensors,
     uniform,
 )
+from small_calls import BATCH, PAIRS, TOKENS, good, modulated, ones
 
 import fastrope as fr
 from fastrope import device as devices
-from fastrope.planning import build
 
-TOKENS, PAIRS, BATCH = 12, 8, 2
 BACKENDS = ("auto", "eager", "sdpa", "triton")
 META = torch.device("meta")
-
-
-def good() -> dict:
-    g = generator(0)
-    q, k, v = tensors(g, batch=BATCH, queries=TOKENS, heads=4, key_heads=2, dim=2 * PAIRS)
-    return dict(q=q, k=k, v=v, rope=axial(grid(TOKENS), 2 * PAIRS))
-
-
-def ones(*shape: int, **options) -> torch.Tensor:
-    return torch.ones(*shape, device=options.pop("device", DEVICE), **options)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -265,169 +246,6 @@ def test_lengths_nothing_tells():
     with pytest.raises(ValueError, match="num_keys"):
         fr.plan(modulations=[fr.BiasDelta(2.0)])
     assert fr.plan(modulations=[fr.BiasDelta(2.0)], num_keys=4).lowered.num_keys == 4
-
-
-# ---- plans and their cache -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lowered(monkeypatch):
-    """Counts the plans that were really built."""
-    build._CACHE.clear()
-    built = []
-    monkeypatch.setattr(build, "plan", lambda _plan=build.plan, **a: built.append(1) or _plan(**a))
-    return built
-
-
-def modulated(g=None) -> dict:
-    g = g or generator(2)
-    return {"modulations": [fr.QueryScale(scales(g, "levels", TOKENS), slice(4, None), (1, 2)), fr.BiasDelta(1.2, 0.9)]}
-
-
-def test_the_same_tensors_are_lowered_once(lowered):
-    call, mods = good(), modulated()["modulations"]
-    for _ in range(3):
-        # As a processor does: new objects around the same tensors on every call.
-        again = [fr.QueryScale(mods[0].scale, slice(4, None), (1, 2)), fr.BiasDelta(1.2, 0.9)]
-        rope = fr.RoPE(call["rope"].angles, call["rope"].axis)
-        fr.attention(**{**call, "rope": rope}, modulations=again)
-    assert len(lowered) == 1
-
-
-@pytest.mark.parametrize("what", ["scale", "angles", "mask", "bias", "keys"])
-def test_a_tensor_changed_in_place_is_seen(lowered, what):
-    call = good()
-    scale, bias = scales(generator(2), "levels", TOKENS), torch.tensor([1.5], device=DEVICE)
-    mask, keys = ones(BATCH, TOKENS) > 0, ones(TOKENS) > 0
-    mask[:, 3], keys[5] = False, False
-    arguments = dict(modulations=[fr.QueryScale(scale), fr.BiasDelta(bias, 0.7, keys)], key_mask=mask)
-    before = fr.attention(**call, **arguments)
-    changed = {"scale": scale, "angles": call["rope"].angles, "mask": mask, "bias": bias, "keys": keys}[what]
-    if changed.dtype == torch.bool:
-        changed[:] = changed.roll(1, -1)
-    else:
-        changed.mul_(0.5)
-    after = fr.attention(**call, **arguments)
-    assert not torch.equal(before, after)
-    assert len(lowered) == 2
-    build._CACHE.clear()
-    assert torch.equal(after, fr.attention(**call, **arguments))
-
-
-def test_the_cache_is_small_and_keeps_what_is_used(lowered):
-    call = good()
-    masks = [ones(BATCH, TOKENS) > 0 for _ in range(30)]
-    for mask in masks:
-        fr.attention(**call, key_mask=mask)
-        fr.attention(**call, key_mask=masks[0])
-    assert len(build._CACHE) == build._CACHE_SIZE
-    assert len(lowered) == 30
-
-
-def test_other_numbers_are_other_plans(lowered):
-    call = good()
-    for delta in (0.8, 0.9):
-        for keys in (slice(0, 3), slice(0, 4)):
-            fr.attention(**call, modulations=[fr.BiasDelta(1.0, delta, keys)])
-    assert len(lowered) == 4
-
-
-@pytest.mark.parametrize("kind", [torch.tensor, np.array, np.int64], ids=lambda kind: kind.__name__)
-def test_bounds_of_a_slice_count_by_value(lowered, kind):
-    """A tensor as a bound is what it was when the modulation was made, and equals its like in the next call."""
-    call, bound = good(), kind(3)
-    first = fr.BiasDelta(1.0, 0.8, slice(0, bound))
-    out = fr.attention(**call, modulations=[first])
-    if kind is not np.int64:
-        bound += 1
-    changed = fr.attention(**call, modulations=[fr.BiasDelta(1.0, 0.8, slice(0, bound))])
-    assert torch.equal(out, fr.attention(**call, modulations=[first]))
-    assert torch.equal(out, changed) == (kind is np.int64)
-    assert torch.equal(changed, fr.attention(**call, modulations=[fr.BiasDelta(1.0, 0.8, slice(0, int(bound)))]))
-    assert len(lowered) == 1 + (kind is not np.int64)
-
-
-def test_inference_tensors_are_not_cached(lowered):
-    with torch.inference_mode():
-        call, mods = good(), modulated()
-        for _ in range(2):
-            fr.attention(**call, **mods)
-    assert len(lowered) == 2
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
-def test_a_plan_serves_many_layers(backend):
-    """Other q, k and v, another number of heads, another dtype: the plan stays."""
-    if backend == "triton" and devices.kernel_obstacle(torch.empty(1, device=DEVICE)):
-        pytest.skip("triton cannot run here")
-    g = generator(5)
-    modulations = every_modulation(g, 20, 20, 16, "zero")
-    tokens = Call(*tensors(g, queries=20, dim=16), axial(grid(20, 4), 16), modulations=modulations)
-    plan = tokens.planned()
-    for heads, dtype in ((1, torch.float32), (2, torch.float16)):
-        q, k, v = tensors(g, queries=20, heads=heads, dim=16, dtype=dtype)
-        call = replace(tokens, q=q, k=k, v=v)
-        out, lse = fr.attention(call.q, call.k, call.v, plan=plan, return_lse=True, backend=backend)
-        expected, expected_lse = call.run(backend)
-        assert torch.equal(out, expected)
-        assert torch.equal(lse, expected_lse)
-
-
-def test_a_plan_ignores_later_changes():
-    """It holds values, not the caller's tensors."""
-    call, scale = good(), scales(generator(2), "levels", TOKENS)
-    rope = call.pop("rope")
-    plan = fr.plan(rope=rope, modulations=[fr.QueryScale(scale)])
-    before = fr.attention(**call, plan=plan, backend="sdpa")
-    scale.zero_()
-    assert torch.equal(before, fr.attention(**call, plan=plan, backend="sdpa"))
-
-
-@given(call=calls(tokens=(5, 17, 33), dims=(16,)))
-def test_other_numbers_in_the_groups_of_a_plan(call):
-    """The plan of the other modulations, bit by bit, with every other table shared."""
-    groups = [m for m in call.modulations if isinstance(m, fr.BiasDelta)]
-    numbers = [(m.bias * 0.7 + 0.1, m.delta * 1.3 + 0.05) for m in groups]
-    others = {id(m): replace(m, bias=bias, delta=delta) for m, (bias, delta) in zip(groups, numbers, strict=True)}
-    plan = call.planned()
-    found = plan.with_groups(numbers)
-    expected = replace(call, modulations=[others.get(id(m), m) for m in call.modulations]).planned()
-    assert found.spec == expected.spec
-    for tensor, wanted, before in zip(found.tensors, expected.tensors, plan.tensors, strict=True):
-        assert torch.equal(tensor, wanted)
-        held = plan.lowered.groups
-        assert (tensor is before) == (held is None or all(before is not x for x in (held.values, held.for_kernels)))
-    assert torch.equal(call.run("eager", False, **unplanned(found)), call.run("eager", False, **unplanned(expected)))
-
-
-def unplanned(plan: fr.Plan) -> dict:
-    """A plan in place of what it is made of."""
-    return {"plan": plan, "rope": None, "key_rope": None, "modulations": (), "key_mask": None}
-
-
-@pytest.mark.parametrize(
-    ("numbers", "name"),
-    [
-        ([], "numbers"),
-        ([(1.0, 1.0)] * 2, "numbers"),
-        ([(1.0, torch.ones(3))], "numbers"),
-        ([(float("nan"), 1.0)], "BiasDelta.bias"),
-    ],
-)
-def test_numbers_that_do_not_fit_a_plan(numbers, name):
-    plan = fr.plan(modulations=[fr.BiasDelta(2.0, keys=slice(4)), fr.BiasDelta(keys=slice(4, 6))], num_keys=12)
-    with pytest.raises(ValueError, match=rf"^{name}\b.*: expected .* received"):
-        plan.with_groups(numbers)
-
-
-def test_nbytes_are_those_of_the_tables():
-    call = Call(
-        *tensors(generator(6), queries=60, dim=32),
-        axial(grid(60), 32),
-        modulations=every_modulation(generator(6), 60, 60, 32),
-    )
-    plan = call.planned()
-    assert plan.nbytes == sum(t.numel() * t.element_size() for t in plan.tensors) > 0
 
 
 # ---- debug mode and explanations -------------------------------------------------------------------------------------

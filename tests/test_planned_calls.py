@@ -1,0 +1,124 @@
+"""What a planned call may not do on its way: read on the host, or hold logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import (
+    DEVICE,
+    axial,
+    draw,
+    every_modulation,
+    generator,
+    grid,
+    key_masks,
+    many_signatures,
+    scales,
+    skip_unless_runnable,
+    tensors,
+    uniform,
+)
+from watch import Watch
+
+import fastrope as fr
+from fastrope import device as devices
+from fastrope.backends import sdpa
+
+
+@pytest.mark.parametrize("kind", ["levels", "distinct", "mixed"])
+@pytest.mark.parametrize("mask", [None, "row"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_planned_call_reads_nothing_on_the_host(kind, mask, batched):
+    g = generator(4)
+    q, k, v = tensors(g, batch=2, queries=200, heads=2, dim=16)
+    modulations = every_modulation(g, 200, 200, 16, kind, batch=2 if batched else None)
+    plan = fr.plan(rope=axial(grid(200), 16), modulations=modulations, key_mask=key_masks(g, mask, 2, 200))
+    with Watch() as watch:
+        fr.attention(q, k, v, plan=plan, backend="sdpa", return_lse=True)
+    assert watch.read == []
+
+
+def test_the_watch_sees_reads():
+    with Watch() as watch:
+        x = torch.arange(4)
+        x.sum().item()
+        x[x > 1]
+        x.nonzero()
+    assert len(watch.read) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["levels", "few"])
+def test_sdpa_allocates_no_logits(kind, dtype):
+    """2048 x 2048: the logits of one head alone are 64 times the keys. Query variants and copies stay small."""
+    tokens, dim = 2048, 16
+    g = generator(5)
+    q, k, v = tensors(g, queries=tokens, heads=2, dim=dim, dtype=dtype)
+    r = scales(g, kind, tokens)
+    modulations = [
+        fr.QueryScale(r, keys=slice(1024, None), axes=(1, 2)),
+        fr.BandWeight(uniform(g, dim // 2), keys=slice(512, 1500)),
+        fr.BiasDelta(1.1, 0.8, keys=slice(1024, 1600)),
+        fr.LogitGain(uniform(g, tokens), keys=slice(1300, None)),
+    ]
+    plan = fr.plan(rope=axial(grid(tokens), dim), modulations=modulations)
+    with Watch() as watch:
+        fr.attention(q, k, v, plan=plan, backend="sdpa")
+    keys_wide = k.numel() * 4
+    variants = (
+        5  # plain, scaled, scaled with gain; in half precision a gain takes two columns, and so does a plain gain
+    )
+    assert watch.largest <= 2 * variants * keys_wide, watch.where
+    assert watch.largest < tokens * tokens * k.element_size(), watch.where
+
+
+def test_sdpa_stacks_few_key_copies_for_per_query_scales():
+    tokens, dim = 1024, 16
+    g = generator(6)
+    q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
+    r = torch.ones(tokens, device=DEVICE)
+    r[:40] = uniform(g, 40)  # more than there may be buckets
+    plan = fr.plan(rope=axial(grid(tokens), dim), modulations=[fr.QueryScale(r)])
+    assert plan.lowered.scales.counts[0][0] == 40
+    with Watch() as watch:
+        fr.attention(q, k, v, plan=plan, backend="sdpa")
+    assert watch.largest <= 16 * k.numel() * 4, watch.where
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("sdpa", "levels"), ("sdpa", None), ("triton", None)])
+def test_memory_does_not_grow_with_the_key_signatures(backend, kind):
+    """A group for every other key: what is held at once stays a small multiple of the keys, and no table is N x N."""
+    tokens, dim = 100 if backend == "triton" and devices.interpreted() else 256, 16
+    skip_unless_runnable(backend)
+    g = generator(8)
+    q, k, v = tensors(g, queries=tokens, heads=1, dim=dim)
+    plan = fr.plan(rope=axial(grid(tokens), dim), modulations=many_signatures(g, tokens, tokens, dim, kind))
+    assert len(plan.lowered.passes) > 5
+    with Watch() as watch:
+        fr.attention(q, k, v, plan=plan, backend=backend)
+    assert watch.largest <= 12 * k.numel() * 4, watch.where
+    assert max(t.numel() for t in plan.tensors) <= 12 * k.numel()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_log_sum_exp_differentiates_block_by_block(masked, monkeypatch):
+    monkeypatch.setattr(sdpa, "BLOCK_ROWS", 4)
+    g = generator(9)
+    q, k = (draw(g, 2, 2, n, 8, dtype=torch.float64).requires_grad_() for n in (10, 7))
+    mask = key_masks(g, "random", 2, 7)[:, None, None] if masked else None
+
+    def lse(q, k):
+        return sdpa._LogSumExp.apply(q, k, mask, 0.3)
+
+    s = (q @ k.transpose(-1, -2)) * 0.3
+    torch.testing.assert_close(lse(q, k), s.masked_fill(~mask, -torch.inf).logsumexp(-1) if masked else s.logsumexp(-1))
+    assert torch.autograd.gradcheck(lse, (q, k), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_log_sum_exp_is_made_in_blocks(return_lse):
+    tokens, heads = 2048, 2
+    q, k, v = tensors(generator(7), queries=tokens, heads=heads, dim=16)
+    with Watch() as watch:
+        fr.attention(q, k, v, backend="sdpa", return_lse=return_lse)
+    assert watch.largest <= (heads * 256 * tokens * 4 if return_lse else 2 * k.numel() * 4), watch.where
