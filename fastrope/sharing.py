@@ -165,8 +165,8 @@ class ReferenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes held, on whatever device."""
-        tensors = [t for s in self._snapshots.values() for keys in s.layers.values() for t in keys.tensors()]
-        return sum(t.nbytes for t in tensors)
+        snapshots = list(self._snapshots.values())  # of this moment: another thread may be filling the cache
+        return sum(t.nbytes for s in snapshots for keys in list(s.layers.values()) for t in keys.tensors())
 
     def __len__(self) -> int:
         return len(self._snapshots)

@@ -40,7 +40,9 @@ class _Following:
         self._forwards = forwards
 
     def __call__(self, block: torch.nn.Module, *args, **kwargs):
-        return self.original(_Carrying(block, self._forwards), *args, **kwargs)
+        if not torch.compiler.is_compiling():  # compiled layers refuse gradients
+            block = _Carrying(block, self._forwards)
+        return self.original(block, *args, **kwargs)
 
 
 class _Carrying:

@@ -123,6 +123,19 @@ def test_blocks_compile_once(host):
     assert counter.frame_count - before == counts[0]  # the stock graphs are still there
 
 
+def test_bound_under_another_default_device():
+    """A layer's address is read on the host, whatever device new tensors go to."""
+    host = TINY_HOSTS["kontext"]
+    model, call = host.build().double(), host.call(host.layout)
+    with host.by_formulas(model, host.attend(grag_like(host.layout))):
+        expected = run(model, call)
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with torch.device("meta"):
+        handle = fr.apply(model, grag_like(host.layout))
+    assert_same(run(model, call), expected)
+    handle.remove()
+
+
 def test_handles_of_one_model_share_its_graphs():
     """Another handle on the same compiled model, after the first was removed."""
     host = TINY_HOSTS["kontext"]
@@ -162,12 +175,16 @@ def test_inductor_runs_the_op():
         assert_same(run(model, call), expected, 1e-4)
 
 
-def test_gradients_are_refused_in_compiled_layers():
+@pytest.mark.parametrize("how", ["wrapped", "block by block"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_refused_in_compiled_layers(how, checkpointing):
     host = TINY_HOSTS["kontext"]
     model, call = host.build(), host.call(host.layout, dtype=torch.float32)
-    model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with fr.apply(model, grag_like(host.layout)), pytest.raises(Exception, match=r"expected torch\.no_grad\(\) while"):
-        model(**call)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    target = compiled(model, how, "eager")
+    with fr.apply(target, grag_like(host.layout)), pytest.raises(Exception, match=r"expected torch\.no_grad\(\) while"):
+        target(**call)
 
 
 def test_the_op_meets_its_contract():
