@@ -68,9 +68,8 @@ class Forwards:
     """
 
     def __init__(self):
-        self.lock = (
-            threading.RLock()
-        )  # held while a forward is made, a block is prepared to run again, a handle removed
+        # Held while a forward is made, a block is prepared to run again, or the handle is removed.
+        self.lock = threading.RLock()
         self._entries: dict[int, list[_Entry]] = {}
         self._settled: dict[int, Forward] = {}
 
