@@ -9,14 +9,14 @@ import weakref
 
 import pytest
 import torch
+from overlapping import METHOD, overlapping
 from torch.utils.checkpoint import checkpoint
+from untwisting_calls import CARRIED, DIALS, apply, call_of, source_of
 
 import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, build_flux, grag_like, kontext_call, loose_like, run
-from test_diffusers_threads import METHOD, overlapping
-from test_untwisting_shared import CARRIED, DIALS, apply, call_of, source_of
 
 HOSTS = pytest.mark.parametrize("name", ["kontext", "qwen", "z-image"])
 

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from widening import widen
 
 import fastrope as fr
 from fastrope import device as devices
@@ -395,12 +396,6 @@ def test_half_precision_is_as_good_as_the_hosts(host, rotation):
         error = float((run(low, call).double() - expected).abs().max())
     print(f"stock {stock:.3g}, modulated {error:.3g}")
     assert error < 2.5 * stock
-
-
-def widen(value):
-    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
-        return [x.double() for x in value]
-    return value.double() if isinstance(value, torch.Tensor) else value
 
 
 # ---- from the projections to the op ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from fastrope.methods.untwisting import PRESETS
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 import diffusers_hosts as hosts  # noqa: E402
-from test_trajectories import PIPELINES  # noqa: E402
+from trajectory_runs import PIPELINES  # noqa: E402
 
 from fastrope.bindings.diffusers import trajectories  # noqa: E402
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from untwisting_calls import DIALS, call_of, source_of
 
 import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import TINY_HOSTS, assert_same, run
-from test_untwisting_shared import DIALS, call_of, source_of
 
 from fastrope.bindings.diffusers import prefetch
 

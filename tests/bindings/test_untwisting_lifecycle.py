@@ -8,13 +8,13 @@ import weakref
 
 import pytest
 import torch
+from untwisting_calls import CARRIED, DIALS, apply, call_of, source_of
+from untwisting_runs import GENERATE, Path, to_float
 
 import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import TEXT, TINY_HOSTS, assert_differ, assert_same, run
-from test_untwisting_pipelines import GENERATE, Path, to_float
-from test_untwisting_shared import CARRIED, DIALS, apply, call_of, source_of
 
 from fastrope.bindings.diffusers import Handle, JointSequence, fingerprints, prefetch, rows
 from fastrope.bindings.diffusers.extended import target_work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from untwisting_calls import CARRIED, DIALS, STEP, STEPS, apply, call_of, plain_layout, source_of
 
 import fastrope as fr
 
@@ -15,46 +16,12 @@ from fastrope.bindings.diffusers.rotation import Rotation
 
 NAMES = ("flux", "chroma", "longcat", "ovis", "flux2", "qwen", "z-image")
 ALL = pytest.mark.parametrize("host", [TINY_HOSTS[name] for name in NAMES], ids=NAMES)
-CARRIED = pytest.mark.parametrize("carried", ["batched", "kept"])
-DIALS = dict(s_hf=(0.3, 0.9), s_lf=(0.8, 1.5), beta=1.7, adain=0.4)
-STEP, STEPS = 3, 7
-
-
-def plain_layout(host, text=TEXT, grid=TARGET) -> fr.TokenLayout:
-    """A target of odd sides, no references. Z-Image fills texts and pictures up to 32 tokens."""
-    if host.name == "z-image":
-        return fr.TokenLayout(text + -text % 32, grid, order="text-last", padding=-grid[0] * grid[1] % 32)
-    return fr.TokenLayout(text, grid)
-
-
-def call_of(host, text: int, batch: int, grid=TARGET) -> dict:
-    more = {"captions": [text] * batch} if host.name == "z-image" else {}
-    return host.call(plain_layout(host, text, grid), batch=batch, **more)
-
-
-def source_of(host, call: dict) -> fr.Reference:
-    """A reference whose own call this is."""
-    image = "x" if host.name == "z-image" else "hidden_states"
-    latents = torch.stack(call[image]) if host.name == "z-image" else call[image]
-    own = ("encoder_hidden_states", "pooled_projections", "cap_feats", "attention_mask", "img_ids", "txt_ids",
-           "img_shapes", "encoder_hidden_states_mask")  # fmt: skip
-    given = {name: value for name, value in call.items() if name in own}
-    if not host.name.startswith("longcat"):  # what can be told from the target need not be said
-        given = {name: value for name, value in given.items() if name not in ("img_ids", "txt_ids", "img_shapes")}
-    return fr.Reference(lambda step, sigma: latents, given)
 
 
 def lengths(host, carried: str) -> tuple[int, int]:
     """Texts of target and reference; LongCat's positions depend on them, so a batch has one length."""
     short, long = (20, 40) if host.name == "z-image" else (TEXT, TEXT + 3)
     return (short, short) if host.name == "longcat" and carried == "batched" else (short, long)
-
-
-def apply(model, carried: str, source, *methods, **options):
-    reference = source if carried == "batched" else fr.ReferenceCache(source)
-    handle = fr.apply(model, *methods, reference=reference, **options)
-    handle.set_step(STEP, STEPS)
-    return handle
 
 
 def dial(name: str) -> float:
