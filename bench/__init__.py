@@ -2,7 +2,7 @@
 
 ``suites`` says what is measured and in which order, ``frame`` runs it and writes the rows; of a suite ``workloads`` say
 which tensors, ``cases`` which modulations, ``peers`` who computes them, each a registry that a new entry extends.
-``runner`` checks and measures with the clocks of ``timing``. ``report``, ``gates``, ``readme``, ``plots`` and
+``runner`` checks and measures with the clocks of ``timing``. ``report``, ``gates``, ``page``, ``plots`` and
 ``compare`` turn rows into tables and pictures and know nothing else.
 """
 
@@ -36,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError: a file that cannot be read.
     """
     options = _parser().parse_args(argv)
-    if options.report is not None or options.readme or options.plots:
+    if options.report is not None or options.page or options.plots:
         return _report(options)
     return _measure(options, sys.argv[1:] if argv is None else argv)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from . import gates, readme, report
+    from . import gates, page, report
     from .rows import read
 
     paths = options.report or sorted(RESULTS.glob("*/*.jsonl"))
     rows = [row for path in paths for row in read(path)]
-    if options.readme:
-        readme.write(options.readme, rows)
+    if options.page:
+        page.write(options.page, rows)
     if not rows:
         print(f"fastrope bench: no rows under {RESULTS}", file=sys.stderr)
-        return 0 if options.readme else 2
+        return 0 if options.page else 2
     if options.plots:
         from . import plots
 
@@ -182,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", nargs="*", type=file_path, metavar="ROWS", help=what)
     add("--plots", type=file_path, metavar="FOLDER", help="with --report: pictures too; needs matplotlib")
     add("--force", action="store_true", help="with --plots: replace pictures that are there")
-    add("--readme", type=file_path, metavar="FILE", help="with --report: write the part between the markers")
+    what = "with --report: write the part of a page between its markers, such as docs/backends.md"
+    add("--page", type=file_path, metavar="FILE", help=what)
     return parser
 
 

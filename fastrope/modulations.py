@@ -1,6 +1,6 @@
 """The modulations: what may be done to an attention call, each a frozen description that computes nothing.
 
-The formulas are those of the README's reference section; ``phi'``, ``mu``, ``kt``, ``ktt``, ``s`` are its names.
+The formulas and their names (``phi'``, ``mu``, ``kt``, ``ktt``, ``s``) are those of ``docs/mathematics.md``.
 Every modulation names the keys it covers: a ``slice``, a 1-D bool mask over ``Sk`` or a 1-D integer index tensor
 (``slice(None)``, all keys, by default).
 """

@@ -1,4 +1,4 @@
-"""The command lines of the pages in docs/: found, parsed, and with ``--model tiny`` carried out."""
+"""The pages of the project: their snippets and command lines found, run, and held to what the pages print."""
 
 from __future__ import annotations
 
@@ -6,15 +6,78 @@ import re
 import shlex
 from pathlib import Path
 
+import torch
+
 from fastrope.cli import main
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(
+    r"^```python[^\n]*\n(?P<code>.*?)^```(?:\n+```text\n(?P<printed>.*?)^```)?", re.MULTILINE | re.DOTALL
+)
 
 
 def page(name: str) -> str:
-    """The text of a page."""
+    """The text of a page in docs/."""
     return (DOCS / name).read_text(encoding="utf-8")
+
+
+def snippets(text: str) -> list[tuple[str, str | None]]:
+    """Python snippets, each padded with empty lines so that tracebacks carry the line numbers of the page, and the
+    ``text`` block right after each, which is what it prints."""
+    found = SNIPPET.finditer(text)
+    return [("\n" * text.count("\n", 0, m.start("code")) + m["code"], m["printed"]) for m in found]
+
+
+def run_snippets(path: Path, capsys, namespace: dict | None = None) -> dict:
+    """Run the snippets of a page in order, in one namespace, and compare what they print; the namespace."""
+    namespace = {"__name__": path.stem} if namespace is None else namespace
+    found = snippets(path.read_text(encoding="utf-8"))
+    assert found, f"{path.name} shows no python"
+    for code, printed in found:
+        capsys.readouterr()
+        exec(compile(code, str(path), "exec", dont_inherit=True), namespace)
+        said = capsys.readouterr().out
+        assert printed in (None, said)
+    return namespace
+
+
+def offline_kontext(monkeypatch, folder: Path):
+    """Let ``FluxKontextPipeline.from_pretrained`` give the demo's tiny pipeline, and write ``photo.png`` into
+    ``folder``; the pipeline."""
+    import diffusers
+    from PIL import Image
+
+    from fastrope.demo import scene, tiny
+
+    pipe = tiny.pipeline(0, torch.device("cpu"), torch.float32)
+
+    class Offline(type(pipe)):
+        def __call__(self, image, **arguments):
+            width, height = image.size
+            size = dict(width=width, height=height, max_area=width * height, _auto_resize=False)
+            with tiny.quiet():
+                return super().__call__(image, num_inference_steps=4, **size, **arguments)
+
+        def encode_prompt(self, **arguments):
+            generator = torch.Generator().manual_seed(0)
+            embeds, pooled = (torch.randn(*shape, 32, generator=generator) for shape in ((1, 512), (1,)))
+            return embeds, pooled, torch.zeros(512, 3)
+
+        def to(self, *args, **kwargs):
+            return self
+
+    def load(cls, name, torch_dtype):
+        assert (name, torch_dtype) == ("black-forest-labs/FLUX.1-Kontext-dev", torch.bfloat16)
+        return pipe
+
+    pipe.__class__ = Offline
+    monkeypatch.setattr(diffusers.FluxKontextPipeline, "from_pretrained", classmethod(load))
+    pixels = scene.at_size(scene.draw_scene(), 32)
+    Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / "photo.png")
+    monkeypatch.chdir(folder)
+    return pipe
 
 
 def commands_of(*names: str) -> list[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from running import README, interpreted
+from pages import page
+from running import interpreted
 
 import fastrope as fr
 from fastrope.backends import folded, fused
 
 pytest.importorskip("triton")
 from fastrope.kernels import attention, axis_blocks, means, pack, polynomial
+
+BACKENDS = " ".join(page("backends.md").split())  # what compilation costs
 
 
 class Recorder:
@@ -100,7 +103,7 @@ def test_compilations_of_a_call_that_folds(recorders):
         counts = launch(length)
     counts = launch(7, batch=3, heads=4)
     assert counts == {"pack_kernel": 2}
-    assert f"A first plain call compiles {sum(counts.values())} kernels, " in README
+    assert f"A first plain call compiles {sum(counts.values())} kernels, " in BACKENDS
     for length in (24, 113, 600):
         tail = slice(length // 2, None)
         counts = launch(length, modulations=[fr.BandWeight(torch.full((8,), 0.5), tail), fr.BiasDelta(1, 1.1, tail)])
@@ -127,7 +130,7 @@ def test_compilations_of_a_modulated_call(recorders, dtype, more):
     assert counts == {**expected, "pack_kernel": 2}
     if dtype == torch.float16:
         most = sum(counts.values())
-        assert f", a modulated one {most} at most, whatever lengths, batches and numbers of heads follow" in README
+        assert f", a modulated one {most} at most, whatever lengths, batches and numbers of heads follow" in BACKENDS
 
 
 @interpreted

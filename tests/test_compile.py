@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "kernels.md"
-README = ROOT / "README.md"
+BACKENDS = ROOT / "docs" / "backends.md"  # what compilation costs
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 ARCHS = tuple(SHARED_MEMORY)
 
@@ -64,17 +64,17 @@ def render(rows: list[dict]) -> str:
     """The table of the docs: the costliest variant of each kernel, head dim and architecture."""
     lines = [
         "# Kernels, as compiled", "",
-        "Compiled ahead of time, without a GPU, by `tests/test_compile.py`, which writes this page when",
-        "`FASTROPE_WRITE_DOCS=1` and compares it otherwise. A row stands for every variant (mask or none, rotated or "
-        "not) of a kernel:",
-        "tile (query rows x keys), warps, stages, then the largest shared memory in KiB. Every row compiles with zero",
-        "spilled bytes. It says nothing of speed.", "",
-        "`_tma` loops read keys and values through tensor descriptors; pipelined, they weigh values one tile late, so",
-        "that this product overlaps the next softmax (asserted in the intermediate code). `polynomial` and `terms`",
-        "serve queries with per-query scales in 16 bits, `axis_blocks` in float32 and where the polynomial does not",
-        "fit.", "",
-        "`match` (anchor token matching) walks rows of logits: rows x vocabulary entries, and codebook channels for",
-        "the head dim. Kernels without rows in fp32 have one configuration for all dtypes.", "",
+        "`tests/test_compile.py` compiles every kernel ahead of time, without a GPU. With `FASTROPE_WRITE_DOCS=1` it",
+        "writes this page; otherwise it compares the page with what it compiled. One row stands for all variants of a",
+        "kernel (with or without a mask, rotated or not). A cell gives the tile (query rows x keys), the warps, the",
+        "stages, and the largest shared memory in KiB. Every variant compiles with zero spilled bytes. The table says",
+        "nothing about speed.", "",
+        "Loops with `_tma` read keys and values through tensor descriptors. When pipelined, they multiply a tile of",
+        "weights with its values one tile late, so that this product can overlap the next softmax; the test checks the",
+        "order in the intermediate code. `polynomial` and `terms` serve per-query scales in 16 bits. `axis_blocks`",
+        "serves them in float32 and where the polynomial does not fit.", "",
+        "`match` is anchor token matching. Its tiles are rows x vocabulary entries, and its head dim is the number of",
+        "codebook channels. A kernel without rows in fp32 has one configuration for all dtypes.", "",
         "| kernel | dtype | head dim | " + " | ".join(ARCHS) + " |", "|---|---|---|" + "---|" * len(ARCHS),
     ]  # fmt: skip
     keys = []
@@ -105,7 +105,7 @@ def test_every_variant_compiles_without_spills(tmp_path):
     assert len(rows) > 400
     assert {r["arch"] for r in rows} == set(ARCHS)
     assert problems(rows) == []
-    stated = re.search(r"on one CPU core: ([\d.]+) s and ([\d.]+) s", README.read_text(encoding="utf-8"))
+    stated = re.search(r"on one CPU core: ([\d.]+) s and ([\d.]+) s", BACKENDS.read_text(encoding="utf-8"))
     for modulated, figure in enumerate(stated.groups()):  # of another machine
         assert seconds(rows, bool(modulated)) < 5 * float(figure)
     table = render(rows)
@@ -140,7 +140,7 @@ def test_seconds_are_of_what_a_first_call_compiles():
           ("polynomial_tma", ""), ("attention_modulated_tma", "MODULATED"), ("match", "")]  # fmt: skip
     rows = [{**row, "kernel": kernel, "variant": dict.fromkeys(flags.split(), True)} for kernel, flags in on]
     rows += [{**row, "kernel": "means", "head_dim": 64, "variant": {"HAS_MASK": False}}, {**rows[0], "arch": "sm_80"}]
-    counts = re.search(r"compiles (\d+) kernels, a modulated one (\d+) at most", README.read_text(encoding="utf-8"))
+    counts = re.search(r"compiles (\d+) kernels, a modulated one (\d+) at most", BACKENDS.read_text(encoding="utf-8"))
     assert [seconds(rows, False), seconds(rows, True)] == [float(n) for n in counts.groups()]
 
 

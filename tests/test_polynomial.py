@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from numerics import (
     uniform,
     with_tiles,
 )  # fmt: skip
+from pages import page
 
 import fastrope as fr
 from fastrope import device as devices
@@ -178,9 +178,8 @@ def test_memory_is_as_documented():
               if (half := polynomial.half_of(dim // 2))}  # fmt: skip
     assert max(copies.values()) == (3, 7)
     assert copies[128] == (2, 4)
-    assert "three copies of the covered keys and seven of these queries per view (two and four at head dim 128)" in (
-        Path(__file__).parent.parent / "README.md"
-    ).read_text(encoding="utf-8")
+    stated = "three copies of the covered keys and seven of these queries per query variant"
+    assert f"{stated} (two and four at head dim 128)" in page("backends.md")
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------

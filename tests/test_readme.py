@@ -1,43 +1,69 @@
-"""Every python snippet of the README runs, in order, in one namespace.
-
-What a snippet takes for granted (a pipeline, say) comes from an HTML comment in front of it, invisible to readers::
-
-    <!-- test
-    pipe = ...
-    -->
-"""
+"""README.md: its snippets run and print what it shows, its links lead somewhere, its status is true."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from pages import ROOT, offline_kontext, run_snippets, snippets
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BLOCK = re.compile(r"^```python[^\n]*\n(?P<shown>.*?)^```|^<!-- test\n(?P<hidden>.*?)^-->", re.MULTILINE | re.DOTALL)
+from fastrope import device as devices
+from fastrope.bench.rows import read
+from fastrope.kernels import config
 
-
-def blocks(text: str) -> list[str]:
-    """Snippets, each padded with empty lines so that tracebacks carry the line numbers of the README."""
-    found = []
-    for match in BLOCK.finditer(text):
-        kind = match.lastgroup
-        found.append("\n" * text.count("\n", 0, match.start(kind)) + match[kind])
-    return found
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)|(?:src|srcset)=\"([^\"]+)\"")
 
 
-def test_snippets_run(tmp_path, monkeypatch):
-    if not README.exists():
-        pytest.skip("there is no README.md")
-    snippets = blocks(README.read_text(encoding="utf-8"))
-    assert snippets, "README.md shows no python"
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
-    for snippet in snippets:
-        exec(compile(snippet, str(README), "exec", dont_inherit=True), namespace)
+def test_snippets_run(tmp_path, monkeypatch, capsys):
+    pipe = offline_kontext(monkeypatch, tmp_path)
+    monkeypatch.setattr(devices, "interpreted", lambda: False)  # as for a reader with a CPU
+    processors = dict(pipe.transformer.attn_processors)
+    found = run_snippets(README, capsys)
+    assert pipe.transformer.attn_processors == processors
+    assert found["before"].tobytes() != found["after"].tobytes()
+    assert found["out"].shape == (1, len(found["tokens"]), 4, 128)
 
 
-def test_blocks_are_found_with_their_lines():
-    text = "a\n```python\nx = 1\n```\n<!-- test\ny = 2\n-->\n```bash\nls\n```\n```python title\nz = 3\n```\n"
-    assert blocks(text) == ["\n\nx = 1\n", "\n" * 5 + "y = 2\n", "\n" * 11 + "z = 3\n"]
+def test_it_is_short_and_its_status_stands_first():
+    assert TEXT.count("\n") <= 180
+    assert TEXT[: TEXT.index("```")].count("\n") < 20
+    assert "**Status: alpha.**" in TEXT[: TEXT.index("```")]
+
+
+def test_the_status_is_true():
+    stated = " ".join(TEXT[: TEXT.index("```")].split())
+    archs = [f"`{arch}`" for arch in config.ARCHS]
+    assert f"for {', '.join(archs[:-1])} and {archs[-1]}." in stated
+    rows = [row for path in (ROOT / "bench" / "results").glob("*/*.jsonl") for row in read(path)]
+    measured = [row for row in rows if row["gpu"] != "cpu"]
+    assert ("Nothing has run on a GPU yet." in stated) == (not measured)
+
+
+def _anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target, anchor, picture in LINK.findall(path.read_text(encoding="utf-8")):
+        target = target or picture
+        if "://" in target:
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), f"{path.name} links to {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{path.name} links to {target}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    for path in PAGES[1:]:
+        assert f"({path.relative_to(ROOT).as_posix()})" in TEXT
+
+
+def test_snippets_are_found_with_their_lines_and_what_they_print():
+    text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n```python title\nz = 3\n```\n\n```text\n3\n```\n"
+    assert snippets(text) == [("\n\nx = 1\n", None), ("\n" * 8 + "z = 3\n", "3\n")]

@@ -57,7 +57,7 @@ def test_a_smoke_test_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["--report", "none.jsonl"], "none.jsonl: No such file or directory"),
     (["--report", "text.txt"], "text.txt:1: expected a row of JSON, received 'text'"),
-    (["--readme", "none.md"], "none.md: No such file or directory"),
+    (["--page", "none.md"], "none.md: No such file or directory"),
     (["--device", "nowhere"], "--device: "), (["--out", "text.txt"], "--out: expected a folder, received text.txt"),
     (["--against", "no-such-branch"], "--against: expected a revision of this clone"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables, pictures and the README's part come from rows alone."""
+"""Tables, pictures and the figures of docs/backends.md come from rows alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from bench_rows import a_row, timed
 
 from fastrope import bench
-from fastrope.bench import readme, report
+from fastrope.bench import page, report
 from fastrope.bench.rows import RESULTS, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,29 +58,29 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         read(path)
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_is_written_from_the_rows_of_this_repository():
+def test_the_page_is_written_from_the_rows_of_this_repository():
     rows = [row for path in sorted((ROOT / RESULTS).glob("*/*.jsonl")) for row in read(path)]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    between = text.partition(readme.START)[2].partition(readme.END)[0]
-    assert between.strip() == readme.part(rows).strip(), "run: fastrope bench --report --readme README.md"
+    text = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    between = text.partition(page.START)[2].partition(page.END)[0]
+    assert between.strip() == page.part(rows).strip(), "run: fastrope bench --report --page docs/backends.md"
 
 
 def test_without_rows_of_a_gpu_it_says_so():
-    assert "No figure of speed" in readme.part([])
-    assert readme.part([a_row(gpu="cpu")]) == readme.NOTHING
+    assert "No figure of speed" in page.part([])
+    assert page.part([a_row(gpu="cpu")]) == page.NOTHING
 
 
-def test_the_readmes_table_compares_like_with_like():
+def test_the_pages_table_compares_like_with_like():
     rows = [
         timed("plain", "fastrope-auto", 2.0, ours=True), timed("plain", "careful-cudnn", 2.5),
         timed("plain", "cudnn", 1.0, rotation="before"), timed("plain", "flex", 4.0),
         timed("all", "fastrope-auto", 2.4, ours=True, plain_ms=2.0, rev="def"),
         timed("all", "materialised", 99.0, date="2025-01-01T00:00:00+00:00"),
     ]  # fmt: skip
-    text = readme.part(rows)
+    text = page.part(rows)
     plain, together = (next(x for x in text.splitlines() if x.startswith(f"| {case} ")) for case in ("plain", "all"))
     assert "careful-cudnn | 2.500 | 1.25 x" in plain  # neither the slower one nor one that does not rotate
     assert "1.20 x" in together
@@ -90,16 +90,16 @@ def test_the_readmes_table_compares_like_with_like():
 
 
 def test_only_what_is_between_the_markers_is_written(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.START}\nold\n{readme.END}\nafter\n")
-    readme.write(path, [])
-    assert path.read_text() == f"before\n{readme.START}\n\n{readme.NOTHING}\n\n{readme.END}\nafter\n"
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{page.START}\nold\n{page.END}\nafter\n")
+    page.write(path, [])
+    assert path.read_text() == f"before\n{page.START}\n\n{page.NOTHING}\n\n{page.END}\nafter\n"
     path.write_text("no markers")
-    with pytest.raises(ValueError, match="README.md: expected the lines"):
-        readme.write(path, [])
+    with pytest.raises(ValueError, match="page.md: expected the lines"):
+        page.write(path, [])
 
 
-def test_the_command_writes_the_readme_and_draws(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_page_and_draws(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / RESULTS / "nvidia-h200"
@@ -107,9 +107,9 @@ def test_the_command_writes_the_readme_and_draws(tmp_path, monkeypatch, capsys):
     rows = [timed("plain", "fastrope-auto", 2.0, ours=True), timed("all", "flex", 3.0), timed("all", "two", 1e-3)]
     (folder / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "match.jsonl").write_text(json.dumps(timed("c", "i", 1.0, suite="match")) + "\n")
-    Path("README.md").write_text(f"{readme.START}\n{readme.END}\n")
-    assert bench.main(["--report", "--readme", "README.md", "--plots", "pictures"]) == 0
-    assert "1 x 8704 x 24 x 128" in Path("README.md").read_text()
+    Path("page.md").write_text(f"{page.START}\n{page.END}\n")
+    assert bench.main(["--report", "--page", "page.md", "--plots", "pictures"]) == 0
+    assert "1 x 8704 x 24 x 128" in Path("page.md").read_text()
     (picture,) = Path("pictures").iterdir()
     assert picture.name == "nvidia-h200-attention-kontext-bfloat16.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"

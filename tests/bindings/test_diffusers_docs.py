@@ -106,7 +106,7 @@ def test_the_example_without_a_download_runs(capsys):
     assert restored == "restored: True"
 
 
-@pytest.mark.parametrize("title", [t for t in EXAMPLES if t not in ("Without a download", "A host of one's own")])
+@pytest.mark.parametrize("title", [t for t in EXAMPLES if t not in ("Without a download", "A host of your own")])
 def test_examples_run(title, monkeypatch, tmp_path):
     """Each by itself, and the method it applies makes a difference."""
     from PIL import Image
@@ -141,11 +141,11 @@ def test_examples_run(title, monkeypatch, tmp_path):
     assert all(float((out - stock).abs().max()) > 1e-4 for out in offline.runs)
 
 
-def test_a_host_of_ones_own_can_be_registered(monkeypatch):
+def test_a_host_of_your_own_can_be_registered(monkeypatch):
     """The rows and the arithmetic; a complete one runs in test_diffusers_register.py."""
     monkeypatch.setattr(hosts, "HOSTS", list(hosts.HOSTS))
     namespace: dict = {}
-    exec(compile(EXAMPLES["A host of one's own"], str(PAGE), "exec", dont_inherit=True), namespace)
+    exec(compile(EXAMPLES["A host of your own"], str(PAGE), "exec", dont_inherit=True), namespace)
     assert hosts.HOSTS[0].transformer == "MyTransformer2DModel"
     layout = fr.TokenLayout(5, (3, 4))
     sequence = namespace["describe"](layout.positions("flux"), 5)

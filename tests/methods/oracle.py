@@ -1,5 +1,5 @@
-"""Attention under modulations in full, from the formulas of the README alone: complex pairs, every query with keys of
-its own. Slow, float64, and without a line of the package in it."""
+"""Attention under modulations in full, from the formulas of docs/mathematics.md alone: complex pairs, and every query
+rotates the keys by itself. Slow, float64, and without a line of the package in it."""
 
 from __future__ import annotations
 

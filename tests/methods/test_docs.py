@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import carry_out, commands_of, page
-from test_readme import blocks
+from pages import carry_out, commands_of, page, snippets
 
 import fastrope as fr
 from fastrope.commands import edit
@@ -108,8 +107,8 @@ def _checked(name: str, model: str, build):
 
 def run(name: str) -> dict:
     namespace = {"__name__": name}
-    for snippet in blocks(page(name)):
-        exec(compile(snippet, name, "exec", dont_inherit=True), namespace)
+    for code, _ in snippets(page(name)):
+        exec(compile(code, name, "exec", dont_inherit=True), namespace)
     return namespace
 
 

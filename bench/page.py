@@ -1,4 +1,4 @@
-"""The README's figures: a part between two markers, written from rows and from nothing else."""
+"""The figures of docs/backends.md: a part between two markers, written from rows and from nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cases import CASES
 from .names import AUTO
 from .report import conditions, markdown, number, over_plain, spread
 
-START = "<!-- bench: written by `fastrope bench --report --readme README.md` from bench/results -->"
+START = "<!-- bench: written by `fastrope bench --report --page docs/backends.md` from bench/results -->"
 END = "<!-- end of bench -->"
 NOTHING = (
     "**No figure of speed or memory on a GPU has been measured yet**, so there is none here: `bench/results/` holds no "
