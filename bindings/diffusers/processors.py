@@ -78,7 +78,7 @@ class BoundProcessor:
             if getattr(holder, "_parallel_config", None) is config:
                 holder._parallel_config = None
 
-    def untouched(self) -> bool:
+    def unmodulated(self) -> bool:
         """True when the host's own processor is to run. Whether something modulates a compiled layer is decided later,
         inside the op."""
         return perturbed() or (not torch.compiler.is_compiling() and self.layer.state.idle)
@@ -138,7 +138,7 @@ class FluxProcessor(BoundProcessor):
     ):
         """``hidden_states (B, S_image or S, C)``, ``encoder_hidden_states (B, S_text, C)`` in double-stream blocks."""
         given = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-        if self.untouched():
+        if self.unmodulated():
             return self.original(*given)
         streams = [Stream(*_project(attn, hidden_states, "to_qkv", IMAGE), attn.norm_q, attn.norm_k)]
         if encoder_hidden_states is not None:
@@ -164,7 +164,7 @@ class Flux2SingleProcessor(BoundProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         """``hidden_states (B, S, C)``, text first."""
-        if self.untouched():
+        if self.unmodulated():
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         joint = attn.to_qkv_mlp_proj(hidden_states)
         heads, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
@@ -191,7 +191,7 @@ class QwenProcessor(BoundProcessor):
         """``hidden_states (B, S_image, C)``, ``encoder_hidden_states (B, S_text, C)`` and its mask ``(B, S_text)``."""
         text_mask = encoder_hidden_states_mask
         given = attn, hidden_states, encoder_hidden_states, text_mask, attention_mask, image_rotary_emb
-        if self.untouched():
+        if self.unmodulated():
             return self.original(*given)
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None, as in the host's own processor, received a mask")
@@ -229,7 +229,7 @@ class ZImageProcessor(BoundProcessor):
         freqs_cis: torch.Tensor | None = None,
     ):
         """``hidden_states (B, S, C)``, ``attention_mask (B, S)``, ``freqs_cis (B, S, D/2)`` complex."""
-        if self.untouched():
+        if self.unmodulated():
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         qkv = (getattr(attn, name)(hidden_states).unflatten(-1, (attn.heads, -1)) for name in IMAGE)
         mask = attention_mask

@@ -54,7 +54,7 @@ class TheirProcessor(BoundProcessor):
     """What such a library writes to be bound."""
 
     def __call__(self, attn, x, angles):
-        if self.untouched():
+        if self.unmodulated():
             return self.original(attn, x, angles)
         q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in attn.qkv(x).chunk(3, dim=-1))
         out = self.attend([Stream(q, k, v, None, None)], angles)

@@ -31,8 +31,8 @@ def rising(values: list[float]) -> bool:
 
 def test_neutral_methods_are_stock_to_the_bit(pipe, stock):
     ones = torch.ones(16, 16)
-    untouched = fr.LooseRoPE(ones, ones, boost=1.0, levels=None, crop_curve=None)
-    for method in (fr.GRAG(1, 1), untouched):
+    neutral = fr.LooseRoPE(ones, ones, boost=1.0, levels=None, crop_curve=None)
+    for method in (fr.GRAG(1, 1), neutral):
         assert torch.equal(tiny_run.run(pipe, method), stock)
 
 
