@@ -129,7 +129,10 @@ def test_every_path_of_the_architecture_exists():
     assert named - {"__init__.py", "__pycache__"} <= set(re.findall(r"`fastrope/(\w+(?:\.py)?)/?`", table))
 
 
-@pytest.mark.parametrize("path", [ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_test_file_a_page_names_exists(path):
     for name in re.findall(r"`(tests/[\w/]+\.py)`", path.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
