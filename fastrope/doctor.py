@@ -95,13 +95,15 @@ def sample_call(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor,
     """Small random q, k, v ``(1, 72, 2, 64)`` and a plan with one modulation of each kind."""
     generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device sees the same numbers
     tokens = 2 * GRID**2
-    q, k, v = (torch.randn((1, tokens, 2, HEAD_DIM), generator=generator).to(device, dtype) for _ in range(3))
-    index = torch.arange(tokens)
+    q, k, v = (
+        torch.randn((1, tokens, 2, HEAD_DIM), generator=generator, device="cpu").to(device, dtype) for _ in range(3)
+    )
+    index = torch.arange(tokens, device="cpu")
     place = index % GRID**2
     positions = torch.stack((index // GRID**2, place // GRID, place % GRID), dim=1)
     reference = slice(GRID**2, None)
-    ramp = torch.linspace(0.5, 1.0, HEAD_DIM // 2)
-    r = torch.ones(tokens)
+    ramp = torch.linspace(0.5, 1.0, HEAD_DIM // 2, device="cpu")
+    r = torch.ones(tokens, device="cpu")
     r[: GRID**2 // 2] = 0.7
     modulations = [
         QueryScale(r.to(device), keys=reference, axes=(1, 2)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
@@ -44,6 +45,8 @@ class Work:
         key_rope: fr.RoPE | None = None,
         like: Work | None = None,
     ):
+        # Copies: work outlives the call that it was made for, and plans are made of it later, too.
+        modulations = [with_tensors(m, torch.clone) for m in modulations]
         self.masked = sequence.masked
         self._masks = {"seen": sequence.key_mask}
         self._bonus: dict[torch.device, Tensor] = {}
@@ -106,7 +109,7 @@ class Work:
             self._plans[key] = fr.plan(
                 rope=rope,
                 key_rope=key_rope,
-                modulations=[to_device(m, device) for m in self._modulations],
+                modulations=[with_tensors(m, lambda x: on_device(x, device)) for m in self._modulations],
                 key_mask=None if key_mask is None else key_mask.to(device),
             )
         return self._plans[key]
@@ -134,7 +137,7 @@ def structure_of(modulations: tuple) -> list:
 
 
 def _neutral(numbers: tuple) -> bool:
-    return all(bool((torch.as_tensor(x) == 1).all()) for x in numbers)
+    return all(bool(torch.all(x == 1)) if isinstance(x, Tensor) else x == 1 for x in numbers)
 
 
 def _check_groups(modulations: tuple, bonus: Tensor) -> None:
@@ -148,10 +151,10 @@ def _check_groups(modulations: tuple, bonus: Tensor) -> None:
                 )
 
 
-def to_device(m, device: torch.device):
-    """A modulation with its tensors on a device."""
+def with_tensors(m, change: Callable[[Tensor], Tensor]):
+    """A modulation with its tensors changed."""
     tensors = {f.name: getattr(m, f.name) for f in fields(m) if isinstance(getattr(m, f.name), torch.Tensor)}
-    return replace(m, **{name: on_device(t, device) for name, t in tensors.items()})
+    return replace(m, **{name: change(t) for name, t in tensors.items()})
 
 
 class Layer:

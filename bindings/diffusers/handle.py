@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -145,7 +146,8 @@ class Handle:
             state.installed.append((attn, processor))
             attn.set_processor(processor)
         # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
-        before, after = map(torch.compiler.disable, (state.before_forward, state.after_forward))
+        disable = partial(torch.compiler.disable, reason="to export a transformer, call handle.remove() first")
+        before, after = map(disable, (state.before_forward, state.after_forward))
         undo.callback(_unhook, called, before)
         called.register_forward_pre_hook(before, with_kwargs=True)
         undo.callback(_unhook, called, after)

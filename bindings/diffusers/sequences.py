@@ -130,7 +130,7 @@ def describe_shapes(images: tuple, text: int, mask: torch.Tensor | None) -> Join
     if mask is not None:
         mask = mask.detach().cpu().bool()
         keys = torch.cat([mask, mask.new_ones(len(mask), len(layout) - text)], dim=1)
-    return JointSequence(layout.positions("qwen"), lambda: layout, keys)
+    return JointSequence(layout.positions("qwen", "cpu"), lambda: layout, keys)
 
 
 # ---- lists of pictures and captions as arguments: Z-Image ----------------------------------------------------------
@@ -161,11 +161,11 @@ def describe_lists(pictures: tuple, captions: tuple, patch: tuple[int, int]) -> 
     rows = [fr.TokenLayout(text, grid, order="text-last", padding=padding) for text in texts]
     longest = max(rows, key=len)
     if len(set(texts)) == 1:
-        return JointSequence(longest.positions("z-image"), lambda: longest)
-    positions = torch.zeros(len(rows), len(longest), 3, dtype=torch.int64)
-    keys = torch.zeros(len(rows), len(longest), dtype=torch.bool)
+        return JointSequence(longest.positions("z-image", "cpu"), lambda: longest)
+    positions = torch.zeros(len(rows), len(longest), 3, dtype=torch.int64, device="cpu")
+    keys = torch.zeros(len(rows), len(longest), dtype=torch.bool, device="cpu")
     for n, row in enumerate(rows):
-        positions[n, : len(row)] = row.positions("z-image")
+        positions[n, : len(row)] = row.positions("z-image", "cpu")
         keys[n, : len(row)] = True
     return JointSequence(positions, lambda: longest, keys)
 
@@ -183,7 +183,7 @@ def read_grids(ids: torch.Tensor, spatial_axes: tuple[int, ...]) -> list[tuple[i
     """
     row_axis, column_axis = spatial_axes
     frames = [axis for axis in range(ids.shape[1]) if axis not in spatial_axes]
-    along, down = torch.zeros(2, ids.shape[1], dtype=ids.dtype)
+    along, down = torch.zeros(2, ids.shape[1], dtype=ids.dtype, device=ids.device)
     along[column_axis] = down[row_axis] = 1
     ends = (ids.diff(dim=0) != along).any(dim=1).nonzero().flatten() + 1
     bounds = [0, *ends.tolist(), len(ids)]

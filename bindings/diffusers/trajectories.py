@@ -191,7 +191,7 @@ class _Walk:
         def set_rising(*args, **kwargs):
             set_timesteps(*args, **kwargs)
             rising = scheduler.sigmas.flip(0)
-            self.sigmas = tuple(rising.double().tolist())
+            self.sigmas = tuple(rising.tolist())
             require_sigmas("pipe.scheduler", self.sigmas)
             scheduler.sigmas = rising
             scheduler.timesteps = (rising[:-1] * scheduler.config.num_train_timesteps).to(scheduler.timesteps)

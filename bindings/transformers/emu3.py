@@ -148,7 +148,7 @@ def _read(model, inputs, height: int, width: int, label: str = "") -> tuple[torc
     ids, mask = read_prompts(model, inputs, MADE_BY, label, known=("image_sizes",))
     size = f"{height} x {width} tokens"
     if "image_sizes" in inputs:
-        found = torch.as_tensor(inputs["image_sizes"]).tolist()
+        found = torch.as_tensor(inputs["image_sizes"], device="cpu").tolist()
         how = f"{size} in every row, as ratio=... and image_area=... of the processor say"
         require(found == [[height, width]] * len(ids), where + "image_sizes", how, found)
     mapping = model.model.vocabulary_mapping

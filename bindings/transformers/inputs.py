@@ -76,7 +76,7 @@ def read_prompts(
     for name in ("input_ids", "attention_mask"):
         require(name in inputs, where + name, f"one, from {made_by}", f"{sorted(map(str, inputs))} alone")
     for name, value in inputs.items():
-        types = name.endswith("token_type_ids") and not torch.as_tensor(value).any()  # zeros say: text
+        types = name.endswith("token_type_ids") and not torch.as_tensor(value, device="cpu").any()  # zeros say: text
         expected = f"a prompt of text alone, from {made_by}"
         require(name in ("input_ids", "attention_mask", *known) or types, where + name, expected, type(value).__name__)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import require
+from ..device import wide_on_cpu
 
 COVERAGE = 0.25  # share of a token's area from which on it counts as inside a mask
 SIGMA = 1.1  # of the 5 x 5 Gaussian: what image libraries derive from its width, 0.3 ((5 - 1) / 2 - 1) + 0.8
@@ -25,7 +26,7 @@ def as_map(name: str, value: object) -> torch.Tensor:
     hint = "an array or tensor (h, w) or (B, h, w)"
     require(isinstance(value, (np.ndarray, torch.Tensor)), name, hint, type(value).__name__)
     x = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
-    x = x.to("cpu", torch.float64, copy=True)
+    x = wide_on_cpu(x).clone()
     require(x.ndim in (2, 3) and x.numel() > 0, name, hint, tuple(x.shape))
     require(bool(x.isfinite().all()), name, "finite values", "values that are not")
     return x.reshape(-1, *x.shape[-2:])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import require
+from ..device import wide_on_cpu
 from .maps import as_map
 
 Source = str | torch.nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | torch.Tensor | np.ndarray
@@ -110,7 +111,7 @@ def feature_energy(
     require(bool(maps), "backbone", "an output that holds a feature map (1, C, h, w)",
             f"{[tuple(x.shape) for output in seen for x in _tensors(output)]}")  # fmt: skip
     finest = max(maps, key=lambda x: x.shape[2] * x.shape[3])
-    return finest[0].double().abs().mean(dim=0).cpu()
+    return wide_on_cpu(finest[0]).abs().mean(dim=0)
 
 
 def mask_rcnn() -> torch.nn.Module:

@@ -226,3 +226,21 @@ def test_a_compiled_pipeline_counts_its_steps():
         assert_same(flux_generate(pipe, steps=3), expected, 1e-4)
     assert asked == [0] * 4 + [1] * 4 + [2] * 4
     assert 0 < counter.frame_count <= 3
+
+
+def test_plans_made_later_are_of_what_was_given_then():
+    """What is remembered for the same content must not change with the caller's tensor."""
+    model, host = build_flux(), TINY_HOSTS["flux"]
+    call, delta = host.call(host.layout, dtype=torch.float32), torch.tensor([1.5, 2.0])
+
+    def method():
+        return fr.BiasDelta(1.0, delta, keys=host.layout.target)
+
+    with fr.apply(model, method()) as handle:
+        expected = run(model, call)
+        delta.mul_(0.5)
+        run(model, call)
+        delta = torch.tensor([1.5, 2.0])
+        handle.update(method())
+        model.compile(backend="eager")  # the first compiled call wants a plan of another kind
+        assert_same(run(model, call), expected, 1e-5)

@@ -178,6 +178,8 @@ def test_export_is_refused_by_name(methods):
     with fr.apply(model, *methods):
         with pytest.raises(NotImplementedError, match=r"^torch\.export: .*call handle\.remove\(\) before"):
             torch.export.export(model, (), call)
+        with pytest.raises(Exception, match=r"to export a transformer, call handle\.remove\(\) first"):
+            torch.export.export(model, (), call, strict=True)
         with pytest.raises(NotImplementedError, match=r"^torch\.jit\.trace: .*call handle\.remove\(\) before"):
             torch.jit.trace(model, example_kwarg_inputs=call, strict=False, check_trace=False)
     exported = torch.export.export(model, (), call).module()
