@@ -10,20 +10,18 @@ from pathlib import Path
 import pretend_device
 import pytest
 import torch
-from numerics import axial, every_modulation, generator, grid, tensors
+from numerics import axial, every_modulation, generator, grid, skip_unless_runnable, tensors
 from pretend_device import DEVICE, Elsewhere, pretended
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map
 
 import fastrope as fr
-from fastrope import planning
-from fastrope.backends import triton
 from fastrope.device import on_device, widest_float
 from fastrope.methods.maps import as_map
 from fastrope.methods.saliency import feature_energy
+from fastrope.planning import build
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANNED = ("resolve", "lowering", "tables", "series")  # called by fastrope.plan alone, under torch.device("cpu")
 PROGRAMS = ("demo", "commands")  # these run by themselves, where nobody has set a default device
 BACKENDS = ("eager", "sdpa")
 
@@ -98,8 +96,7 @@ def test_plans_with_other_numbers_on_a_device_without_float64():
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_another_default_device_changes_nothing(backend):
     """Everything is on the CPU but what nobody has given a device."""
-    if backend == "triton" and triton.unsupported(torch.empty(1)):
-        pytest.skip("triton cannot run here")
+    skip_unless_runnable(backend)
     qkv, arguments = call(masked=True)
     if backend == "triton":  # interpreted calls take seconds
         arguments |= {"modulations": arguments["modulations"][3:4], "key_mask": None}
@@ -107,7 +104,7 @@ def test_another_default_device_changes_nothing(backend):
     streams = [fr.Stream(*(x[:, span] for x in qkv), norm, norm) for span in (slice(0, 9), slice(9, 21))]
     expected = fr.attention(*qkv, **arguments, backend=backend)
     joint = fr.joint_attention(streams, plan=fr.plan(**arguments), backend=backend)
-    planning._CACHE.clear()
+    build._CACHE.clear()
     with torch.device("meta"):
         assert torch.equal(fr.attention(*qkv, **arguments, backend=backend), expected)
         assert torch.equal(fr.joint_attention(streams, plan=fr.plan(**arguments), backend=backend), joint)
@@ -135,7 +132,7 @@ def test_internal_tensors_name_their_device():
     for folder in ("fastrope", "kernels", "bindings"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             inside = path.relative_to(ROOT)
-            if inside.parts[1] in PROGRAMS or (folder == "fastrope" and path.stem in PLANNED):
+            if inside.parts[1] in PROGRAMS:
                 continue
             tree = ast.parse(path.read_text(encoding="utf-8"))
             modules = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "Module" in map(_last, n.bases))

@@ -162,7 +162,8 @@ def find_blocks(angles: torch.Tensor, rows: np.ndarray, classes: PairClasses) ->
 def distinct_angles(angles: torch.Tensor, pairs) -> tuple[np.ndarray, np.ndarray]:
     """Number the distinct angle vectors over ``pairs`` (and batch rows) in order of value: the id of each of the ``n``
     keys of ``angles (Bk, n, D/2)``, and a key that stands for each id."""
-    columns = angles[..., torch.as_tensor(pairs, dtype=torch.int64)].transpose(0, 1).flatten(1).numpy()
+    pairs = torch.as_tensor(pairs, dtype=torch.int64, device="cpu")
+    columns = angles[..., pairs].transpose(0, 1).flatten(1).numpy()
     if not columns.shape[1]:
         return np.zeros(len(columns), dtype=np.int64), np.zeros(1, dtype=np.int64)
     _, first, ids = np.unique(columns, axis=0, return_index=True, return_inverse=True)

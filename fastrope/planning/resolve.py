@@ -186,7 +186,7 @@ def lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys):
 
 def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
     """A key set as a ``(Sk,)`` bool mask on the CPU."""
-    covered = torch.zeros(num_keys, dtype=torch.bool)
+    covered = torch.zeros(num_keys, dtype=torch.bool, device="cpu")
     if isinstance(keys, slice):
         for bound in (keys.start, keys.stop):
             inside = bound is None or -num_keys <= bound <= num_keys
@@ -225,7 +225,7 @@ def resolve(
     """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped; so is a mask that
     hides no key."""
     scale, weights, groups, gains = None, [], [], []
-    grouped = torch.zeros(num_keys or 0, dtype=torch.bool)
+    grouped = torch.zeros(num_keys or 0, dtype=torch.bool, device="cpu")
     for m in modulations:
         keys = _key_set(type(m).__name__, m.keys, num_keys)
         if isinstance(m, QueryScale):
@@ -256,10 +256,10 @@ def resolve(
 
 def _scaled_pairs(rope, key_rope, axes) -> torch.Tensor:
     if axes is None:
-        return torch.ones(rope.pairs, dtype=torch.bool)
+        return torch.ones(rope.pairs, dtype=torch.bool, device="cpu")
     axis = rope.axis if rope.axis is not None else key_rope.axis
     require(axis is not None, "rope.axis", "an axis per pair, since QueryScale names axes", None)
     axis = axis.cpu()
     known = axis.unique().tolist()
     require(all(a in known for a in axes), "QueryScale.axes", f"axes of the RoPE, {known}", axes)
-    return torch.isin(axis, torch.tensor(axes, dtype=axis.dtype))
+    return torch.isin(axis, torch.tensor(axes, dtype=axis.dtype, device="cpu"))

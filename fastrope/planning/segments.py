@@ -66,7 +66,7 @@ class KeySignatures:
 def distinct_sets(masks: list[torch.Tensor], num_keys: int) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Distinct non-empty sets of masks that cover some key, and per key the index of its set (-1: no mask)."""
     if not masks:
-        return [], torch.full((num_keys,), -1, dtype=torch.int64)
+        return [], torch.full((num_keys,), -1, dtype=torch.int64, device="cpu")
     rows, inverse = torch.unique(torch.stack(masks, dim=1), dim=0, return_inverse=True)
     sets, index_of_row = [], []
     for row in rows.tolist():
@@ -74,7 +74,7 @@ def distinct_sets(masks: list[torch.Tensor], num_keys: int) -> tuple[list[tuple[
         index_of_row.append(len(sets) if members else -1)
         if members:
             sets.append(members)
-    return sets, torch.tensor(index_of_row)[inverse]
+    return sets, torch.tensor(index_of_row, device="cpu")[inverse]
 
 
 def segment_keys(signatures: KeySignatures) -> tuple[tuple[Segment, ...], torch.Tensor | None]:
@@ -87,8 +87,8 @@ def segment_keys(signatures: KeySignatures) -> tuple[tuple[Segment, ...], torch.
     order = None
     if len(_runs(rows)) - 1 > MAX_RUNS:
         _, inverse = torch.unique(rows, dim=0, return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1,), len(inverse), dtype=torch.int64)
-        first.scatter_reduce_(0, inverse, torch.arange(len(inverse)), "amin")
+        first = torch.full((int(inverse.max()) + 1,), len(inverse), dtype=torch.int64, device="cpu")
+        first.scatter_reduce_(0, inverse, torch.arange(len(inverse), device="cpu"), "amin")
         order = torch.argsort(first[inverse], stable=True)
         rows = rows[order]
     bounds = _runs(rows)

@@ -13,7 +13,7 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import TINY_HOSTS, assert_same, grag_like, loose_like, run
-from test_untwisting_shared import DIALS, apply, call_of, source_of
+from untwisting_calls import DIALS, apply, call_of, source_of
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
 DEFAULT = pytest.mark.parametrize("default", [False, True], ids=["", "default device"])
