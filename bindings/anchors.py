@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrope.checks import require, require_tensor
-from fastrope.islock import ISLock
-from fastrope.islock.reference import rows_of
+from fastrope.islock import ISLock, rows_of
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from numbers import Integral
 
 import torch
 
@@ -12,6 +13,11 @@ def require(condition: bool, argument: str, expected: object, received: object) 
     """Raise ``ValueError`` naming the argument, what was expected and what came, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, received {received}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole_slice(argument: str, value: slice) -> slice:

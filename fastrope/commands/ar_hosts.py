@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..checks import require
+from . import ar_tiny
 from .running import Missing
 
 JANUS, EMU3 = "deepseek-community/Janus-Pro-1B", "BAAI/Emu3-Gen-hf"
@@ -249,9 +250,8 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
     check_sampling(**settings)
     if model == "tiny":
-        from .ar_tiny import tiny_host
-
-        return tiny_host(size, settings, device, dtype)
+        tiny = ar_tiny.tiny_model(size, device, dtype), ar_tiny.Mosaic(size, device)
+        return LlamaGenHost("tiny (random weights)", *tiny, ar_tiny.describe, ar_tiny.PATCH, settings)
     if model == "llamagen":
         return _llamagen(arguments, size, settings, device, dtype)
     if model == "janus":
