@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .backends import reference
 from .checks import first_not_finite, require, require_finite
 from .device import switched_on, widest_float
 from .planning import Resolved
@@ -75,8 +76,6 @@ def deviation(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor) -> t
     Allowed is a multiple of the error that the reference itself makes in the input dtype. On devices without float64
     the reference runs in float32.
     """
-    from .backends import reference
-
     rows = _sample(q.shape[1], resolved, q.device)
     wide = widest_float(q.device)
     with torch.no_grad():

@@ -14,13 +14,13 @@ from torch import Tensor
 import fastrope as fr
 
 from .calls import CallState, Identified, Prepared
-from .dispatch import Work
 from .extended import target_work, with_shared
 from .forwards import Forward, LayerState
 from .layers import BatchedWork, ReferenceWork, SharedWork
 from .requests import LayerRequest
 from .rows import Joined
 from .sequences import JointSequence
+from .work import Work
 
 
 def prepare_batch(

@@ -19,15 +19,16 @@ from fastrope.device import wide_on_cpu
 from fastrope.modulations import MODULATIONS, Modulation
 
 from .checkpoints import follow
-from .dispatch import Layer, Work, structure_of
 from .fingerprints import Fingerprints
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .hosts import Host
 from .inspection import Inspector
+from .layer_op import Layer
 from .layers import SharedWork
 from .requests import LayerRequest
 from .sequences import Call, JointSequence, device_of, refuse_tracing
 from .steps import Step, find_step, running_pipeline
+from .work import Work, structure_of
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
 KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from .dispatch import Layer
 from .forwards import Forwards
+from .layer_op import Layer
 
 NAME = "_gradient_checkpointing_func"
 

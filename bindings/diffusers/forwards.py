@@ -11,13 +11,12 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
 
-if TYPE_CHECKING:
-    from .dispatch import Work
+from .work import Work
 
 _CALL = torch.nn.Module.__call__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__

@@ -16,8 +16,8 @@ from fastrope.activity import Where
 from fastrope.checks import require, require_tensor
 from fastrope.extras import importing
 
-from .dispatch import Work
 from .sequences import JointSequence
+from .work import Work
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain
 
-from .dispatch import Work
 from .prefetch import Prefetch
 from .requests import shares
 from .rotation import Rotation
 from .sequences import JointSequence
+from .work import Work
 
 
 class SharedWork:
@@ -125,7 +125,7 @@ class BatchedWork:
         return self._targets.plans + self._reference.plans
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.dispatch.Work.attend`."""
+        """As :meth:`.work.Work.attend`."""
         targets, reference = zip(*((x[: -self._rows], x[-self._rows :]) for x in (q, k, v)), strict=True)
         theirs = self._reference.attend(*reference, applied, backend)
         shared = None
@@ -152,7 +152,7 @@ class CachedWork:
         self._rotation = rotation
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.dispatch.Work.attend`."""
+        """As :meth:`.work.Work.attend`."""
         shared = self._cached.take(self._n).map(lambda x: x.to(k.device, non_blocking=True))
         if shared.applied != applied:
             turned = self._rotation.do(shared.k) if applied else self._rotation.undo(shared.k)
@@ -178,7 +178,7 @@ class Recorder:
         self._layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.dispatch.Work.attend`."""
+        """As :meth:`.work.Work.attend`."""
         shared = self._reference.share(q, k, v, applied, statistics=True)
         self._snapshot.layers[self._layer] = shared.map(self._keep)
         return self._reference.attend(q, k, v, applied, backend)

@@ -18,7 +18,7 @@ from diffusers.models.normalization import RMSNorm
 
 import fastrope as fr
 
-from .dispatch import Layer, host_attention
+from .layer_op import Layer, host_attention
 from .skipping import perturbed, register
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")

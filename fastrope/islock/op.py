@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
+from .. import kernels
 from . import reference
 
 
@@ -27,8 +28,6 @@ def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
 
 
 def _launch(logits: Tensor, *call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .. import kernels
-
     config = kernels.select_match(devices.architecture(logits.device), call[4].shape[1])
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(logits.device) if logits.device.type == "cuda" else contextlib.nullcontext()
