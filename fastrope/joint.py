@@ -1,9 +1,7 @@
 """Attention over tokens a host projects apart: QK norm, concatenation, rotation and modulation in one prologue."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -33,13 +31,16 @@ class Norm(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tokens projected together: ``q (B, S, H, D)``, ``k, v (B, S, Hkv, D)``, any strides, and the norms of q and k."""
+    """Tokens projected together: ``q (B, S, H, D)``, ``k, v (B, S, Hkv, D)``, any strides, and the norms of q and k.
+
+    :func:`joint_attention` takes a :class:`Norm` or None for these; the processors of bindings take any function.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    norm_q: Norm | None = None
-    norm_k: Norm | None = None
+    norm_q: Callable[[Tensor], Tensor] | None = None
+    norm_k: Callable[[Tensor], Tensor] | None = None
 
 
 def join(streams: Sequence[Stream]) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,11 +111,11 @@ def fused_joint_attention(streams: Sequence[Stream], plan: Plan, backend: str) -
 
 def _readable(streams: Sequence[Stream], lowered: Lowered, backend: str) -> bool:
     """Whether our kernels could read these streams."""
-    normed = all(s.norm_q is not None and s.norm_k is not None for s in streams)
+    norms = [norm for s in streams for norm in (s.norm_q, s.norm_k) if isinstance(norm, Norm)]
     rotates = lowered.queries is not None and lowered.queries.rotation is not None and lowered.keys.rotation is not None
-    if len(streams) > 2 or not normed or not rotates or backend == "eager":
+    if len(streams) > 2 or len(norms) < 2 * len(streams) or not rotates or backend == "eager":
         return False
-    tensors = [x for s in streams for x in (s.q, s.k, s.v, s.norm_q.weight, s.norm_k.weight) if x is not None]
+    tensors = [x for s in streams for x in (s.q, s.k, s.v)] + [n.weight for n in norms if n.weight is not None]
     grad = torch.is_grad_enabled()
     if torch.compiler.is_compiling():  # which knows no tangents
         return not (grad and any(x.requires_grad for x in tensors))
@@ -208,7 +209,7 @@ def _kind(x: Tensor) -> tuple:
     return x.shape[0], x.shape[2], x.shape[3], x.dtype, x.device
 
 
-def _check_norm(name: str, norm: Norm | None, x: Tensor) -> None:
+def _check_norm(name: str, norm: object, x: Tensor) -> None:
     if norm is None:
         return
     require(isinstance(norm, Norm), name, "a fastrope.Norm or None", type(norm).__name__)

@@ -9,29 +9,17 @@ signature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 
 import fastrope as fr
+from fastrope import Stream
 
 from .layer_op import Layer, host_attention
 from .skipping import perturbed, register
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-
-
-class Stream(NamedTuple):
-    """Tokens projected together: ``q, k, v (B, S, heads, D)`` as the projections leave them, the norms of q and k."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    norm_q: Callable | None
-    norm_k: Callable | None
 
 
 class BoundProcessor:
@@ -261,10 +249,10 @@ def _project_joint(attn, out: torch.Tensor, text: int) -> tuple[torch.Tensor, to
     return image, attn.to_add_out(out[:, :text].contiguous())
 
 
-def _as_projected(stream: Stream) -> fr.Stream | None:
+def _as_projected(stream: Stream) -> Stream | None:
     """A stream for :func:`fastrope.joint_attention`, or None where a norm is more than an RMS norm of the head dim."""
     norms = [_as_norm(norm, x) for norm, x in ((stream.norm_q, stream.q), (stream.norm_k, stream.k))]
-    return None if None in norms else fr.Stream(stream.q, stream.k, stream.v, *norms)
+    return None if None in norms else Stream(stream.q, stream.k, stream.v, *norms)
 
 
 def _as_norm(module, x: torch.Tensor) -> fr.Norm | None:
