@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastrope as fr
 from fastrope.checks import require
+from fastrope.modulations import Modulation
 
 from .sequences import JointSequence
 from .work import Work
@@ -40,7 +41,7 @@ def target_work(
     return Work(_followed_by(sequence, len(shared)), rope, modulations, key_rope, like)
 
 
-def over_sequence(m, length: int):
+def over_sequence(m: Modulation, length: int) -> Modulation:
     """A modulation whose keys count over the host's sequence of ``length`` tokens, where further keys follow it: open
     and negative bounds mean the sequence's own end.
 

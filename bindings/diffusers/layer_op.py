@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any, NoReturn
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -33,12 +34,12 @@ class Layer:
         backend: as in :func:`fastrope.apply`.
     """
 
-    def __init__(self, forwards: Forwards, index: int, backend: str, applied: bool):
+    def __init__(self, forwards: Forwards, index: int, backend: str, applied: bool) -> None:
         self.backend = backend
         self.applied = applied
         self.compiled = False
-        self.original = None
-        self.handle = None  # whose layer this is
+        self.original: Any = None
+        self.handle: Any = None  # whose layer this is
         self.number = next(_NUMBERS)
         self.address = torch.tensor([self.number], device="cpu")
         self._forwards = forwards
@@ -50,7 +51,7 @@ class Layer:
         self.handle = None
         _LAYERS.pop(self.number, None)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         """No handle would know of a copy."""
         raise NotImplementedError(
             "copy: expected a transformer that no fastrope handle is bound to; call handle.remove() before copying or "
@@ -71,13 +72,14 @@ class Layer:
         GPU, or where its backend was asked for. None elsewhere, for streams that the host's own steps bring to one
         dtype, and under a probe, which looks at q and k."""
         work, probe = self.state
-        if None in streams or probe is not None or type(work) is not Work:
+        known = [stream for stream in streams if stream is not None]
+        if len(known) < len(streams) or probe is not None or type(work) is not Work:
             return None
-        wanted = self.backend == "triton" or (self.backend == "auto" and streams[0].q.is_cuda)
-        alike = len({x.dtype for s in streams for x in (s.q, s.k, s.v)}) == 1
+        wanted = self.backend == "triton" or (self.backend == "auto" and known[0].q.is_cuda)
+        alike = len({x.dtype for s in known for x in (s.q, s.k, s.v)}) == 1
         if not wanted or not alike or (mask is not None and not work.masked):
             return None
-        return work.attend_streams(streams, self.backend)
+        return work.attend_streams(known, self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)``, or None where the host's own is wanted."""
@@ -126,5 +128,5 @@ def host_attention(
 
 
 @host_attention.register_fake
-def _(q, k, v, mask, layer):
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layer: Tensor):
     return q.new_empty(q.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from fastrope.joint import fused_joint_attention
 
 from .rotation import Rotation
 from .sequences import JointSequence
+
+
+class LayerWork(Protocol):
+    """What a layer does in one forward: :class:`Work`, or what is made of it where a reference is shared."""
+
+    masked: bool  # whether the mask that the host hands to its attention is accounted for
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
+        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
+        ...
 
 
 class Work:
@@ -32,7 +43,7 @@ class Work:
         modulations: tuple,
         key_rope: fr.RoPE | None = None,
         like: Work | None = None,
-    ):
+    ) -> None:
         self.masked = sequence.masked
         self._masks = {"seen": sequence.key_mask}
         self._bonus: dict[torch.device, Tensor] = {}
@@ -137,7 +148,7 @@ def _check_groups(modulations: tuple, bonus: Tensor) -> None:
                 )
 
 
-def to_device(m, device: torch.device):
+def to_device(m: Any, device: torch.device) -> Any:
     """A modulation with its tensors on a device."""
     tensors = {f.name: getattr(m, f.name) for f in fields(m) if isinstance(getattr(m, f.name), torch.Tensor)}
     return replace(m, **{name: on_device(t, device) for name, t in tensors.items()})

@@ -23,7 +23,7 @@ CONTRAST = 24.0  # of the random output layer, so that some colours are likelier
 class Mosaic:
     """Pixels ``(B, 3, H, W)`` in -1..1 to colours ``(B, N)`` and back."""
 
-    def __init__(self, grid: int, device: torch.device):
+    def __init__(self, grid: int, device: torch.device) -> None:
         level = torch.linspace(-1, 1, LEVELS, device=device)
         self.grid, self.codebook = grid, torch.cartesian_prod(level, level, level)
 

@@ -141,7 +141,7 @@ class Matcher:
             generator: one for all rows, or one per row; None draws from torch's default generator of the device. A
                 generator of another device costs a copy, which a CUDA graph cannot capture.
         """
-        if isinstance(generator, (list, tuple)):
+        if isinstance(generator, Sequence):
             require(len(generator) == batch, "generator", f"one generator, or one for each of {batch} rows",
                     len(generator))  # fmt: skip
             return torch.cat([self.seeds(1, g) for g in generator])
