@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from source_tree import FOLDERS, ROOT, run_python, sources
 
@@ -100,6 +101,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
         for path in sources(folder):
             expected = "/".join([*package.split("."), *path.relative_to(ROOT / folder).parts])
             assert expected in names, f"{expected} is not in the wheel: list its package in pyproject.toml"
+    assert "fastrope/py.typed" in names
     code = """
 import importlib.util, sys, fastrope
 for name in ("fastrope", "fastrope.kernels", "fastrope.bindings", "fastrope.bindings.diffusers"):
@@ -201,3 +203,18 @@ def test_ruff(command):
     pytest.importorskip("ruff")
     done = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commits_are_checked_by_the_ruff_of_the_tests():
+    """And the hooks are those of the tests: a commit that they pass is one that the tests pass."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    (revision,) = re.findall(r"ruff-pre-commit\n +rev: v([\d.]+)", hooks)
+    (wanted,) = re.findall(r'"ruff([~=<>\d., ]+)"', PYPROJECT)
+    assert Version(revision) in SpecifierSet(wanted)
+    ids = re.findall(r"- id: ([\w-]+)", hooks)
+    assert {"ruff-check", "ruff-format", "end-of-file-fixer", "check-added-large-files"} <= set(ids)
+    (limit,) = re.findall(r"--maxkb=(\d+)", hooks)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:  # not in an unpacked archive
+        sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+        assert {name for name, size in sizes.items() if size > 1024 * int(limit)} == set()
