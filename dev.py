@@ -3,6 +3,7 @@
 
     python3 dev.py demo [arguments of "fastrope demo"]
     python3 dev.py test [arguments of pytest]
+    python3 dev.py docs [folder for the API reference, site by default]
 
 The first call makes a virtual environment in .venv and installs torch, the package (editable) and what the command
 needs; later calls reuse it until pyproject.toml or this file changes. Delete .venv to start afresh.
@@ -22,7 +23,15 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 STAMP = VENV / "fastrope.json"
 PYTHONS = ((3, 10), (3, 14))  # those that have a build of the torch below
 TORCH = "2.13.0"
-EXTRAS = {"demo": {"demo"}, "test": {"demo", "test"}}  # what each extra of pyproject.toml brings
+EXTRAS = {"demo": {"demo"}, "docs": {"docs"}, "test": {"demo", "docs", "test"}}  # what each of pyproject.toml brings
+# What pdoc documents, in order: packages with all they hold, and ("!") patterns of what not. These are the public
+# names, the methods and the bindings; how the core does its work is for readers of the sources.
+DOCUMENTED = [
+    "fastrope", r"!fastrope\.", "fastrope.methods", "fastrope.bindings.diffusers", r"!fastrope\.bindings\.diffusers\.",
+    "fastrope.bindings.llamagen", r"!fastrope\.bindings\.llamagen\.", "fastrope.bindings.transformers",
+]  # fmt: skip
+PDOC = ["--docformat", "google", "--no-show-source"]
+STRICT = [f"-Werror::UserWarning:pdoc.{module}" for module in ("extract", "doc", "doc_types", "docstrings")]
 MAX_WORKERS = 8  # each test worker imports torch: about 1 GB
 
 
@@ -42,10 +51,17 @@ def main(argv):
     set_up(command)
     if command == "demo":
         return run(BIN / "fastrope", "demo", *rest)
+    if command == "docs":
+        return build_docs(Path(*rest) if rest else ROOT / "site")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cpus, MAX_WORKERS) if cpus > 1 else 0
     # The pytest script and not "python -m pytest", which would put the folder "kernels" on sys.path.
     return run(BIN / "pytest", "-n", workers, *rest)  # a later -n wins
+
+
+def build_docs(folder):
+    """The API reference, from docstrings, from another folder: Python would take the clone's own for the package."""
+    return run(BIN / "python", *STRICT, "-m", "pdoc", *PDOC, "-o", folder.resolve(), *DOCUMENTED, cwd=VENV)
 
 
 def set_up(extra):
@@ -66,10 +82,11 @@ def set_up(extra):
         extras = set()
     STAMP.unlink(missing_ok=True)  # an interrupted installation must not look finished
     install_torch(gpu)
-    wanted = "test" if "test" in extras | {extra} else extra
+    wanted = "test" if "test" in extras | {extra} else ",".join(sorted(extras | {extra}))
     say(f"installing fastrope[{wanted}] (editable)")
     check("installing fastrope", *PIP, "--editable", f".[{wanted}]")
-    STAMP.write_text(json.dumps({**want, "extras": sorted(EXTRAS[wanted])}))
+    brought = set().union(*(EXTRAS[name] for name in wanted.split(",")))
+    STAMP.write_text(json.dumps({**want, "extras": sorted(brought)}))
     say("ready")
 
 
@@ -129,8 +146,8 @@ def check(what, *command):
         raise Failure(f"{what} failed with exit code {code} (see above)")
 
 
-def run(*command):
-    return subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+def run(*command, cwd=ROOT):
+    return subprocess.run([str(part) for part in command], cwd=cwd).returncode
 
 
 def say(message):

@@ -74,7 +74,7 @@ def tasks(selection: Selection) -> list[Task]:
 
 
 def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Contestants by name; each returns a :class:`fastrope.islock.matcher.Match` of position 0."""
+    """Contestants by name; each returns a :class:`fastrope.islock.Match` of position 0."""
     g = torch.Generator(device).manual_seed(0)
     codebook = torch.randn(case.image, case.dim, generator=g, device=device)
     codebook = codebook / codebook.norm(dim=1, keepdim=True)

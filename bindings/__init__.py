@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
 
-def apply(pipe, *methods, backend: str = "auto", rotation: str = "op", reference=None):
+if TYPE_CHECKING:
+    from .diffusers import Handle
+
+
+def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
     """See :func:`fastrope.apply`."""
     from .diffusers import bind  # imports diffusers
 
     return bind(pipe, methods, backend, rotation, reference)
 
 
-def remove(pipe) -> None:
+def remove(pipe: Any) -> None:
     """See :func:`fastrope.remove`."""
     from .diffusers import unbind
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastrope.checks import require, require_tensor
-from fastrope.islock import ISLock
-from fastrope.islock.reference import rows_of
+from fastrope.islock import ISLock, Matcher, rows_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Grid:
     end: int | None = None
     opening: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("height", "width"):
             value = getattr(self, name)
             require(_is_int(value) and value >= 1, f"Grid.{name}", "an integer >= 1", repr(value))
@@ -184,7 +184,7 @@ class Generated:
     record: Record | None
 
 
-def spread_anchors(anchors: torch.Tensor, batch: int, num_tokens: int, matcher) -> torch.Tensor:
+def spread_anchors(anchors: torch.Tensor, batch: int, num_tokens: int, matcher: Matcher) -> torch.Tensor:
     """Anchors ``(B, N)`` for ``batch`` rows: every row repeated as often as ``generate`` repeats its prompt.
 
     An anchor of -1 leaves its position free. They come back on the device of the matcher.
@@ -207,7 +207,7 @@ def spread_anchors(anchors: torch.Tensor, batch: int, num_tokens: int, matcher) 
     return anchors.repeat_interleave(batch // rows, dim=0)
 
 
-def plain_matcher(num_tokens: int, device: torch.device):
+def plain_matcher(num_tokens: int, device: torch.device) -> Matcher:
     """A matcher for anchors of -1, which it draws freely: plain generation shares path and noise with editing."""
     return ISLock(candidates=1).matcher(torch.zeros(1, 1, device=device), num_tokens=num_tokens)
 
@@ -220,9 +220,9 @@ def guide(logits: torch.Tensor, scale: float) -> torch.Tensor:
     return unconditional + (conditional - unconditional) * scale
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: Any) -> bool:
     return _is_int(value) and value >= 0

@@ -7,8 +7,7 @@ from numbers import Real
 
 import torch
 
-from fastrope.checks import require, require_finite, require_tensor
-from fastrope.islock.config import whole
+from fastrope.checks import is_whole, require, require_finite, require_tensor
 
 
 def check_sampling(guidance: float | None, temperature: float, top_k: int, top_p: float) -> None:
@@ -23,7 +22,7 @@ def check_sampling(guidance: float | None, temperature: float, top_k: int, top_p
     require(
         fits, "temperature", "a finite number > 0; top_k=1 takes the most probable token (greedy)", repr(temperature)
     )
-    require(whole(top_k) and top_k >= 0, "top_k", "an integer >= 0; 0 keeps all, 1 is greedy", repr(top_k))
+    require(is_whole(top_k) and top_k >= 0, "top_k", "an integer >= 0; 0 keeps all, 1 is greedy", repr(top_k))
     require(_number(top_p) and 0 < top_p <= 1, "top_p", "a number in (0, 1]; 1 keeps all", repr(top_p))
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .activity import At
 from .api import attention, explain
@@ -21,6 +22,10 @@ from .rope import RoPE
 from .sharing import Reference, ReferenceCache
 from .tokens import Site, TokenLayout
 
+if TYPE_CHECKING:
+    from .bindings.diffusers.handle import Handle
+    from .bindings.diffusers.steering import Steered
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -30,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def apply(pipe, *methods, backend: str = "auto", rotation: str = "op", reference=None):
+def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
     """Bind methods and modulations to a diffusers pipeline or transformer, in place and on this instance alone.
 
     Args:
@@ -62,7 +67,7 @@ def apply(pipe, *methods, backend: str = "auto", rotation: str = "op", reference
     return bind(pipe, *methods, backend=backend, rotation=rotation, reference=reference)
 
 
-def remove(pipe) -> None:
+def remove(pipe: Any) -> None:
     """Undo :func:`apply` where its handle was not kept: ``handle.remove()`` of whatever is bound to the transformer.
 
     Args:
@@ -77,15 +82,15 @@ def remove(pipe) -> None:
 
 
 def prepare_reference(
-    pipe,
-    image=None,
+    pipe: Any,
+    image: Any = None,
     trajectory: str = "linear",
     *,
-    latents=None,
+    latents: Any = None,
     gamma: float = _GAMMA,
     height: int | None = None,
     width: int | None = None,
-    **call,
+    **call: Any,
 ) -> Reference:
     """A picture, or several, as the reference that ``fr.apply(pipe, ..., reference=...)`` takes.
 
@@ -131,19 +136,19 @@ def prepare_reference(
 
 
 def steer(
-    pipe,
-    method,
+    pipe: Any,
+    method: Any,
     judge: Callable | str | None = None,
     max_tries: int = 4,
     *,
     parameter: str = "boost",
     moves: Mapping[str, float] = _MOVES,
     ask_after: int = 2,
-    composite=None,
+    composite: Any = None,
     beside: Sequence = (),
     backend: str = "auto",
-    **call,
-):
+    **call: Any,
+) -> Steered:
     """Run a pipeline under a method, and start again with another value of its parameter where a judge is not content.
 
     After step ``ask_after`` (from 0) the one-step estimate ``x0 = x - sigma v`` is decoded by the pipeline itself,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .checks import require, whole_slice
 from .modulations import MODULATIONS, Modulation
@@ -21,7 +22,7 @@ class Where:
     steps: Indices | None = None
     kinds: str | Collection[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("layers", "steps"):
             value = getattr(self, name)
             several = (value,) if isinstance(value, int) else value
@@ -74,11 +75,11 @@ class At:
 
     def __init__(
         self,
-        *what,
+        *what: Any,
         layers: Indices | None = None,
         steps: Indices | None = None,
         kinds: str | Collection[str] | None = None,
-    ):
+    ) -> None:
         object.__setattr__(self, "what", flat_methods(what, "what"))
         object.__setattr__(self, "where", Where(layers, steps, kinds))
         require(len(self.what) > 0, "what", "a modulation or a method", "nothing")
@@ -94,12 +95,12 @@ class At:
         return sharings_of(self.what, site) if site in self.where else []
 
 
-def sharings_of(methods, site: Site) -> list:
+def sharings_of(methods: Iterable, site: Site) -> list:
     """All that methods which have ``sharings(site) -> list`` ask for at a site."""
     return [sharing for m in methods if hasattr(m, "sharings") for sharing in m.sharings(site)]
 
 
-def flat_methods(values, argument: str) -> tuple:
+def flat_methods(values: Iterable, argument: str) -> tuple:
     """Modulations and methods out of lists of them.
 
     Raises:

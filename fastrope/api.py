@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
 from . import debug as debugging
 from . import ops
@@ -20,21 +22,33 @@ from .rope import RoPE
 from .validation import check_plan, check_tensors, scale_of
 
 
+@overload
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor, k: Tensor, v: Tensor, *, rope: RoPE | None = ..., key_rope: RoPE | None = ...,
+    modulations: Sequence[Modulation] = ..., key_mask: Tensor | None = ..., plan: Plan | None = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ..., backend: str = ..., debug: bool | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, rope: RoPE | None = ..., key_rope: RoPE | None = ...,
+    modulations: Sequence[Modulation] = ..., key_mask: Tensor | None = ..., plan: Plan | None = ...,
+    scale: float | None = ..., return_lse: Literal[True], backend: str = ..., debug: bool | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     rope: RoPE | None = None,
     key_rope: RoPE | None = None,
     modulations: Sequence[Modulation] = (),
-    key_mask: torch.Tensor | None = None,
+    key_mask: Tensor | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     debug: bool | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention with rotary embedding and modulations, without causal mask.
 
     Args:
@@ -79,15 +93,17 @@ def attention(
     out, lse = execute(decision, plan.lowered, q, k, v, scale, return_lse, plan.resolved)
     if check:
         debugging.check_output(q, k, v, plan.resolved, scale, out, decision.backend)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
-def _through_op(q, k, v, plan: Plan, scale: float, return_lse: bool, backend: str):
+def _through_op(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool, backend: str
+) -> Tensor | tuple[Tensor, Tensor]:
     out, lse = ops.planned_attention(q, k, v, list(plan.tensors), plan.spec, scale, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
-def _traceable(backend: str, q, k, v) -> str:
+def _traceable(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     """The backend a compiler is given: inside an op nothing says that gradients are wanted."""
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return backend
@@ -99,7 +115,9 @@ def _traceable(backend: str, q, k, v) -> str:
 _NOTHING = make_plan()
 
 
-def _plan_for_compiled(plan, rope, key_rope, modulations, key_mask) -> Plan:
+def _plan_for_compiled(
+    plan: Plan | None, rope: RoPE | None, key_rope: RoPE | None, modulations: tuple, key_mask: Tensor | None
+) -> Plan:
     """A plan reads values and so cannot be made in compiled code."""
     if plan is not None:
         _check_alone(plan, rope, key_rope, modulations, key_mask)
@@ -112,7 +130,15 @@ def _plan_for_compiled(plan, rope, key_rope, modulations, key_mask) -> Plan:
     return _NOTHING
 
 
-def _plan_for(q, k, rope, key_rope, modulations, key_mask, plan) -> Plan:
+def _plan_for(
+    q: Tensor,
+    k: Tensor,
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    modulations: tuple,
+    key_mask: Tensor | None,
+    plan: Plan | None,
+) -> Plan:
     if plan is None:
         return cached_plan(rope, key_rope, modulations, key_mask, q.shape[1], k.shape[1], q.device)
     require(isinstance(plan, Plan), "plan", "a Plan of fastrope.plan()", type(plan).__name__)
@@ -120,7 +146,9 @@ def _plan_for(q, k, rope, key_rope, modulations, key_mask, plan) -> Plan:
     return plan
 
 
-def _check_alone(plan, rope, key_rope, modulations, key_mask) -> None:
+def _check_alone(
+    plan: Plan | None, rope: RoPE | None, key_rope: RoPE | None, modulations: tuple, key_mask: Tensor | None
+) -> None:
     arguments = dict(rope=rope, key_rope=key_rope, modulations=modulations or None, key_mask=key_mask)
     given = [name for name, x in arguments.items() if x is not None]
     if given:
@@ -202,14 +230,14 @@ class Explanation:
 
 
 def explain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     rope: RoPE | None = None,
     key_rope: RoPE | None = None,
     modulations: Sequence[Modulation] = (),
-    key_mask: torch.Tensor | None = None,
+    key_mask: Tensor | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
     return_lse: bool = False,

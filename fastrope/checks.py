@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from numbers import Integral
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 
 
+@overload
+def require(condition: Literal[False], argument: str, expected: object, received: object) -> NoReturn: ...
+@overload
+def require(condition: bool, argument: str, expected: object, received: object) -> None: ...
 def require(condition: bool, argument: str, expected: object, received: object) -> None:
     """Raise ``ValueError`` naming the argument, what was expected and what came, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, received {received}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole_slice(argument: str, value: slice) -> slice:
@@ -22,7 +33,7 @@ def whole_slice(argument: str, value: slice) -> slice:
         ValueError: a bound that is no whole number.
     """
 
-    def whole(bound: object) -> int | None:
+    def whole(bound: Any) -> int | None:
         if bound is None:
             return None
         if not isinstance(bound, bool) and getattr(bound, "dtype", None) != torch.bool:
@@ -33,7 +44,7 @@ def whole_slice(argument: str, value: slice) -> slice:
     return slice(*(whole(bound) for bound in (value.start, value.stop, value.step)))
 
 
-def require_tensor(argument: str, value: object, ndim: tuple[int, ...], shape_hint: str) -> None:
+def require_tensor(argument: str, value: Any, ndim: tuple[int, ...], shape_hint: str) -> None:
     """Require a ``torch.Tensor`` of one of the given ranks."""
     require(isinstance(value, torch.Tensor), argument, f"a torch.Tensor {shape_hint}", type(value).__name__)
     require(value.ndim in ndim, argument, f"shape {shape_hint}", tuple(value.shape))

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import __version__
 from .extras import MissingExtra, install
@@ -118,7 +118,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _any_character(stream) -> Iterator[None]:
+def _any_character(stream: Any) -> Iterator[None]:
     """What a terminal's encoding does not have is written as an escape."""
     before = getattr(stream, "errors", None)
     if before is None or not hasattr(stream, "reconfigure"):

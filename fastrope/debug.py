@@ -8,7 +8,9 @@ synchronises with the device; not for production. A compiled or captured graph t
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from .backends import reference
 from .checks import first_not_finite, require, require_finite
 from .device import switched_on, widest_float
 from .planning import Resolved
@@ -24,7 +26,7 @@ def enabled(argument: bool | None) -> bool:
     return switched_on("FASTROPE_DEBUG", default=False) if argument is None else argument
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: Resolved, scale: float) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float) -> None:
     """Require that everything a call reads is finite and in range. Masked keys and values may hold anything;
     modulations were checked with the plan.
 
@@ -49,7 +51,7 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: Re
     _check_ranges(q, k, resolved, scale)
 
 
-def check_output(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor, backend: str) -> None:
+def check_output(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float, out: Tensor, backend: str) -> None:
     """Require a finite output that agrees with the reference on a sample of queries.
 
     Raises:
@@ -69,14 +71,12 @@ def check_output(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor, b
         )
 
 
-def deviation(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor) -> tuple[float, float]:
+def deviation(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float, out: Tensor) -> tuple[float, float]:
     """Largest error of ``out (B, Sq, H, D)`` against the float64 reference on a sample of queries, and what is allowed.
 
     Allowed is a multiple of the error that the reference itself makes in the input dtype. On devices without float64
     the reference runs in float32.
     """
-    from .backends import reference
-
     rows = _sample(q.shape[1], resolved, q.device)
     wide = widest_float(q.device)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def deviation(q, k, v, resolved: Resolved, scale: float, out: torch.Tensor) -> t
     return error, LOW_PRECISION_SLACK * (rounding + floor)
 
 
-def _sample(num_queries: int, resolved: Resolved, device) -> torch.Tensor:
+def _sample(num_queries: int, resolved: Resolved, device: torch.device) -> Tensor:
     """Queries spread evenly, and those with the most extreme scales and gains, ``(n,)``."""
     rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries), device="cpu").long()]
     scales = [] if resolved.scale is None else [resolved.scale.r]
@@ -103,14 +103,14 @@ def _sample(num_queries: int, resolved: Resolved, device) -> torch.Tensor:
 # ---- ranges ---------------------------------------------------------------------------------------------------------
 
 
-def _distinct_angles(name: str, angles: torch.Tensor) -> None:
+def _distinct_angles(name: str, angles: Tensor) -> None:
     largest = float(angles.abs().amax())
     limit = ANGLE_ROUNDING / torch.finfo(angles.dtype).eps
     expected = f"angles below {limit:.3g} rad, up to where {angles.dtype} tells positions apart"
     require(largest < limit, name, expected, f"{largest:.3g}")
 
 
-def _check_ranges(q: torch.Tensor, k: torch.Tensor, resolved: Resolved, scale: float) -> None:
+def _check_ranges(q: Tensor, k: Tensor, resolved: Resolved, scale: float) -> None:
     """Require logits within the accumulator and modulated keys within the input dtype, by bounds on norms.
 
     The norm of a token bounds each of its channels however its pairs are turned, and two norms bound a logit.

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from .kernels import config
+from .kernels.streams import Projected
 
 INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
 WITHOUT_FLOAT64 = ("mps",)  # device types; Metal has no double precision
@@ -71,7 +72,7 @@ def architecture(device: torch.device) -> str:
     return config.arch_of(properties.major, properties.minor)
 
 
-def kernel_obstacle(q: torch.Tensor) -> str | None:
+def kernel_obstacle(q: Projected) -> str | None:
     """Why the kernels cannot run on tensors like ``q``, or None."""
     if q.dtype == torch.float64:
         return "float64 inputs (use sdpa or eager)"

@@ -10,12 +10,14 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from . import device as devices
 from .backends import folded, fused, reference, sdpa, split_rows
-from .kernels.streams import Streams
+from .kernels.streams import Projected, Streams
 from .planning.lowered import Lowered
 from .planning.resolve import Resolved
 
@@ -117,7 +119,9 @@ def rule_for(lowered: Lowered, dtype: torch.dtype, return_lse: bool = False) -> 
 # ---- decision --------------------------------------------------------------------------------------------------------
 
 
-def decide(lowered: Lowered, q, k, v, backend: str, return_lse: bool = False) -> Decision:
+def decide(
+    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False
+) -> Decision:
     """How a checked call runs. A backend that is asked for runs or raises; ``auto`` never changes the mathematics.
 
     Args:
@@ -137,7 +141,7 @@ def decide(lowered: Lowered, q, k, v, backend: str, return_lse: bool = False) ->
     return replace(chosen, passes=len(sdpa.passes(lowered))) if chosen.backend == "sdpa" else chosen
 
 
-def _choose(lowered: Lowered, q, grad: bool, backend: str, return_lse: bool) -> Decision:
+def _choose(lowered: Lowered, q: Projected, grad: bool, backend: str, return_lse: bool) -> Decision:
     obstacle = devices.kernel_obstacle(q)
     if backend == "triton":
         if grad:
@@ -166,7 +170,7 @@ def _choose(lowered: Lowered, q, grad: bool, backend: str, return_lse: bool) -> 
     return Decision(rule.backend, f"{rule.reason} ({rule.basis})", rejected, split=rule.split)
 
 
-def differentiated(x: torch.Tensor) -> bool:
+def differentiated(x: Tensor) -> bool:
     """Whether reverse or forward mode follows ``x``."""
     return x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
@@ -178,9 +182,9 @@ _WARNED: set[str] = set()
 
 
 def execute(
-    decision: Decision, lowered: Lowered, q, k, v, scale: float, return_lse: bool = False,
-    resolved: Resolved | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    decision: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected, scale: float,
+    return_lse: bool = False, resolved: Resolved | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Run a call as decided: ``out (B, Sq, H, D)`` contiguous and, if asked for, ``lse (B, H, Sq)``.
 
     Args:
@@ -189,21 +193,22 @@ def execute(
     if decision.warning and decision.warning not in _WARNED:
         _WARNED.add(decision.warning)
         warnings.warn(decision.warning, stacklevel=3)
+    tensors = cast(tuple[Tensor, Tensor, Tensor], (q, k, v))  # streams go to our kernels alone
     with no_autocast(q.device):
         if decision.backend == "eager":
-            out, lse = reference.run(q, k, v, resolved, scale, return_lse)
+            out, lse = reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
         elif decision.folded:
             out, lse = folded.run(q, k, v, lowered, scale), None
+        elif decision.launch is None:
+            out, lse = sdpa.run(*tensors, lowered, scale, return_lse)
         elif decision.split:
             out, lse = split_rows.run(q, k, v, lowered, scale, decision.launch), None
-        elif decision.backend == "triton":
-            out, lse = fused.run(q, k, v, lowered, scale, decision.launch)
         else:
-            out, lse = sdpa.run(q, k, v, lowered, scale, return_lse)
+            out, lse = fused.run(q, k, v, lowered, scale, decision.launch)
     return out.contiguous(), lse if return_lse else None
 
 
-def no_autocast(device: torch.device):
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which autocast leaves dtypes alone: the op computes in the dtype of its inputs."""
     enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()

@@ -138,7 +138,7 @@ def _self_check(device: torch.device) -> list[dict]:
     return checks
 
 
-def _check(q, k, v, prepared: Plan, backend: str) -> dict:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Plan, backend: str) -> dict:
     found = {"backend": backend, "dtype": str(q.dtype).removeprefix("torch."), "error": None, "allowed": None}
     try:
         out = attention(q, k, v, plan=prepared, backend=backend, debug=False)

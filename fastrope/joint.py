@@ -1,20 +1,19 @@
 """Attention over tokens a host projects apart: QK norm, concatenation, rotation and modulation in one prologue."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import debug as debugging
-from . import kernels, ops
+from . import ops
 from .api import attention
 from .checks import require, require_tensor
 from .dispatch import Decision, decide, differentiated, execute
+from .kernels.streams import Projected, Streams
 from .planning import Lowered, Plan
 from .validation import check_plan, check_tensors, scale_of
 
@@ -33,13 +32,16 @@ class Norm(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tokens projected together: ``q (B, S, H, D)``, ``k, v (B, S, Hkv, D)``, any strides, and the norms of q and k."""
+    """Tokens projected together: ``q (B, S, H, D)``, ``k, v (B, S, Hkv, D)``, any strides, and the norms of q and k.
+
+    :func:`joint_attention` takes a :class:`Norm` or None for these; the processors of bindings take any function.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    norm_q: Norm | None = None
-    norm_k: Norm | None = None
+    norm_q: Callable[[Tensor], Tensor] | None = None
+    norm_k: Callable[[Tensor], Tensor] | None = None
 
 
 def join(streams: Sequence[Stream]) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,11 +112,11 @@ def fused_joint_attention(streams: Sequence[Stream], plan: Plan, backend: str) -
 
 def _readable(streams: Sequence[Stream], lowered: Lowered, backend: str) -> bool:
     """Whether our kernels could read these streams."""
-    normed = all(s.norm_q is not None and s.norm_k is not None for s in streams)
+    norms = [norm for s in streams for norm in (s.norm_q, s.norm_k) if isinstance(norm, Norm)]
     rotates = lowered.queries is not None and lowered.queries.rotation is not None and lowered.keys.rotation is not None
-    if len(streams) > 2 or not normed or not rotates or backend == "eager":
+    if len(streams) > 2 or len(norms) < 2 * len(streams) or not rotates or backend == "eager":
         return False
-    tensors = [x for s in streams for x in (s.q, s.k, s.v, s.norm_q.weight, s.norm_k.weight) if x is not None]
+    tensors = [x for s in streams for x in (s.q, s.k, s.v)] + [n.weight for n in norms if n.weight is not None]
     grad = torch.is_grad_enabled()
     if torch.compiler.is_compiling():  # which knows no tangents
         return not (grad and any(x.requires_grad for x in tensors))
@@ -145,14 +147,32 @@ def streamed_attention(
 
 
 @streamed_attention.register_fake
-def _(q, k, v, weights, eps, tensors, spec, scale, backend):
+def _(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    eps: Sequence[float],
+    tensors: Sequence[Tensor],
+    spec: str,
+    scale: float,
+    backend: str,
+):
     _check_parts(q, k, v, Lowered.unflatten(tensors, spec), scale, backend)
     ops.refuse_eager(backend)
     batch, _, heads, dim = q[0].shape
     return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, dim))
 
 
-def _run(decision: Decision, lowered: Lowered, q, k, v, norms: Sequence[Norm], scale: float) -> Tensor:
+def _run(
+    decision: Decision,
+    lowered: Lowered,
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    norms: Sequence[Norm],
+    scale: float,
+) -> Tensor:
     if not decision.kernels:
         streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
         return execute(decision, lowered, *join(streams), scale)[0]
@@ -167,14 +187,16 @@ def _unzip(streams: Sequence[Stream]) -> tuple[list[Tensor], list[Tensor], list[
     return q, k, v, norms_q + norms_k
 
 
-def _streams(q, k, v, norms: Sequence[Norm]):
+def _streams(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], norms: Sequence[Norm]
+) -> tuple[Projected, Projected, Projected]:
     """What the kernels read in the place of a joint sequence; values have no norms."""
 
-    def streams(parts, norms):
+    def streams(parts: Sequence[Tensor], norms: Sequence[Norm]) -> Streams:
         weights = (x.new_ones(x.shape[3]) if n.weight is None else n.weight for x, n in zip(parts, norms, strict=True))
-        return kernels.Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(float(n.eps) for n in norms))
+        return Streams(tuple(parts), tuple(w.contiguous() for w in weights), tuple(float(n.eps) for n in norms))
 
-    values = kernels.Streams(tuple(v)) if len(v) > 1 else v[0]
+    values = Streams(tuple(v)) if len(v) > 1 else v[0]
     return streams(q, norms[: len(q)]), streams(k, norms[len(q) :]), values
 
 
@@ -188,7 +210,7 @@ def _check(streams: Sequence[Stream], plan: Plan) -> None:
         received = [type(s).__name__ for s in streams] if several else type(streams).__name__
         require(False, "streams", "a list of fastrope.Stream, at least one", received)
     require(isinstance(plan, Plan), "plan", "a Plan of fastrope.plan()", type(plan).__name__)
-    first = streams[0]
+    first = next(iter(streams))
     for i, s in enumerate(streams):
         for name, x, like in (("q", s.q, first.q), ("k", s.k, first.k), ("v", s.v, first.v)):
             name = f"streams[{i}].{name}"
@@ -208,12 +230,12 @@ def _kind(x: Tensor) -> tuple:
     return x.shape[0], x.shape[2], x.shape[3], x.dtype, x.device
 
 
-def _check_norm(name: str, norm: Norm | None, x: Tensor) -> None:
+def _check_norm(name: str, norm: Any, x: Tensor) -> None:
     if norm is None:
         return
     require(isinstance(norm, Norm), name, "a fastrope.Norm or None", type(norm).__name__)
     eps, weight = norm.eps, norm.weight
-    ok = isinstance(eps, Real) and not isinstance(eps, bool) and 0 <= eps < math.inf
+    ok = isinstance(eps, Real) and not isinstance(eps, bool) and 0 <= float(eps) < math.inf
     require(ok, f"{name}.eps", "a finite number, not negative", repr(eps))
     if weight is None:
         return
@@ -223,7 +245,10 @@ def _check_norm(name: str, norm: Norm | None, x: Tensor) -> None:
         require(False, f"{name}.weight", f"({x.shape[3]},) floating point on {x.device}", received)
 
 
-def _check_parts(q, k, v, lowered: Lowered, scale: float, backend: str) -> None:
+def _check_parts(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], lowered: Lowered, scale: float, backend: str
+) -> None:
     """What can be said of the streams beside a plan; an op checks it again, as a graph may be handed other tensors."""
     check_tensors(q[0], k[0], v[0], scale, backend)
-    check_plan(*(parts[0][:, :1].expand(-1, sum(x.shape[1] for x in parts), -1, -1) for parts in (q, k)), lowered)
+    queries, keys = (parts[0][:, :1].expand(-1, sum(x.shape[1] for x in parts), -1, -1) for parts in (q, k))
+    check_plan(queries, keys, lowered)

@@ -8,6 +8,7 @@ Every modulation names the keys it covers: a ``slice``, a 1-D bool mask over ``S
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from .checks import require, require_tensor, whole_slice
 Keys = slice | torch.Tensor
 
 
-def _take_keys(m) -> None:
+def _take_keys(m: Any) -> None:
     """Check the keys of a modulation; the bounds of a slice become Python integers."""
     keys, name = m.keys, f"{type(m).__name__}.keys"
     if isinstance(keys, slice):
@@ -28,7 +29,7 @@ def _take_keys(m) -> None:
     require(keys.dtype in indices, name, "a bool mask or int16, int32 or int64 indices", keys.dtype)
 
 
-def _check_values(name: str, values: object, ndim: tuple[int, ...], hint: str) -> None:
+def _check_values(name: str, values: Any, ndim: tuple[int, ...], hint: str) -> None:
     require_tensor(name, values, ndim, hint)
     require(values.is_floating_point(), name, "a floating-point tensor", values.dtype)
 
@@ -51,7 +52,7 @@ class QueryScale:
     keys: Keys = field(default_factory=lambda: slice(None))
     axes: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_values("QueryScale.scale", self.scale, (1, 2), "(Sq,) or (B, Sq)")
         _take_keys(self)
         if self.axes is not None:
@@ -74,7 +75,7 @@ class BandWeight:
     weight: torch.Tensor
     keys: Keys = field(default_factory=lambda: slice(None))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_values("BandWeight.weight", self.weight, (1,), "(D/2,)")
         _take_keys(self)
 
@@ -96,7 +97,7 @@ class BiasDelta:
     delta: float | torch.Tensor = 1.0
     keys: Keys = field(default_factory=lambda: slice(None))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in (("BiasDelta.bias", self.bias), ("BiasDelta.delta", self.delta)):
             if isinstance(value, torch.Tensor):
                 _check_values(name, value, (0, 1), "() or (B,)")
@@ -118,7 +119,7 @@ class LogitGain:
     gain: torch.Tensor
     keys: Keys = field(default_factory=lambda: slice(None))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_values("LogitGain.gain", self.gain, (1, 2), "(Sq,) or (B, Sq)")
         _take_keys(self)
 

@@ -8,6 +8,7 @@ lines are the same checks as outside a graph, so a wrong shape raises while trac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,9 @@ def planned_attention(
 
 
 @planned_attention.register_fake
-def _(q, k, v, tensors, spec, scale, return_lse, backend):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], spec: str, scale: float, return_lse: bool, backend: str
+):
     check_tensors(q, k, v, scale, backend)
     check_plan(q, k, Lowered.unflatten(tensors, spec))
     refuse_eager(backend)
@@ -89,27 +92,37 @@ def planned_attention_backward(
     """Gradients of :func:`planned_attention` in q, k, v."""
     lowered = Lowered.unflatten(tensors, spec)
 
-    def forward(q, k, v):
+    def forward(q: Tensor, k: Tensor, v: Tensor):
         out, lse = sdpa.run(q, k, v, lowered, scale, return_lse=grad_lse is not None)
         return (out,) if grad_lse is None else (out, lse)
 
     # Inside an op autograd's own recording is off whatever the grad mode; functional transforms still record.
-    _, pull_back = torch.func.vjp(forward, q, k, v)
+    pull_back = torch.func.vjp(forward, q, k, v)[1]
     found = pull_back((grad_out,) if grad_lse is None else (grad_out, grad_lse))
-    return tuple(torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
+    grad_q, grad_k, grad_v = (torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
+    return grad_q, grad_k, grad_v
 
 
 @planned_attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, tensors, spec, scale):
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    spec: str,
+    scale: float,
+):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _planned_setup(ctx, inputs, output):
+def _planned_setup(ctx: Any, inputs: tuple, output: Any):
     q, k, v, tensors, ctx.spec, ctx.scale, ctx.return_lse, _ = inputs
     ctx.save_for_backward(q, k, v, *tensors)
 
 
-def _planned_backward(ctx, grad_out, grad_lse):
+def _planned_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None):
     q, k, v, *tensors = ctx.saved_tensors
     grad_lse = grad_lse if ctx.return_lse else None
     grads = planned_attention_backward(grad_out, grad_lse, q, k, v, tensors, ctx.spec, ctx.scale)

@@ -12,11 +12,15 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import __version__
 from .checks import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def check_files(option: str, named: Sequence[Path], others: Iterable[Path] = (), force: bool = False) -> None:
@@ -118,7 +122,7 @@ def write_text(path: Path, text: str) -> Path:
     return write(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
-def write_picture(path: Path, picture) -> Path:
+def write_picture(path: Path, picture: Image) -> Path:
     """Write a PIL picture, by :func:`write`."""
     return write(path, picture.save)
 

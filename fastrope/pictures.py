@@ -10,17 +10,21 @@ other is inside where its brightest channel is half of white or more. Forms that
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .checks import require
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 FULL = {"F": 1.0, "I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535}  # white, in deep modes
 LAYERED = ("MPO", "PSD")  # formats whose further frames are previews and layers of the one picture
 
 
-def open_picture(option: str, path: Path):
+def open_picture(option: str, path: Path) -> Image:
     """The picture of a file, in RGB.
 
     Raises:
@@ -39,7 +43,7 @@ def open_mask(option: str, path: Path) -> np.ndarray:
     return mask_of(option, _load(option, path))
 
 
-def rgb(name: str, picture):
+def rgb(name: str, picture: Any) -> Image:
     """A PIL picture upright and in RGB.
 
     Raises:
@@ -53,7 +57,7 @@ def rgb(name: str, picture):
     return picture.convert("RGB")
 
 
-def mask_of(name: str, picture) -> np.ndarray:
+def mask_of(name: str, picture: Any) -> np.ndarray:
     """Where a PIL picture, read as a mask, is inside, ``(H, W)`` bool.
 
     Raises:
@@ -93,7 +97,7 @@ def as_pixels(name: str, image: object) -> torch.Tensor:
     return x.permute(0, 3, 1, 2) if channels_last else x
 
 
-def to_picture(name: str, pixels: object):
+def to_picture(name: str, pixels: object) -> Image:
     """One picture of any form, see :func:`as_pixels`, as a PIL picture in RGB.
 
     Raises:
@@ -124,7 +128,7 @@ def _load(option: str, path: Path):
     return picture
 
 
-def _upright(name: str, picture):
+def _upright(name: str, picture: Any):
     """Turned as EXIF says, 8 bits per channel; RGBA where anything may be transparent, else any mode but that."""
     from PIL import Image, ImageOps
 

@@ -38,7 +38,7 @@ class RoPE:
     pairing: str = "interleaved"
     applied: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_tensor("RoPE.angles", self.angles, ndim=(2, 3), shape_hint="(S, D/2) or (B, S, D/2)")
         require(
             self.angles.dtype in (torch.float32, torch.float64),
@@ -143,7 +143,8 @@ def split_pairs(x: torch.Tensor, pairing: str) -> tuple[torch.Tensor, torch.Tens
     """First and second members of every pair, ``(..., D) -> 2 x (..., D/2)``."""
     if pairing == "interleaved":
         return x[..., 0::2], x[..., 1::2]
-    return x.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return first, second
 
 
 def join_pairs(first: torch.Tensor, second: torch.Tensor, pairing: str) -> torch.Tensor:

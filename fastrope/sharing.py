@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,9 +49,9 @@ class Reference:
     """
 
     latents: Callable[[int, float], torch.Tensor]
-    arguments: Mapping[str, object]
+    arguments: Mapping[str, Any]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_reference(self)
 
 
@@ -155,7 +155,7 @@ class ReferenceCache:
         ValueError: a source without ``latents`` or ``arguments``.
     """
 
-    def __init__(self, source, device: torch.device | str | None = None):
+    def __init__(self, source: Any, device: torch.device | str | None = None) -> None:
         check_reference(source)
         self.source = source
         self.device = None if device is None else torch.device(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class TokenLayout:
         order: str = "text-first",
         padding: int = 0,
         shared: Sequence[tuple[int, int]] = (),
-    ):
+    ) -> None:
         _require_count("text", text)
         _require_count("padding", padding)
         require(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
@@ -194,7 +195,7 @@ class Site:
     kind: str = "joint"
     kinds: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(isinstance(self.tokens, TokenLayout), "tokens", "a fastrope.TokenLayout", type(self.tokens).__name__)
         _require_count("layer", self.layer)
         _require_count("num_layers", self.num_layers, least=1)
@@ -220,19 +221,20 @@ class Site:
         return self.step / max(self.num_steps - 1, 1)
 
 
-def _require_count(name: str, value: object, least: int = 0) -> None:
+def _require_count(name: str, value: Any, least: int = 0) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(ok, name, f"an integer of at least {least}", repr(value))
 
 
-def _grid(name: str, grid: object) -> tuple[int, int]:
+def _grid(name: str, grid: Any) -> tuple[int, int]:
     require(isinstance(grid, (tuple, list)) and len(grid) == 2, name, "(rows, columns)", repr(grid))
     for side in grid:
         _require_count(name, side, least=1)
-    return tuple(grid)
+    rows, columns = grid
+    return rows, columns
 
 
-def _grids(name: str, grids: object) -> tuple[tuple[int, int], ...]:
+def _grids(name: str, grids: Any) -> tuple[tuple[int, int], ...]:
     several = isinstance(grids, Sequence) and not isinstance(grids, str)
     require(several, name, "a list of (rows, columns)", repr(grids))
     return tuple(_grid(f"{name}[{i}]", grid) for i, grid in enumerate(grids))
@@ -242,7 +244,9 @@ def _size(grid: tuple[int, int]) -> int:
     return grid[0] * grid[1]
 
 
-def _raster(grid: tuple[int, int], first: int, device, centred: bool = False, trailing: int = 0) -> torch.Tensor:
+def _raster(
+    grid: tuple[int, int], first: int, device: torch.device | str | None, centred: bool = False, trailing: int = 0
+) -> torch.Tensor:
     """``(rows * columns, 3 + trailing)``: ``(first, h, w, 0...)``, row by row."""
     sides = [torch.arange(n, device=device) - ((n + 1) // 2 if centred else 0) for n in grid]
     h, w = torch.meshgrid(*sides, indexing="ij")

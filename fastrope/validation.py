@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Real
 
 import torch
+from torch import Tensor
 
 from .checks import require, require_tensor
 from .dispatch import BACKENDS
@@ -14,7 +15,7 @@ from .planning.resolve import same_device
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_tensors(q, k, v, scale: float, backend: str) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> None:
     """What can be said of q, k, v without a plan."""
     for name, x, heads in (("q", q, "H"), ("k", k, "Hkv"), ("v", v, "Hkv")):
         require_tensor(name, x, (4,), f"(B, S, {heads}, D)")
@@ -33,7 +34,7 @@ def check_tensors(q, k, v, scale: float, backend: str) -> None:
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
 
 
-def check_plan(q, k, lowered: Lowered) -> None:
+def check_plan(q: Tensor, k: Tensor, lowered: Lowered) -> None:
     """That a plan was made for tensors like these."""
     for name, x, length in (("q", q, lowered.num_queries), ("k", k, lowered.num_keys)):
         require(length is None or x.shape[1] == length, name, f"{length} tokens (dim 1), as in the plan",
@@ -48,7 +49,7 @@ def check_plan(q, k, lowered: Lowered) -> None:
         require(same, "plan", f"tensors on the device of q, {q.device}", segments.device)
 
 
-def scale_of(q, scale: float | None) -> float:
+def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the logits, ``D ** -0.5`` where none is given."""
     require_tensor("q", q, (4,), "(B, S, H, D)")
     if scale is None:

@@ -34,7 +34,10 @@ class Streams:
         return self.parts[0].device
 
 
-def stream_arguments(x: torch.Tensor | Streams) -> dict:
+Projected = torch.Tensor | Streams  # queries, keys or values (B, S, H, D), joined or not yet
+
+
+def stream_arguments(x: Projected) -> dict:
     """What a kernel that reads rows needs to know of ``x``, by the names of its parameters. A plain tensor is its own
     second stream, which no row reaches, and has no norm."""
     streamed = isinstance(x, Streams)

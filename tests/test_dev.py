@@ -83,7 +83,17 @@ def test_the_demo_environment_grows_into_the_test_environment(dev):
     dev.main(["demo"])
     assert json.loads(dev.STAMP.read_text())["extras"] == ["demo"]
     dev.main(["test"])
-    assert json.loads(dev.STAMP.read_text())["extras"] == ["demo", "test"]
+    assert json.loads(dev.STAMP.read_text())["extras"] == ["demo", "docs", "test"]
+
+
+def test_docs_are_built_strictly_and_beside_the_demo(dev):
+    """Into a folder of the caller's, from one where the clone does not shadow the package."""
+    dev.main(["demo"])
+    assert dev.main(["docs", "reference"]) == 0
+    assert installed(dev)[-1] == ".[demo,docs]"
+    words = dev.commands[-1]
+    assert words[1].startswith("-Werror")
+    assert words[words.index("-o") + 1] == str(Path("reference").resolve())
 
 
 @pytest.mark.parametrize(

@@ -1,146 +1,22 @@
-"""The import contract, what an installation holds, and validation that survives ``python -O``."""
+"""What an installation holds and asks for, validation that survives ``python -O``, and style."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from source_tree import FOLDERS, ROOT, run_python, sources
 
 import fastrope
 from fastrope import extras
 
-ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_TRITON = [f"fastrope.kernels.{name}" for name in ("abi", "config", "streams", "tables")]
-PACKAGES = {"kernels": "fastrope.kernels", "bindings": "fastrope.bindings", "fastrope": "fastrope"}
-HOSTS = ("diffusers", "transformers", "matplotlib", "PIL")
-
-
-def sources(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
-def module_name(path: Path) -> str:
-    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join([PACKAGES[folder], *(part for part in rest if part != "__init__")])
-
-
-def imports(path: Path, lazy: bool = True) -> Iterator[str]:
-    """Absolute dotted names a file imports; without ``lazy`` only those imported when the module is."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
-    for node in ast.walk(tree) if lazy else eager_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            name = "." * node.level + (node.module or "")
-            base = importlib.util.resolve_name(name, package) if node.level else name
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def eager_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run at import: no function bodies, no ``if TYPE_CHECKING``."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        yield child
-        yield from eager_nodes(child)
-
-
-def within(name: str, *packages: str) -> bool:
-    return any(name == p or name.startswith(f"{p}.") for p in packages)
-
-
-def run_python(code: str, *flags: str, **kwargs) -> str:
-    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=300, **kwargs)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-# ---- import contract ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", sources("kernels"), ids=module_name)
-def test_kernels_import_torch_and_triton_and_nothing_of_ours(path):
-    for name in imports(path):
-        top = name.partition(".")[0]
-        allowed = top in {"torch", "triton"} or top in sys.stdlib_module_names or within(name, "fastrope.kernels")
-        assert allowed, f"{module_name(path)} imports {name}"
-
-
-@pytest.mark.parametrize("path", sources("fastrope"), ids=module_name)
-def test_the_package_imports_kernels_hosts_and_bindings_lazily(path):
-    forbidden = ["triton", "fastrope.bindings", "fastrope.demo", "fastrope.bench"]
-    if within(module_name(path), "fastrope.demo"):  # nothing imports it but the command line, on demand
-        forbidden = forbidden[:2]
-    else:
-        forbidden += HOSTS
-    for name in imports(path, lazy=False):
-        assert not within(name, *forbidden), f"{module_name(path)} imports {name} at import"
-        if within(name, "fastrope.kernels"):
-            allowed = name == "fastrope.kernels" or within(name, *WITHOUT_TRITON)
-            assert allowed, f"{module_name(path)} imports {name} at import"
-
-
-@pytest.mark.parametrize("name", WITHOUT_TRITON)
-def test_what_plans_share_with_kernels_needs_no_triton(name):
-    found = set(imports(ROOT / "kernels" / f"{name.rpartition('.')[2]}.py", lazy=False))
-    assert not any(within(x, "triton") for x in found)
-    ours = {x for x in found if within(x, "fastrope")} - {"fastrope.kernels"}
-    assert all(within(x, *WITHOUT_TRITON) for x in ours)
-
-
-@pytest.mark.parametrize("path", sources("fastrope"), ids=module_name)
-def test_nothing_imports_bindings_but_apply_and_the_commands(path):
-    if module_name(path) == "fastrope" or within(module_name(path), "fastrope.commands"):
-        return
-    for name in imports(path):
-        assert not within(name, "fastrope.bindings"), f"{module_name(path)} imports {name}"
-
-
-@pytest.mark.parametrize("path", sources("bindings"), ids=module_name)
-def test_bindings_do_not_reach_past_the_package(path):
-    for name in imports(path):
-        assert not within(name, "fastrope.kernels", "triton"), f"{module_name(path)} imports {name}"
-
-
-def test_the_contract_sees_what_it_must_see(tmp_path):
-    """The checks above are only as good as the import finder."""
-    path = ROOT / "fastrope" / "planning" / "lowered.py"
-    assert "fastrope.kernels.tables.Polynomial" in set(imports(path, lazy=False))
-    lazy = ROOT / "fastrope" / "__init__.py"
-    assert set(imports(lazy)) > set(imports(lazy, lazy=False))
-
-
-def test_import_needs_no_triton_and_drags_in_no_host():
-    code = """
-import sys
-sys.modules["triton"] = None  # what an installation without it looks like
-import torch
-before = set(sys.modules)
-import fastrope
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(*sorted(new - set(sys.stdlib_module_names)))
-print(len(set(sys.modules) - before))
-x = torch.randn(1, 8, 2, 16)
-assert fastrope.attention(x, x, x).shape == x.shape
-print(fastrope.explain(x, x, x))
-"""
-    packages, count, *report = run_python(code).splitlines()
-    assert set(packages.split()) <= {"fastrope", "numpy", "torch"}
-    assert int(count) < 100
-    assert "not triton: triton is not installed" in "\n".join(report)
+# ---- extras ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,12 +72,6 @@ def test_one_extra_brings_what_is_missing():
     assert extras.install(["diffusers", "tqdm"]) == 'pip install "fastrope[demo]"'
 
 
-def test_our_kernels_are_not_a_top_level_module():
-    spec = importlib.util.find_spec("kernels")
-    places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
-    assert not any(str(ROOT) in place for place in places)
-
-
 # ---- installation ---------------------------------------------------------------------------------------------------
 
 
@@ -227,10 +97,11 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {name.partition("/")[0] for name in names} == {"fastrope", f"fastrope-{fastrope.__version__}.dist-info"}
     assert "fastrope = fastrope.cli:main" in entry_points
     assert f"fastrope-{fastrope.__version__}.dist-info/licenses/LICENSE" in names
-    for folder, package in PACKAGES.items():
+    for folder, package in FOLDERS.items():
         for path in sources(folder):
             expected = "/".join([*package.split("."), *path.relative_to(ROOT / folder).parts])
             assert expected in names, f"{expected} is not in the wheel: list its package in pyproject.toml"
+    assert "fastrope/py.typed" in names
     code = """
 import importlib.util, sys, fastrope
 for name in ("fastrope", "fastrope.kernels", "fastrope.bindings", "fastrope.bindings.diffusers"):
@@ -332,3 +203,18 @@ def test_ruff(command):
     pytest.importorskip("ruff")
     done = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commits_are_checked_by_the_ruff_of_the_tests():
+    """And the hooks are those of the tests: a commit that they pass is one that the tests pass."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    (revision,) = re.findall(r"ruff-pre-commit\n +rev: v([\d.]+)", hooks)
+    (wanted,) = re.findall(r'"ruff([~=<>\d., ]+)"', PYPROJECT)
+    assert Version(revision) in SpecifierSet(wanted)
+    ids = re.findall(r"- id: ([\w-]+)", hooks)
+    assert {"ruff-check", "ruff-format", "end-of-file-fixer", "check-added-large-files"} <= set(ids)
+    (limit,) = re.findall(r"--maxkb=(\d+)", hooks)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:  # not in an unpacked archive
+        sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+        assert {name for name, size in sizes.items() if size > 1024 * int(limit)} == set()

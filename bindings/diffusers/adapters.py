@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -15,11 +16,11 @@ class Adapters:
     Weights that are changed in place, by hand or by fusing, go unnoticed.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._configs: list = []
         self._layers: list[weakref.ref] = []  # weak, so that what is unloaded is freed
 
-    def of(self, model: torch.nn.Module) -> Hashable:
+    def of(self, model: Any) -> Hashable:
         """Layer by layer, what is active and how strongly."""
         known = getattr(model, "peft_config", None) or {}
         found = []
@@ -31,7 +32,7 @@ class Adapters:
                     found.append((weakref.ref(part[adapter]), getattr(layer, "scaling", {}).get(adapter)))
         return tuple(found)
 
-    def _layers_of(self, model: torch.nn.Module, known: dict) -> list[torch.nn.Module]:
+    def _layers_of(self, model: torch.nn.Module, known: dict) -> list[Any]:
         """All that peft put into the model, looked for again when adapters came or went."""
         layers = [ref() for ref in self._layers]
         # Unloading all takes the dict itself away: the same configuration may come again, in other layers.

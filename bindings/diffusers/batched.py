@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,17 +15,24 @@ from torch import Tensor
 import fastrope as fr
 
 from .calls import CallState, Identified, Prepared
-from .dispatch import Work
 from .extended import target_work, with_shared
 from .forwards import Forward, LayerState
 from .layers import BatchedWork, ReferenceWork, SharedWork
 from .requests import LayerRequest
 from .rows import Joined
 from .sequences import JointSequence
+from .work import LayerWork, Work
+
+Done = TypeVar("Done", bound=LayerWork)
 
 
 def prepare_batch(
-    state: CallState, module, joined: Joined, sites: list[fr.Site], methods: Sequence, requests: list[LayerRequest]
+    state: CallState,
+    module: torch.nn.Module,
+    joined: Joined,
+    sites: list[fr.Site],
+    methods: Sequence,
+    requests: list[LayerRequest],
 ) -> Prepared:
     """The forward of a call that a reference joined, and its arguments.
 
@@ -43,7 +51,7 @@ def prepare_batch(
 class _Batch:
     """A joined call: what is the target's of it, and what the reference's."""
 
-    def __init__(self, state: CallState, module, joined: Joined):
+    def __init__(self, state: CallState, module: torch.nn.Module, joined: Joined) -> None:
         self._state = state
         self._count = joined.rows
         self._filled_up = joined.text_mask is not None
@@ -81,14 +89,14 @@ class _Batch:
     def _plain(self) -> Work:
         return self._as_the_host_masks(Work(self._sequence, self._rope, ()))
 
-    def _as_the_host_masks(self, work):
+    def _as_the_host_masks(self, work: Done) -> Done:
         """Fillers are masked here alone: a mask that the host hands over is another one, still to be refused."""
         work.masked = work.masked and not self._filled_up
         return work
 
 
-def _identify(state: CallState, module, joined: Joined) -> Identified:
-    """The sequence of all rows, fillers of texts mrequest."""
+def _identify(state: CallState, module: torch.nn.Module, joined: Joined) -> Identified:
+    """The sequence of all rows, fillers of texts masked."""
     found = state.sequence_of(module, joined.call)
     if joined.text_mask is None:
         return found

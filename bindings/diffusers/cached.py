@@ -24,13 +24,19 @@ class CachedReference:
     The run is a call of the same transformer before the target's begins: the hooks are the same, the forward another.
     """
 
-    def __init__(self, state: CallState, cache: fr.ReferenceCache):
+    def __init__(self, state: CallState, cache: fr.ReferenceCache) -> None:
         self._state = state
         self._cache = cache
         self._guidance, self._adapters = Readings(), Adapters()
 
     def snapshot(
-        self, module, call: Call, alone: Call, own: Identified, moment: tuple[int, float], layers: set[int]
+        self,
+        module: torch.nn.Module,
+        call: Call,
+        alone: Call,
+        own: Identified,
+        moment: tuple[int, float],
+        layers: set[int],
     ) -> Snapshot:
         """What is kept of the reference; it is run for layers that are not there.
 
@@ -44,7 +50,7 @@ class CachedReference:
         name = self._name(call, alone, own, moment)
         known = self._cache.find(name)
         missing = layers - set(known.layers if known else ())
-        return self._cache.put(name, self._run(module, alone, own, missing)) if missing else known
+        return known if known and not missing else self._cache.put(name, self._run(module, alone, own, missing))
 
     def _name(self, call: Call, alone: Call, own: Identified, moment: tuple[int, float]) -> Hashable:
         """All that the keys depend on, but for the model's weights and what the source makes of a moment."""
@@ -61,7 +67,7 @@ class CachedReference:
         guidance = call.get("guidance") if given is None else given
         return self._guidance.of(guidance)[0] if isinstance(guidance, Tensor) else guidance
 
-    def _run(self, module, alone: Call, own: Identified, layers: set[int]) -> Snapshot:
+    def _run(self, module: torch.nn.Module, alone: Call, own: Identified, layers: set[int]) -> Snapshot:
         state, cache = self._state, self._cache
         if getattr(state.model, "is_cache_enabled", False):
             raise NotImplementedError(

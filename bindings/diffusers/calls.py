@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,19 +19,22 @@ from fastrope.device import wide_on_cpu
 from fastrope.modulations import MODULATIONS, Modulation
 
 from .checkpoints import follow
-from .dispatch import Layer, Work, structure_of
 from .fingerprints import Fingerprints
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .hosts import Host
 from .inspection import Inspector
+from .layer_op import Layer
 from .layers import SharedWork
 from .requests import LayerRequest
 from .sequences import Call, JointSequence, device_of, refuse_tracing
 from .steps import Step, find_step, running_pipeline
+from .work import LayerWork, Work, structure_of
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
 KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps
 KNOWN_SEQUENCES = 8
+
+Kept = TypeVar("Kept")
 
 
 class Identified(NamedTuple):
@@ -46,7 +49,7 @@ class Prepared(NamedTuple):
     """What a forward is to do, and the arguments to call the transformer with, if others."""
 
     forward: Forward
-    arguments: dict[str, object] | None = None
+    arguments: dict[str, Any] | None = None
 
 
 class CallState:
@@ -71,8 +74,8 @@ class CallState:
         kinds: Sequence[str],
         backend: str,
         applied: bool,
-        pipe=None,
-    ):
+        pipe: Any = None,
+    ) -> None:
         self.host = host
         self.model = model
         self.methods = tuple(methods)
@@ -91,7 +94,7 @@ class CallState:
         self._signature = inspect.signature(type(model).forward)
         self._fingerprints = Fingerprints()
         self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
-        self._works: OrderedDict[Hashable, Work] = OrderedDict()
+        self._works: OrderedDict[Hashable, Any] = OrderedDict()  # anything with plans
         self._alike: weakref.WeakValueDictionary[Hashable, Work] = weakref.WeakValueDictionary()
 
     @property
@@ -101,7 +104,7 @@ class CallState:
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
-    def before_forward(self, module, args, kwargs) -> tuple[tuple, dict] | None:
+    def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
         refuse_tracing()
         with self.forwards.lock:
@@ -123,7 +126,7 @@ class CallState:
             self.forwards.enter(call_frame(), forward)
         return None if arguments is None else ((), arguments)
 
-    def after_forward(self, module, args, output):
+    def after_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook, called after errors, too: the reference's rows are dropped from the output."""
         forward = self.forwards.leave(call_frame())
         if forward is None or not forward.appended or output is None:
@@ -132,7 +135,7 @@ class CallState:
             return self.host.rows.cut(output[0], forward.appended), *output[1:]
         return replace(output, sample=self.host.rows.cut(output.sample, forward.appended))
 
-    def _prepared(self, module, args, kwargs) -> Prepared:
+    def _prepared(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Prepared:
         methods = self.methods
         if not methods and self.inspector is None:
             return Prepared(Forward((LayerState(),) * len(self.layers)))
@@ -140,7 +143,7 @@ class CallState:
         call.pop(next(iter(self._signature.parameters)))  # self
         return self.prepare(module, call, methods)
 
-    def _prepare(self, module, call: Call, methods: tuple) -> Prepared:
+    def _prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
         found, inspector, count = self.sequence_of(module, call), self.inspector, len(self.layers)
         # One site per layer; none where nobody asks.
         asked = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
@@ -190,18 +193,18 @@ class CallState:
 
     # ---- sequences --------------------------------------------------------------------------------------------------
 
-    def sequence_of(self, module, call: Call) -> Identified:
+    def sequence_of(self, module: torch.nn.Module, call: Call) -> Identified:
         """What a call is over."""
         identified = self.host.identify(module, call)
         key = self._fingerprints.key((*identified, self.host.theta(module)))
         return Identified(key, *self._sequence(module, key, identified, device_of(call.get(self.host.hidden))))
 
-    def digest(self, parts) -> Hashable:
+    def digest(self, parts: Any) -> Hashable:
         """The content of tensors, modulations and values as something to compare."""
         return self._fingerprints.key(parts)
 
     def _sequence(
-        self, module, key: Hashable, identified: tuple, device: torch.device
+        self, module: torch.nn.Module, key: Hashable, identified: tuple, device: torch.device
     ) -> tuple[JointSequence, fr.RoPE]:
         if key not in self._sequences:
             sequence = self.host.describe(*identified)
@@ -214,7 +217,9 @@ class CallState:
         self._sequences.move_to_end(key)
         return self._sequences[key]
 
-    def _check_embedding(self, module, sequence: JointSequence, rope: fr.RoPE, device: torch.device) -> None:
+    def _check_embedding(
+        self, module: torch.nn.Module, sequence: JointSequence, rope: fr.RoPE, device: torch.device
+    ) -> None:
         """Modulated layers rotate by our angles: they must be the host's, whatever was done to its embedding."""
         with torch.no_grad():
             gap = (self.host.cosines(module, sequence, device).cpu().double() - rope.angles.cos().double()).abs().max()
@@ -228,7 +233,7 @@ class CallState:
 
     def _works_for(
         self, found: Identified, layers: list[tuple[Modulation, ...]], device: torch.device
-    ) -> list[Work | SharedWork | None]:
+    ) -> list[LayerWork | None]:
         """The work of every layer; None where nothing is modulated."""
         distinct: list[tuple[Modulation, ...]] = []
         index = []
@@ -263,7 +268,7 @@ class CallState:
         self._alike[structure] = work
         return work
 
-    def remember(self, key: Hashable, make: Callable[[], Work]) -> Work:
+    def remember(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """The work of an earlier call under the same key, or a new one."""
         if key not in self._works:
             self._works[key] = make()

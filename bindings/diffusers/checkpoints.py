@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .dispatch import Layer
 from .forwards import Forwards
+from .layer_op import Layer
 
 NAME = "_gradient_checkpointing_func"
 
@@ -35,11 +36,11 @@ def unfollow(model: torch.nn.Module) -> None:
 class _Following:
     """``function(block, *args)``."""
 
-    def __init__(self, original: Callable, forwards: Forwards):
+    def __init__(self, original: Callable, forwards: Forwards) -> None:
         self.original = original
         self._forwards = forwards
 
-    def __call__(self, block: torch.nn.Module, *args, **kwargs):
+    def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():  # compiled layers refuse gradients
             block = _Carrying(block, self._forwards)
         return self.original(block, *args, **kwargs)
@@ -48,7 +49,7 @@ class _Following:
 class _Carrying:
     """A block with the forward that it is part of now. It holds nothing else of the handle."""
 
-    def __init__(self, block: torch.nn.Module, forwards: Forwards):
+    def __init__(self, block: torch.nn.Module, forwards: Forwards) -> None:
         self._block = block
         self._forwards = forwards
         self._forward = forwards.current()
@@ -58,10 +59,10 @@ class _Carrying:
             if isinstance(getattr(getattr(module, "processor", None), "layer", None), Layer)
         }
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame, forward = sys._getframe(), self._forward
         self._forward = forward.unobserved()
         try:
@@ -82,7 +83,7 @@ class _Carrying:
         return block
 
 
-def _with_processor(module: torch.nn.Module, path: list[str], processor) -> torch.nn.Module:
+def _with_processor(module: torch.nn.Module, path: list[str], processor: Any) -> torch.nn.Module:
     """A copy that shares all but the modules on the path to a processor of its own.
 
     Raises:
@@ -96,7 +97,7 @@ def _with_processor(module: torch.nn.Module, path: list[str], processor) -> torc
     twin = copy.copy(module)
     if path:
         twin._modules = dict(module._modules)
-        twin._modules[path[0]] = _with_processor(module._modules[path[0]], path[1:], processor)
+        twin._modules[path[0]] = _with_processor(module.get_submodule(path[0]), path[1:], processor)
     else:
         twin.processor = processor
     return twin

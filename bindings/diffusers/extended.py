@@ -10,9 +10,10 @@ from torch import Tensor
 
 import fastrope as fr
 from fastrope.checks import require
+from fastrope.modulations import Modulation
 
-from .dispatch import Work
 from .sequences import JointSequence
+from .work import Work
 
 
 def with_shared(tokens: fr.TokenLayout, grids: Sequence[tuple[int, int]]) -> fr.TokenLayout:
@@ -31,7 +32,7 @@ def target_work(
         sequence, rope: of the target's rows.
         modulations: over the sequence's keys, or the shared ones behind them.
         shared: angles ``(tokens, D/2)`` of the shared keys; None where none are shared.
-        like: work over the same tokens, see :class:`.dispatch.Work`.
+        like: work over the same tokens, see :class:`.work.Work`.
     """
     if shared is None:
         return Work(sequence, rope, tuple(modulations), like=like)
@@ -40,7 +41,7 @@ def target_work(
     return Work(_followed_by(sequence, len(shared)), rope, modulations, key_rope, like)
 
 
-def over_sequence(m, length: int):
+def over_sequence(m: Modulation, length: int) -> Modulation:
     """A modulation whose keys count over the host's sequence of ``length`` tokens, where further keys follow it: open
     and negative bounds mean the sequence's own end.
 

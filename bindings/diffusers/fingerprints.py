@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ KNOWN_TENSORS = 256
 class Fingerprints:
     """Digests of tensors; the last ones seen are not read again, unless torch saw a write to them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: OrderedDict[tuple[int, int], tuple[torch.Tensor, Hashable]] = OrderedDict()
 
     def of(self, tensors: Iterable[torch.Tensor]) -> list[Hashable]:
@@ -33,8 +34,8 @@ class Fingerprints:
         for some in fresh.values():
             for n, digest in zip(some, _digests([tensors[n] for n in some]), strict=True):
                 found[n] = digest
-                if keys[n] is not None:
-                    self._known[keys[n]] = tensors[n], digest  # the tensor is held, so that its id stays its own
+                if (key := keys[n]) is not None:
+                    self._known[key] = tensors[n], digest  # the tensor is held, so that its id stays its own
         while len(self._known) > KNOWN_TENSORS:
             self._known.popitem(last=False)
         return [found[n] for n in range(len(tensors))]
@@ -49,7 +50,7 @@ class Fingerprints:
 class Readings:
     """The values of a tensor that comes again and again: a run has one schedule and one guidance."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: tuple[torch.Tensor, int, list[float]] | None = None
 
     def of(self, x: torch.Tensor) -> list[float]:
@@ -62,7 +63,7 @@ class Readings:
         return self._known[2]
 
 
-def _flatten(value, flat: list) -> Hashable:
+def _flatten(value: Any, flat: list) -> Hashable:
     if isinstance(value, torch.Tensor):
         flat.append(value)
         return "tensor"
@@ -88,6 +89,6 @@ def _digests(tensors: list[torch.Tensor]) -> list[Hashable]:
     host = torch.cat(parts).cpu() if parts[0].device.type != "cpu" else None
     content = parts if host is None else host.split([len(p) for p in parts])
     return [
-        (x.dtype, tuple(x.shape), hashlib.blake2b(c.numpy(), digest_size=16).digest())
+        (x.dtype, tuple(x.shape), hashlib.blake2b(c.numpy().data, digest_size=16).digest())
         for x, c in zip(tensors, content, strict=True)
     ]

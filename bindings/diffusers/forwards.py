@@ -11,13 +11,12 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 
-if TYPE_CHECKING:
-    from .dispatch import Work
+from .work import LayerWork
 
 _CALL = torch.nn.Module.__call__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
@@ -27,7 +26,7 @@ class LayerState(NamedTuple):
     """What a layer does in one forward: its ``work``, None where nothing is modulated; ``probe(q, k, work, applied)``,
     if any, looks at the attention."""
 
-    work: Work | None = None
+    work: LayerWork | None = None
     probe: Callable | None = None
 
     @property
@@ -67,7 +66,7 @@ class Forwards:
     tells it from one that counts.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         # Held while a forward is made, a block is prepared to run again, or the handle is removed.
         self.lock = threading.RLock()
         self._entries: dict[int, list[_Entry]] = {}
@@ -124,7 +123,7 @@ class Forwards:
 
     # ---- a forward that is settled before its call ------------------------------------------------------------------
 
-    def run(self, forward: Forward, module: torch.nn.Module, arguments: Mapping[str, object]) -> None:
+    def run(self, forward: Forward, module: torch.nn.Module, arguments: Mapping[str, Any]) -> None:
         """Call a module whose hook takes this forward, from :meth:`settled`, instead of making one."""
         thread = threading.get_ident()
         self._settled[thread] = forward

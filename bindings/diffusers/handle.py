@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -28,7 +29,7 @@ ROTATIONS = ("op", "host")
 class Handle:
     """Methods bound to a transformer. A context manager: leaving the block removes them."""
 
-    def __init__(self, state: CallState):
+    def __init__(self, state: CallState) -> None:
         self._state: CallState | None = state  # None once removed: with it go transformer, pipeline and plans
         self._undo = contextlib.ExitStack()
         self._methods = state.methods
@@ -52,9 +53,9 @@ class Handle:
             ValueError: a handle that was removed.
         """
         require(self.bound, "handle", "a bound handle", "one that was removed already")
-        return self._state
+        return cast(CallState, self._state)
 
-    def update(self, *methods) -> None:
+    def update(self, *methods: Any) -> None:
         """Replace all modulations and methods, from the next call of the transformer on: in the middle of a run, too.
         Calls that are under way in other threads go on with those they began with.
 
@@ -134,7 +135,7 @@ class Handle:
                 stacklevel=2,
             )
 
-    def _install(self, called: torch.nn.Module, attentions: Sequence[torch.nn.Module]) -> None:
+    def _install(self, called: torch.nn.Module, attentions: Sequence[Any]) -> None:
         """Bind; every change goes with what undoes it."""
         state, undo = self._state, self._undo
         undo.callback(unfollow, state.model)
@@ -146,8 +147,8 @@ class Handle:
             state.installed.append((attn, processor))
             attn.set_processor(processor)
         # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
-        disable = partial(torch.compiler.disable, reason="to export a transformer, call handle.remove() first")
-        before, after = map(disable, (state.before_forward, state.after_forward))
+        disable: Any = partial(torch.compiler.disable, reason="to export a transformer, call handle.remove() first")
+        before, after = disable(state.before_forward), disable(state.after_forward)
         undo.callback(_unhook, called, before)
         called.register_forward_pre_hook(before, with_kwargs=True)
         undo.callback(_unhook, called, after)
@@ -157,7 +158,7 @@ class Handle:
         self._bound  # noqa: B018
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.bound:
             self.remove()
 
@@ -167,7 +168,7 @@ class Handle:
         return f"<fastrope.Handle on {self._transformer}: {what}, [{names}]>"
 
 
-def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op", reference=None) -> Handle:
+def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
     """See :func:`fastrope.bindings.apply`. Everything is checked before anything is touched."""
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
@@ -194,7 +195,7 @@ def bind(target, methods: Sequence, backend: str = "auto", rotation: str = "op",
     return handle
 
 
-def _put_back(attn: torch.nn.Module, processor: BoundProcessor) -> None:
+def _put_back(attn: Any, processor: BoundProcessor) -> None:
     if attn.processor is processor:  # and was not replaced meanwhile
         attn.set_processor(processor.original)
 
@@ -212,7 +213,7 @@ def _unhook(module: torch.nn.Module, hook: Callable) -> None:
                 each.pop(key, None)
 
 
-def unbind(target) -> None:
+def unbind(target: Any) -> None:
     """Remove the handle that is bound to a pipeline's transformer, or to a transformer, wherever it is.
 
     Raises:
@@ -224,12 +225,12 @@ def unbind(target) -> None:
     require(
         handle is not None, "pipe", "a transformer that a handle is bound to", f"{type(model).__name__} without one"
     )
-    handle.remove()
+    cast(Handle, handle).remove()
 
 
-def _transformer_of(target) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _transformer_of(target: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     """What is called, and the model itself, which ``torch.compile`` may have wrapped."""
-    called = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
+    called: Any = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
     require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer, or a transformer",
             type(target).__name__)  # fmt: skip
     return called, getattr(called, "_orig_mod", called)
@@ -250,7 +251,7 @@ def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn
     return [(name, module) for _, name, module in sorted(found, key=lambda entry: entry[0])]
 
 
-def _check_processor(name: str, processor, host: Host) -> None:
+def _check_processor(name: str, processor: Any, host: Host) -> None:
     kind = type(processor).__name__
     if isinstance(processor, BoundProcessor):
         raise ValueError("pipe: expected a transformer that no handle is bound to, received one that is; "

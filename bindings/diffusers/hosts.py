@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
@@ -53,11 +54,11 @@ class Host:
     transformer: str
     processors: Mapping[str, type[BoundProcessor]]
     blocks: Mapping[str, str]
-    identify: Callable[[torch.nn.Module, Mapping[str, object]], tuple]
+    identify: Callable[[Any, Mapping[str, Any]], tuple]
     describe: Callable[..., JointSequence]
-    axes_dim: Callable[[torch.nn.Module], tuple[int, ...]]
-    theta: Callable[[torch.nn.Module], float]
-    cosines: Callable[[torch.nn.Module, JointSequence, torch.device], torch.Tensor]
+    axes_dim: Callable[[Any], tuple[int, ...]]
+    theta: Callable[[Any], float]
+    cosines: Callable[[Any, JointSequence, torch.device], torch.Tensor]
     pairing: str = "interleaved"
     spatial_axes: tuple[int, ...] = (1, 2)
     hidden: str = "hidden_states"
@@ -67,7 +68,7 @@ class Host:
     package: str = "diffusers"
     rows: TensorRows | ListRows | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = all(isinstance(c, type) and issubclass(c, BoundProcessor) for c in self.processors.values())
         expected = "BoundProcessor classes by the name of the host's own"
         require(known and len(self.processors) > 0, "Host.processors", expected, self.processors)
@@ -76,18 +77,18 @@ class Host:
         require(kinds and len(self.blocks) > 0, "Host.blocks", expected, self.blocks)
 
 
-def _flux_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
+def _flux_cosines(model: Any, sequence: JointSequence, device: torch.device) -> torch.Tensor:
     return model.pos_embed(sequence.positions.to(device, torch.float32))[0][:, 0::2]
 
 
-def _qwen_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
+def _qwen_cosines(model: Any, sequence: JointSequence, device: torch.device) -> torch.Tensor:
     layout = sequence.layout()
     shapes = [[(1, *grid) for grid in (layout.target_grid, *layout.reference_grids)]]
     image, text = model.pos_embed(shapes, max_txt_seq_len=layout.text_tokens, device=device)
     return torch.cat([text, image]).real
 
 
-def _z_image_cosines(model, sequence: JointSequence, device: torch.device) -> torch.Tensor:
+def _z_image_cosines(model: Any, sequence: JointSequence, device: torch.device) -> torch.Tensor:
     positions = sequence.positions.to(device)
     return model.rope_embedder(positions.flatten(0, -2)).real.unflatten(0, positions.shape[:-1])
 
@@ -176,7 +177,7 @@ def register_host(host: Host) -> Host:
     require((host.transformer, host.package) not in known, "host", "a transformer that is not in the table",
             f"{host.transformer} of {host.package}")  # fmt: skip
     HOSTS.insert(0, host)
-    return host
+    return cast(Host, host)
 
 
 def find_host(model: torch.nn.Module) -> Host:
@@ -197,4 +198,4 @@ def find_host(model: torch.nn.Module) -> Host:
     known = ", ".join(h.transformer for h in HOSTS)
     expected = f"a pipeline with, or one of, the transformers {known} (register_host adds others, see docs/hosts.md)"
     require(host is not None, "pipe", expected, type(model).__name__)
-    return host
+    return cast(Host, host)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -16,8 +17,8 @@ from fastrope.activity import Where
 from fastrope.checks import require, require_tensor
 from fastrope.extras import importing
 
-from .dispatch import Work
 from .sequences import JointSequence
+from .work import LayerWork, Work
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -85,7 +86,7 @@ class Record:
                 values.setdefault(name, {}).setdefault(getattr(look, by), []).append(value)
         return {name: {n: sum(v) / len(v) for n, v in sorted(each.items())} for name, each in values.items()}
 
-    def plot(self, path) -> None:
+    def plot(self, path: str | Path) -> None:
         """Draw mass and distance over layers and over steps into a file; needs matplotlib (``fastrope[demo]``).
 
         Raises:
@@ -121,7 +122,7 @@ class Inspector:
         queries: a slice, bool mask or index tensor over the sequence; None looks from the target's tokens.
     """
 
-    def __init__(self, record: Record, where: Where, queries: slice | torch.Tensor | None):
+    def __init__(self, record: Record, where: Where, queries: slice | torch.Tensor | None) -> None:
         self._record = record
         self._where = where
         if queries is not None and not isinstance(queries, slice):
@@ -137,14 +138,16 @@ class Inspector:
             return None
         call = self._calls
 
-        def look(q, k, work: Work | None, applied: bool) -> None:
+        def look(q: torch.Tensor, k: torch.Tensor, work: LayerWork | None, applied: bool) -> None:
             with torch.no_grad():
                 sums = self._sums(q, k, work or plain, applied, sequence, site)
             self._record._seen.append((call, site, list(groups(site.tokens)), sums))
 
         return look
 
-    def _sums(self, q, k, work: Work, applied: bool, sequence: JointSequence, site: fr.Site) -> torch.Tensor:
+    def _sums(
+        self, q: torch.Tensor, k: torch.Tensor, work: LayerWork, applied: bool, sequence: JointSequence, site: fr.Site
+    ) -> torch.Tensor:
         """``(2, groups)``: means of the mass and of the mass times the squared distance."""
         wide = torch.promote_types(q.dtype, torch.float32)  # squared positions are beyond half precision
         places = sequence.positions if sequence.positions.ndim == 2 else sequence.positions[0]

@@ -8,6 +8,7 @@ brought back later (:class:`CachedWork`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain
 
-from .dispatch import Work
 from .prefetch import Prefetch
 from .requests import shares
 from .rotation import Rotation
 from .sequences import JointSequence
+from .work import Work
 
 
 class SharedWork:
@@ -31,7 +32,7 @@ class SharedWork:
         tokens: the layout of the sequence.
     """
 
-    def __init__(self, targets: Work, sharings: tuple[Sharing, ...], tokens: fr.TokenLayout):
+    def __init__(self, targets: Work, sharings: tuple[Sharing, ...], tokens: fr.TokenLayout) -> None:
         self.masked = targets.masked
         self.shares = shares(sharings)
         self._targets = targets
@@ -72,10 +73,10 @@ class SharedWork:
         span, rotation, found = self._tokens.target, self._targets.rotation, []
         for x, statistics in ((q, shared and shared.queries), (k, shared and shared.keys)):
             if not self.needs_statistics:
-                own = self._tokens.reference(self._normalising.reference)
+                own = self._tokens.reference(int(self._normalising.reference))
                 statistics = Statistics.of(rotation.undo(x[:, own], own) if applied else x[:, own])
             inner = rotation.undo(x[:, span], span) if applied else x[:, span]
-            inner = adain(inner, statistics, self._normalising.adain)
+            inner = adain(inner, cast(Statistics, statistics), self._normalising.adain)
             inner = rotation.do(inner, span) if applied else inner
             found.append([x[:, : span.start], inner, x[:, span.stop :]])
         return torch.cat(found[0], dim=1), found[1]
@@ -84,7 +85,7 @@ class SharedWork:
 class ReferenceWork(Work):
     """The plain attention of a reference's rows, and what their image tokens share."""
 
-    def __init__(self, sequence: JointSequence, rope: fr.RoPE):
+    def __init__(self, sequence: JointSequence, rope: fr.RoPE) -> None:
         super().__init__(sequence, rope, ())
         self._span = sequence.layout().target
 
@@ -113,7 +114,7 @@ class BatchedWork:
         reference: what the last ``rows`` rows do.
     """
 
-    def __init__(self, targets: SharedWork, reference: ReferenceWork, rows: int):
+    def __init__(self, targets: SharedWork, reference: ReferenceWork, rows: int) -> None:
         self.masked = targets.masked
         self._targets = targets
         self._reference = reference
@@ -125,8 +126,9 @@ class BatchedWork:
         return self._targets.plans + self._reference.plans
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.dispatch.Work.attend`."""
-        targets, reference = zip(*((x[: -self._rows], x[-self._rows :]) for x in (q, k, v)), strict=True)
+        """As :meth:`.work.Work.attend`."""
+        rows = slice(-self._rows), slice(-self._rows, None)
+        targets, reference = ((q[some], k[some], v[some]) for some in rows)
         theirs = self._reference.attend(*reference, applied, backend)
         shared = None
         if self._targets.shares:
@@ -144,7 +146,7 @@ class CachedWork:
         rotation: of the cached keys.
     """
 
-    def __init__(self, targets: SharedWork, cached: Prefetch, n: int, rotation: Rotation):
+    def __init__(self, targets: SharedWork, cached: Prefetch, n: int, rotation: Rotation) -> None:
         self.masked = targets.masked
         self._targets = targets
         self._cached = cached
@@ -152,7 +154,7 @@ class CachedWork:
         self._rotation = rotation
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.dispatch.Work.attend`."""
+        """As :meth:`.work.Work.attend`."""
         shared = self._cached.take(self._n).map(lambda x: x.to(k.device, non_blocking=True))
         if shared.applied != applied:
             turned = self._rotation.do(shared.k) if applied else self._rotation.undo(shared.k)
@@ -170,7 +172,9 @@ class Recorder:
         layer: under which number.
     """
 
-    def __init__(self, reference: ReferenceWork, keep: Callable[[Tensor], Tensor], snapshot: Snapshot, layer: int):
+    def __init__(
+        self, reference: ReferenceWork, keep: Callable[[Tensor], Tensor], snapshot: Snapshot, layer: int
+    ) -> None:
         self.masked = reference.masked
         self._reference = reference
         self._keep = keep
@@ -178,7 +182,7 @@ class Recorder:
         self._layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.dispatch.Work.attend`."""
+        """As :meth:`.work.Work.attend`."""
         shared = self._reference.share(q, k, v, applied, statistics=True)
         self._snapshot.layers[self._layer] = shared.map(self._keep)
         return self._reference.attend(q, k, v, applied, backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Prefetch:
     The first copy starts here, before the layers run.
     """
 
-    def __init__(self, entries: Sequence[SharedKeys], device: torch.device):
+    def __init__(self, entries: Sequence[SharedKeys], device: torch.device) -> None:
         self._entries = entries
         self._device = device
         self._ahead: tuple[int, Copy | StreamedCopy] | None = None
@@ -57,7 +58,7 @@ def copy_of(keys: SharedKeys, device: torch.device) -> Copy | StreamedCopy:
 class Copy:
     """A copy that is made when it is asked for."""
 
-    def __init__(self, keys: SharedKeys, device: torch.device):
+    def __init__(self, keys: SharedKeys, device: torch.device) -> None:
         self._keys, self._device = keys, device
 
     def finish(self) -> SharedKeys:
@@ -72,8 +73,8 @@ class StreamedCopy:
     copy waits for that stream when it starts, and that stream for the copy before anything else gets the memory.
     """
 
-    def __init__(self, keys: SharedKeys, device: torch.device):
-        self._done: torch.cuda.Event | None = None
+    def __init__(self, keys: SharedKeys, device: torch.device) -> None:
+        self._done: Any = None  # an event
         self._device = device
         with torch.cuda.device(device):
             self._moved = keys.map(lambda x: torch.empty_like(x, device=device))
@@ -91,7 +92,7 @@ class StreamedCopy:
             self._done = None
         return self._moved
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.finish()  # a run that broke off: the memory must not be given away while it is written to
 
 

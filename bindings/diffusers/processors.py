@@ -9,35 +9,25 @@ signature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 
 import fastrope as fr
+from fastrope import Stream
 
-from .dispatch import Layer, host_attention
+from .layer_op import Layer, host_attention
 from .skipping import perturbed, register
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
-class Stream(NamedTuple):
-    """Tokens projected together: ``q, k, v (B, S, heads, D)`` as the projections leave them, the norms of q and k."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    norm_q: Callable | None
-    norm_k: Callable | None
-
-
 class BoundProcessor:
     """A processor that stands in for ``original``; diffusers' settings pass through to that."""
 
-    def __init__(self, original=None, layer: Layer | None = None):
+    def __init__(self, original: Any = None, layer: Layer | None = None) -> None:
         if original is None:  # loading an IP-Adapter makes the processors anew that it does not replace
             raise NotImplementedError(
                 "IP-Adapter: expected a transformer that no fastrope handle is bound to, received one that is; call "
@@ -45,15 +35,15 @@ class BoundProcessor:
             )
         register(type(self), type(original))
         self.original = original
-        self.layer = layer
-        layer.original = original
+        self.layer: Any = layer
+        self.layer.original = original
 
     @property
     def _attention_backend(self):
         return self.original._attention_backend
 
     @_attention_backend.setter
-    def _attention_backend(self, backend):
+    def _attention_backend(self, backend: Any):
         self.original._attention_backend = backend
 
     @property
@@ -61,7 +51,7 @@ class BoundProcessor:
         return None
 
     @_parallel_config.setter
-    def _parallel_config(self, config):
+    def _parallel_config(self, config: Any):
         if config is not None:
             self._withdraw(config)
             raise NotImplementedError(
@@ -69,7 +59,7 @@ class BoundProcessor:
                 "whole sequence on one device; call handle.remove() first"
             )
 
-    def _withdraw(self, config) -> None:
+    def _withdraw(self, config: Any) -> None:
         """Take a configuration back from wherever diffusers has put it before it came to this processor: parallel in
         name alone, the model could neither be bound nor made parallel again."""
         handle = self.layer.handle
@@ -83,7 +73,7 @@ class BoundProcessor:
         inside the op."""
         return perturbed() or (not torch.compiler.is_compiling() and self.layer.state.idle)
 
-    def attend(self, streams: list[Stream], table, mask: torch.Tensor | None = None) -> torch.Tensor | None:
+    def attend(self, streams: list[Stream], table: Any, mask: torch.Tensor | None = None) -> torch.Tensor | None:
         """Attention over the streams, joined in the order given.
 
         Args:
@@ -111,7 +101,7 @@ class BoundProcessor:
         out = self.layer.attend(q, k, v, mask, self.layer.applied)
         return None if out is None else out.flatten(2)
 
-    def prepare(self, streams: list[Stream], table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def prepare(self, streams: list[Stream], table: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """QK norm, concatenation, and the host's rotation where there is a ``table``: ``q, k, v (B, S, heads, D)``."""
         parts = [(q if nq is None else nq(q), k if nk is None else nk(k), v) for q, k, v, nq, nk in streams]
         q, k, v = parts[0] if len(parts) == 1 else (torch.cat(some, dim=1) for some in zip(*parts, strict=True))
@@ -119,9 +109,9 @@ class BoundProcessor:
         return (q, k, v) if table is None else (self.rotate(q, table), self.rotate(k, table), v)
 
     @staticmethod
-    def rotate(x: torch.Tensor, table) -> torch.Tensor:
+    def rotate(x: torch.Tensor, table: Any) -> torch.Tensor:
         """The host's rotation of ``x (B, S, H, D)``; here by ``(cos, sin)``, ``(S, D)`` each, pairs interleaved."""
-        return apply_rotary_emb(x, table, sequence_dim=1)
+        return cast(torch.Tensor, apply_rotary_emb(x, table, sequence_dim=1))
 
 
 class FluxProcessor(BoundProcessor):
@@ -130,12 +120,12 @@ class FluxProcessor(BoundProcessor):
 
     def __call__(
         self,
-        attn,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ):
+    ) -> Any:
         """``hidden_states (B, S_image or S, C)``, ``encoder_hidden_states (B, S_text, C)`` in double-stream blocks."""
         given = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         if self.unmodulated():
@@ -158,11 +148,11 @@ class Flux2SingleProcessor(BoundProcessor):
 
     def __call__(
         self,
-        attn,
+        attn: Any,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ):
+    ) -> Any:
         """``hidden_states (B, S, C)``, text first."""
         if self.unmodulated():
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
@@ -181,13 +171,13 @@ class QwenProcessor(BoundProcessor):
 
     def __call__(
         self,
-        attn,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_hidden_states_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ):
+    ) -> Any:
         """``hidden_states (B, S_image, C)``, ``encoder_hidden_states (B, S_text, C)`` and its mask ``(B, S_text)``."""
         text_mask = encoder_hidden_states_mask
         given = attn, hidden_states, encoder_hidden_states, text_mask, attention_mask, image_rotary_emb
@@ -222,38 +212,44 @@ class ZImageProcessor(BoundProcessor):
 
     def __call__(
         self,
-        attn,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         freqs_cis: torch.Tensor | None = None,
-    ):
+    ) -> Any:
         """``hidden_states (B, S, C)``, ``attention_mask (B, S)``, ``freqs_cis (B, S, D/2)`` complex."""
         if self.unmodulated():
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        qkv = (getattr(attn, name)(hidden_states).unflatten(-1, (attn.heads, -1)) for name in IMAGE)
+        q, k, v = (getattr(attn, name)(hidden_states).unflatten(-1, (attn.heads, -1)) for name in IMAGE)
         mask = attention_mask
         if mask is not None and mask.ndim == 2:
             mask = mask[:, None, None, :]
-        out = self.attend([Stream(*qkv, attn.norm_q, attn.norm_k)], freqs_cis, mask)
+        out = self.attend([Stream(q, k, v, attn.norm_q, attn.norm_k)], freqs_cis, mask)
         if out is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         out = attn.to_out[0](out)
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out
 
 
-def _project(attn, x: torch.Tensor, fused: str, separate: tuple[str, str, str]) -> tuple[torch.Tensor, ...]:
+def _project(
+    attn: Any, x: torch.Tensor, fused: str, separate: tuple[str, str, str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values ``(B, S, heads, D)``; the head count is what a tensor-parallel shard holds."""
     if attn.fused_projections:
-        return tuple(part.unflatten(-1, (-1, attn.head_dim)) for part in getattr(attn, fused)(x).chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in getattr(attn, fused)(x).chunk(3, dim=-1))
+        return q, k, v
     return _separate(attn, x, separate, attn.head_dim)
 
 
-def _separate(attn, x: torch.Tensor, names: tuple[str, str, str], dim: int) -> tuple[torch.Tensor, ...]:
-    return tuple(getattr(attn, name)(x).unflatten(-1, (-1, dim)) for name in names)
+def _separate(
+    attn: Any, x: Any, names: tuple[str, str, str], dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (getattr(attn, name)(x).unflatten(-1, (-1, dim)) for name in names)
+    return q, k, v
 
 
-def _project_joint(attn, out: torch.Tensor, text: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _project_joint(attn: Any, out: torch.Tensor, text: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Image and text parts of ``out (B, S, C)``, each through its own projection."""
     image = attn.to_out[0](out[:, text:].contiguous())
     if len(attn.to_out) > 1:
@@ -261,13 +257,13 @@ def _project_joint(attn, out: torch.Tensor, text: int) -> tuple[torch.Tensor, to
     return image, attn.to_add_out(out[:, :text].contiguous())
 
 
-def _as_projected(stream: Stream) -> fr.Stream | None:
+def _as_projected(stream: Stream) -> Stream | None:
     """A stream for :func:`fastrope.joint_attention`, or None where a norm is more than an RMS norm of the head dim."""
     norms = [_as_norm(norm, x) for norm, x in ((stream.norm_q, stream.q), (stream.norm_k, stream.k))]
-    return None if None in norms else fr.Stream(stream.q, stream.k, stream.v, *norms)
+    return None if None in norms else Stream(stream.q, stream.k, stream.v, *norms)
 
 
-def _as_norm(module, x: torch.Tensor) -> fr.Norm | None:
+def _as_norm(module: Any, x: torch.Tensor) -> fr.Norm | None:
     """The norm a module computes. None for other kinds, and for one that offloading or an adapter has hooked."""
     if type(module) not in (torch.nn.RMSNorm, RMSNorm) or getattr(module, "bias", None) is not None:
         return None

@@ -17,7 +17,7 @@ class Rotation:
         pairing: as in :class:`fastrope.RoPE`.
     """
 
-    def __init__(self, angles: Tensor, pairing: str):
+    def __init__(self, angles: Tensor, pairing: str) -> None:
         self._angles = angles
         self._pairing = pairing
 

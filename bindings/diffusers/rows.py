@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fastrope.checks import require, require_tensor
 
-Call = Mapping[str, object]
+Call = Mapping[str, Any]
 INERT = ("return_dict", "joint_attention_kwargs", "attention_kwargs", "controlnet_blocks_repeat")
 
 
@@ -30,7 +30,7 @@ class Joined(NamedTuple):
         text_mask: ``(B, S_text)`` bool where a text had to be filled up and the host itself masks nothing.
     """
 
-    call: dict[str, object]
+    call: dict[str, Any]
     rows: int
     text_mask: Tensor | None = None
 
@@ -65,7 +65,7 @@ class TensorRows:
         require_tensor(self.image, call.get(self.image), (3,), "(B, tokens, C)")
         return len(call[self.image])
 
-    def alone(self, call: Call, latents: Tensor, given: Call, size: int, memo: Memo) -> dict[str, object]:
+    def alone(self, call: Call, latents: Tensor, given: Call, size: int, memo: Memo) -> dict[str, Any]:
         """The reference's own call, beside the target's ``call``.
 
         Args:
@@ -84,9 +84,9 @@ class TensorRows:
         rows, known = len(latents), (self.text, *self.own, *self.masks, *self.repeated, *self.placed)
         for name in given:
             require(name in known, "reference.arguments", f"some of {known}", repr(name))
-        alone: dict[str, object] = {self.image: latents.to(target)}
+        alone: dict[str, Any] = {self.image: latents.to(target)}
         for name in (self.text, *self.own):
-            value = given.get(name)
+            value: Any = given.get(name)
             require(isinstance(value, Tensor), f"reference.arguments[{name!r}]", "a tensor", type(value).__name__)
             alone[name] = memo(lambda x: x.to(target), _rows_of(name, value, rows, memo), target.dtype, target.device)
         for name in self.masks:
@@ -107,7 +107,7 @@ class TensorRows:
         """Ids or shapes: the reference's own, or the target's where they fit."""
         tokens, text = alone[self.image].shape[1], alone[self.text].shape[1]
         if call.get("img_shapes") is not None:
-            shapes = given.get("img_shapes")
+            shapes: Any = given.get("img_shapes")
             if shapes is None:
                 first = call["img_shapes"][0]
                 shapes = [[tuple(image) for image in (first if isinstance(first, list) else [first])][:1]]
@@ -189,7 +189,7 @@ class TensorRows:
             require(same, what, f"those of the target, {first}, {advice}", own[0])
             return [*theirs, *own] if isinstance(theirs[0], list) else theirs
         same = theirs is own or memo(_agree, theirs, own)
-        require(same, what, f"ids of the target, {advice}", "others")
+        require(bool(same), what, f"ids of the target, {advice}", "others")
         return theirs if theirs.shape[-2] >= own.shape[-2] else own  # the host takes the first row's for all
 
     def _masks(self, call: Call, alone: Call, texts: list[Tensor], memo: Memo) -> Tensor | None:
@@ -233,7 +233,7 @@ class ListRows:
         """Rows of a call."""
         return len(call[self.image])
 
-    def alone(self, call: Call, latents, given: Call, size: int, memo: Memo) -> dict[str, object]:
+    def alone(self, call: Call, latents: torch.Tensor, given: Call, size: int, memo: Memo) -> dict[str, Any]:
         """The reference's own call; ``latents (R, C, 1, rows, columns)`` or a list of R such pictures.
 
         Raises:
@@ -247,7 +247,7 @@ class ListRows:
         require(fits and bool(pictures), "reference.latents", expected, f"rows of {shapes}")
         for name in given:
             require(name == self.text, "reference.arguments", f"{self.text!r} alone", repr(name))
-        captions = given.get(self.text)
+        captions: Any = given.get(self.text)
         captions = [captions] if isinstance(captions, Tensor) and captions.ndim == 2 else captions
         what = f"1 or {len(pictures)} captions (text, C)"
         ok = isinstance(captions, (list, tuple, Tensor)) and len(captions) in (1, len(pictures))
@@ -297,10 +297,10 @@ class Memo:
 
     KNOWN = 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
 
-    def __call__(self, make: Callable, *parts):
+    def __call__(self, make: Callable, *parts: Any) -> Any:
         """``make(*tensors)`` of the tensors among ``parts``; the others, and the code of ``make``, tell calls apart."""
         tensors = [x for x in parts if isinstance(x, Tensor)]
         if any(x.is_inference() for x in tensors):  # torch sees no writes to them
@@ -321,7 +321,7 @@ def _rows_of(name: str, value: Tensor, rows: int, memo: Memo) -> Tensor:
     return value if len(value) == rows else memo(lambda x: x.expand(rows, *x.shape[1:]), value, rows)
 
 
-def _batched(ids) -> bool:
+def _batched(ids: Any) -> bool:
     return isinstance(ids, Tensor) and ids.ndim == 3
 
 

@@ -10,13 +10,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import fastrope as fr
 from fastrope.checks import require, require_tensor
 
-Call = Mapping[str, object]  # the arguments of a transformer's forward, by name
+Call = Mapping[str, Any]  # the arguments of a transformer's forward, by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +42,9 @@ class JointSequence:
         return self.key_mask is not None or self.bonus is not None
 
 
-def device_of(hidden) -> torch.device:
+def device_of(hidden: Any) -> torch.device:
     """Of a tensor, or of the first in a list."""
-    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
+    first: Any = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
     require(isinstance(first, torch.Tensor), "transformer", "a call with its image tokens", type(hidden).__name__)
     return first.device
 
@@ -54,7 +55,8 @@ def refuse_tracing() -> None:
     Raises:
         NotImplementedError: under ``torch.export`` or ``torch.jit.trace``.
     """
-    for name, on in (("torch.export", torch.compiler.is_exporting()), ("torch.jit.trace", torch.jit.is_tracing())):
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (documented all the same)
+    for name, on in (("torch.export", torch.compiler.is_exporting()), ("torch.jit.trace", tracing)):
         if on:
             raise NotImplementedError(f"{name}: expected a transformer that no fastrope handle is bound to, received "
                                       "one that is; call handle.remove() before exporting it")  # fmt: skip
@@ -63,7 +65,7 @@ def refuse_tracing() -> None:
 # ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
 
 
-def identify_ids(model, call: Call) -> tuple:
+def identify_ids(model: Any, call: Call) -> tuple:
     """``txt_ids`` and ``img_ids``."""
     found = []
     for name in ("txt_ids", "img_ids"):
@@ -75,7 +77,7 @@ def identify_ids(model, call: Call) -> tuple:
     return text, image
 
 
-def identify_masked_ids(model, call: Call) -> tuple:
+def identify_masked_ids(model: Any, call: Call) -> tuple:
     """The ids, and ``attention_mask (B, S)`` over the joint sequence (Chroma)."""
     mask = call.get("attention_mask")
     if mask is not None:
@@ -107,7 +109,7 @@ def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | N
 # ---- image shapes as arguments: Qwen-Image and its editors ---------------------------------------------------------
 
 
-def identify_shapes(model, call: Call) -> tuple:
+def identify_shapes(model: Any, call: Call) -> tuple:
     """``img_shapes``, the length of the text and its mask."""
     if getattr(model.config, "use_layer3d_rope", False):
         raise NotImplementedError("use_layer3d_rope: expected a Qwen-Image without it, received a layered one")
@@ -138,7 +140,7 @@ def describe_shapes(images: tuple, text: int, mask: torch.Tensor | None) -> Join
 ROUNDED = 32  # the host fills captions and pictures up to a multiple of this
 
 
-def identify_lists(model, call: Call) -> tuple:
+def identify_lists(model: Any, call: Call) -> tuple:
     """Shapes of the pictures, lengths of the captions, patch sizes."""
     pictures, captions = call.get("x"), call.get("cap_feats")
     basic = isinstance(pictures, (list, tuple)) and all(isinstance(x, torch.Tensor) for x in pictures)

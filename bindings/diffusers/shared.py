@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 
@@ -27,6 +28,7 @@ from .rotation import Rotation
 from .rows import Memo
 from .sequences import Call, device_of
 from .steps import find_sigma
+from .work import LayerWork
 
 
 class SharedAttention:
@@ -41,9 +43,9 @@ class SharedAttention:
         NotImplementedError: a host without rows for a reference.
     """
 
-    def __init__(self, state: CallState, reference):
+    def __init__(self, state: CallState, reference: Any) -> None:
         cache = reference if isinstance(reference, fr.ReferenceCache) else None
-        self._source = reference if cache is None else cache.source
+        self._source: Any = reference if cache is None else cache.source
         check_reference(self._source)
         if state.host.rows is None:
             raise NotImplementedError(f"reference: expected a host with shared attention, received "
@@ -52,7 +54,7 @@ class SharedAttention:
         self._cached = None if cache is None else CachedReference(state, cache)
         self._sigmas, self._memo = Readings(), Memo()
 
-    def prepare(self, module, call: Call, methods: tuple) -> Prepared:
+    def prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
         """What a forward is to do, in place of the handle's own answer."""
         state, rows = self._state, self._state.host.rows
         step = state.step(call)
@@ -71,7 +73,7 @@ class SharedAttention:
         snapshot = self._cached.snapshot(module, call, alone, own, moment, sharing) if sharing else None
         return self._prepare_target(target, tokens, requests, snapshot, shape, device_of(call.get(state.host.hidden)))
 
-    def _alone(self, call: Call, target: Identified, step: int, sigma: float) -> dict[str, object]:
+    def _alone(self, call: Call, target: Identified, step: int, sigma: float) -> dict[str, Any]:
         """The reference's own call."""
         latents, size = self._source.latents(step, sigma), math.prod(target.sequence.layout().target_grid)
         return self._state.host.rows.alone(call, latents, self._source.arguments, size, self._memo)
@@ -96,17 +98,24 @@ class SharedAttention:
             device: of the computation.
         """
         order = [n for n, each in enumerate(requests) if each.shares]
-        works = [self._target_work(target, tokens, each, shape, snapshot) if any(each) else None for each in requests]
+        works: list[LayerWork | None] = [
+            self._target_work(target, tokens, each, shape, snapshot) if any(each) else None for each in requests
+        ]
         if snapshot is not None:
             ahead = Prefetch([snapshot.layers[n] for n in order], device)
             rotation = Rotation(snapshot.angles, target.rope.pairing)
             for position, n in enumerate(order):
-                works[n] = CachedWork(works[n], ahead, position, rotation)
+                works[n] = CachedWork(cast(SharedWork, works[n]), ahead, position, rotation)
         self._state.forget()
         return Prepared(Forward(tuple(map(LayerState, works))))
 
     def _target_work(
-        self, target: Identified, tokens: fr.TokenLayout, request: LayerRequest, shape: Hashable, snapshot
+        self,
+        target: Identified,
+        tokens: fr.TokenLayout,
+        request: LayerRequest,
+        shape: Hashable,
+        snapshot: Snapshot | None,
     ) -> SharedWork:
         (key, sequence, rope), state, modulations = target, self._state, request.modulations
         shape, angles = (shape, snapshot.angles) if request.shares else (None, None)

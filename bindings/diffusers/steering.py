@@ -6,9 +6,11 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 import torch
 
+from fastrope import Site
 from fastrope.checks import require
 from fastrope.methods.judges import CLASSES, MOVES, RegionJudge, Verdict, read_verdict
 from fastrope.methods.schedules import require_number
@@ -29,36 +31,36 @@ class Try:
 
     value: float
     verdict: Verdict | None
-    estimate: object | None
+    estimate: Any
 
 
 @dataclass(frozen=True)
 class Steered:
     """What :func:`steer` gives: the pipeline's ``output``, the ``method`` that made it, all ``tries`` in order."""
 
-    output: object
-    method: object
+    output: Any
+    method: Any
     tries: tuple[Try, ...]
 
     @property
-    def images(self):
+    def images(self) -> Any:
         """Of the output."""
         return self.output[0] if isinstance(self.output, tuple) else self.output.images
 
 
 def steer(
-    pipe,
-    method,
+    pipe: Any,
+    method: Any,
     judge: Callable | str | None = None,
     max_tries: int = 4,
     *,
     parameter: str = "boost",
     moves: Mapping[str, float] = MOVES,
     ask_after: int = 2,
-    composite=None,
+    composite: Any = None,
     beside: Sequence = (),
     backend: str = "auto",
-    **call,
+    **call: Any,
 ) -> Steered:
     """See :func:`fastrope.steer`."""
     ok = is_dataclass(method) and parameter in {f.name for f in fields(method)}
@@ -93,7 +95,7 @@ def steer(
     handle = bind(pipe, [current, *beside], backend)
     try:
         for attempt in range(max_tries + 1):
-            current.method = replace(method, **{parameter: value})
+            current.method = replace(cast(Any, method), **{parameter: value})
             asked = _Asked(pipe, judge, composite, ask_after, {**call, "generator": generator})
             output = asked.run() if attempt < max_tries else pipe(**call, generator=_copied(generator))
             tries.append(Try(value, asked.verdict, asked.estimate))
@@ -108,17 +110,17 @@ def steer(
 class _Current:
     """The method of the try at hand, behind one handle: a compiled model sees the same processors all along."""
 
-    def __init__(self, method):
+    def __init__(self, method: Any) -> None:
         self.method = method
 
-    def modulations(self, site):
+    def modulations(self, site: Site):
         return self.method.modulations(site)
 
 
 class _Asked:
     """One run, in the middle of which the judge is asked."""
 
-    def __init__(self, pipe, judge: Callable, composite, ask_after: int, call: dict):
+    def __init__(self, pipe: Any, judge: Callable, composite: Any, ask_after: int, call: dict) -> None:
         self.pipe, self.judge, self.composite, self.ask_after, self.call = pipe, judge, composite, ask_after, call
         self.verdict: Verdict | None = None
         self.estimate = None
@@ -137,7 +139,7 @@ class _Asked:
             sigma = self.pipe.scheduler.sigmas[index].to(sample.device, torch.float32)
             self._clean = (sample.float() - sigma * velocity.float()).to(sample.dtype)
 
-    def _after_step(self, pipe, index: int, timestep, tensors: dict) -> dict:
+    def _after_step(self, pipe: Any, index: int, timestep: Any, tensors: dict) -> dict:
         theirs = self.call.get("callback_on_step_end")
         answer = theirs(pipe, index, timestep, tensors) if theirs is not None else {}
         if self._clean is not None and self.verdict is None:
@@ -149,12 +151,12 @@ class _Asked:
 
 
 @contextlib.contextmanager
-def _watched(scheduler, see: Callable[[torch.Tensor, torch.Tensor, int], None]) -> Iterator[None]:
+def _watched(scheduler: Any, see: Callable[[torch.Tensor, torch.Tensor, int], None]) -> Iterator[None]:
     """Show every step's velocity, sample and index to ``see``. The difference of two samples would not do: in half
     precision a small step leaves little of the velocity in it."""
     step, own = scheduler.step, scheduler.__dict__.get("step")
 
-    def watched(model_output, timestep, sample, *args, **kwargs):
+    def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any):
         stepped = step(model_output, timestep, sample, *args, **kwargs)
         see(model_output, sample, scheduler.step_index - 1)
         return stepped
@@ -169,14 +171,14 @@ def _watched(scheduler, see: Callable[[torch.Tensor, torch.Tensor, int], None]) 
             scheduler.step = own
 
 
-def _decode(pipe, latents: torch.Tensor, call: dict):
+def _decode(pipe: Any, latents: torch.Tensor, call: dict):
     """Latents of the loop as a PIL picture: a second pipeline on the same models, whose loop is empty, does what the
     pipeline does after its own."""
 
     class Decoder(type(pipe)):
         interrupt = property(lambda self: True)
 
-        def prepare_latents(self, *args, **kwargs):
+        def prepare_latents(self, *args: Any, **kwargs: Any):
             prepared = super().prepare_latents(*args, **kwargs)
             return (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
 
@@ -194,18 +196,18 @@ def _decode(pipe, latents: torch.Tensor, call: dict):
     return images[0]
 
 
-def _copied(generator):
+def _copied(generator: Any):
     """The same numbers again."""
     if isinstance(generator, (list, tuple)):
         return [_copied(g) for g in generator]
     return None if generator is None else generator.clone_state()
 
 
-def _find_judge(judge, method) -> Callable:
+def _find_judge(judge: Any, method: Any) -> Callable:
     if judge is None:
         mask = getattr(method, "mask", None)
         require(mask is not None, "judge", "a judge, for a method without a mask", None)
-        return RegionJudge(mask)
+        return RegionJudge(cast(torch.Tensor, mask))
     if isinstance(judge, str):
         from ..transformers.judge import ChatJudge
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ class Step(NamedTuple):
     scheduler: object | None = None
 
 
-def running_pipeline(model: torch.nn.Module):
+def running_pipeline(model: torch.nn.Module) -> Any:
     """The pipeline whose call runs the transformer, found on this thread's call stack; None where there is none."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -78,7 +78,7 @@ def find_sigma(
 
 
 def find_step(
-    scheduler, timestep: torch.Tensor | None, model_time: Callable[[torch.Tensor], torch.Tensor], running: bool
+    scheduler: Any, timestep: torch.Tensor | None, model_time: Callable[[torch.Tensor], torch.Tensor], running: bool
 ) -> Step | None:
     """The current step among the scheduler's timesteps.
 

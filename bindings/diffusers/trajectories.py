@@ -13,6 +13,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -37,15 +38,15 @@ AREA = 1024**2  # pixels, at most, of a reference whose size nobody names
 
 
 def prepare_reference(
-    pipe,
-    image=None,
+    pipe: Any,
+    image: Any = None,
     trajectory: str = "linear",
     *,
-    latents=None,
+    latents: Any = None,
     gamma: float = GAMMA,
     height: int | None = None,
     width: int | None = None,
-    **call,
+    **call: Any,
 ) -> fr.Reference:
     """See :func:`fastrope.prepare_reference`."""
     require(trajectory in TRAJECTORIES, "trajectory", f"one of {TRAJECTORIES}", repr(trajectory))
@@ -55,7 +56,7 @@ def prepare_reference(
     require(given[wanted] is not None, wanted, f"something, for trajectory {trajectory!r}", None)
     other = "image" if wanted == "latents" else "latents"
     require(given[other] is None, other, f"None, for trajectory {trajectory!r}", type(given[other]).__name__)
-    called = getattr(pipe, "transformer", None)
+    called: Any = getattr(pipe, "transformer", None)
     require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
     host = find_host(getattr(called, "_orig_mod", called))
     _check_pipeline(pipe)
@@ -71,7 +72,7 @@ def prepare_reference(
     walk = _Walk(pipe, host, pictures, gamma if inverting else None)
     walk.run(call)
     if trajectory == "latents":
-        path = latents if callable(latents) else _own(latents, walk)
+        path: Any = latents if callable(latents) else _own(latents, walk)
     elif inverting:
         path = PathTrajectory(walk.sigmas, [walk.as_input(z) for z in walk.points], walk.hidden.dtype)
     else:
@@ -94,10 +95,13 @@ class _Walk:
     transformer's first call, the ``scheduler`` as the call left it, ``sigmas`` and ``points`` of the inversion, rising.
     """
 
-    def __init__(self, pipe, host: Host, pictures, gamma: float | None):
+    def __init__(self, pipe: Any, host: Host, pictures: Any, gamma: float | None) -> None:
         self.pipe, self.host, self.pictures, self.gamma = pipe, host, pictures, gamma
-        self.clean = self.noise = self.hidden = self.scheduler = None
-        self.arguments: Mapping[str, object] = {}
+        self.clean: Any = None
+        self.noise: Any = None
+        self.hidden: Any = None
+        self.scheduler: Any = None
+        self.arguments: Mapping[str, Any] = {}
         self.sigmas: tuple[float, ...] = ()
         self.points: list[torch.Tensor] = []
         self.thread = threading.get_ident()  # others may run the same transformer meanwhile
@@ -125,7 +129,7 @@ class _Walk:
         signature = inspect.signature(kind.prepare_latents)
 
         class Second(kind):
-            def prepare_latents(self, *args, **kwargs):
+            def prepare_latents(self, *args: Any, **kwargs: Any):
                 prepared = super().prepare_latents(*args, **kwargs)
                 named = signature.bind(self, *args, **kwargs).arguments
                 noise = prepared[0] if isinstance(prepared, tuple) else prepared
@@ -151,7 +155,7 @@ class _Walk:
             self.clean = clean.to(noise)
         return self.clean
 
-    def _see(self, module, args, kwargs) -> None:
+    def _see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """What the transformer is told, at its first call."""
         if self.hidden is not None or threading.get_ident() != self.thread:
             return
@@ -188,7 +192,7 @@ class _Walk:
         set_timesteps = scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)  # pipelines ask for its signature
-        def set_rising(*args, **kwargs):
+        def set_rising(*args: Any, **kwargs: Any):
             set_timesteps(*args, **kwargs)
             rising = scheduler.sigmas.flip(0)
             self.sigmas = tuple(rising.tolist())
@@ -200,13 +204,13 @@ class _Walk:
         scheduler.step = self._step
         return scheduler
 
-    def _step(self, model_output, timestep, sample, *args, **kwargs):
+    def _step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any):
         """In place of the scheduler's."""
         if not self.points:
             self.points.append(_wide(self.clean))
         done = len(self.points) - 1
         z, noise = self.points[-1], _wide(self.noise)
-        z = rf_step(z, model_output.to(z), noise, self.sigmas[done], self.sigmas[done + 1], self.gamma)
+        z = rf_step(z, model_output.to(z), noise, self.sigmas[done], self.sigmas[done + 1], cast(float, self.gamma))
         self.points.append(z)
         return (z.to(sample.dtype),)
 
@@ -215,7 +219,7 @@ class _Walk:
 
 
 @torch.no_grad()
-def encode(pipe, pictures, height: int, width: int) -> torch.Tensor:
+def encode(pipe: Any, pictures: Any, height: int, width: int) -> torch.Tensor:
     """Latents of pictures, scaled and packed as the pipeline's loop has them.
 
     Args:
@@ -256,13 +260,13 @@ def encode(pipe, pictures, height: int, width: int) -> torch.Tensor:
     return pack(latents, len(latents), channels, *latents.shape[-2:])
 
 
-def _most_probable(encoded) -> torch.Tensor:
+def _most_probable(encoded: Any) -> torch.Tensor:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded[0] if isinstance(encoded, tuple) else encoded.latents
 
 
-def _pictures(pipe, image):
+def _pictures(pipe: Any, image: Any):
     """A list of PIL pictures, or a tensor ``(R, 3, H, W)``."""
     several = list(image) if isinstance(image, (list, tuple)) else [image]
     require(len(several) > 0, "image", "at least one picture", "none")
@@ -280,7 +284,7 @@ def _pictures(pipe, image):
     return [rgb("image", x) for x in several]
 
 
-def picture_size(pipe, pictures, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+def picture_size(pipe: Any, pictures: Any, height: int | None = None, width: int | None = None) -> tuple[int, int]:
     """Rows and columns of pixels that a reference has unless told otherwise.
 
     Args:
@@ -312,7 +316,7 @@ def picture_size(pipe, pictures, height: int | None = None, width: int | None = 
 # ---- the call --------------------------------------------------------------------------------------------------------
 
 
-def _arguments_of(pipe, transformer, call: dict, rows: int) -> dict[str, object]:
+def _arguments_of(pipe: Any, transformer: Any, call: dict, rows: int) -> dict[str, Any]:
     """Arguments of the pipeline's call for ``rows`` pictures; 0 where that is the call's own business."""
     known = inspect.signature(type(pipe).__call__).parameters
     for name in call:
@@ -337,7 +341,7 @@ def _arguments_of(pipe, transformer, call: dict, rows: int) -> dict[str, object]
     return {**call, "output_type": "latent", "return_dict": False}
 
 
-def _check_pipeline(pipe) -> None:
+def _check_pipeline(pipe: Any) -> None:
     known = inspect.signature(type(pipe).__call__).parameters
     wants = [name for name in ("strength", "mask_image", "control_image") if name in known]
     if wants or type(pipe).__name__.startswith("QwenImageEdit"):
@@ -348,7 +352,7 @@ def _check_pipeline(pipe) -> None:
         )
 
 
-def _check_inversion(pipe, transformer) -> None:
+def _check_inversion(pipe: Any, transformer: Any) -> None:
     scheduler = getattr(pipe, "scheduler", None)
     if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         raise NotImplementedError(
@@ -359,7 +363,7 @@ def _check_inversion(pipe, transformer) -> None:
     require(not bound, "pipe", "one that no method is bound to: prepare the reference before fr.apply", "a bound one")
 
 
-def _own(latents, walk: _Walk) -> Callable:
+def _own(latents: Any, walk: _Walk) -> Callable:
     """The user's latents, each as the transformer takes them."""
     several = isinstance(latents, (Sequence, torch.Tensor)) and len(latents) > 0
     require(several, "latents", "one tensor per step, or a function (step, sigma)", type(latents).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -36,11 +37,14 @@ def read_checkpoint(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
             break
     found = isinstance(source, Mapping) and source and all(isinstance(v, torch.Tensor) for v in source.values())
     received = f"keys {sorted(map(str, source))[:5]}" if isinstance(source, Mapping) else type(source).__name__
-    require(found, "checkpoint", f"a state dict, or one under {', '.join(CONTAINERS)}", received)
-    return {_unwrapped(name): tensor for name, tensor in source.items()}
+    require(bool(found), "checkpoint", f"a state dict, or one under {', '.join(CONTAINERS)}", received)
+    return {_unwrapped(name): tensor for name, tensor in cast(Mapping[str, torch.Tensor], source).items()}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> Model:
     """Make ``weights`` the parameters of ``model`` (which may be on the meta device); in evaluation mode.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ def generate(
     condition: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
-    matcher=None,
+    matcher: Any = None,
     anchors: torch.Tensor | None = None,
     guidance: float | Literal["published"] | None = PUBLISHED,
     temperature: float = 1.0,
@@ -63,8 +63,9 @@ def generate(
     batch, num_tokens = condition.shape[0], model.config.num_tokens
     require(batch > 0, "condition", "at least one row", batch)
     usual = SAMPLING[model.config.condition]
-    guidance, top_k = (usual[i] if value == PUBLISHED else value for i, value in enumerate((guidance, top_k)))
-    check_sampling(guidance, temperature, top_k, top_p)
+    scale: Any = usual[0] if guidance == PUBLISHED else guidance
+    most: Any = usual[1] if top_k == PUBLISHED else top_k
+    check_sampling(scale, temperature, most, top_p)
     fits = matcher is None or matcher.num_tokens == num_tokens
     require(fits, "matcher", f"one for the model's {num_tokens} tokens", getattr(matcher, "num_tokens", None))
     codes = None if matcher is None else len(matcher.codebook)
@@ -73,8 +74,8 @@ def generate(
     if sampled:
         matcher = plain_matcher(num_tokens, device)
         anchors = torch.full((1, num_tokens), -1, device=device)
-    anchors = spread_anchors(anchors, batch, num_tokens, matcher)
-    guided = guidance is not None and guidance != 1
+    anchors = spread_anchors(cast(torch.Tensor, anchors), batch, num_tokens, matcher)
+    guided = scale not in (None, 1)
     x, visible = _prefix(model, condition.to(device), mask, guided)
     cache = Cache(model.config, x.shape[0], model.config.prefix + num_tokens - 1, x)
     seeds = matcher.seeds(batch, generator)
@@ -82,7 +83,7 @@ def generate(
     for position in progress(range(num_tokens)):
         logits = model.run(x, start, visible, cache)[:, -1]
         start += x.shape[1]
-        logits = warp(guide(logits, guidance) if guided else logits, temperature, top_k, top_p)
+        logits = warp(guide(logits, scale) if guided else logits, temperature, most, top_p)
         match = matcher(logits, anchors[:, position], position, seeds=seeds)
         matches.append(match)
         tokens = match.tokens.repeat(2) if guided else match.tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class LlamaGenConfig:
     eps: float = 1e-5
     hidden: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.condition in ("text", "class"), "condition", '"text" or "class"', repr(self.condition))
         require(self.grid >= 1, "grid", "an integer >= 1", self.grid)
         ok = self.dim % self.heads == 0 and self.head_dim % 4 == 0
@@ -83,7 +84,8 @@ class LlamaGenConfig:
             received = f"dim {dim}, {layers} layers, and no heads"
             require(heads is not None, "heads", "the number of heads of a size that is not published", received)
         rows = weights["layers.0.attention.wqkv.weight"].shape[0]
-        shapes = dict(dim=dim, layers=layers, heads=heads, grid=grid, vocabulary=vocabulary)
+        heads = cast(int, heads)
+        shapes: dict[str, Any] = dict(dim=dim, layers=layers, heads=heads, grid=grid, vocabulary=vocabulary)
         key_heads = (rows // (dim // heads) - heads) // 2
         shapes["kv_heads"] = None if key_heads == heads else key_heads
         hidden = weights["layers.0.feed_forward.w1.weight"].shape[0]
@@ -142,11 +144,13 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 class Cache:
     """Keys and values of every layer, ``(layers, B, key heads, length, D)``, filled from the front."""
 
-    def __init__(self, config: LlamaGenConfig, batch: int, length: int, like: torch.Tensor):
+    def __init__(self, config: LlamaGenConfig, batch: int, length: int, like: torch.Tensor) -> None:
         shape = (config.layers, batch, config.key_heads, length, config.head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
-    def extend(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor):
+    def extend(
+        self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store ``(B, key heads, n, D)`` at ``start``; everything up to there."""
         end = start + keys.shape[2]
         self.keys[layer, :, :, start:end] = keys
@@ -157,7 +161,7 @@ class Cache:
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight``, the quotient in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -168,13 +172,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_dim = config.heads, config.key_heads, config.head_dim
         self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.key_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, table, mask, extend):
+    def forward(self, x: torch.Tensor, table: torch.Tensor, mask: torch.Tensor | None, extend: Any) -> torch.Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.key_heads, self.key_heads], dim=2)
         q, k, v = rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)
@@ -189,60 +193,60 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
 
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.ffn_width, bias=False)
         self.w2 = nn.Linear(config.ffn_width, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_width, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.eps)
         self.ffn_norm = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x, table, mask, extend):
+    def forward(self, x: torch.Tensor, table: torch.Tensor, mask: torch.Tensor | None, extend: Any) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), table, mask, extend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class CaptionProjection(nn.Module):
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
         self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class CaptionEmbedding(nn.Module):
     """Text features to condition tokens; the learned features of no text."""
 
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.cap_proj = CaptionProjection(config)
         features = torch.randn(config.prefix, config.caption_dim) / config.caption_dim**0.5
         self.register_buffer("uncond_embedding", features)
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.cap_proj(features)
 
 
 class ClassEmbedding(nn.Module):
     """Labels to one condition token; the last row stands for no label."""
 
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(config.classes + 1, config.dim)
 
-    def forward(self, labels):
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
         return self.embedding_table(labels)[:, None]
 
 
@@ -252,10 +256,10 @@ class LlamaGen(nn.Module):
     Random weights unless loaded. ``embed`` and ``run`` are its two halves; ``forward`` is both over a whole image.
     """
 
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = CaptionEmbedding(config) if config.condition == "text" else ClassEmbedding(config)
+        self.cls_embedding: Any = CaptionEmbedding(config) if config.condition == "text" else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.eps)
@@ -264,7 +268,13 @@ class LlamaGen(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, source: str | Path | Mapping, *, grid: int, heads: int | None = None, device=None, dtype=None
+        cls,
+        source: str | Path | Mapping,
+        *,
+        grid: int,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LlamaGen:
         """A published checkpoint (``t2i_XL_stage1_256.pt``: grid 16; ``t2i_XL_stage2_512.pt``: grid 32), ready to run.
 
@@ -311,7 +321,8 @@ class LlamaGen(nn.Module):
         require(condition.is_floating_point(), "condition", "floating-point features", condition.dtype)
         made_by = "as encode_prompts returns them"
         if mask is not None:
-            check_mask("mask", mask, tuple(condition.shape[:2]), f"features at the end of the prefix, {made_by}")
+            batch, length = condition.shape[:2]
+            check_mask("mask", mask, (batch, length), f"features at the end of the prefix, {made_by}")
         require_finite("condition", condition, ("row", "token", "channel"))
         padded = mask is None and not bool(condition.any(-1).all())
         require(not padded, "mask", f"the mask of condition, {made_by}", "None, though some features are all zero")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,13 @@ ENCODER = "google/flan-t5-xl"
 
 @torch.no_grad()
 def encode_prompts(
-    prompts: Sequence[str], *, encoder=ENCODER, tokenizer=None, length: int = 120, device=None, dtype=None
+    prompts: Sequence[str],
+    *,
+    encoder: Any = ENCODER,
+    tokenizer: Any = None,
+    length: int = 120,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features ``(B, length, channels)`` and mask ``(B, length)`` bool of prompts, as ``generate`` takes them.
 
@@ -39,7 +46,8 @@ def encode_prompts(
             from transformers import AutoTokenizer, T5EncoderModel
 
         tokenizer = AutoTokenizer.from_pretrained(encoder) if tokenizer is None else tokenizer
-        encoder = T5EncoderModel.from_pretrained(encoder, dtype=dtype).to(device).eval()
+        loaded: Any = T5EncoderModel.from_pretrained(encoder, dtype=dtype)
+        encoder = loaded.to(device).eval()
     require(tokenizer is not None, "tokenizer", "the tokenizer of the encoder", None)
     cleaned = [" ".join(prompt.lower().split()) for prompt in prompts]
     batch = tokenizer(cleaned, max_length=length, padding="max_length", truncation=True, return_tensors="pt")

@@ -38,7 +38,7 @@ class VQConfig:
     latent: int = 256
     blocks: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.channels % GROUPS == 0, "channels", f"a multiple of {GROUPS}", self.channels)
         require(len(self.multipliers) > 0, "multipliers", "at least one", self.multipliers)
 
@@ -53,7 +53,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, out: int):
+    def __init__(self, channels: int, out: int) -> None:
         super().__init__()
         self.norm1 = _norm(channels)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
@@ -61,7 +61,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -70,12 +70,12 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention over all positions."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
@@ -85,29 +85,29 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve the sides; the padding is on the right and below alone."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
     """Double the sides: nearest neighbour, then a convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
     """The blocks of one resolution, with attention after each at the lowest, then a change of resolution or none."""
 
-    def __init__(self, channels: int, out: int, blocks: int, attention: bool, resample: dict[str, nn.Module]):
+    def __init__(self, channels: int, out: int, blocks: int, attention: bool, resample: dict[str, nn.Module]) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(channels if i == 0 else out, out) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(out) for _ in range(blocks if attention else 0))
@@ -115,7 +115,7 @@ class Level(nn.Module):
             self.add_module(name, module)
         self._resample = tuple(resample)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.res):
             x = block(x)
             if self.attn:
@@ -141,7 +141,7 @@ def _middle(channels: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.channels, *(config.channels * m for m in config.multipliers)]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
         self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for block in (*self.mid, *self.conv_blocks):
             x = block(x)
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.codes, config.code_dim)
 
@@ -183,7 +183,7 @@ class Quantizer(nn.Module):
 class VQTokenizer(nn.Module):
     """Pixels ``(B, 3, H, W)`` in -1..1 to codes ``(B, N)`` in raster order, and back. Random weights unless loaded."""
 
-    def __init__(self, config: VQConfig | None = None):
+    def __init__(self, config: VQConfig | None = None) -> None:
         super().__init__()
         self.config = config = VQConfig() if config is None else config
         self.encoder = Encoder(config)
@@ -193,7 +193,14 @@ class VQTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent, 1)
 
     @classmethod
-    def from_checkpoint(cls, source: str | Path | Mapping, *, config: VQConfig | None = None, device=None, dtype=None):
+    def from_checkpoint(
+        cls,
+        source: str | Path | Mapping,
+        *,
+        config: VQConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> VQTokenizer:
         """A published checkpoint (``vq_ds16_t2i.pt``, ``vq_ds16_c2i.pt``), ready to run.
 
         Raises:
@@ -219,7 +226,7 @@ class VQTokenizer(nn.Module):
         factor = self.config.factor
         check_pixels(pixels)
         height, width = pixels.shape[2:]
-        ok = pixels.shape[1] == 3 and height % factor == 0 and width % factor == 0 and height and width
+        ok = pixels.shape[1] == 3 and height % factor == 0 and width % factor == 0 and height > 0 and width > 0
         require(ok, "pixels", f"3 channels and sides that are multiples of {factor}", tuple(pixels.shape))
         latents = self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype)))
         # The nearest of unit entries to the normalised latent is the one of the largest product, whatever its length.

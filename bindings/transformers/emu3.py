@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessorList
@@ -18,14 +19,14 @@ IMAGE_START, IMAGE_TOKEN = "<|image start|>", "<|image token|>"  # "height*width
 MADE_BY = 'processor.tokenizer.padding_side = "left", then processor(text=..., return_for_image_generation=True, ...)'
 
 
-def grid(model, height: int, width: int) -> Grid:
+def grid(model: Any, height: int, width: int) -> Grid:
     """The raster of ``height`` rows of ``width`` tokens, an end-of-line token after each."""
     mapping = model.model.vocabulary_mapping
     before = mapping.vocab_map.get(IMAGE_TOKEN)
     return Grid(height, width, newline=mapping.eol_token_id, opening=() if before is None else (before,))
 
 
-def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
+def codebook(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries ``(codes, d)`` float32 of the VQ model, and the vocabulary id of each ``(codes,)`` long."""
     entries = model.model.vqmodel.quantize.embedding.weight.detach().float()
     ids = model.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(entries.device)
@@ -34,7 +35,7 @@ def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def encode(model, pixels: torch.Tensor) -> torch.Tensor:
+def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Vocabulary ids ``(B, N)`` long, no end-of-line tokens, of ``pixels (B, 3, H, W)`` as the host prepares them."""
     check_pixels(pixels)
     vq = model.model.vqmodel
@@ -48,7 +49,7 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode(model, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def decode(model: Any, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pixels ``(B, 3, 8 * height, 8 * width)``, about -1..1, of image tokens ``(B, N)``, vocabulary ids."""
     check_codes("tokens", tokens, codebook(model)[1])
     require(tokens.shape[1] == height * width, "tokens", f"{height * width} per row", tokens.shape[1])
@@ -56,7 +57,7 @@ def decode(model, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor
     return model.model.vqmodel.decode(mapping[tokens].view(-1, height, width).long())
 
 
-def prefix_function(model, grid: Grid, prompt_length: int) -> Callable[[int, torch.Tensor], list[int]]:
+def prefix_function(model: Any, grid: Grid, prompt_length: int) -> Callable[[int, torch.Tensor], list[int]]:
     """The host's way to force rows: a ``prefix_allowed_tokens_fn`` of image tokens and row ends.
 
     :func:`generate` does without, as :class:`AnchorProcessor` forces rows itself in one operation.
@@ -71,13 +72,13 @@ def prefix_function(model, grid: Grid, prompt_length: int) -> Callable[[int, tor
 
 
 def generate(
-    model,
-    inputs,
+    model: Any,
+    inputs: Any,
     height: int,
     width: int,
     *,
-    negative=None,
-    matcher=None,
+    negative: Any = None,
+    matcher: Any = None,
     anchors: torch.Tensor | None = None,
     guidance: float | None = 3.0,
     temperature: float = 1.0,
@@ -85,7 +86,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     processors: Sequence = (),
-    **options,
+    **options: Any,
 ) -> Generated:
     """Generate an image of ``height x width`` tokens with the host's own ``generate``; with anchors, edit.
 
@@ -131,7 +132,7 @@ def generate(
     made = model.generate(
         ids,
         attention_mask=mask,
-        guidance_scale=float(guidance) if guided else 1.0,
+        guidance_scale=float(cast(float, guidance)) if guided else 1.0,
         **ONE_TOKEN_LEFT,
         max_new_tokens=raster.length,
         logits_processor=LogitsProcessorList([processor, *processors]),
@@ -142,7 +143,7 @@ def generate(
     return Generated(processor.tokens, processor.record)
 
 
-def _read(model, inputs, height: int, width: int, label: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+def _read(model: Any, inputs: Any, height: int, width: int, label: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask of prompts that end where an image of ``height x width`` begins, without images before it."""
     where = f"{label}." if label else ""
     ids, mask = read_prompts(model, inputs, MADE_BY, label, known=("image_sizes",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ NEUTRAL = dict(
 )  # fmt: skip
 
 
-def check_options(model, options: Mapping) -> None:
+def check_options(model: Any, options: Mapping) -> None:
     """Require options, and a generation config of the model, that do not interfere with the choice of tokens.
 
     Raises:
@@ -57,7 +58,7 @@ def check_options(model, options: Mapping) -> None:
 
 
 def read_prompts(
-    model, inputs: Mapping, made_by: str, label: str = "", known: Sequence[str] = ()
+    model: Any, inputs: Mapping, made_by: str, label: str = "", known: Sequence[str] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, ``(B, S)`` each, of what the host's processor returned.
 
@@ -114,7 +115,7 @@ def check_result(tokens: torch.Tensor, chosen: torch.Tensor) -> None:
     require(whole, "processors", expected, f"other tokens ({tuple(tokens.shape)} of {tuple(chosen.shape)})")
 
 
-def _special(model, kind: str) -> tuple[int, ...]:
+def _special(model: Any, kind: str) -> tuple[int, ...]:
     """Ids of the padding, first or last token."""
     name = f"{kind}_token_id"
     value = getattr(model.generation_config, name, None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,7 +28,7 @@ from .processor import ONE_TOKEN_LEFT, AnchorProcessor
 MADE_BY = 'processor(text=..., generation_mode="image", padding=True, return_tensors="pt")'
 
 
-def grid(model) -> Grid:
+def grid(model: Any) -> Grid:
     """The square raster of a ``JanusForConditionalGeneration``: 24 x 24 in the published models."""
     tokens = model.model.vision_model.config.num_image_tokens
     side = round(tokens**0.5)
@@ -35,13 +36,13 @@ def grid(model) -> Grid:
     return Grid(side, side)
 
 
-def codebook(model) -> torch.Tensor:
+def codebook(model: Any) -> torch.Tensor:
     """Entries ``(codes, d)`` float32 of norm 1, as the host's decoder normalises them; row = vocabulary id."""
     return F.normalize(model.model.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)
 
 
 @torch.no_grad()
-def encode(model, pixels: torch.Tensor) -> torch.Tensor:
+def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Codes ``(B, N)`` long of ``pixels (B, 3, H, W)`` in -1..1.
 
     Latents and entries are normalised before they are compared, as in the training of this tokenizer; the host's own
@@ -58,7 +59,7 @@ def encode(model, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode(model, tokens: torch.Tensor) -> torch.Tensor:
+def decode(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Pixels ``(B, 3, H, W)``, about -1..1, of image tokens ``(B, N)``."""
     expected = grid(model).num_tokens
     codes = codebook(model)
@@ -68,10 +69,10 @@ def decode(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def generate(
-    model,
-    inputs,
+    model: Any,
+    inputs: Any,
     *,
-    matcher=None,
+    matcher: Any = None,
     anchors: torch.Tensor | None = None,
     guidance: float | None = 5.0,
     temperature: float = 1.0,
@@ -80,7 +81,7 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     image_start: int | None = None,
     processors: Sequence = (),
-    **options,
+    **options: Any,
 ) -> Generated:
     """Generate with the host's own ``generate(generation_mode="image")``; with anchors, edit.
 
@@ -134,7 +135,7 @@ def generate(
     return Generated(processor.tokens, processor.record)
 
 
-def _generation_config(model, options: dict, image_start: int | None):
+def _generation_config(model: Any, options: dict, image_start: int | None):
     """The model's config with the three tokens that the host makes the unconditional prompt of.
 
     transformers 5 drops the image-start token on loading where a file says that it was derived from the model's
@@ -146,14 +147,14 @@ def _generation_config(model, options: dict, image_start: int | None):
         image_start = given.get("boi_token_id", getattr(config, "boi_token_id", None))
     advice = "the id that model.generation_config lacks: processor.tokenizer.boi_token_id"
     require(image_start is not None, "image_start", advice, None)
-    config.generation_kwargs = {**given, "boi_token_id": int(image_start)}
+    config.generation_kwargs = {**given, "boi_token_id": int(cast(int, image_start))}
     for name in ("bos_token_id", "pad_token_id"):
         value = options.get(name, getattr(config, name, None))
         require(value is not None, f"model.generation_config.{name}", "an id, for the unconditional prompt", None)
     return config
 
 
-def _check_image_start(model, ids: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+def _check_image_start(model: Any, ids: torch.Tensor, mask: torch.Tensor, start: int) -> None:
     """Require prompts ``(B, S)`` that end with the image-start token and have no picture before it."""
     for row, last in enumerate(ids[:, -1].tolist()):
         expected = f"prompts of image mode, which end with the image-start token {start}: {MADE_BY}"
@@ -163,7 +164,7 @@ def _check_image_start(model, ids: torch.Tensor, mask: torch.Tensor, start: int)
     require(not rows, "input_ids", "prompts without pictures or a second image start", f"some in row(s) {rows}")
 
 
-def own_cache(model) -> dict:
+def own_cache(model: Any) -> dict:
     """A new cache for the host's ``generate``, which fails to make one itself in transformers 5.13 to 5.17."""
     parameters = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in parameters else "past_key_values": DynamicCache()}

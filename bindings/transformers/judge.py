@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class Example:
     reasoning: str
     kind: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.kind in CLASSES, "Example.kind", f"one of {CLASSES}", repr(self.kind))
         for name in ("composite", "estimate"):
             picture = getattr(self, name)
@@ -73,7 +74,9 @@ class ChatJudge:
     squash them to squares). Decoding is greedy, so the same pair gets the same verdict.
     """
 
-    def __init__(self, model, processor, examples: Sequence[Example] = (), max_new_tokens: int = 1024):
+    def __init__(
+        self, model: Any, processor: Any, examples: Sequence[Example] = (), max_new_tokens: int = 1024
+    ) -> None:
         for i, example in enumerate(examples):
             require(isinstance(example, Example), f"examples[{i}]", "an Example", type(example).__name__)
         ok = isinstance(max_new_tokens, int) and max_new_tokens > 0
@@ -83,7 +86,11 @@ class ChatJudge:
 
     @classmethod
     def from_pretrained(
-        cls, name: str = "Qwen/Qwen3-VL-4B-Instruct", device: torch.device | str | None = None, dtype="auto", **kwargs
+        cls,
+        name: str = "Qwen/Qwen3-VL-4B-Instruct",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = "auto",
+        **kwargs: Any,
     ) -> ChatJudge:
         """Load model and processor from the hub, its cache or a folder.
 
@@ -101,10 +108,10 @@ class ChatJudge:
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
-        return cls(model, processor, **kwargs)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        return cls(model.to(device).eval(), processor, **kwargs)
 
-    def messages(self, composite, estimate) -> list[dict]:
+    def messages(self, composite: Any, estimate: Any) -> list[dict]:
         """The conversation: system role, worked examples as answered turns, the pair to judge."""
         found = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]}]
         for example in self.examples:
@@ -113,7 +120,7 @@ class ChatJudge:
         return [*found, _question(composite, estimate)]
 
     @torch.no_grad()
-    def answer(self, composite, estimate) -> str:
+    def answer(self, composite: Any, estimate: Any) -> str:
         """What the model says, as text."""
         inputs = self.processor.apply_chat_template(
             self.messages(composite, estimate), tokenize=True, add_generation_prompt=True, return_dict=True,
@@ -123,12 +130,12 @@ class ChatJudge:
         new = said[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
 
-    def __call__(self, composite, estimate) -> Verdict:
+    def __call__(self, composite: Any, estimate: Any) -> Verdict:
         """Judge a pair of PIL pictures; an answer that cannot be read counts as success."""
         return read_verdict(self.answer(composite, estimate))
 
 
-def _question(composite, estimate) -> dict:
+def _question(composite: Any, estimate: Any) -> dict:
     pictures = [{"type": "image", "image": _shrunk(picture)} for picture in (composite, estimate)]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": TASK}]}
 
@@ -137,7 +144,7 @@ def _answer(example: Example) -> str:
     return json.dumps({"reasoning": example.reasoning, "class": example.kind})
 
 
-def _shrunk(picture):
+def _shrunk(picture: Any):
     """The longer side at :data:`SIZE` pixels, in RGB."""
     scale = SIZE / max(picture.size)
     return picture.convert("RGB").resize(tuple(max(1, round(side * scale)) for side in picture.size))

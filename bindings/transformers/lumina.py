@@ -6,6 +6,8 @@ Its ``generate`` takes :class:`AnchorProcessor` behind its own guidance.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastrope.checks import require
@@ -44,7 +46,7 @@ def prefix(height: int, width: int) -> list[int]:
     return [IMAGE_START, SIZE_ZERO + height // 2, SIZE_ZERO + width // 2]
 
 
-def codebook(model) -> tuple[torch.Tensor, torch.Tensor]:
+def codebook(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Input embeddings ``(8192, dim)`` float32 of the image tokens, compared by cosine in the paper, and their ids."""
     weight = model.get_input_embeddings().weight.detach()
     ids = torch.arange(IMAGE_IDS.start, IMAGE_IDS.stop, device=weight.device)

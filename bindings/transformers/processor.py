@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -63,7 +64,7 @@ class AnchorProcessor(LogitsProcessor):
         self,
         grid: Grid,
         *,
-        matcher=None,
+        matcher: Any = None,
         anchors: torch.Tensor | None = None,
         image_ids: torch.Tensor | None = None,
         guidance: float | None = None,
@@ -73,7 +74,7 @@ class AnchorProcessor(LogitsProcessor):
         force_rows: bool = True,
         growing: bool = True,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ):
+    ) -> None:
         require(isinstance(grid, Grid), "grid", "a Grid", type(grid).__name__)
         require((matcher is None) == (anchors is None), "anchors", "a matcher and anchors, or neither", "one of them")
         fits = matcher is None or matcher.num_tokens == grid.num_tokens
@@ -121,7 +122,7 @@ class AnchorProcessor(LogitsProcessor):
             logits = logits.to(scores.dtype)
             return torch.cat([logits, logits]) if both else logits
         else:
-            tokens = self._match(self.warpers(input_ids, self._cut(logits)), index)
+            tokens = self._match(self.warpers(cast(Any, input_ids), self._cut(logits)), index)
         self._chosen = torch.cat([tokens, tokens]) if both else tokens
         chosen = torch.full_like(logits, -torch.inf, dtype=scores.dtype).scatter_(1, tokens[:, None], 0.0)
         return torch.cat([chosen, chosen]) if both else chosen

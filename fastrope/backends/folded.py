@@ -8,11 +8,15 @@ more, one for the mean and one for ``kt = (lambda - delta) mu + delta khat``.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import device as devices
 from .. import kernels
+from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from .fused import configs, launching_on
 
@@ -22,14 +26,19 @@ def folds(lowered: Lowered) -> bool:
     return lowered.scales is None and lowered.gains is None and lowered.keys.mask is None
 
 
-def takes(q, lowered: Lowered) -> bool:
+def takes(q: Projected, lowered: Lowered) -> bool:
     """Whether :func:`run` is for tensors like ``q`` under this plan."""
     return folds(lowered) and q.device.type == "cuda" and devices.kernel_obstacle(q) is None
 
 
 def run(
-    q, k, v, lowered: Lowered, scale: float, packed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-) -> torch.Tensor:
+    q: Projected,
+    k: Projected,
+    v: Projected,
+    lowered: Lowered,
+    scale: float,
+    packed: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
     """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the unmodulated queries of any plan; forward only.
 
     Arguments as of :func:`fastrope.backends.fused.run`. ``packed`` has keys and values ``(B, Hkv, Sk, D)`` that are
@@ -47,16 +56,17 @@ def run(
         if lowered.groups is not None:
             _move_groups(keys, lowered)
     queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
-    out = F.scaled_dot_product_attention(*map(_in_eights, (queries, keys, values)), scale=scale)[..., : q.shape[3]]
+    queries, keys, values = map(_in_eights, (queries, keys, values))
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[..., : q.shape[3]]
     return out.unflatten(2, (heads // key_heads, -1)).flatten(1, 2).transpose(1, 2)
 
 
-def _in_eights(x: torch.Tensor) -> torch.Tensor:
+def _in_eights(x: Tensor) -> Tensor:
     """``x`` with as many channels as CUDA's kernels want."""
     return F.pad(x, (0, -x.shape[3] % 8)) if x.shape[3] % 8 else x
 
 
-def packs(q, k, v, lowered: Lowered) -> tuple[str, ...]:
+def packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
     """Those of ``"q"``, ``"k"``, ``"v"`` that take a pass of the kernels before attention."""
     rows = _rows(lowered)
     return tuple(name for name, x in (("q", q), ("k", k), ("v", v)) if _needs_pass(name, x, lowered, rows))
@@ -77,23 +87,23 @@ def _rows(lowered: Lowered) -> dict[str, tuple]:
     }
 
 
-def _needs_pass(name: str, x, lowered: Lowered, rows: dict[str, tuple]) -> bool:
+def _needs_pass(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple]) -> bool:
     """Whether rows change, or lie where not all of torch's kernels read them: what a descriptor cannot describe may go
     to the one that materialises the logits."""
     source, cos, _ = rows[name]
     moved = name == "k" and lowered.groups is not None  # in place, so not the caller's
     changed = source is not None or cos is not None or moved
-    return changed or isinstance(x, kernels.Streams) or not kernels.describable(x.transpose(1, 2))
+    return changed or isinstance(x, kernels.Streams) or not kernels.describable(cast(Tensor, x).transpose(1, 2))
 
 
-def _prepared(name: str, x, lowered: Lowered, rows: dict[str, tuple], tokens_first: bool = False) -> torch.Tensor:
+def _prepared(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple], tokens_first: bool = False) -> Tensor:
     """``(B, H, R, D)``."""
     if not _needs_pass(name, x, lowered, rows):
-        return x.transpose(1, 2)
+        return cast(Tensor, x).transpose(1, 2)  # streams take a pass
     return kernels.pack_rows(x, *rows[name], lowered.pairing == "interleaved", configs(x)("pack"), tokens_first)
 
 
-def _move_groups(keys: torch.Tensor, lowered: Lowered) -> None:
+def _move_groups(keys: Tensor, lowered: Lowered) -> None:
     """``w ((lambda - delta) mu + delta khat)`` in the place of ``khat``, keys ``(B, Hkv, Sk, D)``; in float32, rounded
     once. The mean is one of keys that may have different weights, so these come after it."""
     groups = lowered.groups

@@ -7,14 +7,19 @@ scales meet the scaled keys (``per_query.py``), and runs the fused loop.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from .. import device as devices
 from .. import kernels
 from ..kernels import abi
+from ..kernels.config import LaunchConfig
+from ..kernels.streams import Projected, Streams
 from ..planning.lowered import Lowered
 from . import per_query
 from .lse_merge import merge
@@ -38,7 +43,7 @@ class Launch:
     per_query: str | None = None
 
     @staticmethod
-    def of(q, k, v, lowered: Lowered) -> Launch:
+    def of(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> Launch:
         """The launch of a call. ``q, k, v (B, S, H, D)`` are tensors, or :class:`fastrope.kernels.Streams`."""
         packs = _packs(q, k, v, lowered)
         descriptors, loop = _descriptors(q, k, v, lowered, packs)
@@ -49,7 +54,9 @@ class Launch:
         return Launch(packs, descriptors, loop, how is not None and obstacle is None, how)
 
 
-def run(q, k, v, lowered: Lowered, scale: float, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float, launch: Launch
+) -> tuple[Tensor, Tensor]:
     """``out (B, Sq, H, D)`` and ``lse (B, H, Sq)``; forward only.
 
     q and k may be streams where the plan rotates both (q: unless axis blocks read it), v wherever. Extra memory: the
@@ -61,12 +68,12 @@ def run(q, k, v, lowered: Lowered, scale: float, launch: Launch) -> tuple[torch.
         return attend(q, *pack(q, k, v, lowered, launch), k, lowered, scale, launch)
 
 
-def launching_on(device: torch.device):
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager:
     """A context for launches: triton's go to the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def configs(q):
+def configs(q: Projected) -> Callable[..., LaunchConfig]:
     """Launch configurations for tensors like ``q``, by kernel."""
     arch = devices.architecture(q.device)
     return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
@@ -75,7 +82,7 @@ def configs(q):
 # ---- how -------------------------------------------------------------------------------------------------------------
 
 
-def _packs(q, k, v, lowered: Lowered) -> tuple[str, ...]:
+def _packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
     keys, queries = lowered.keys, lowered.queries
     rotates = queries is not None and queries.rotation is not None
     needs = {
@@ -86,7 +93,9 @@ def _packs(q, k, v, lowered: Lowered) -> tuple[str, ...]:
     return tuple(name for name, needed in needs.items() if needed)
 
 
-def _descriptors(q, k, v, lowered: Lowered, packs: tuple[str, ...]) -> tuple[bool, str]:
+def _descriptors(
+    q: Projected, k: Projected, v: Projected, lowered: Lowered, packs: tuple[str, ...]
+) -> tuple[bool, str]:
     """Whether the loop reads keys and values through tensor descriptors, and why not."""
     arch, dtype = devices.architecture(q.device), str(q.dtype).removeprefix("torch.")
     if not kernels.ships("attention_tma", arch, q.dtype, q.shape[3]):
@@ -100,18 +109,18 @@ def _descriptors(q, k, v, lowered: Lowered, packs: tuple[str, ...]) -> tuple[boo
             batch, tokens, heads, dim = x.shape
             x = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device="meta")
         elif name == "v" and lowered.keys.mask is not None:  # a copy in the order of its axes
-            x = torch.empty_like(x.transpose(1, 2), device="meta")
+            x = torch.empty_like(cast(Tensor, x).transpose(1, 2), device="meta")
         else:
-            x = x.transpose(1, 2)
+            x = cast(Tensor, x).transpose(1, 2)
         if not kernels.describable(x):
             why = "a descriptor wants adjacent channels, rows in steps of 16 bytes, nothing expanded"
             return False, f"pointers ({name}: {why})"
     return True, "tensor descriptors"
 
 
-def _far_apart(x) -> bool:
+def _far_apart(x: Projected) -> bool:
     """Whether the rows of one head of ``(B, S, H, D)`` span more elements than the loops' int32 offsets reach."""
-    if isinstance(x, kernels.Streams):
+    if isinstance(x, Streams):
         return False
     return (x.shape[1] - 1) * x.stride(1) + (x.shape[3] - 1) * x.stride(3) >= 2**31
 
@@ -119,7 +128,7 @@ def _far_apart(x) -> bool:
 # ---- the steps of a call ---------------------------------------------------------------------------------------------
 
 
-def pack(q, k, v, lowered: Lowered, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(q: Projected, k: Projected, v: Projected, lowered: Lowered, launch: Launch) -> tuple[Tensor, Tensor]:
     """Keys ``(B, Hkv, R, D)`` and values ``(B, Hkv, Sk, D)`` as the loop reads them: joined, in key order, the keys
     rotated, and the scaled ones once more per scale bucket."""
     tables, interleaved, config = lowered.keys, lowered.pairing == "interleaved", configs(q)("pack")
@@ -128,12 +137,12 @@ def pack(q, k, v, lowered: Lowered, launch: Launch) -> tuple[torch.Tensor, torch
         rotation = tables.rotation and (tables.rotation.cos, tables.rotation.sin)
         keys = kernels.pack_rows(k, tables.source, *(rotation or (None, None)), interleaved, config)
     else:
-        keys = k.transpose(1, 2)
+        keys = cast(Tensor, k).transpose(1, 2)  # streams are packed
     if "v" in launch.packs:
         order = tables.source[: k.shape[1]] if tables.order is not None else None
         values = kernels.pack_rows(v, order, None, None, interleaved, config)
     else:
-        values = v.transpose(1, 2)
+        values = cast(Tensor, v).transpose(1, 2)
     if tables.mask is not None and launch.descriptors:
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
         # would copy first and fill the copy).
@@ -142,8 +151,15 @@ def pack(q, k, v, lowered: Lowered, launch: Launch) -> tuple[torch.Tensor, torch
 
 
 def attend(
-    q, keys, values, k, lowered: Lowered, scale: float, launch: Launch, modulated_only: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Projected,
+    keys: Tensor,
+    values: Tensor,
+    k: Projected,
+    lowered: Lowered,
+    scale: float,
+    launch: Launch,
+    modulated_only: bool = False,
+) -> tuple[Tensor, Tensor]:
     """``out (B, Sq, H, D)`` and ``lse (B, H, Sq)`` over what :func:`pack` made of keys and values.
 
     Args:
@@ -154,7 +170,7 @@ def attend(
         return _plain(q, keys, values, k.shape[1], lowered, scale, launch)
     tables, config = lowered.keys, configs(q)
     if not launch.polynomial and lowered.num_per_query and _far_apart(q):  # axis blocks read queries as they are
-        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        q = cast(Tensor, q).transpose(1, 2).contiguous().transpose(1, 2)
     means = None
     if lowered.groups is not None:
         scaled_keys = 0 if lowered.scales is None else lowered.scales.scaled_keys
@@ -174,14 +190,22 @@ def attend(
     return result[0].to(q.dtype), result[1]
 
 
-def _plain(q, keys, values, num_keys: int, lowered: Lowered, scale: float, launch: Launch):
+def _plain(
+    q: Projected,
+    keys: Tensor,
+    values: Tensor,
+    num_keys: int,
+    lowered: Lowered,
+    scale: float,
+    launch: Launch,
+):
     config, mask, queries = configs(q), lowered.keys.mask, q
     if "q" in launch.packs:
         rotation = lowered.queries and lowered.queries.rotation
         cos, sin = (rotation.cos[:, 0], rotation.sin[:, 0]) if rotation else (None, None)
         queries = kernels.pack_rows(q, None, cos, sin, lowered.pairing == "interleaved", config("pack"))
     else:
-        queries = q.transpose(1, 2)
+        queries = cast(Tensor, q).transpose(1, 2)
     loop = "attention_tma" if launch.descriptors else "attention"
     return kernels.fused_attention(
         queries.unsqueeze(2), keys, values, q.shape[1], num_keys, mask, None, None, None, scale, q.dtype,
@@ -190,8 +214,18 @@ def _plain(q, keys, values, num_keys: int, lowered: Lowered, scale: float, launc
 
 
 def _run_pass(
-    q, keys, values, scaled, means, places, lowered: Lowered, scale: float, launch: Launch, bounds, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Projected,
+    keys: Tensor,
+    values: Tensor,
+    scaled: Tensor | None,
+    means: Tensor | None,
+    places: int | None,
+    lowered: Lowered,
+    scale: float,
+    launch: Launch,
+    bounds: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Attention over the segments of one pass: ``(B, Sq, H, D)`` in ``dtype``, ``(B, H, Sq)``.
 
     Args:
@@ -234,7 +268,7 @@ def _run_pass(
     )  # fmt: skip
 
 
-def _tables(keys, means, places: int | None, lowered: Lowered, bounds: tuple[int, int]):
+def _tables(keys: Tensor, means: Tensor | None, places: int | None, lowered: Lowered, bounds: tuple[int, int]):
     """The plan's tables and the means of its groups, for the segments of one pass."""
     segments, gains, groups = lowered.segments[slice(*bounds)], lowered.gains, lowered.groups
     products = None
@@ -242,7 +276,7 @@ def _tables(keys, means, places: int | None, lowered: Lowered, bounds: tuple[int
         products = gains.products_for(segments) if gains.products is None else gains.products
     per_query_means = None
     numbers = list(dict.fromkeys(s.group for s in segments if s.group >= 0))
-    if numbers and lowered.num_per_query:
+    if means is not None and numbers and lowered.num_per_query:
         per_query_means = per_query.group_means(keys, lowered, means, numbers)
     queries = lowered.sorted_queries
     rows, buckets = (None, None) if queries is None else (queries.queries, queries.tile_bucket)

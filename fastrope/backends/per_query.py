@@ -6,16 +6,21 @@ Nothing has measured either on a GPU. What a plan holds of them is made in ``pla
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from .. import device as devices
 from .. import kernels
+from ..kernels.config import LaunchConfig
+from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 
 MEAN_BLOCK = 2**21  # elements of the float64 tables of one block of queries
 
 
-def against_polynomial(q, lowered: Lowered) -> str | None:
+def against_polynomial(q: Projected, lowered: Lowered) -> str | None:
     """Why queries with per-query scales meet axis blocks instead of a polynomial, or None."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return str(q.dtype).removeprefix("torch.")
@@ -28,13 +33,13 @@ def against_polynomial(q, lowered: Lowered) -> str | None:
     return None
 
 
-def describe(q, lowered: Lowered) -> str:
+def describe(q: Projected, lowered: Lowered) -> str:
     """What the polynomial does with tensors like ``q``."""
     tiles = lowered.polynomial.tiles(q.dtype)
     return f"a polynomial, in {tiles.bounds.shape[1] - 1} tiles of similar scales"
 
 
-def polynomial_keys(k, keys: torch.Tensor, lowered: Lowered, config) -> torch.Tensor:
+def polynomial_keys(k: Projected, keys: Tensor, lowered: Lowered, config: Callable[..., LaunchConfig]) -> Tensor:
     """The scaled keys with their channels in the order of the polynomial, ``(B, 2 Hkv, n, channels)``: as they arrive,
     but for pairs that no scale turns, so that a key is rounded once, after its turn.
 
@@ -48,7 +53,7 @@ def polynomial_keys(k, keys: torch.Tensor, lowered: Lowered, config) -> torch.Te
     return keys[:, :, p.rows[None, :, None], p.channels[:, None, :]].flatten(1, 2)
 
 
-def group_means(keys: torch.Tensor, lowered: Lowered, means: torch.Tensor, groups: list[int]) -> torch.Tensor:
+def group_means(keys: Tensor, lowered: Lowered, means: Tensor, groups: list[int]) -> Tensor:
     """``mu_i`` of queries that each turn the scaled keys by a per-query scale: ``(B, Hkv, groups, C, D)`` float32.
 
     ``mu_i = mu + sum_j (R((r_i - 1) phi_j) - 1) k_j / count`` over the group's scaled keys. Keys that share ``phi_j``
@@ -64,7 +69,7 @@ def group_means(keys: torch.Tensor, lowered: Lowered, means: torch.Tensor, group
     places = lowered.sorted_queries.queries[:, :count].long()
     scale = lowered.scales.r.expand(places.shape[0], -1)
     r = torch.where(places >= 0, scale.gather(1, places.clamp(min=0)), 1.0)  # (Bs, C)
-    channels = _channels(lowered.pairing, lowered.pairs, keys.device)
+    channels = _channels(lowered.pairing, keys.shape[3] // 2, keys.device)
     out = means[:, :, groups, :1].repeat(1, 1, 1, count, 1)
     scaled = keys[:, :, made.rows]  # (B, Hkv, n, D)
     if mask is not None:  # zero rather than multiply: a masked key may hold NaN
@@ -94,7 +99,7 @@ def group_means(keys: torch.Tensor, lowered: Lowered, means: torch.Tensor, group
     return out
 
 
-def _channels(pairing: str, pairs: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def _channels(pairing: str, pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and second channel of every pair."""
     pair = torch.arange(pairs, device=device)
     return (2 * pair, 2 * pair + 1) if pairing == "interleaved" else (pair, pair + pairs)

@@ -11,20 +11,21 @@ rounded to the input dtype before they meet the values.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..planning.resolve import Resolved
 from ..rope import RoPE, rotate
 
 
 def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     resolved: Resolved,
     scale: float,
     return_lse: bool = False,
-    queries: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    queries: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Modulated attention.
 
     Args:
@@ -52,13 +53,13 @@ def run(
 
 
 def logits(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
     resolved: Resolved,
     scale: float,
-    queries: torch.Tensor,
+    queries: Tensor,
     wide: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """``s_ij``, ``(B, H, n, Sk)``, for the ``n`` queries whose indices are ``queries``."""
     scales = resolved.scale
     if scales is None:
@@ -78,7 +79,14 @@ def logits(
     return s
 
 
-def _logits_at(q, k, r, resolved: Resolved, queries, wide) -> torch.Tensor:
+def _logits_at(
+    q: Tensor,
+    k: Tensor,
+    r: Tensor | None,
+    resolved: Resolved,
+    queries: Tensor,
+    wide: torch.dtype,
+) -> Tensor:
     """``<R(phi'[i]) q_i, ktt_ij>`` for queries that share one ``r`` (None: no QueryScale)."""
     rope, key_rope = resolved.rope, resolved.key_rope or resolved.rope
     khat = _rotated(k, key_rope, None, None, resolved)
@@ -105,7 +113,7 @@ def _logits_at(q, k, r, resolved: Resolved, queries, wide) -> torch.Tensor:
     return s
 
 
-def _rotated(x, rope: RoPE | None, tokens, r, resolved: Resolved) -> torch.Tensor:
+def _rotated(x: Tensor, rope: RoPE | None, tokens: Tensor | None, r: Tensor | None, resolved: Resolved) -> Tensor:
     """``R(phi') x`` with ``phi' = r phi`` on the scaled pairs (r None: ``phi``), less what is applied already."""
     if rope is None:
         return x
@@ -118,12 +126,12 @@ def _rotated(x, rope: RoPE | None, tokens, r, resolved: Resolved) -> torch.Tenso
     return rotate(x, turn, rope.pairing)
 
 
-def _mean(khat: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+def _mean(khat: Tensor, member: Tensor) -> Tensor:
     """``mu``: mean over member keys, ``(B, 1, Hkv, D)``; zero where there is none."""
     member = torch.atleast_2d(member)[:, :, None, None].to(khat.dtype)
     return (khat * member).sum(dim=1, keepdim=True) / member.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _per_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _per_head(x: Tensor, q: Tensor) -> Tensor:
     """Repeat key heads for grouped-query attention."""
     return x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)

@@ -13,15 +13,20 @@ than ``MAX_VARIANTS``, they are attended a few at a time, in float32, and merged
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..planning.lowered import Lowered
 from ..planning.segments import MAX_VARIANTS, Segment, split_passes
 from ..rope import rotate
-from .lse_merge import merge
+from .lse_merge import Part, merge
 
 BLOCK_ROWS = 256  # query rows per step wherever logits must be materialised (lse, and devices without a fused kernel)
 COPY_KEYS = 4  # key copies alive at once for queries with per-query scales
@@ -35,21 +40,21 @@ class _Rows:
     ``r`` a scale that broadcasts over ``(B', tokens, pairs)`` (None: 1).
     """
 
-    batch: torch.Tensor | None = None
-    queries: torch.Tensor | None = None
-    r: torch.Tensor | None = None
+    batch: Tensor | None = None
+    queries: Tensor | None = None
+    r: Tensor | None = None
 
-    def of_batch(self, table: torch.Tensor) -> torch.Tensor:
+    def of_batch(self, table: Tensor) -> Tensor:
         """Batch rows of a ``(B or 1, ...)`` table."""
         return table if self.batch is None or table.shape[0] == 1 else table[self.batch]
 
-    def of_input(self, x: torch.Tensor) -> torch.Tensor:
+    def of_input(self, x: Tensor) -> Tensor:
         """Batch rows of ``(B, ...)``, one for each of ``batch`` even where B is 1."""
         if self.batch is None:
             return x
         return x.expand(len(self.batch), *x.shape[1:]) if x.shape[0] == 1 else x[self.batch]
 
-    def of_queries(self, table: torch.Tensor) -> torch.Tensor:
+    def of_queries(self, table: Tensor) -> Tensor:
         """Batch rows and queries of a ``(B or 1, Sq, ...)`` table."""
         if self.queries is None:
             return self.of_batch(table)
@@ -61,8 +66,8 @@ class _Rows:
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lowered: Lowered, scale: float, return_lse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """As :func:`fastrope.backends.reference.run`. ``lse`` costs a second pass over the logits, in blocks."""
     keys, dtype = lowered.keys, q.dtype
     if len(passes(lowered)) > 1:  # parts are merged before they are rounded
@@ -79,7 +84,8 @@ def run(
         out, lse = _by_scale(q, k, v, lowered, scale, return_lse, everyone, 0)
     else:
         parts = [_by_scale(q, k, v, lowered, scale, return_lse, everyone[b : b + 1], b) for b in range(q.shape[0])]
-        out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]) if return_lse else None
+        lses = [lse for _, lse in parts if lse is not None]
+        out, lse = torch.cat([out for out, _ in parts]), torch.cat(lses) if return_lse else None
     return out.to(dtype), lse
 
 
@@ -88,7 +94,16 @@ def passes(lowered: Lowered) -> tuple[tuple[int, int], ...]:
     return split_passes(lowered.segments, (lambda s: (s.scaled, s.gain), MAX_VARIANTS))
 
 
-def _by_scale(q, k, v, lowered: Lowered, scale, return_lse, batch: torch.Tensor, b: int):
+def _by_scale(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lowered: Lowered,
+    scale: float,
+    return_lse: bool,
+    batch: Tensor,
+    b: int,
+):
     """Attend scale by scale; queries with per-query scales in stacks of ``COPY_KEYS``."""
     scales = lowered.scales
     order = scales.order[b]
@@ -115,38 +130,49 @@ def _by_scale(q, k, v, lowered: Lowered, scale, return_lse, batch: torch.Tensor,
     return torch.cat(outs, dim=1)[:, inverse], torch.cat(lses, dim=2)[:, :, inverse] if return_lse else None
 
 
-def _attend(q, k, v, lowered: Lowered, scale: float, return_lse: bool, rows: _Rows):
+def _attend(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool, rows: _Rows):
     """Attention of some queries against all keys: ``(B', n, H, D)``, ``(B', H, n)``."""
     q, k, v = rows.of_queries(q), rows.of_input(k), rows.of_input(v)
     mask = None if lowered.keys.mask is None else rows.of_batch(lowered.keys.mask)
     segments = lowered.segments or (Segment(0, k.shape[1]),)
-    keys, bounds, result = _keys(k, lowered, mask, rows, segments), passes(lowered), None
+    keys, bounds = _keys(k, lowered, mask, rows, segments), passes(lowered)
     if len(bounds) == 1:
         return _attend_pass(q, keys, v, lowered, segments, mask, scale, return_lse, rows)
-    for first, last in bounds:
+
+    def attend(first: int, last: int) -> Part:
         here = segments[first:last]
         tokens = slice(here[0].start, here[-1].stop)
         seen = None if mask is None else mask[:, tokens]
-        part = _attend_pass(q, keys[first:last], v[:, tokens], lowered, here, seen, scale, True, rows)
-        result = part if result is None else merge(result, part)
-    return result
+        return cast(Part, _attend_pass(q, keys[first:last], v[:, tokens], lowered, here, seen, scale, True, rows))
+
+    return reduce(merge, itertools.starmap(attend, bounds))
 
 
-def _attend_pass(q, keys, v, lowered: Lowered, segments, mask, scale: float, return_lse: bool, rows: _Rows):
+def _attend_pass(
+    q: Tensor,
+    keys: list[Tensor],
+    v: Tensor,
+    lowered: Lowered,
+    segments: Sequence[Segment],
+    mask: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    rows: _Rows,
+):
     """Attention against ``keys``, one tensor ``(B', n, Hkv, D)`` for each of ``segments``."""
     variants = sorted({_variant(s, rows) for s in segments})
     queries = torch.cat([x for variant in variants for x in _query_variant(q, lowered, rows, variant)], dim=-1)
-    keys = _lay_out(keys, segments, rows, variants)
+    laid = _lay_out(keys, segments, rows, variants)
     heads, key_heads, dim = q.shape[2], v.shape[2], v.shape[3]
     # Grouped heads become more rows of the same key head: no copy of the keys.
     queries = queries.unflatten(2, (key_heads, heads // key_heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    keys, values = keys.transpose(1, 2), v.transpose(1, 2)
+    laid, values = laid.transpose(1, 2), v.transpose(1, 2)
     alive = None if mask is None else mask.any(dim=1)
     bias = None if mask is None else (mask | ~alive[:, None])[:, None, None, :]
-    out = _fused(queries, keys, values, bias, scale)[..., :dim]
+    out = _fused(queries, laid, values, bias, scale)[..., :dim]
     if alive is not None:
         out = out.masked_fill(~alive[:, None, None, None], 0)
-    lse = _log_sum_exp(queries, keys, bias, scale, alive) if return_lse else None
+    lse = _log_sum_exp(queries, laid, bias, scale, alive) if return_lse else None
     out = out.unflatten(2, (heads // key_heads, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out, lse.unflatten(2, (heads // key_heads, -1)).flatten(1, 2) if return_lse else None
 
@@ -155,7 +181,7 @@ def _variant(segment: Segment, rows: _Rows) -> tuple[bool, int]:
     return segment.scaled and rows.r is not None, segment.gain
 
 
-def _query_variant(q, lowered: Lowered, rows: _Rows, variant: tuple[bool, int]) -> list[torch.Tensor]:
+def _query_variant(q: Tensor, lowered: Lowered, rows: _Rows, variant: tuple[bool, int]) -> list[Tensor]:
     """The query's columns of a variant: one block of ``D``, or two (see the top of this file)."""
     scaled, gain = variant
     if lowered.queries is not None:
@@ -173,7 +199,7 @@ def _blocks(variant: tuple[bool, int], dtype: torch.dtype) -> int:
     return 2 if variant[1] >= 0 and dtype.itemsize < 4 else 1
 
 
-def _keys(k, lowered: Lowered, mask, rows: _Rows, segments) -> list[torch.Tensor]:
+def _keys(k: Tensor, lowered: Lowered, mask: Tensor | None, rows: _Rows, segments: Sequence[Segment]) -> list[Tensor]:
     """``ktt`` at this scale, ``(B', n, Hkv, D)`` for each segment."""
     tables = lowered.keys
     wide = torch.promote_types(k.dtype, torch.float32)
@@ -186,7 +212,7 @@ def _keys(k, lowered: Lowered, mask, rows: _Rows, segments) -> list[torch.Tensor
             _rotate(part, angles[:, s.start : s.stop], scaled, lowered, rows, lowered.keys_applied)
             for s, scaled, part in zip(segments, turned, parts, strict=True)
         ]
-    sums: dict[int, torch.Tensor] = {}
+    sums: dict[int, Tensor] = {}
     for s, part in zip(segments, parts, strict=True):
         if s.group >= 0:
             member = part.to(wide) if mask is None else part.to(wide) * mask[:, s.start : s.stop, None, None]
@@ -204,7 +230,7 @@ def _keys(k, lowered: Lowered, mask, rows: _Rows, segments) -> list[torch.Tensor
     return parts
 
 
-def _lay_out(keys, segments, rows: _Rows, variants) -> torch.Tensor:
+def _lay_out(keys: list[Tensor], segments: Sequence[Segment], rows: _Rows, variants: list[tuple[bool, int]]) -> Tensor:
     """Each key in the columns of its segment's variant: ``(B', n, Hkv, blocks * D)``."""
     laid = []
     for s, part in zip(segments, keys, strict=True):
@@ -215,15 +241,15 @@ def _lay_out(keys, segments, rows: _Rows, variants) -> torch.Tensor:
     return torch.cat(laid, dim=1)
 
 
-def _rotate(x, angles, scaled: bool, lowered: Lowered, rows: _Rows, applied: bool) -> torch.Tensor:
+def _rotate(x: Tensor, angles: Tensor, scaled: bool, lowered: Lowered, rows: _Rows, applied: bool) -> Tensor:
     """``R(phi') x`` less what is applied already."""
-    if not scaled:
+    if not scaled or rows.r is None:
         return x if applied else rotate(x, angles, lowered.pairing)
     factor = torch.where(lowered.scales.pairs, rows.r, 1.0)
     return rotate(x, angles * (factor - 1 if applied else factor), lowered.pairing)
 
 
-def _fused(q, k, v, mask, scale: float) -> torch.Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """SDPA over ``(B, H, S, D)``, in blocks of queries where torch has no kernel that avoids the logits."""
     if q.device.type == "cpu":  # its flash kernel wants equal head dims
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
@@ -236,7 +262,7 @@ def _fused(q, k, v, mask, scale: float) -> torch.Tensor:
     return torch.cat(outs, dim=2)
 
 
-def _log_sum_exp(q, k, mask, scale: float, alive) -> torch.Tensor:
+def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, alive: Tensor | None) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = _LogSumExp.apply(q.to(wide), k.to(wide), mask, scale)
     return lse if alive is None else lse.masked_fill(~alive[:, None, None], -torch.inf)
@@ -247,17 +273,17 @@ class _LogSumExp(torch.autograd.Function):
     ``d lse_i = sum_j p_ij d s_ij``."""
 
     @staticmethod
-    def forward(q, k, mask, scale):
+    def forward(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         return torch.cat([s.logsumexp(dim=-1) for _, s in _blocks_of_logits(q, k, mask, scale)], dim=2)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         q, k, mask, ctx.scale = inputs
         ctx.save_for_backward(q, k, mask)
         ctx.save_for_forward(q, k, mask)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         q, k, mask = ctx.saved_tensors
         grad_q, grad_k = [], torch.zeros_like(k)
         for rows, s in _blocks_of_logits(q, k, mask, ctx.scale):
@@ -267,7 +293,7 @@ class _LogSumExp(torch.autograd.Function):
         return torch.cat(grad_q, dim=2), grad_k, None, None
 
     @staticmethod
-    def jvp(ctx, q_tangent, k_tangent, *_):
+    def jvp(ctx: Any, q_tangent: Tensor | None, k_tangent: Tensor | None, *_: Any) -> Tensor:
         q, k, mask = ctx.saved_tensors
         tangents = []
         for rows, s in _blocks_of_logits(q, k, mask, ctx.scale):
@@ -280,7 +306,7 @@ class _LogSumExp(torch.autograd.Function):
         return torch.cat(tangents, dim=2)
 
 
-def _blocks_of_logits(q, k, mask, scale: float):
+def _blocks_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float):
     for start in range(0, q.shape[2], BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         s = (q[:, :, rows] @ k.transpose(-1, -2)) * scale

@@ -9,8 +9,9 @@ Nothing has measured this on a GPU. It has one entry, :func:`run`.
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
+from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from . import folded, fused
 
@@ -20,7 +21,7 @@ def splits(lowered: Lowered) -> bool:
     return lowered.unmodulated is not None
 
 
-def run(q, k, v, lowered: Lowered, scale: float, launch: fused.Launch) -> torch.Tensor:
+def run(q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float, launch: fused.Launch) -> Tensor:
     """``out (B, Sq, H, D)`` of a plan that :func:`splits`; forward only. Arguments and memory as of both
     :func:`fastrope.backends.fused.run` and :func:`fastrope.backends.folded.run`."""
     with fused.launching_on(q.device):

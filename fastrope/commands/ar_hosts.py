@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..checks import require
+from . import ar_tiny
 from .running import Missing
 
 JANUS, EMU3 = "deepseek-community/Janus-Pro-1B", "BAAI/Emu3-Gen-hf"
@@ -48,7 +49,7 @@ class Host:
         settings: ``guidance``, ``temperature``, ``top_k``, ``top_p`` of generation.
     """
 
-    def __init__(self, name: str, grid: tuple[int, int], settings: dict):
+    def __init__(self, name: str, grid: tuple[int, int], settings: dict) -> None:
         self.name, self.grid, self.settings = name, grid, settings
         self.sampling = ", ".join(f"{key} {value:g}" for key, value in settings.items())
 
@@ -72,7 +73,7 @@ class Host:
 class LlamaGenHost(Host):
     """LlamaGen, and the tiny random model: ``describe(prompts)`` gives features and mask, ``patch`` is in pixels."""
 
-    def __init__(self, name, model, tokenizer, describe: Callable, patch: int, settings: dict):
+    def __init__(self, name, model, tokenizer, describe: Callable, patch: int, settings: dict) -> None:
         super().__init__(name, (model.config.grid, model.config.grid), settings)
         self.model, self.tokenizer, self.describe, self.patch = model, tokenizer, describe, patch
         self.device = model.tok_embeddings.weight.device
@@ -111,7 +112,7 @@ class JanusHost(Host):
         processor: its ``JanusProcessor``.
     """
 
-    def __init__(self, name, model, processor, settings: dict):
+    def __init__(self, name, model, processor, settings: dict) -> None:
         from ..bindings.transformers import janus
 
         raster = janus.grid(model)
@@ -158,7 +159,7 @@ class Emu3Host(Host):
         negative: the prompt of the other branch of guidance.
     """
 
-    def __init__(self, name, model, processor, size: int, negative: str, settings: dict):
+    def __init__(self, name, model, processor, size: int, negative: str, settings: dict) -> None:
         super().__init__(name, (size, size), settings)
         self.model, self.processor, self.negative = model, processor, negative
         self.patch = model.model.vqmodel.spatial_scale_factor
@@ -206,7 +207,7 @@ class Emu3Host(Host):
 class _ticks:
     """A progress bar that is a logits processor: every call of it is a token."""
 
-    def __init__(self, total: int, label: str):
+    def __init__(self, total: int, label: str) -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(total=total, desc=label, unit="token")
@@ -249,9 +250,8 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
     check_sampling(**settings)
     if model == "tiny":
-        from .ar_tiny import tiny_host
-
-        return tiny_host(size, settings, device, dtype)
+        tiny = ar_tiny.tiny_model(size, device, dtype), ar_tiny.Mosaic(size, device)
+        return LlamaGenHost("tiny (random weights)", *tiny, ar_tiny.describe, ar_tiny.PATCH, settings)
     if model == "llamagen":
         return _llamagen(arguments, size, settings, device, dtype)
     if model == "janus":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from .ar_hosts import Host, LlamaGenHost
+if TYPE_CHECKING:
+    from ..bindings.llamagen import LlamaGen
 
 LEVELS, PATCH = 5, 8  # colour levels per channel; pixels per code and side
 WORDS, CHANNELS = 8, 16
@@ -21,7 +23,7 @@ CONTRAST = 24.0  # of the random output layer, so that some colours are likelier
 class Mosaic:
     """Pixels ``(B, 3, H, W)`` in -1..1 to colours ``(B, N)`` and back."""
 
-    def __init__(self, grid: int, device: torch.device):
+    def __init__(self, grid: int, device: torch.device) -> None:
         level = torch.linspace(-1, 1, LEVELS, device=device)
         self.grid, self.codebook = grid, torch.cartesian_prod(level, level, level)
 
@@ -49,8 +51,8 @@ def describe(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return features, mask
 
 
-def tiny_host(size: int, settings: dict, device: torch.device, dtype: torch.dtype) -> Host:
-    """The tiny model on a grid of ``size x size``; the same weights every time."""
+def tiny_model(size: int, device: torch.device, dtype: torch.dtype) -> LlamaGen:
+    """The model on a grid of ``size x size``; the same weights every time."""
     from ..bindings.llamagen import LlamaGen, LlamaGenConfig
 
     config = LlamaGenConfig(
@@ -60,5 +62,4 @@ def tiny_host(size: int, settings: dict, device: torch.device, dtype: torch.dtyp
         torch.manual_seed(0)
         model = LlamaGen(config).eval()
         model.output.weight.mul_(CONTRAST / config.dim**0.5)
-    model = model.to(device=device, dtype=dtype)
-    return LlamaGenHost("tiny (random weights)", model, Mosaic(size, device), describe, PATCH, settings)
+    return model.to(device=device, dtype=dtype)

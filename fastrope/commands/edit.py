@@ -11,6 +11,7 @@ import torch
 from .. import GRAG, LooseRoPE, apply, steer
 from ..extras import require_packages
 from ..methods.front_ends import FRONT_ENDS
+from ..methods.judges import RegionJudge
 from ..methods.looserope import TIMINGS
 from ..outputs import write_picture, write_record
 from ..pictures import open_mask, open_picture, to_picture
@@ -146,8 +147,6 @@ def _make(options, pipe, method, call: dict, pasted: dict, composite):
 
 def _judge(name: str, method: LooseRoPE, original):
     if name == "region":
-        from ..methods.judges import RegionJudge
-
         return RegionJudge(method.mask, original)
     from ..bindings.transformers.judge import ChatJudge
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,8 +115,6 @@ def draw(
         cells: one row per value of ``high``, in it one picture per value of ``low``.
         caption: one line on top.
     """
-    import io
-
     from matplotlib import rc_context
     from PIL import Image
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -111,7 +112,5 @@ def _sin(x: float) -> float:
 
 
 def _tensor(image) -> torch.Tensor:
-    import numpy as np
-
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)

@@ -172,7 +172,7 @@ def _identity_vae():
         config_name = "config.json"
 
         @register_to_config
-        def __init__(self, block_out_channels=(3,), latent_channels=3, scaling_factor=1.0, shift_factor=0.0):
+        def __init__(self, block_out_channels=(3,), latent_channels=3, scaling_factor=1.0, shift_factor=0.0) -> None:
             super().__init__()
             self.register_buffer("dtype_holder", torch.zeros(1))  # a model without tensors has no dtype to ask for
 

@@ -24,7 +24,7 @@ TIMEOUT = 600.0  # seconds
 class Worker:
     """A child process that runs a backend on the CPU while this one goes on."""
 
-    def __init__(self, backend: str, settings: Settings, folder: Path, environment: dict[str, str]):
+    def __init__(self, backend: str, settings: Settings, folder: Path, environment: dict[str, str]) -> None:
         self._out = folder / f"{backend}.pt"
         self._log = folder / f"{backend}.log"
         options = [f"--{name}={value}" for name, value in dataclasses.asdict(settings).items()]

@@ -1,9 +1,11 @@
 """ISLock (arXiv 2504.10434): structure-preserving edits of autoregressive images by anchor token matching.
 
-``config`` says what is asked for, ``matcher`` binds it to a codebook and checks calls, ``op`` is the torch.library op
-they end in, ``reference`` is the specification; the fused kernel is ``kernels/match.py``.
+It samples tokens and touches no attention. ``matcher`` holds the settings and binds them to a codebook, ``op`` is the
+torch.library op that calls end in, ``reference`` is the specification; the fused kernel is ``kernels/match.py``.
+Everybody else imports from here alone.
 """
 
-from .config import METRICS, ISLock
+from .matcher import METRICS, ISLock, Match, Matcher
+from .reference import rows_of
 
-__all__ = ["METRICS", "ISLock"]
+__all__ = ["METRICS", "ISLock", "Match", "Matcher", "rows_of"]

@@ -1,19 +1,91 @@
-"""ISLock bound to a codebook: checks a call, and turns integers and generators into tensors for the op."""
+"""ISLock's settings, and the matcher they make of a codebook: it checks calls and makes tensors for the op."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import require, require_tensor
-from .config import ISLock, whole
+from ..checks import is_whole, require, require_tensor
 from .op import match_anchors
 
+METRICS = ("l2", "cosine")
 BACKENDS = ("auto", "triton", "eager")
 INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class ISLock:
+    """Anchor token matching for autoregressive image models (ISLock, arXiv 2504.10434).
+
+    At position i of N, the first ``|W_i| = floor(K (1 - alpha i / N))`` candidates of a draw without replacement are
+    compared with the original token, ``s_k = distance(e(z_k), e(z_org))``. The nearest is taken where ``s <= tau``,
+    the most probable token otherwise (AdaCR). The defaults are the paper's for LlamaGen; for Lumina-mGPT it gives
+    ``ISLock(candidates=100, tau=0.4, metric="cosine")``.
+
+    Args:
+        candidates: K, tokens drawn at the first position; 1 is plain sampling where tau is infinite.
+        alpha: how much of the window is gone at the last position, 0 to 1, read as the decimal it is written as.
+        tau: the largest distance accepted, from 0 to infinity; the larger, the closer to the original.
+        metric: ``"l2"``, the squared Euclidean distance, or ``"cosine"``, the distance ``1 - cos``, from 0 to 2.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    candidates: int = 150
+    alpha: float = 0.6
+    tau: float = 1.0
+    metric: str = "l2"
+
+    def __post_init__(self) -> None:
+        require(is_whole(self.candidates) and 1 <= self.candidates < 2**31, "ISLock.candidates",
+                "a whole number from 1, below 2**31", repr(self.candidates))  # fmt: skip
+        require(
+            _is_number(self.alpha) and 0 <= self.alpha <= 1, "ISLock.alpha", "a number from 0 to 1", repr(self.alpha)
+        )
+        require(
+            _is_number(self.tau) and self.tau >= 0, "ISLock.tau", "a number from 0, infinity included", repr(self.tau)
+        )
+        require(self.metric in METRICS, "ISLock.metric", f"one of {METRICS}", repr(self.metric))
+
+    def window(self, i: int, n: int) -> int:
+        """``|W_i| = floor(K (1 - alpha i / n))``, at least 1: the candidates compared at position ``i`` of ``n``.
+
+        Raises:
+            ValueError: ``n`` below 1, or ``i`` outside ``0 .. n - 1``.
+        """
+        require(is_whole(n) and n >= 1, "n", "a whole number from 1", repr(n))
+        require(is_whole(i) and 0 <= i < n, "i", f"a position from 0 to {n - 1}", repr(i))
+        # As a fraction: the product of floats falls below whole numbers that it should reach.
+        return max(1, math.floor(self.candidates * (1 - Fraction(str(self.alpha)) * Fraction(int(i), int(n)))))
+
+    def matcher(
+        self,
+        codebook: Tensor,
+        *,
+        num_tokens: int,
+        token_ids: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Matcher:
+        """Bind to a codebook and an image of ``num_tokens`` positions.
+
+        Args:
+            codebook: ``(V_img, d)``, floating point; the matcher lives on its device.
+            num_tokens: N, the positions of one image.
+            token_ids: ``(V_img,)`` integers, the vocabulary id of each codebook row; None takes ``0 .. V_img - 1``.
+            backend: ``"auto"``, ``"triton"`` or ``"eager"``.
+
+        Raises:
+            ValueError: a wrong shape, dtype, device or id.
+        """
+        return Matcher(self, codebook, num_tokens=num_tokens, token_ids=token_ids, backend=backend)
 
 
 class Match(NamedTuple):
@@ -45,11 +117,11 @@ class Matcher:
         num_tokens: int,
         token_ids: Tensor | None = None,
         backend: str = "auto",
-    ):
+    ) -> None:
         require_tensor("codebook", codebook, (2,), "(V_img, d)")
         require(codebook.is_floating_point(), "codebook", "a floating-point tensor", codebook.dtype)
         require(min(codebook.shape) > 0, "codebook", "at least one row and one channel", tuple(codebook.shape))
-        require(whole(num_tokens) and num_tokens >= 1, "num_tokens", "a whole number from 1", repr(num_tokens))
+        require(is_whole(num_tokens) and num_tokens >= 1, "num_tokens", "a whole number from 1", repr(num_tokens))
         require(backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(backend))
         self.lock = lock
         self.num_tokens = int(num_tokens)
@@ -69,7 +141,7 @@ class Matcher:
             generator: one for all rows, or one per row; None draws from torch's default generator of the device. A
                 generator of another device costs a copy, which a CUDA graph cannot capture.
         """
-        if isinstance(generator, (list, tuple)):
+        if isinstance(generator, Sequence):
             require(len(generator) == batch, "generator", f"one generator, or one for each of {batch} rows",
                     len(generator))  # fmt: skip
             return torch.cat([self.seeds(1, g) for g in generator])
@@ -149,7 +221,7 @@ class Matcher:
     def _position(self, position: int | Tensor, batch: int) -> Tensor:
         if not isinstance(position, torch.Tensor):
             last = self.num_tokens - 1
-            if not (whole(position) and 0 <= position <= last):  # compilers cannot print what they count with
+            if not (is_whole(position) and 0 <= position <= last):  # compilers cannot print what they count with
                 require(False, "position", f"an integer from 0 to {last} or a tensor", repr(position))
             return self.positions[position : position + 1].expand(batch)
         device = self.codebook.device
@@ -176,3 +248,7 @@ def _rows(token_ids: Tensor | None, codebook: Tensor) -> Tensor:
     distinct = int((rows >= 0).sum())
     require(distinct == count, "token_ids", f"{count} distinct ids", f"{distinct} distinct ids")
     return rows.to(device)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value

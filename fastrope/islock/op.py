@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import device as devices
+from .. import kernels
 from . import reference
 
 
@@ -26,9 +28,7 @@ def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
     return backend
 
 
-def _launch(logits: Tensor, *call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .. import kernels
-
+def _launch(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = kernels.select_match(devices.architecture(logits.device), call[4].shape[1])
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(logits.device) if logits.device.type == "cuda" else contextlib.nullcontext()
@@ -57,7 +57,20 @@ def match_anchors(
 
 
 @match_anchors.register_fake
-def _(logits, anchors, position, seeds, active, codebook, rows, windows, candidates, tau, metric, backend):
+def _(
+    logits: Tensor,
+    anchors: Tensor,
+    position: Tensor,
+    seeds: Tensor,
+    active: Tensor | None,
+    codebook: Tensor,
+    rows: Tensor,
+    windows: Tensor,
+    candidates: int,
+    tau: float,
+    metric: str,
+    backend: str,
+):
     batch = logits.shape[0]
     dtypes = torch.int64, torch.float32, torch.int32, torch.bool
     return tuple(logits.new_empty((batch,), dtype=dtype) for dtype in dtypes)

@@ -120,7 +120,7 @@ def match(
 
     Returns:
         tokens ``(B,)`` int64, distance ``(B,)`` float32, window ``(B,)`` int32, accepted ``(B,)`` bool; see
-        :class:`fastrope.islock.matcher.Match`.
+        :class:`fastrope.islock.Match`.
     """
     vocab = logits.shape[1]
     ids = torch.arange(vocab, device=logits.device)

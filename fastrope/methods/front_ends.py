@@ -46,7 +46,8 @@ class PublishedSaliency:
         return self._known[grid]
 
     def _on(self, grid: tuple[int, int]) -> torch.Tensor:
-        picture = tuple(self.images.shape[2:])
+        height, width = self.images.shape[2:]
+        picture = height, width
         cells = mask_at_centres("original or mask", self.masks, grid)
         inside = F.interpolate(cells[:, None].double(), size=picture, mode="nearest-exact")[:, 0] > 0
         size = input_size(self.source, picture, SHORTEST_EDGE)

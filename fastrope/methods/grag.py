@@ -52,7 +52,7 @@ class GRAG:
     steps: Steps = None
     _active: Activity = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("bias", "delta"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from ..checks import require
 from ..pictures import as_pixels
 from .maps import areas, as_map, dilate, resize_mask
 from .schedules import require_number
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CLASSES = ("success", "neglect", "suppression")
 MOVES = {"neglect": -0.045, "suppression": 0.05}  # of LooseRoPE's boost, as the authors' code has it
@@ -48,7 +52,7 @@ class Verdict:
     readable: bool = True
     measures: Mapping[str, float] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.kind in CLASSES, "Verdict.kind", f"one of {CLASSES}", repr(self.kind))
 
 
@@ -104,7 +108,7 @@ class RegionJudge:
     erased: float = 0.5
     size: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         mask = as_map("RegionJudge.mask", self.mask) != 0
         require(len(mask) == 1, "RegionJudge.mask", "one mask (h, w)", tuple(mask.shape))
         require(bool(mask.any()), "RegionJudge.mask", "at least one element inside", "none")
@@ -114,7 +118,7 @@ class RegionJudge:
         require(ok, "RegionJudge.size", "an integer of at least 1", repr(self.size))
         object.__setattr__(self, "mask", mask)
 
-    def __call__(self, composite, estimate) -> Verdict:
+    def __call__(self, composite: Image, estimate: Image) -> Verdict:
         """Judge a pair of pictures of any form and size."""
         inside = resize_mask(self.mask, (self.size, self.size))
         paste, found = self._cells("composite", composite), self._cells("estimate", estimate)
@@ -134,7 +138,7 @@ class RegionJudge:
             return Verdict("suppression", f"kept {kept:.3f} is below {self.erased:g}", measures=measures)
         return Verdict("success", f"change {change:.3f}, kept {kept:.3f}", measures=measures)
 
-    def _cells(self, name: str, picture) -> torch.Tensor:
+    def _cells(self, name: str, picture: Any) -> torch.Tensor:
         """``(3, size, size)`` in 0..255."""
         pixels = as_pixels(name, picture)
         require(len(pixels) == 1, name, "one picture", f"a batch of {len(pixels)}")

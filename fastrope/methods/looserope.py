@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..activity import Indices
-from ..checks import require
+from ..checks import is_whole, require
 from ..modulations import LogitGain, Modulation, QueryScale
 from ..pictures import as_pixels, mask_of
 from ..tokens import Site, TokenLayout
@@ -119,7 +118,7 @@ class LooseRoPE:
     _active: Activity = field(init=False, repr=False)
     _known: dict = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         mask = as_map("LooseRoPE.mask", self.mask) != 0
         saliency = self.saliency if callable(self.saliency) else _checked_saliency(self.saliency, mask)
         require(bool(mask.any()), "LooseRoPE.mask", "at least one element inside", "none")
@@ -151,13 +150,13 @@ class LooseRoPE:
     @classmethod
     def from_images(
         cls,
-        composite,
-        original=None,
-        mask=None,
+        composite: Any,
+        original: Any = None,
+        mask: Any = None,
         saliency: Source = "spectral_residual",
         threshold: float = 5,
         front_end: str = "fastrope",
-        **dials,
+        **dials: Any,
     ) -> LooseRoPE:
         """From pictures, on whatever token grid the pipeline turns out to have.
 
@@ -224,15 +223,17 @@ class LooseRoPE:
             r, x = sal, 2 * sal - 1
         else:
             like = {"dtype": sal.dtype, "device": sal.device}
-            bounds = torch.arange(1, self.levels, **like) / self.levels
-            x = torch.linspace(-1, 1, self.levels, **like)[torch.bucketize(sal, bounds, right=True)]
+            levels = int(self.levels)
+            bounds = torch.arange(1, levels, **like) / levels
+            x = torch.linspace(-1, 1, levels, **like)[torch.bucketize(sal, bounds, right=True)]
             r = self.range_curve(x)
         g = torch.ones_like(sal) if self.crop_curve is None else self.crop_curve(x)
         return (self.range_growth**phase * r).clamp(0, 1), 1 - (1 - g) * self.crop_decay**phase
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Saliency and dilated mask on a token grid, ``(B, rows, columns)`` each."""
-        saliency = self._saliency_on(tuple(grid))
+        rows, columns = grid
+        saliency = self._saliency_on((rows, columns))
         if self.smooth:
             saliency = normalise(blur(saliency))
         return saliency, self._mask_on(grid)
@@ -301,15 +302,15 @@ def _shared(x: torch.Tensor) -> torch.Tensor:
     return x[0] if len(x) == 1 else x
 
 
-def _as_mask(mask: object) -> torch.Tensor:
+def _as_mask(mask: Any) -> torch.Tensor:
     if callable(getattr(mask, "convert", None)):
         return torch.from_numpy(mask_of("mask", mask))[None]
     found = as_map("mask", mask)
     white = WHITE.get(str(mask.dtype).removeprefix("torch."))
-    return found > white / 2 if float(found.max()) == white else found != 0
+    return found > white / 2 if white is not None and float(found.max()) == white else found != 0
 
 
-def _curve(name: str, value: object) -> Curve:
+def _curve(name: str, value: Any) -> Curve:
     ok = isinstance(value, (tuple, list)) and len(value) == 3
     require(ok, name, "(low, high, slope)", repr(value))
     for part, number in zip(Curve._fields, value, strict=True):
@@ -317,6 +318,6 @@ def _curve(name: str, value: object) -> Curve:
     return Curve(*(float(v) for v in value))
 
 
-def _require_integer(name: str, value: object, least: int, also: str = "", optional: bool = False) -> None:
-    ok = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+def _require_integer(name: str, value: Any, least: int, also: str = "", optional: bool = False) -> None:
+    ok = is_whole(value) and value >= least
     require(ok or (optional and value is None), name, f"an integer of at least {least}{also}", repr(value))

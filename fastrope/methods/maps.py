@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ SIGMA = 1.1  # of the 5 x 5 Gaussian: what image libraries derive from its width
 GAUSSIAN = tuple(math.exp(-0.5 * (n / SIGMA) ** 2) for n in range(-2, 3))
 
 
-def as_map(name: str, value: object) -> torch.Tensor:
+def as_map(name: str, value: Any) -> torch.Tensor:
     """A copy of an array or tensor ``(h, w)`` or ``(B, h, w)`` as ``(B, h, w)`` float64 on the CPU.
 
     Raises:

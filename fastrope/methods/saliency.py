@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,14 +87,15 @@ def feature_energy(
     """
     require(isinstance(backbone, torch.nn.Module), "backbone", "a torch.nn.Module", type(backbone).__name__)
     detector = getattr(backbone, "roi_heads", None) is not None and layer is None
-    network = backbone.backbone if detector else backbone
+    network: Any = backbone.backbone if detector else backbone
     modules = dict(network.named_modules())
     require(layer is None or layer in modules, "layer", "the name of a submodule", repr(layer))
     parameter = next(network.parameters(), torch.zeros((), device="cpu"))
     mean, deviation = (torch.tensor(v, dtype=torch.float64, device="cpu")[:, None, None] for v in normalise)
     pixels = image.double()
     if shortest_edge is not None:
-        size = _scaled(tuple(image.shape[1:]), shortest_edge)
+        height, width = image.shape[1:]
+        size = _scaled((height, width), shortest_edge)
         pixels = F.interpolate(pixels.masked_fill(~mask, 0)[None], size=size, mode="bilinear", antialias=True)[0]
     pixels = (pixels - mean) / deviation
     if shortest_edge is None:
@@ -153,7 +155,9 @@ def energy_of(
     Raises:
         ValueError: an unknown source, or one that gave something else than a finite map.
     """
-    size = tuple(images.shape[2:]) if size is None else size
+    if size is None:
+        height, width = images.shape[2:]
+        size = height, width
     if isinstance(source, (torch.Tensor, np.ndarray)):
         energy = as_map("saliency", source)
         require(len(energy) in (1, len(images)), "saliency", f"1 or {len(images)} maps", len(energy))
@@ -161,7 +165,7 @@ def energy_of(
     if isinstance(source, str):
         known = {"spectral_residual": lambda: spectral_residual, "mask_rcnn": mask_rcnn}
         require(source in known, "saliency", f"one of {tuple(known)}, a module, a function or an array", repr(source))
-        source = known[source]()
+        source = cast(Any, known[source]())
     if isinstance(source, torch.nn.Module):
         backbone = source
         source = lambda image, mask: feature_energy(image, mask, backbone, shortest_edge=shortest_edge)  # noqa: E731
@@ -171,7 +175,7 @@ def energy_of(
         if not bool(mask.any()):
             found.append(torch.zeros(1, *size, dtype=torch.float64, device="cpu"))
             continue
-        energy = as_map("saliency", source(image, mask))
+        energy = as_map("saliency", cast(Any, source)(image, mask))
         require(len(energy) == 1, "saliency", "one map (h, w) per picture", tuple(energy.shape))
         found.append(_at_size(energy, size, mode))
     return torch.cat(found)
@@ -185,7 +189,8 @@ def input_size(source: Source, picture: tuple[int, int], shortest_edge: int) -> 
 
 def _scaled(picture: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
     scale = min(shortest_edge / min(picture), LONGEST_EDGE / max(picture))
-    return tuple(max(1, int(side * scale + 0.5)) for side in picture)
+    height, width = (max(1, int(side * scale + 0.5)) for side in picture)
+    return height, width
 
 
 def _at_size(energy: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import Any
 
 from ..activity import Indices, Where
 from ..checks import require
 from ..tokens import Site
 
-Schedule = Real | Callable[[Site], float]
+Schedule = float | Callable[[Site], float]
 Steps = Indices | tuple[float, float] | None
 
 
@@ -28,7 +29,7 @@ class Linear:
     start: float
     end: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("start", "end"):
             require_number(f"Linear.{name}", getattr(self, name))
 
@@ -43,7 +44,7 @@ class _Listed:
 
     values: Sequence[float]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "values", _numbers(f"{type(self).__name__}.values", self.values))
 
 
@@ -116,9 +117,12 @@ class Activity:
 
     layers: Indices | None = None
     steps: Steps = None
+    _where: Where = field(init=False, repr=False)
+    _fractions: tuple[float, float] | None = field(init=False, repr=False)
 
-    def __post_init__(self):
-        steps, fractions = self.steps, None
+    def __post_init__(self) -> None:
+        steps: Any = self.steps
+        fractions = None
         if isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(x, float) for x in steps):
             steps, fractions = None, steps
             require(0 <= fractions[0] < fractions[1] <= 1, "steps", "fractions 0 <= start < stop <= 1", fractions)
@@ -154,13 +158,13 @@ def first_step_at(fraction: float, num_steps: int) -> int:
     return math.ceil(fraction * num_steps - 0.5 - 1e-9)  # a middle that falls on the cut belongs behind it
 
 
-def require_number(name: str, value: object, expected: str = "a finite number") -> None:
+def require_number(name: str, value: Any, expected: str = "a finite number") -> None:
     """Require a finite real number that is no bool."""
     ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     require(ok, name, expected, repr(value))
 
 
-def _numbers(name: str, values: object) -> tuple[float, ...]:
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
     ok = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     require(ok, name, "a non-empty sequence of numbers", repr(values))
     for i, value in enumerate(values):

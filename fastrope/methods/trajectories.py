@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from numbers import Real
+from typing import Any
 
 import torch
 
@@ -33,7 +33,7 @@ class LinearTrajectory:
         ValueError: shapes that differ.
     """
 
-    def __init__(self, clean: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype | None = None):
+    def __init__(self, clean: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         _require_pair(clean, noise)
         self.clean, self.noise, self.dtype = clean, noise, dtype or clean.dtype
 
@@ -60,7 +60,9 @@ class PathTrajectory:
         ValueError: levels that do not rise, another number of points, points of different shape.
     """
 
-    def __init__(self, sigmas: Sequence[float], points: Sequence[torch.Tensor], dtype: torch.dtype | None = None):
+    def __init__(
+        self, sigmas: Sequence[float], points: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+    ) -> None:
         self.sigmas, self.points = tuple(float(s) for s in sigmas), tuple(points)
         rising = all(a < b for a, b in itertools.pairwise(self.sigmas))
         require(rising and len(self.sigmas) > 0, "sigmas", "noise levels that rise", self.sigmas)
@@ -104,7 +106,7 @@ class StepTrajectory:
         latents: Sequence[torch.Tensor],
         dtype: torch.dtype | None = None,
         sigmas: Sequence[float] | None = None,
-    ):
+    ) -> None:
         self.points = tuple(latents)
         shapes = {tuple(getattr(p, "shape", ())) for p in self.points}
         require(len(shapes) == 1, "latents", "one tensor per step, of one shape", sorted(shapes))
@@ -176,13 +178,13 @@ def rf_inversion(
     return PathTrajectory(sigmas, points)
 
 
-def require_gamma(gamma: object) -> None:
+def require_gamma(gamma: Any) -> None:
     """Require a number in 0..1."""
     require_number("gamma", gamma, "a number in 0..1")
     require(0 <= gamma <= 1, "gamma", "a number in 0..1", gamma)
 
 
-def require_sigmas(name: str, sigmas: Sequence[Real]) -> None:
+def require_sigmas(name: str, sigmas: Sequence[float]) -> None:
     """Require noise levels that rise from 0 to at most 1."""
     rising = all(a < b for a, b in itertools.pairwise(sigmas))
     ok = len(sigmas) > 1 and sigmas[0] == 0 and sigmas[-1] <= 1 and rising

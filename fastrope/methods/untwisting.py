@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Real
+from typing import Any, cast
 
 import torch
 
 from ..activity import Indices, Where
-from ..checks import require
+from ..checks import is_whole, require
 from ..modulations import BandWeight
 from ..sharing import SHARED, Sharing
 from ..tokens import Site
@@ -25,7 +26,7 @@ Axes = Weight | Sequence[Weight] | Mapping[int, Sequence[Weight]]
 
 # Named after where the numbers come from, and when: the paper; the defaults of a ComfyUI node; the example workflows
 # beside it; version 0.2 of another node. Ports differ on axes without spatial meaning, too.
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"s_hf": (0.25, 0.75), "s_lf": (1.0, 1.4), "beta": 2.0, "adain": 0.5, "axis0": "low"},
     "bigstationw-2026-06": {
         "s_hf": (1.0, 0.0), "s_lf": (1.0, 3.0), "beta": 50.0, "adain": 0.5,
@@ -93,7 +94,7 @@ class UntwistingRoPE:
     _active: Activity = field(init=False, repr=False, compare=False)
     _kinds: Where = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("s_hf", "s_lf"):
             value = getattr(self, name)
             if isinstance(value, (tuple, list)):
@@ -110,14 +111,14 @@ class UntwistingRoPE:
         check_schedule("UntwistingRoPE.adain", self.adain)
         if not callable(self.adain):
             _require_strength(self.adain)
-        known = isinstance(self.reference, Integral) and not isinstance(self.reference, bool) and self.reference >= 0
+        known = is_whole(self.reference) and int(self.reference) >= 0
         known = known or (isinstance(self.reference, str) and self.reference == SHARED)
         require(known, "UntwistingRoPE.reference", f'"{SHARED}" or an index from 0', repr(self.reference))
         object.__setattr__(self, "_active", Activity(self.layers, self.steps))
         object.__setattr__(self, "_kinds", Where(kinds=self.blocks))
 
     @classmethod
-    def from_preset(cls, name: str = "paper", **dials) -> UntwistingRoPE:
+    def from_preset(cls, name: str = "paper", **dials: Any) -> UntwistingRoPE:
         """The dials of a source, ``dials`` overriding.
 
         Args:
@@ -181,7 +182,7 @@ class UntwistingRoPE:
 
     def _span(self, site: Site) -> slice:
         tokens = site.tokens
-        if self.reference == SHARED:
+        if isinstance(self.reference, str):
             expected = "a site with a shared reference: fr.apply(pipe, ..., reference=...)"
             require(len(tokens.shared_grids) > 0, "UntwistingRoPE.reference", expected, repr(tokens))
             return tokens.shared
@@ -192,11 +193,11 @@ class UntwistingRoPE:
         return tokens.reference(self.reference)
 
 
-def _require_strength(value: float) -> None:
+def _require_strength(value: Any) -> None:
     require(0 <= value <= 1, "UntwistingRoPE.adain", "a strength in 0..1", value)
 
 
-def _checked_axes(axis0: object) -> Axes:
+def _checked_axes(axis0: Any) -> Any:
     """``axis0`` with its tuples and mapping as copies of their own."""
     name = "UntwistingRoPE.axis0"
     if isinstance(axis0, Mapping):
@@ -210,12 +211,12 @@ def _checked_axes(axis0: object) -> Axes:
     return _checked_weight(name, axis0)
 
 
-def _checked_weight(name: str, weight: object) -> Weight:
+def _checked_weight(name: str, weight: Any) -> Weight:
     if isinstance(weight, str) or not isinstance(weight, Real):
         require(weight in AXIS0, name, f"one of {AXIS0}, or a number", repr(weight))
     else:
         require_number(name, weight)
-    return weight
+    return cast(Weight, weight)
 
 
 def _per_axis(axis0: Axes, site: Site) -> tuple[Weight, ...]:
@@ -227,10 +228,10 @@ def _per_axis(axis0: Axes, site: Site) -> tuple[Weight, ...]:
     count = len(site.axes_dim)
     if isinstance(axis0, Mapping):
         require(count in axis0, "UntwistingRoPE.axis0", f"weights for the model's {count} axes", repr(axis0))
-        return axis0[count]
-    if isinstance(axis0, tuple):
+        return tuple(axis0[count])
+    if isinstance(axis0, Sequence) and not isinstance(axis0, str):
         require(len(axis0) == count, "UntwistingRoPE.axis0", f"{count} weights, one per axis of the model", repr(axis0))
-        return axis0
+        return tuple(axis0)
     return tuple("match" if axis in site.spatial_axes else axis0 for axis in range(count))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..kernels.abi import AXIS_BLOCK, PAIR_CHUNK
 from ..kernels.tables import AxisBlocks
@@ -19,7 +20,7 @@ from .segments import Segment
 
 
 def axis_blocks(
-    scale: Scale, angles: torch.Tensor, covered: torch.Tensor, axis: torch.Tensor, segments: Sequence[Segment]
+    scale: Scale, angles: Tensor, covered: Tensor, axis: Tensor, segments: Sequence[Segment]
 ) -> tuple[AxisBlocks, list[tuple[int, int]], PerQueryMeans | None]:
     """Blocks of the scaled segments, the bounds ``[first, last)`` of each segment's blocks, and what group means need.
 
@@ -42,14 +43,14 @@ def axis_blocks(
         for name in ("keys", "a", "b", "c")
     )
     still = tuple((~scale.pairs).nonzero().flatten().tolist())
-    columns = [_columns(pairs) for pairs in (classes.a, classes.b, classes.c + still)]
+    pairs_a, pairs_b, pairs_c = (_columns(pairs) for pairs in (classes.a, classes.b, classes.c + still))
     phase = split(torch.where(scale.pairs, angles * (2 / torch.pi), 0.0))
-    blocks = AxisBlocks(keys, a, b, c, *columns, phase, split(1 - scale.r))
+    blocks = AxisBlocks(keys, a, b, c, pairs_a, pairs_b, pairs_c, phase, split(1 - scale.r))
     grouped = any(s.group >= 0 for s in segments)
     return blocks, bounds, _per_query_means(angles, covered, classes, segments) if grouped else None
 
 
-def split(x: torch.Tensor) -> torch.Tensor:
+def split(x: Tensor) -> Tensor:
     """``x (B, ...)`` float64 as the sum of two float32 numbers, ``(B, 2, ...)``, the first of at most 12 bits: products
     of two such are exact in float32."""
     mantissa, exponent = torch.frexp(x)
@@ -57,11 +58,13 @@ def split(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([leading, x - leading], dim=1).float()
 
 
-def _columns(pairs: tuple[int, ...]) -> torch.Tensor:
+def _columns(pairs: tuple[int, ...]) -> Tensor:
     return torch.tensor([*pairs, *[-1] * (-len(pairs) % PAIR_CHUNK)], dtype=torch.int32, device="cpu")
 
 
-def _per_query_means(angles, covered, classes: PairClasses, segments: Sequence[Segment]) -> PerQueryMeans:
+def _per_query_means(
+    angles: Tensor, covered: Tensor, classes: PairClasses, segments: Sequence[Segment]
+) -> PerQueryMeans:
     group = torch.full((segments[-1].stop,), -1, dtype=torch.int64, device="cpu")
     for s in segments:
         group[s.start : s.stop] = s.group
@@ -72,7 +75,8 @@ def _per_query_means(angles, covered, classes: PairClasses, segments: Sequence[S
         ids, first = distinct_angles(angles[:, rows], pairs)
         order, lengths = (torch.from_numpy(x) for x in (np.argsort(ids, kind="stable"), np.bincount(ids)))
         found.append(ClassAngles(pairs, order, lengths, angles[:, rows][:, torch.from_numpy(first)][..., pairs]))
-    return PerQueryMeans(rows, group[rows], *found)
+    a, b, c = found
+    return PerQueryMeans(rows, group[rows], a, b, c)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class PairClasses:
     c: tuple[int, ...]
 
 
-def classify_pairs(angles: torch.Tensor, axis: torch.Tensor, scaled_pairs: torch.Tensor) -> PairClasses:
+def classify_pairs(angles: Tensor, axis: Tensor, scaled_pairs: Tensor) -> PairClasses:
     """Choose classes from ``angles (Bk, n, D/2)`` of the scaled keys, ``axis (D/2,)`` and ``scaled_pairs (D/2,)``."""
     axes = {}
     for a in axis[scaled_pairs].unique().tolist():
@@ -112,7 +116,7 @@ def classify_pairs(angles: torch.Tensor, axis: torch.Tensor, scaled_pairs: torch
 
 
 def arrange_keys(
-    angles: torch.Tensor, runs: list[np.ndarray], axis: torch.Tensor, scaled_pairs: torch.Tensor
+    angles: Tensor, runs: list[np.ndarray], axis: Tensor, scaled_pairs: Tensor
 ) -> tuple[PairClasses, list[Blocks]]:
     """Classes and the blocks of each run of scaled key rows, ``angles (Bk, Sk, D/2)``.
 
@@ -125,7 +129,7 @@ def arrange_keys(
     return min(candidates, key=lambda candidate: sum(len(p.keys) for p in candidate[1]))
 
 
-def find_blocks(angles: torch.Tensor, rows: np.ndarray, classes: PairClasses) -> Blocks:
+def find_blocks(angles: Tensor, rows: np.ndarray, classes: PairClasses) -> Blocks:
     """Cover the keys ``rows`` with blocks.
 
     Args:
@@ -159,7 +163,7 @@ def find_blocks(angles: torch.Tensor, rows: np.ndarray, classes: PairClasses) ->
     return Blocks(keys, reps_a, reps_b, reps_c)
 
 
-def distinct_angles(angles: torch.Tensor, pairs) -> tuple[np.ndarray, np.ndarray]:
+def distinct_angles(angles: Tensor, pairs: Tensor | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Number the distinct angle vectors over ``pairs`` (and batch rows) in order of value: the id of each of the ``n``
     keys of ``angles (Bk, n, D/2)``, and a key that stands for each id."""
     pairs = torch.as_tensor(pairs, dtype=torch.int64, device="cpu")
@@ -170,7 +174,7 @@ def distinct_angles(angles: torch.Tensor, pairs) -> tuple[np.ndarray, np.ndarray
     return ids.reshape(-1), first
 
 
-def _ids(angles: torch.Tensor, pairs) -> np.ndarray:
+def _ids(angles: Tensor, pairs: tuple[int, ...]) -> np.ndarray:
     return distinct_angles(angles, pairs)[0]
 
 

@@ -10,8 +10,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import require, require_finite, require_tensor
 from ..device import on_device
@@ -36,7 +38,7 @@ class Plan:
 
     resolved: Resolved
     lowered: Lowered
-    tensors: tuple[torch.Tensor, ...]
+    tensors: tuple[Tensor, ...]
     spec: str
 
     @staticmethod
@@ -63,7 +65,7 @@ class Plan:
         """Memory the plan's tables hold, bytes."""
         return sum(t.nbytes for t in self.tensors)
 
-    def with_groups(self, numbers: Sequence[tuple[float | torch.Tensor, float | torch.Tensor]]) -> Plan:
+    def with_groups(self, numbers: Sequence[tuple[float | Tensor, float | Tensor]]) -> Plan:
         """This plan with other numbers in its BiasDelta groups. Everything else is shared, so that a schedule with a
         lambda and delta for every layer and step costs next to nothing.
 
@@ -85,7 +87,7 @@ class Plan:
             require(batch in (1, self.lowered.batch), "numbers", f"batch {self.lowered.batch or 1}", batch)
             return self._with(resolved, self.lowered.with_groups(resolved.groups))
 
-    def with_weight(self, weight: torch.Tensor) -> Plan:
+    def with_weight(self, weight: Tensor) -> Plan:
         """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
         that has them in it.
 
@@ -112,7 +114,7 @@ def plan(
     rope: RoPE | None = None,
     key_rope: RoPE | None = None,
     modulations: Sequence[Modulation] = (),
-    key_mask: torch.Tensor | None = None,
+    key_mask: Tensor | None = None,
     num_queries: int | None = None,
     num_keys: int | None = None,
     device: torch.device | str | None = None,
@@ -139,7 +141,15 @@ def plan(
         return _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
 
 
-def _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
+def _build(
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    modulations: Sequence[Modulation],
+    key_mask: Tensor | None,
+    num_queries: int | None,
+    num_keys: int | None,
+    device: torch.device | str | None,
+) -> Plan:
     check_arguments(rope, key_rope, modulations, key_mask)
     device = common_device(rope, key_rope, modulations, key_mask, device)
     num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
@@ -151,7 +161,7 @@ def _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
     return Plan.of(resolved, lowered)
 
 
-def _copy(x: torch.Tensor | None) -> torch.Tensor | None:
+def _copy(x: Tensor | None) -> Tensor | None:
     """A contiguous copy: kernels rely on the layout, and what the caller does to the original must not matter."""
     return None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
 
@@ -164,17 +174,25 @@ _CACHE_SIZE = 8
 _CACHE_LOCK = threading.Lock()
 
 
-def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, device) -> Plan:
+def cached_plan(
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    modulations: Sequence[Modulation],
+    key_mask: Tensor | None,
+    num_queries: int | None,
+    num_keys: int | None,
+    device: torch.device | str | None,
+) -> Plan:
     """:func:`plan`, remembered by the identity and version of the tensors involved (the last 8 calls)."""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         rope=rope, key_rope=key_rope, modulations=modulations, key_mask=key_mask,
         num_queries=num_queries, num_keys=num_keys, device=device,
     )  # fmt: skip
     parts = [rope, key_rope, *modulations]
     known = all(isinstance(p, (RoPE, *MODULATIONS)) for p in parts if p is not None)
-    if not known or not (key_mask is None or isinstance(key_mask, torch.Tensor)):
+    if not known or not (key_mask is None or isinstance(key_mask, Tensor)):
         return plan(**arguments)  # which says what is wrong
-    held: list[torch.Tensor] = []
+    held: list[Tensor] = []
     try:
         key = (
             tuple(_identity(p, held) for p in parts),
@@ -194,8 +212,8 @@ def cached_plan(rope, key_rope, modulations, key_mask, num_queries, num_keys, de
     return built
 
 
-def _identity(value, held: list[torch.Tensor]):
-    if isinstance(value, torch.Tensor):
+def _identity(value: Any, held: list[Tensor]):
+    if isinstance(value, Tensor):
         held.append(value)
         return id(value), value._version
     if hasattr(value, "__dataclass_fields__"):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..checks import require
 from ..device import wide_on_cpu
+from ..kernels.tables import AxisBlocks, Polynomial
+from ..rope import RoPE
 from .axis_blocks import axis_blocks
 from .lowered import (
     BandTables,
@@ -14,6 +19,7 @@ from .lowered import (
     GroupTables,
     KeyTables,
     Lowered,
+    PerQueryMeans,
     QueryTables,
     Rotation,
     ScaleTables,
@@ -34,13 +40,13 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
         ValueError: batched arguments of different batches.
     """
     rope, key_rope = resolved.rope, resolved.key_rope or resolved.rope
-    static = dict(
+    plain = Lowered(
         batch=_batch(resolved), num_queries=num_queries, num_keys=num_keys, pairs=rope and rope.pairs,
         pairing=rope.pairing if rope else "interleaved", queries_applied=rope is not None and rope.applied,
         keys_applied=key_rope is not None and key_rope.applied,
     )  # fmt: skip
     if num_keys is None:
-        return Lowered(**static)
+        return plain
     signatures, weight_sets, gain_sets = _signatures(resolved, num_keys)
     segments, order = segment_keys(signatures)
     places = torch.arange(num_keys, device="cpu") if order is None else order
@@ -50,7 +56,7 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
     if order is not None and source is None:
         source = order
     blocks, per_query_means, found, bounds = None, None, None, [(0, 0)] * len(segments)
-    if queries is not None and queries.num_per_query:
+    if scales is not None and queries is not None and queries.num_per_query:
         blocks, bounds, per_query_means = _axis_blocks(resolved, places, segments)
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
@@ -58,11 +64,11 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
     folds = mask is None and (unmodulated is not None or not _per_query(resolved))
     keys = KeyTables(
         segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
-        mask=mask, angles=_angles(key_rope), rotation=rotation,
+        mask=mask, angles=key_rope and _angles(key_rope), rotation=rotation,
         weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
     )  # fmt: skip
-    return Lowered(
-        **static, segments=segments, passes=passes, keys=keys, queries=_query_rotation(resolved), bands=bands,
+    return replace(
+        plain, segments=segments, passes=passes, keys=keys, queries=_query_rotation(resolved), bands=bands,
         groups=_groups(resolved, segments), gains=_gains(resolved, gain_sets, segments, passes), scales=scales,
         sorted_queries=queries, unmodulated=unmodulated, axis_blocks=blocks, per_query_means=per_query_means,
         polynomial=found,
@@ -113,7 +119,9 @@ def _bands(resolved: Resolved, sets: list) -> BandTables | None:
     )
 
 
-def _gains(resolved: Resolved, sets: list, segments, passes) -> GainTables | None:
+def _gains(
+    resolved: Resolved, sets: list, segments: tuple[Segment, ...], passes: tuple[tuple[int, int], ...]
+) -> GainTables | None:
     if not sets:
         return None
     batch = max(m.g.shape[0] for m in resolved.gains)
@@ -121,7 +129,7 @@ def _gains(resolved: Resolved, sets: list, segments, passes) -> GainTables | Non
     return tables if len(passes) > 1 else GainTables(tables.values, tables.sets, tables.products_for(segments))
 
 
-def _groups(resolved: Resolved, segments) -> GroupTables | None:
+def _groups(resolved: Resolved, segments: tuple[Segment, ...]) -> GroupTables | None:
     if not resolved.groups:
         return None
     owner = np.array([s.group for s in segments])
@@ -134,8 +142,8 @@ def _groups(resolved: Resolved, segments) -> GroupTables | None:
 
 
 def _key_rotation(
-    resolved: Resolved, places: torch.Tensor, scales: ScaleTables | None
-) -> tuple[Rotation | None, torch.Tensor | None]:
+    resolved: Resolved, places: Tensor, scales: ScaleTables | None
+) -> tuple[Rotation | None, Tensor | None]:
     """Rotation of the packed rows and the key each is made from; None where keys stay as they come.
 
     Args:
@@ -148,7 +156,7 @@ def _key_rotation(
     angles = _angles(rope)
     plain = torch.zeros_like(angles) if rope.applied else angles
     rows, source = [plain[:, places]], [places]
-    if len(buckets):
+    if scale is not None:
         scaled = places[scale.keys[places]]
         for r in buckets:
             rows.append((plain + (r - 1) * angles * scale.pairs)[:, scaled])
@@ -156,7 +164,9 @@ def _key_rotation(
     return Rotation.of(torch.cat(rows, dim=1)), torch.cat(source)
 
 
-def _segment_table(segments: tuple[Segment, ...], passes, block_bounds) -> torch.Tensor:
+def _segment_table(
+    segments: tuple[Segment, ...], passes: tuple[tuple[int, int], ...], block_bounds: list[tuple[int, int]]
+) -> Tensor:
     """``(segments, len(abi.SEGMENT_COLUMNS))`` int32."""
     scaled_keys = sum(len(s) for s in segments if s.scaled)
     base = segments[-1].stop - scaled_keys
@@ -181,7 +191,7 @@ def _segment_table(segments: tuple[Segment, ...], passes, block_bounds) -> torch
 # ---- queries ---------------------------------------------------------------------------------------------------------
 
 
-def _per_query(resolved: Resolved) -> list[torch.Tensor]:
+def _per_query(resolved: Resolved) -> list[Tensor]:
     """Scales and gains, ``(B or 1, Sq)`` each."""
     scales = [] if resolved.scale is None else [resolved.scale.r]
     return scales + [m.g for m in resolved.gains]
@@ -193,15 +203,17 @@ def _queries(
     """Scales, and queries sorted by them; those that nothing modulates apart, where they are most."""
     scale, rope = resolved.scale, resolved.rope
     alone = None if resolved.key_mask is not None else unmodulated_queries(_per_query(resolved))
-    if scale is None and alone is None:
+    if scale is not None:
+        r = scale.r
+    elif alone is not None:
+        r = torch.ones(1, len(alone), dtype=torch.float64, device="cpu")
+    else:
         return None, None, None
-    r = torch.ones(1, len(alone), dtype=torch.float64, device="cpu") if scale is None else scale.r
     buckets, bucket = find_buckets(r)
     unmodulated = None
     if alone is not None:
         rows = alone.nonzero().flatten()
-        rotates = rope is not None and not rope.applied
-        rotation = Rotation.of(_angles(rope)[:, None, rows]) if rotates else None
+        rotation = None if rope is None or rope.applied else Rotation.of(_angles(rope)[:, None, rows])
         unmodulated = UnmodulatedQueries(rows, rows.int(), rotation)
     scales = None if scale is None else scale_tables(scale, buckets, bucket)
     return scales, sort_queries(bucket, r, alone), unmodulated
@@ -222,10 +234,8 @@ def _query_rotation(resolved: Resolved) -> QueryTables | None:
     return QueryTables(angles, Rotation.of(torch.stack(variants, dim=1)) if rotates else None)
 
 
-def _angles(rope) -> torch.Tensor | None:
+def _angles(rope: RoPE) -> Tensor:
     """``(Bx, S, P)`` float64."""
-    if rope is None:
-        return None
     angles = wide_on_cpu(rope.angles)
     return angles if angles.ndim == 3 else angles[None]
 
@@ -233,15 +243,22 @@ def _angles(rope) -> torch.Tensor | None:
 # ---- per-query scales ------------------------------------------------------------------------------------------------
 
 
-def _axis_blocks(resolved: Resolved, places: torch.Tensor, segments):
+def _axis_blocks(
+    resolved: Resolved, places: Tensor, segments: tuple[Segment, ...]
+) -> tuple[AxisBlocks, list[tuple[int, int]], PerQueryMeans | None]:
     rope, key_rope, scale = resolved.rope, resolved.key_rope or resolved.rope, resolved.scale
+    assert rope is not None
+    assert key_rope is not None
+    assert scale is not None
     axis = rope.axis if rope.axis is not None else key_rope.axis
     axis = axis.cpu() if axis is not None else torch.zeros(rope.pairs, dtype=torch.int64, device="cpu")
     return axis_blocks(scale, _angles(key_rope)[:, places], scale.keys[places], axis, segments)
 
 
-def _polynomial(resolved: Resolved, places: torch.Tensor, queries: SortedQueries, scales: ScaleTables):
+def _polynomial(resolved: Resolved, places: Tensor, queries: SortedQueries, scales: ScaleTables) -> Polynomial | None:
     key_rope, scale = resolved.key_rope or resolved.rope, resolved.scale
+    assert key_rope is not None
+    assert scale is not None
     rows = scale.keys[places].nonzero().flatten()
     counts = [row[0] for row in scales.counts]
     angles = _angles(key_rope)[:, places[rows]]

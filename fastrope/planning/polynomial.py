@@ -63,15 +63,15 @@ def polynomial(
     first, second = (2 * columns, 2 * columns + 1) if pairing == "interleaved" else (columns, columns + len(order))
     phase = torch.where(scale.pairs, angles - origin[:, None], 0.0) / max_key_angle
     phase = torch.where(columns >= 0, phase[..., columns], 0.0).unflatten(2, (2, half)).transpose(1, 2)
-    made = {}
+    made: Rotation | None = None
     if not applied:  # scaled keys packed for the polynomial alone, turned on the pairs that no scale turns
-        turned = Rotation.of(torch.where(scale.pairs, 0.0, angles))
+        made = Rotation.of(torch.where(scale.pairs, 0.0, angles))
         rows = torch.arange(len(rows), device="cpu")
-        made = dict(source=source.int(), cos=turned.cos, sin=turned.sin)
     return Polynomial(
         columns=columns.int(), share=(furthest / max_key_angle).float(), origin=split(origin * (2 / torch.pi)),
         factor=split(turned_by), phase=phase.float().contiguous(), max_key_angle=max_key_angle, **tiles,
-        channels=torch.stack([first, second], dim=1).clamp(min=0).view(2, 2 * half), rows=rows, **made,
+        channels=torch.stack([first, second], dim=1).clamp(min=0).view(2, 2 * half), rows=rows,
+        source=made and source.int(), cos=made and made.cos, sin=made and made.sin,
     )  # fmt: skip
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import require, require_finite, require_tensor
 from ..device import on_device, wide_on_cpu
-from ..modulations import MODULATIONS, BandWeight, BiasDelta, LogitGain, QueryScale
+from ..modulations import MODULATIONS, BandWeight, BiasDelta, Keys, LogitGain, Modulation, QueryScale
 from ..rope import RoPE
 
 
@@ -17,34 +19,34 @@ from ..rope import RoPE
 class Scale:
     """A QueryScale resolved: ``r (Bs, Sq)``, keys ``(Sk,)`` bool, pairs ``(D/2,)`` bool."""
 
-    r: torch.Tensor
-    keys: torch.Tensor
-    pairs: torch.Tensor
+    r: Tensor
+    keys: Tensor
+    pairs: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A BandWeight resolved: ``w (D/2,)``, keys ``(Sk,)`` bool."""
 
-    w: torch.Tensor
-    keys: torch.Tensor
+    w: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """A BiasDelta resolved: ``bias`` (lambda) and ``delta (Bg,)``, keys ``(Sk,)`` bool."""
 
-    bias: torch.Tensor
-    delta: torch.Tensor
-    keys: torch.Tensor
+    bias: Tensor
+    delta: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Gain:
     """A LogitGain resolved: ``g (Bg, Sq)``, keys ``(Sk,)`` bool."""
 
-    g: torch.Tensor
-    keys: torch.Tensor
+    g: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Resolved:
 
     rope: RoPE | None = None
     key_rope: RoPE | None = None
-    key_mask: torch.Tensor | None = None
+    key_mask: Tensor | None = None
     scale: Scale | None = None
     weights: tuple[Weight, ...] = ()
     groups: tuple[Group, ...] = ()
@@ -74,13 +76,13 @@ class Resolved:
         """The same with its modulations on another device, floating-point values in the widest dtype it has; angles and
         mask stay."""
 
-        def move(m):
+        def move(m: Any):
             return type(m)(**{name: on_device(x, device) for name, x in vars(m).items()})
 
         moved = {name: tuple(map(move, getattr(self, name))) for name in ("weights", "groups", "gains")}
         return replace(self, scale=self.scale and move(self.scale), **moved)
 
-    def with_groups(self, numbers: Sequence[tuple[float | torch.Tensor, float | torch.Tensor]]) -> Resolved:
+    def with_groups(self, numbers: Sequence[tuple[float | Tensor, float | Tensor]]) -> Resolved:
         """The same with other ``(bias, delta)`` in its groups, in their order."""
         found = [group_values(bias, delta) for bias, delta in numbers]
         groups = (
@@ -89,20 +91,22 @@ class Resolved:
         )
         return replace(self, groups=tuple(groups))
 
-    def with_weight(self, weight: torch.Tensor) -> Resolved:
+    def with_weight(self, weight: Tensor) -> Resolved:
         """The same with other values ``(D/2,)`` in its only BandWeight."""
         (held,) = self.weights
         return replace(self, weights=(Weight(weight.detach().to(held.w, copy=True), held.keys),))
 
 
-def as_tuple(modulations: object) -> tuple:
+def as_tuple(modulations: Any) -> tuple:
     """Modulations as they are handed over, a list or tuple, as a tuple."""
     is_sequence = isinstance(modulations, (list, tuple))
     require(is_sequence, "modulations", "a list or tuple of modulations", type(modulations).__name__)
     return tuple(modulations)
 
 
-def check_arguments(rope, key_rope, modulations, key_mask) -> None:
+def check_arguments(
+    rope: RoPE | None, key_rope: RoPE | None, modulations: Sequence[Modulation], key_mask: Tensor | None
+) -> None:
     """Check what does not depend on lengths."""
     require(rope is None or isinstance(rope, RoPE), "rope", "a fastrope.RoPE or None", type(rope).__name__)
     require(key_rope is None or isinstance(key_rope, RoPE), "key_rope", "a RoPE or None", type(key_rope).__name__)
@@ -123,7 +127,7 @@ def check_arguments(rope, key_rope, modulations, key_mask) -> None:
             require(False, "modulations", f"QueryScale, BandWeight, BiasDelta or LogitGain{method}", repr(m))
         for name in ("scale", "weight", "bias", "delta", "gain"):
             value = getattr(m, name, None)
-            if isinstance(value, torch.Tensor) and value.requires_grad:
+            if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(
                     f"{type(m).__name__}.{name}: expected a tensor that does not require grad (modulation parameters "
                     "are constants of the op), received requires_grad=True; detach it"
@@ -137,7 +141,13 @@ def check_arguments(rope, key_rope, modulations, key_mask) -> None:
         require(key_mask.dtype == torch.bool, "key_mask", "bool, True = attend", key_mask.dtype)
 
 
-def common_device(rope, key_rope, modulations, key_mask, device) -> torch.device | None:
+def common_device(
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    modulations: Sequence[Modulation],
+    key_mask: Tensor | None,
+    device: torch.device | str | None,
+) -> torch.device | None:
     """The device all tensors of a call are on, or the one asked for; None where nothing tells.
 
     Raises:
@@ -148,10 +158,11 @@ def common_device(rope, key_rope, modulations, key_mask, device) -> torch.device
     for m in modulations:
         for name in ("scale", "weight", "bias", "delta", "gain"):
             named.append((f"{type(m).__name__}.{name}", getattr(m, name, None)))
-    named = [(name, t) for name, t in named if isinstance(t, torch.Tensor)]
+    named = [(name, t) for name, t in named if isinstance(t, Tensor)]
     wanted = torch.device(device) if device is not None else (named[0][1].device if named else None)
     for name, t in named:
-        require(same_device(t.device, wanted), name, f"device {wanted}", t.device)
+        same = wanted is not None and same_device(t.device, wanted)
+        require(same, name, f"device {wanted}", t.device)
     return named[0][1].device if named else wanted
 
 
@@ -160,10 +171,17 @@ def same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 
 
-def lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys):
+def lengths(
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    modulations: Sequence[Modulation],
+    key_mask: Tensor | None,
+    num_queries: int | None,
+    num_keys: int | None,
+) -> tuple[int | None, int | None]:
     """``Sq`` and ``Sk``, agreed on by everything that tells them; None where nothing does."""
 
-    def agree(current, name, length, whose):
+    def agree(current: int | None, name: str, length: int, whose: str):
         require(current is None or current == length, name, f"{current} tokens, as many as dim 1 of {whose}", length)
         return length
 
@@ -178,13 +196,13 @@ def lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys):
             num_queries = agree(num_queries, "QueryScale.scale", m.scale.shape[-1], "q")
         if isinstance(m, LogitGain):
             num_queries = agree(num_queries, "LogitGain.gain", m.gain.shape[-1], "q")
-        if isinstance(m.keys, torch.Tensor) and m.keys.dtype == torch.bool:
+        if isinstance(m.keys, Tensor) and m.keys.dtype == torch.bool:
             num_keys = agree(num_keys, f"{type(m).__name__}.keys", m.keys.shape[0], "k")
     require(not modulations or num_keys is not None, "num_keys", "Sk, which no argument tells", None)
     return num_queries, num_keys
 
 
-def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
+def _key_set(owner: str, keys: Keys, num_keys: int) -> Tensor:
     """A key set as a ``(Sk,)`` bool mask on the CPU."""
     covered = torch.zeros(num_keys, dtype=torch.bool, device="cpu")
     if isinstance(keys, slice):
@@ -204,9 +222,9 @@ def _key_set(owner: str, keys, num_keys: int) -> torch.Tensor:
     return covered
 
 
-def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
+def _values(name: str, values: float | Tensor, dims: tuple[str, ...]) -> Tensor:
     """A copy of finite values as float64 on the CPU. A NaN equals nothing, so no scale bucket would hold it."""
-    if not isinstance(values, torch.Tensor):
+    if not isinstance(values, Tensor):
         values = torch.tensor(values, dtype=torch.float64, device="cpu")
     values = wide_on_cpu(values).clone()
     values = values.expand((1,) * (len(dims) - values.ndim) + values.shape)
@@ -214,20 +232,26 @@ def _values(name: str, values: float | torch.Tensor, dims: tuple[str, ...]) -> t
     return values
 
 
-def group_values(bias: float | torch.Tensor, delta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def group_values(bias: float | Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Lambda and delta of a BiasDelta, ``(Bg,)`` each."""
-    return tuple(_values(f"BiasDelta.{name}", x, ("batch row",)) for name, x in (("bias", bias), ("delta", delta)))
+    dims = ("batch row",)
+    return _values("BiasDelta.bias", bias, dims), _values("BiasDelta.delta", delta, dims)
 
 
 def resolve(
-    rope: RoPE | None, key_rope: RoPE | None, modulations: tuple, key_mask: torch.Tensor | None, num_keys: int | None
+    rope: RoPE | None,
+    key_rope: RoPE | None,
+    modulations: Sequence[Modulation],
+    key_mask: Tensor | None,
+    num_keys: int | None,
 ) -> Resolved:
     """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped; so is a mask that
     hides no key."""
     scale, weights, groups, gains = None, [], [], []
-    grouped = torch.zeros(num_keys or 0, dtype=torch.bool, device="cpu")
+    count = num_keys or 0  # known where there are modulations
+    grouped = torch.zeros(count, dtype=torch.bool, device="cpu")
     for m in modulations:
-        keys = _key_set(type(m).__name__, m.keys, num_keys)
+        keys = _key_set(type(m).__name__, m.keys, count)
         if isinstance(m, QueryScale):
             r = _values("QueryScale.scale", m.scale, ("batch row", "query"))
             pairs = _scaled_pairs(rope, key_rope or rope, m.axes)
@@ -254,7 +278,7 @@ def resolve(
     return Resolved(rope, key_rope, key_mask, scale, tuple(weights), tuple(groups), tuple(gains))
 
 
-def _scaled_pairs(rope, key_rope, axes) -> torch.Tensor:
+def _scaled_pairs(rope: RoPE | None, key_rope: RoPE | None, axes: tuple[int, ...] | None) -> Tensor:
     if axes is None:
         return torch.ones(rope.pairs, dtype=torch.bool, device="cpu")
     axis = rope.axis if rope.axis is not None else key_rope.axis

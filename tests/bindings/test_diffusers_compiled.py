@@ -189,8 +189,8 @@ def test_gradients_are_refused_in_compiled_layers(how, checkpointing):
 
 def test_the_op_meets_its_contract():
     """Schema, fake implementation, layout of the output."""
-    from fastrope.bindings.diffusers.dispatch import Layer, host_attention
     from fastrope.bindings.diffusers.forwards import Forward, Forwards, LayerState
+    from fastrope.bindings.diffusers.layer_op import Layer, host_attention
 
     forwards = Forwards()
     layer = Layer(forwards, 0, "auto", applied=True)

@@ -191,14 +191,14 @@ def test_a_file_in_the_way_is_named_before_anything_runs(tmp_path, capsys):
 
 
 def test_logits_that_are_no_numbers_are_an_error_and_no_picture(tmp_path, capsys, monkeypatch):
-    build = ar_tiny.tiny_host
+    build = ar_tiny.tiny_model
 
     def overflowing(*args):
-        host = build(*args)
-        torch.nn.init.constant_(host.model.output.weight, torch.inf)
-        return host
+        model = build(*args)
+        torch.nn.init.constant_(model.output.weight, torch.inf)
+        return model
 
-    monkeypatch.setattr(ar_tiny, "tiny_host", overflowing)
+    monkeypatch.setattr(ar_tiny, "tiny_model", overflowing)
     assert run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 3, out=tmp_path / "out") == 2
     assert "--dtype: expected one in which the model's logits are numbers, received float32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

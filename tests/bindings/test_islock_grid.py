@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastrope as fr
 from fastrope.bindings.anchors import Grid, Record, guide, spread_anchors
-from fastrope.islock.matcher import Match
+from fastrope.islock import Match
 
 grids = st.builds(
     Grid,

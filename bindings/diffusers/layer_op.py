@@ -1,0 +1,132 @@
+"""Where a layer's attention is decided, and the op that a compiler sees in its place.
+
+A compiler specialises on every Python number and object it meets, so a compiled layer meets neither plan nor
+modulation: it calls one opaque op with the layer's number in a tensor, and the op looks the layer up when it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+import fastrope as fr
+
+from .forwards import Forwards, LayerState
+from .work import Work
+
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Layer:
+    """One attention layer of a bound transformer. It holds nothing of a call: see :mod:`.forwards`.
+
+    The host rotates queries and keys if ``applied``, and always in a layer that is ``compiled``.
+
+    Args:
+        forwards: of the handle.
+        index: of the layer, in order of execution.
+        backend: as in :func:`fastrope.apply`.
+    """
+
+    def __init__(self, forwards: Forwards, index: int, backend: str, applied: bool) -> None:
+        self.backend = backend
+        self.applied = applied
+        self.compiled = False
+        self.original: Any = None
+        self.handle: Any = None  # whose layer this is
+        self.number = next(_NUMBERS)
+        self.address = torch.tensor([self.number], device="cpu")
+        self._forwards = forwards
+        self._index = index
+        _LAYERS[self.number] = self
+
+    def close(self) -> None:
+        """Make the op refuse this layer from now on."""
+        self.handle = None
+        _LAYERS.pop(self.number, None)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """No handle would know of a copy."""
+        raise NotImplementedError(
+            "copy: expected a transformer that no fastrope handle is bound to; call handle.remove() before copying or "
+            "pickling it"
+        )
+
+    @property
+    def state(self) -> LayerState:
+        """What the layer does in the forward that whoever asks is part of.
+
+        Raises:
+            ValueError: the layer was called before the transformer was.
+        """
+        return self._forwards.current().layers[self._index]
+
+    def attend_streams(self, streams: list[fr.Stream | None], mask: Tensor | None) -> Tensor | None:
+        """Modulated attention ``(B, S, H, D)`` straight from the projections where the fused prologue is for it: on a
+        GPU, or where its backend was asked for. None elsewhere, for streams that the host's own steps bring to one
+        dtype, and under a probe, which looks at q and k."""
+        work, probe = self.state
+        known = [stream for stream in streams if stream is not None]
+        if len(known) < len(streams) or probe is not None or type(work) is not Work:
+            return None
+        wanted = self.backend == "triton" or (self.backend == "auto" and known[0].q.is_cuda)
+        alike = len({x.dtype for s in known for x in (s.q, s.k, s.v)}) == 1
+        if not wanted or not alike or (mask is not None and not work.masked):
+            return None
+        return work.attend_streams(known, self.backend)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
+        """Modulated attention ``(B, S, H, D)``, or None where the host's own is wanted."""
+        work, probe = self.state
+        if mask is not None and work is not None and not work.masked:
+            raise NotImplementedError(
+                "attention_mask: expected None in a modulated layer of this host, received a mask that is no part of "
+                "the transformer's own arguments"
+            )
+        if probe is not None:
+            probe(q, k, work, applied)
+        return None if work is None else work.attend(q, k, v, applied, self.backend)
+
+
+# What the op does changes from call to call, so no CUDA graph may replay it. Where torch has no such tag, the tensor on
+# the CPU keeps inductor from capturing it.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("fastrope::host_attention", mutates_args=(), tags=_TAGS)
+def host_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+) -> Tensor:
+    """Attention of a bound layer, modulated or the host's own as the forward says that runs this.
+
+    Args:
+        q, k, v: ``(B, S, H, D)``, rotated by the host.
+        mask: what the host masks with, for its own attention.
+        layer: ``(1,)`` int64 on the CPU, the number of the layer.
+
+    Returns:
+        ``(B, S, H, D)`` contiguous.
+    """
+    found = _LAYERS.get(int(layer))
+    if found is None:
+        raise ValueError("handle: expected a bound handle, received compiled code of one that was removed")
+    found.compiled = True
+    out = found.attend(q, k, v, mask, applied=True)
+    if out is None:
+        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=found.original._attention_backend)
+    return out.contiguous()
+
+
+@host_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layer: Tensor):
+    return q.new_empty(q.shape)
