@@ -12,7 +12,7 @@ from torch import Tensor
 from . import debug as debugging
 from . import ops
 from .checks import require
-from .dispatch import Decision, decide, execute
+from .dispatch import Decision, choose, decide, execute
 from .modulations import Modulation
 from .planning import Plan, cached_plan
 from .planning import plan as make_plan
@@ -80,17 +80,20 @@ def attention(
     if torch.compiler.is_compiling():
         require(not debug, "debug", "None in compiled code (call once without the compiler to check)", debug)
         plan = _plan_for_compiled(plan, rope, key_rope, modulations, key_mask)
-        return _through_op(q, k, v, plan, scale, return_lse, _traceable(backend, q, k, v))
+        out, lse = _through_op(q, k, v, plan, scale, return_lse, _traceable(backend, q, k, v))
+        return (out, lse) if return_lse else out
     check_tensors(q, k, v, scale, backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan.lowered)
-    decision = decide(plan.lowered, q, k, v, backend, return_lse)
-    if decision.kernels and ops.observed(q, k, v):
-        return _through_op(q, k, v, plan, scale, return_lse, backend)
+    observed = ops.observed(q, k, v)
+    decision = (choose if observed else decide)(plan.lowered, q, k, v, backend, return_lse)
     check = debugging.enabled(debug)
     if check:
         debugging.check_inputs(q, k, v, plan.resolved, scale)
-    out, lse = execute(decision, plan.lowered, q, k, v, scale, return_lse, plan.resolved)
+    if observed and decision.kernels:
+        out, lse = _through_op(q, k, v, plan, scale, return_lse, backend)
+    else:
+        out, lse = execute(decision, plan.lowered, q, k, v, scale, return_lse, plan.resolved)
     if check:
         debugging.check_output(q, k, v, plan.resolved, scale, out, decision.backend)
     return out if lse is None else (out, lse)
@@ -98,9 +101,9 @@ def attention(
 
 def _through_op(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool, backend: str
-) -> Tensor | tuple[Tensor, Tensor]:
-    out, lse = ops.planned_attention(q, k, v, list(plan.tensors), plan.spec, scale, return_lse, backend)
-    return (out, lse) if return_lse else out
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, ``lse`` empty unless asked for."""
+    return ops.planned_attention(q, k, v, list(plan.tensors), plan.spec, scale, return_lse, backend)
 
 
 def _traceable(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -120,8 +123,7 @@ def _plan_for_compiled(
 ) -> Plan:
     """A plan reads values and so cannot be made in compiled code."""
     if plan is not None:
-        _check_alone(plan, rope, key_rope, modulations, key_mask)
-        return plan
+        return _check_alone(plan, rope, key_rope, modulations, key_mask)
     if rope is not None or key_rope is not None or len(modulations) or key_mask is not None:
         raise ValueError(
             "plan: expected a plan in compiled code, received rope, modulations or key_mask; make it outside, with "
@@ -141,18 +143,18 @@ def _plan_for(
 ) -> Plan:
     if plan is None:
         return cached_plan(rope, key_rope, modulations, key_mask, q.shape[1], k.shape[1], q.device)
-    require(isinstance(plan, Plan), "plan", "a Plan of fastrope.plan()", type(plan).__name__)
-    _check_alone(plan, rope, key_rope, modulations, key_mask)
-    return plan
+    return _check_alone(plan, rope, key_rope, modulations, key_mask)
 
 
 def _check_alone(
-    plan: Plan | None, rope: RoPE | None, key_rope: RoPE | None, modulations: tuple, key_mask: Tensor | None
-) -> None:
+    plan: Plan, rope: RoPE | None, key_rope: RoPE | None, modulations: tuple, key_mask: Tensor | None
+) -> Plan:
+    require(isinstance(plan, Plan), "plan", "a Plan of fastrope.plan()", type(plan).__name__)
     arguments = dict(rope=rope, key_rope=key_rope, modulations=modulations or None, key_mask=key_mask)
     given = [name for name, x in arguments.items() if x is not None]
     if given:
         raise ValueError(f"plan: expected either a plan or what it is made of, received plan and {', '.join(given)}")
+    return plan
 
 
 # ---- explain ---------------------------------------------------------------------------------------------------------

@@ -131,17 +131,28 @@ def decide(
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
     """
-    grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
-    chosen = _choose(lowered, q, grad, backend, return_lse)
-    if chosen.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered):
-        return replace(chosen, folded=True, packs=folded.packs(q, k, v, lowered))
+    chosen = choose(lowered, q, k, v, backend, return_lse)
+    if chosen.folded:
+        return replace(chosen, packs=folded.packs(q, k, v, lowered))
     if chosen.backend == "triton":
         launch = fused.Launch.of(q, k, v, lowered)
-        return replace(chosen, passes=max(len(lowered.passes), 1), packs=launch.packs, launch=launch)
+        others = folded.packs(q, k, v, lowered) if chosen.split else ()
+        packs = tuple(name for name in "qkv" if name in (*launch.packs, *others))
+        return replace(chosen, passes=max(len(lowered.passes), 1), packs=packs, launch=launch)
     return replace(chosen, passes=len(sdpa.passes(lowered))) if chosen.backend == "sdpa" else chosen
 
 
-def _choose(lowered: Lowered, q: Projected, grad: bool, backend: str, return_lse: bool) -> Decision:
+def choose(
+    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False
+) -> Decision:
+    """The backend part of :func:`decide`, which reads neither values nor addresses: tensors may be fake ones."""
+    grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
+    found = _backend_for(lowered, q, grad, backend, return_lse)
+    folds = found.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered)
+    return replace(found, folded=True) if folds else found
+
+
+def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, return_lse: bool) -> Decision:
     obstacle = devices.kernel_obstacle(q)
     if backend == "triton":
         if grad:

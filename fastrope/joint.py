@@ -12,7 +12,7 @@ from . import debug as debugging
 from . import ops
 from .api import attention
 from .checks import require, require_tensor
-from .dispatch import Decision, decide, differentiated, execute
+from .dispatch import Decision, choose, decide, differentiated, execute
 from .kernels.streams import Projected, Streams
 from .planning import Lowered, Plan
 from .validation import check_plan, check_tensors, scale_of
@@ -83,31 +83,35 @@ def joint_attention(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    _check(streams, plan)
-    scale = scale_of(streams[0].q, scale)
-    streams = [s for s in streams if s.q.shape[1]] or streams[:1]
-    if not _readable(streams, plan.lowered, backend):
-        return attention(*join(streams), plan=plan, scale=scale, backend=backend)
-    q, k, v, norms = _unzip(streams)
-    if torch.compiler.is_compiling() or ops.observed(*q, *k, *v):
-        weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
-        return streamed_attention(q, k, v, weights, eps, list(plan.tensors), plan.spec, scale, backend)
-    _check_parts(q, k, v, plan.lowered, scale, backend)
-    decision = decide(plan.lowered, *_streams(q, k, v, norms), backend)
-    return _run(decision, plan.lowered, q, k, v, norms, scale)
+    out = fused_joint_attention(streams, plan, backend, scale)
+    return attention(*join(_filled(streams)), plan=plan, scale=scale, backend=backend) if out is None else out
 
 
-def fused_joint_attention(streams: Sequence[Stream], plan: Plan, backend: str) -> Tensor | None:
+def fused_joint_attention(
+    streams: Sequence[Stream], plan: Plan, backend: str, scale: float | None = None
+) -> Tensor | None:
     """:func:`joint_attention` where our kernels read the streams themselves; None elsewhere, so that a host takes its
     own steps to q, k and v."""
     _check(streams, plan)
+    scale, streams = scale_of(streams[0].q, scale), _filled(streams)
     if not _readable(streams, plan.lowered, backend):
         return None
     q, k, v, norms = _unzip(streams)
-    scale = scale_of(q[0], None)
-    _check_parts(q, k, v, plan.lowered, scale, backend)
-    decision = decide(plan.lowered, *_streams(q, k, v, norms), backend)
-    return _run(decision, plan.lowered, q, k, v, norms, scale) if decision.kernels else None
+    weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
+    if not torch.compiler.is_compiling():
+        _check_parts(q, k, v, plan.lowered, scale, backend)
+        observed = ops.observed(*q, *k, *v, *(w for w in weights if w is not None))
+        decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend)
+        if not decision.kernels:
+            return None
+        if not observed:
+            return _run(decision, plan.lowered, q, k, v, norms, scale)
+    return streamed_attention(q, k, v, weights, eps, list(plan.tensors), plan.spec, scale, backend)
+
+
+def _filled(streams: Sequence[Stream]) -> Sequence[Stream]:
+    """Those with tokens; the first where none has."""
+    return [s for s in streams if s.q.shape[1]] or streams[:1]
 
 
 def _readable(streams: Sequence[Stream], lowered: Lowered, backend: str) -> bool:

@@ -22,9 +22,10 @@ from .validation import check_plan, check_tensors
 
 def observed(*tensors: Tensor) -> bool:
     """Whether something looks at a call that must see one op: a dispatch mode (fake tensors, ``make_fx``, counters), a
-    functional transform, a tensor subclass."""
+    functional transform, a tracer, a tensor subclass."""
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-    return not plain or _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active()
+    looked_at = _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active()
+    return not plain or looked_at or torch.jit.is_tracing()
 
 
 def refuse_eager(backend: str) -> None:

@@ -73,6 +73,13 @@ def test_plain_attention_compiles_without_a_plan():
     agree((compiled(q, k, v),), (fr.attention(q, k, v),))
 
 
+def test_what_is_no_plan_is_refused_in_compiled_code():
+    q, k, v = tensors(generator(2), queries=6, heads=2, dim=16)
+    compiled = torch.compile(lambda *x: fr.attention(*x, plan="none"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"plan: expected a Plan of fastrope\.plan\(\), received str"):
+        compiled(q, k, v)
+
+
 @pytest.mark.parametrize("what", ["rope", "modulations", "key_mask"])
 def test_what_a_plan_is_made_of_is_refused_in_compiled_code(what):
     """A plan reads values; the message says where to make it."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import skip_unless_runnable
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrope
 import fastrope as fr
@@ -271,6 +273,15 @@ def test_deviation_reports_the_error_it_finds():
     assert error <= allowed < 1e-5
     out[0, 0, 0, 0] += 0.5
     assert debug.deviation(*tensors, plan.resolved, 0.25, out)[0] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_a_mode_that_watches_ops_switches_nothing_off(backend):
+    skip_unless_runnable(backend)
+    arguments = call()
+    arguments["k"][0, 3, 0, 0] = torch.nan
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="k: expected finite values"):
+        attend(arguments, backend=backend, debug=True)
 
 
 def test_off_means_off(monkeypatch):

@@ -11,6 +11,7 @@ from numerics import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastrope as fr
 from fastrope import joint
@@ -57,11 +58,36 @@ def test_streams_compile_into_one_graph():
         compiled(q, k, v, weight, plan, "eager")
 
 
-def test_fake_tensors_pass_through():
+@pytest.mark.parametrize("attend", [fr.joint_attention, joint.fused_joint_attention])
+def test_fake_tensors_pass_through(attend):
     skip_unless_runnable("triton")
     plan = a_plan()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         parts = [s._replace(q=mode.from_tensor(s.q), k=mode.from_tensor(s.k), v=mode.from_tensor(s.v))
                  for s in streams(layouts=("contiguous",) * 2)]  # fmt: skip
-        out = fr.joint_attention(parts, plan=plan, backend="triton")
+        out = attend(parts, plan=plan, backend="triton")
+    assert type(out).__name__ == "FakeTensor"
     assert out.shape == (2, TEXT + IMAGE, 2, DIM)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_host_may_hand_over_a_stream_without_tokens(empty):
+    skip_unless_runnable("triton")
+    parts = streams(lengths=(TEXT, 0) if empty else (0, TEXT))
+    plan = a_plan(TEXT)
+    out = joint.fused_joint_attention(parts, plan=plan, backend="triton")
+    assert torch.equal(out, fr.joint_attention(parts, plan=plan, backend="triton"))
+
+
+def test_transforms_pass_through_where_no_kernel_runs():
+    """``vmap`` and ``make_fx`` see what ``sdpa`` is made of; the op has rules for neither."""
+    parts, plan = streams(), a_plan(modulations=group())
+
+    def attend(q):
+        return fr.joint_attention([parts[0]._replace(q=q), parts[1]], plan=plan, backend="sdpa")
+
+    expected = attend(parts[0].q)
+    torch.testing.assert_close(torch.vmap(attend)(parts[0].q[None])[0], expected)
+    graph = make_fx(attend)(parts[0].q)
+    assert not any("fastrope" in str(node.target) for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(parts[0].q), expected)

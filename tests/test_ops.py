@@ -96,6 +96,22 @@ def test_what_looks_at_a_call_sees_one_op():
     assert not ops.observed(call.q, torch.nn.Parameter(call.k))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_jit_trace_holds_the_op():
+    """A tracer sees no launch: without an op the trace would be of buffers that nobody fills."""
+    skip_unless_runnable("triton")
+    call = a_call()
+    plan = call.planned()
+
+    def attend(q):
+        return fr.attention(q, call.k, call.v, plan=plan, backend="triton")
+
+    traced = torch.jit.trace(attend, (call.q,), check_trace=False)
+    assert "fastrope::planned_attention" in str(traced.graph)
+    other = call.q.flip(1).contiguous()
+    assert torch.equal(traced(other), attend(other))
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 

@@ -181,9 +181,9 @@ def test_the_loop_runs_over_modulated_queries_alone(monkeypatch):
 @pytest.fixture
 def auto(monkeypatch):
     """``auto`` chooses as on a GPU; the runs it led to."""
-    runs, run, choose = [], split_rows.run, dispatch._choose
+    runs, run, choose = [], split_rows.run, dispatch._backend_for
     chosen = dispatch.Decision("triton", "as on a GPU", split=True)
-    monkeypatch.setattr(dispatch, "_choose", lambda *call: chosen if call[3] == "auto" else choose(*call))
+    monkeypatch.setattr(dispatch, "_backend_for", lambda *call: chosen if call[3] == "auto" else choose(*call))
     monkeypatch.setattr(split_rows, "run", lambda *call: runs.append(run(*call)) or runs[-1])
     return runs
 
@@ -199,6 +199,25 @@ def test_on_the_way_there(auto):
     arguments = call.q, call.k, call.v, list(plan.tensors), plan.spec, 0.25, False, "auto"
     torch.library.opcheck(ops.planned_attention, arguments, test_utils=("test_schema", "test_faketensor"))
     assert len(auto) > 1
+
+
+@pytest.mark.parametrize(
+    ("others", "applied", "layout"),
+    [(("weight",), True, "contiguous"), (("group",), True, "contiguous"), ((), False, "shifted")],
+)
+def test_explain_names_the_prologues_of_both_sides(others, applied, layout, auto, monkeypatch):
+    """Keys that only the folded side changes, and values that only it copies, are in the prologue, too."""
+    from fastrope import kernels
+
+    call = picture("gain", others=others, applied=applied)
+    if layout == "shifted":  # no descriptor describes it
+        call = replace(call, v=call.v.new_zeros(call.v.numel() + 1)[1:].view(call.v.shape).copy_(call.v))
+    plan, seen = call.planned(), {"q"}  # whose modulated rows prepare_queries reads
+    names, pack = {call.q.data_ptr(): "q", call.k.data_ptr(): "k", call.v.data_ptr(): "v"}, kernels.pack_rows
+    monkeypatch.setattr(kernels, "pack_rows", lambda x, *a: seen.add(names[x.data_ptr()]) or pack(x, *a))
+    fr.attention(call.q, call.k, call.v, plan=plan)
+    assert len(auto) == 1
+    assert set(fr.explain(call.q, call.k, call.v, plan=plan).decision.packs) == seen
 
 
 @pytest.mark.parametrize("kind", ["levels", "own"])
