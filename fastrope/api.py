@@ -81,7 +81,7 @@ def attention(
         require(not debug, "debug", "None in compiled code (call once without the compiler to check)", debug)
         plan = _plan_for_compiled(plan, rope, key_rope, modulations, key_mask)
         out, lse = _through_op(q, k, v, plan, scale, return_lse, _traceable(backend, q, k, v))
-        return (out, lse) if return_lse else out
+        return out if lse is None else (out, lse)
     check_tensors(q, k, v, scale, backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan.lowered)
@@ -101,9 +101,9 @@ def attention(
 
 def _through_op(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, ``lse`` empty unless asked for."""
-    return ops.planned_attention(q, k, v, list(plan.tensors), plan.spec, scale, return_lse, backend)
+) -> tuple[Tensor, Tensor | None]:
+    out, lse = ops.planned_attention(q, k, v, list(plan.tensors), plan.spec, scale, return_lse, backend)
+    return out, lse if return_lse else None
 
 
 def _traceable(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:

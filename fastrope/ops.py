@@ -25,7 +25,8 @@ def observed(*tensors: Tensor) -> bool:
     functional transform, a tracer, a tensor subclass."""
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
     looked_at = _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active()
-    return not plain or looked_at or torch.jit.is_tracing()
+    # torch.jit.is_tracing is documented and left out of the module's __all__.
+    return not plain or looked_at or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def refuse_eager(backend: str) -> None:
