@@ -58,7 +58,8 @@ class CallState:
     Forwards are made one at a time, whatever thread they come from; their layers run side by side.
 
     Args:
-        host, model: the transformer and its row of the table.
+        host: the transformer's row of the table.
+        called, model: what is called, and the transformer itself, which a compiler may have wrapped.
         methods: modulations and methods, flat.
         kinds: the kind of each layer's block, in order of execution.
         backend: as in :func:`fastrope.apply`.
@@ -69,6 +70,7 @@ class CallState:
     def __init__(
         self,
         host: Host,
+        called: torch.nn.Module,
         model: torch.nn.Module,
         methods: Sequence,
         kinds: Sequence[str],
@@ -79,7 +81,7 @@ class CallState:
         self.host = host
         self.model = model
         self.methods = tuple(methods)
-        self.forwards = Forwards()
+        self.forwards = Forwards(called, len(kinds))
         self.layers = tuple(Layer(self.forwards, n, backend, applied) for n in range(len(kinds)))
         self.axes_dim = host.axes_dim(model)
         self.inspector: Inspector | None = None
@@ -108,6 +110,7 @@ class CallState:
         """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
         refuse_tracing()
         with self.forwards.lock:
+            self.forwards.admit()
             if not self.bound:  # any more: the call waited here while the handle was removed
                 return None
             for attn, processor in self.installed:
@@ -138,7 +141,7 @@ class CallState:
     def _prepared(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Prepared:
         methods = self.methods
         if not methods and self.inspector is None:
-            return Prepared(Forward((LayerState(),) * len(self.layers)))
+            return Prepared(self.forwards.idle)
         call = self._signature.bind_partial(module, *args, **kwargs).arguments
         call.pop(next(iter(self._signature.parameters)))  # self
         return self.prepare(module, call, methods)

@@ -6,9 +6,11 @@ of a call is kept in the layers: a layer asks for the forward that it is part of
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, NamedTuple
@@ -16,10 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 
+from fastrope.checks import require
+
 from .work import LayerWork
 
 _CALL = torch.nn.Module.__call__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
+_POLL = 0.01  # seconds: nothing tells the end of a call that a KeyboardInterrupt broke off
 
 
 class LayerState(NamedTuple):
@@ -62,18 +67,28 @@ class Forwards:
     """Of one handle, by thread.
 
     An entry belongs to a frame of its thread's call stack: the call of the transformer, or of a block that runs again.
-    torch runs no hook after a KeyboardInterrupt, so an entry may stay behind; its frame, which is on no stack any more,
-    tells it from one that counts.
+    torch runs no hook after a KeyboardInterrupt, so an entry may stay behind; its frame, which is over, tells it from
+    one that counts.
+
+    Args:
+        called: the module that is called: the transformer, or what a compiler has wrapped it in.
+        count: of the layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, called: torch.nn.Module, count: int) -> None:
         # Held while a forward is made, a block is prepared to run again, or the handle is removed.
-        self.lock = threading.RLock()
+        self.lock = threading.Condition(threading.RLock())
+        self.idle = Forward((LayerState(),) * count)
+        self._called = weakref.ref(called)
+        self._pausing = 0
         self._entries: dict[int, list[_Entry]] = {}
         self._settled: dict[int, Forward] = {}
 
     def enter(self, frame: FrameType, forward: Forward) -> None:
-        """From now on, layers that this frame calls are part of the forward."""
+        """From now on, layers that this frame calls are part of the forward. Whoever calls holds the lock."""
+        for thread, entries in list(self._entries.items()):
+            if not _any_runs(entries):  # they would keep their calls' tensors
+                self._entries.pop(thread, None)
         entries = self._entries.setdefault(threading.get_ident(), [])
         while entries and not _search(frame, entries[-1].frame)[0]:
             entries.pop()
@@ -89,11 +104,11 @@ class Forwards:
         forward = entries[position].forward
         del entries[position:]
         if not entries:
-            del self._entries[thread]
+            self._entries.pop(thread, None)
         return forward
 
     def current(self) -> Forward:
-        """The forward that whoever calls is part of.
+        """The forward that whoever calls is part of; an idle one in a call that began before the handle was bound.
 
         Raises:
             ValueError: none.
@@ -107,19 +122,42 @@ class Forwards:
                     refuse_checkpoint()
                 return entries[-1].forward
             entries.pop()
+        if _within_call(self._called()):
+            return self.idle
         raise ValueError(
-            "transformer: expected a call of the object that fastrope.apply was given, received one that went round it "
-            "or began before, so that the layout of the sequence is unknown"
+            "transformer: expected a call of the object that fastrope.apply was given, received one that went round "
+            "it, so that the layout of the sequence is unknown"
         )
 
-    def busy(self) -> bool:
-        """Whether a forward is under way in any thread."""
-        tops = sys._current_frames()
-        return any(
-            _search(tops.get(thread), entry.frame)[0]
-            for thread, entries in list(self._entries.items())
-            for entry in list(entries)
-        )
+    # ---- forwards of other threads ----------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Wait while calls are paused, unless this one is within another, which the pause waits for. Whoever calls
+        holds the lock."""
+        while self._pausing and not self._here():
+            self.lock.wait()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No forward is under way within the block: it waits for those that are, and those to come wait for its end.
+
+        Raises:
+            ValueError: one is under way in this thread.
+        """
+        with self.lock:
+            require(not self._here(), "handle", "no call of the transformer under way in this thread", "one that is")
+            self._pausing += 1
+            try:
+                while any(map(_any_runs, list(self._entries.values()))):
+                    self.lock.wait(_POLL)
+                yield
+            finally:
+                self._pausing -= 1
+                self.lock.notify_all()
+
+    def _here(self) -> bool:
+        """Whether a forward is under way in this thread."""
+        return _any_runs(self._entries.get(threading.get_ident(), []))
 
     # ---- a forward that is settled before its call ------------------------------------------------------------------
 
@@ -156,6 +194,29 @@ def refuse_checkpoint() -> None:
         "gradient checkpointing: expected transformer.enable_gradient_checkpointing(), whose blocks run again as in "
         "their own forward, received a transformer or a block within torch.utils.checkpoint"
     )
+
+
+def _any_runs(entries: list[_Entry]) -> bool:
+    """Whether the frame of any runs, in whatever thread; one that is over lets go of what it held."""
+    return any(_runs(entry.frame) for entry in list(entries))
+
+
+def _runs(frame: FrameType) -> bool:
+    # The stacks of other threads would tell, too, but asking for them can hang: sys._current_frames() collects garbage
+    # under a lock of the interpreter that threading.local objects among it want.
+    try:
+        frame.clear()
+    except RuntimeError:  # it is executing
+        return True
+    return False
+
+
+def _within_call(module: torch.nn.Module | None) -> bool:
+    """Whether whoever calls is run by a call of the module."""
+    frame = sys._getframe(1)
+    while frame is not None and not (frame.f_code is _CALL and frame.f_locals.get("self") is module):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _search(top: FrameType | None, wanted: FrameType | None) -> tuple[bool, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from .shared import SharedAttention
 from .steps import Step
 
 ROTATIONS = ("op", "host")
+_BINDING = threading.RLock()  # held from the look at the processors to their replacement
 
 
 class Handle:
@@ -119,13 +121,14 @@ class Handle:
     def remove(self) -> None:
         """Put the previous processors back, the very same objects, and take the hooks away.
 
+        Calls that are under way in other threads end first, with what they began with; those that begin meanwhile wait
+        and find nothing bound.
+
         Raises:
-            ValueError: the handle was removed before, or a call of the transformer is under way, in whatever thread.
+            ValueError: the handle was removed before, or a call of the transformer is under way in this thread.
         """
-        state = self._bound
-        with state.forwards.lock:
-            under_way = state.forwards.busy()
-            require(not under_way, "handle", "no call of the transformer under way, in whatever thread", "one that is")
+        with self._bound.forwards.paused():
+            state = self._bound
             replaced = sum(attn.processor is not processor for attn, processor in state.installed)
             self._undo.close()
             self._state = None
@@ -178,21 +181,22 @@ def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = 
     host = find_host(model)
     if pipe is not None and any(cls.__name__ == "PAGMixin" for cls in type(pipe).__mro__):
         raise NotImplementedError(f"PAG: expected a pipeline without it, received {type(pipe).__name__}")
-    _refuse_parallel(model)
-    layers = _find_layers(model, host)
-    for name, attn in layers:
-        _check_processor(name, attn.processor, host)
-    kinds = [host.blocks[name.partition(".")[0]] for name, _ in layers]
-    state = CallState(host, model, methods, kinds, backend, rotation == "host", pipe)
-    if reference is not None:
-        state.prepare, state.shares = SharedAttention(state, reference).prepare, True
-    handle = Handle(state)
-    try:
-        handle._install(called, [attn for _, attn in layers])
-    except BaseException:
-        handle._undo.close()
-        raise
-    return handle
+    with _BINDING:
+        _refuse_parallel(model)
+        layers = _find_layers(model, host)
+        for name, attn in layers:
+            _check_processor(name, attn.processor, host)
+        kinds = [host.blocks[name.partition(".")[0]] for name, _ in layers]
+        state = CallState(host, called, model, methods, kinds, backend, rotation == "host", pipe)
+        if reference is not None:
+            state.prepare, state.shares = SharedAttention(state, reference).prepare, True
+        handle = Handle(state)
+        try:
+            handle._install(called, [attn for _, attn in layers])
+            return handle
+        except BaseException:
+            handle._undo.close()
+            raise
 
 
 def _put_back(attn: Any, processor: BoundProcessor) -> None:

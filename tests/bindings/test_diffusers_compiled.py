@@ -192,7 +192,7 @@ def test_the_op_meets_its_contract():
     from fastrope.bindings.diffusers.forwards import Forward, Forwards, LayerState
     from fastrope.bindings.diffusers.layer_op import Layer, host_attention
 
-    forwards = Forwards()
+    forwards = Forwards(torch.nn.Identity(), 1)
     layer = Layer(forwards, 0, "auto", applied=True)
     layer.original = types.SimpleNamespace(_attention_backend=None)
     forwards.enter(sys._getframe(), Forward((LayerState(),)))

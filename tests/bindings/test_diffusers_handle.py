@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import threading
 import types
 import weakref
 
@@ -204,7 +205,7 @@ def interrupt(*_):
 def test_an_interrupted_call_leaves_nothing_behind(transformer):
     """torch runs no hooks after a KeyboardInterrupt; what it leaves is never taken for the work of another call."""
     call, inner = kontext_call(), kontext_call()
-    with fr.apply(transformer, all_four()) as handle:
+    with fr.apply(transformer, all_four()):
         expected = run(transformer, call), run(transformer, inner)
 
         def broken_off() -> None:
@@ -229,7 +230,27 @@ def test_an_interrupted_call_leaves_nothing_behind(transformer):
         watch = transformer.transformer_blocks[1].register_forward_pre_hook(within)
         assert torch.equal(run(transformer, call), expected[0])  # a call within goes before, not instead
         broken_off()
-        assert not handle._state.forwards.busy()
+
+
+def test_a_call_broken_off_lets_go_of_its_tensors(transformer):
+    """When the next call begins, in whatever thread."""
+    kept = []
+
+    def broken_off() -> None:
+        call = kontext_call()
+        kept.append(weakref.ref(call["hidden_states"]))
+        with contextlib.suppress(KeyboardInterrupt):
+            run(transformer, call)
+
+    with fr.apply(transformer, all_four()):
+        watch = transformer.single_transformer_blocks[0].register_forward_pre_hook(interrupt)
+        thread = threading.Thread(target=broken_off)
+        thread.start()
+        thread.join()
+        watch.remove()
+        run(transformer, kontext_call())
+        gc.collect()
+        assert kept[0]() is None
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

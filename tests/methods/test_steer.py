@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -89,6 +90,41 @@ def test_every_sequence_of_verdicts(pipe, method, call, answers):
     assert np.array_equal(steered.images, plain(pipe, expected, call))
     assert steered.method.boost == steered.tries[-1].value
     assert method.boost == 0.83
+
+
+@pytest.mark.filterwarnings("ignore:fastrope. nothing tells the denoising step")
+def test_the_result_waits_for_a_call_of_another_thread(pipe, method, call):
+    """Of the same transformer, that is under way when steering ends."""
+    expected = plain(pipe, method, call)
+    over, threads, begun, seen = threading.Event(), [], threading.Event(), []
+
+    def wait(*_):
+        if threads and threading.current_thread() is threads[0]:
+            begun.set()
+            over.wait(60)
+
+    def copy_call(module, args, kwargs):
+        seen[:] = [(args, kwargs)]
+
+    def beside(pipe, index, timestep, tensors):
+        if index == 3:
+            args, kwargs = seen[0]
+            threads.append(threading.Thread(target=torch.no_grad()(pipe.transformer), args=args, kwargs=kwargs))
+            threads[0].start()
+            assert begun.wait(60)
+            threading.Timer(0.3, over.set).start()
+        return tensors
+
+    hooks = [
+        pipe.transformer.register_forward_pre_hook(copy_call, with_kwargs=True),
+        pipe.transformer.x_embedder.register_forward_pre_hook(wait),
+    ]
+    steered = steer(pipe, method, None, {**call, "callback_on_step_end": beside}, max_tries=0)
+    for hook in hooks:
+        hook.remove()
+    threads[0].join()
+    assert np.array_equal(steered.images, expected)
+    fr.apply(pipe, method).remove()
 
 
 def test_the_noise_is_the_same_every_time(pipe, method, call):
