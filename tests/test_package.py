@@ -88,10 +88,17 @@ def test_the_package_imports_kernels_hosts_and_bindings_lazily(path):
 
 @pytest.mark.parametrize("path", sources("fastrope"), ids=module_name)
 def test_nothing_imports_bindings_but_apply_and_the_commands(path):
-    if module_name(path) == "fastrope" or within(module_name(path), "fastrope.commands"):
+    if module_name(path) == "fastrope" or within(module_name(path), "fastrope.commands", "fastrope.lab"):
         return
     for name in imports(path):
         assert not within(name, "fastrope.bindings"), f"{module_name(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", sources("fastrope") + sources("bindings"), ids=module_name)
+def test_nothing_imports_the_lab_but_demo_and_commands(path):
+    if not within(module_name(path), "fastrope.lab", "fastrope.demo", "fastrope.commands", "fastrope.cli"):
+        for name in imports(path):
+            assert not within(name, "fastrope.lab"), f"{module_name(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", sources("bindings"), ids=module_name)
@@ -163,6 +170,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
         for path in sources(folder):
             expected = "/".join([*package.split("."), *path.relative_to(ROOT / folder).parts])
             assert expected in names, f"{expected} is not in the wheel: list its package in pyproject.toml"
+    assert "fastrope/lab/weights/digits.safetensors" in names
     code = """
 import importlib.util, sys, fastrope
 for name in ("fastrope", "fastrope.kernels", "fastrope.bindings", "fastrope.bindings.diffusers"):
