@@ -23,20 +23,23 @@ SHAPES = dict(
 
 
 class Author(nn.Module):
-    """A LlamaGen transformer and the codebook it writes in: ``transformer``, and ``codebook (512, 12)``."""
+    """A LlamaGen transformer and the codebook it writes in: ``transformer``, and ``codebook (512, 12)``.
 
-    def __init__(self, codebook: torch.Tensor):
+    Empty but for the shapes: :func:`build` starts a training, ``fastrope.lab.load`` has the trained one.
+    """
+
+    def __init__(self):
         from ..bindings.llamagen import LlamaGen, LlamaGenConfig
 
         super().__init__()
         self.transformer = LlamaGen(LlamaGenConfig(**SHAPES))
-        self.register_buffer("codebook", codebook)
+        self.register_buffer("codebook", torch.zeros(codes.CODES, 12))
 
 
 def build() -> Author:
     """Fresh weights, and a codebook fitted to random scenes."""
-    generator = torch.Generator().manual_seed(0)
-    author = Author(codes.fit(pure(scenes.draw(PICTURES, generator)).render(), generator))
+    generator, author = torch.Generator().manual_seed(0), Author()
+    author.codebook.copy_(codes.fit(pure(scenes.draw(PICTURES, generator)).render(), generator))
     for name, p in author.named_parameters():
         if p.ndim == 2:  # torch's own embeddings are far too large, and outputs of layers add up
             scale = 0.5 if name.endswith(("wo.weight", "w2.weight")) else 1.0

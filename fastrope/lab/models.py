@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..checks import require
 from . import author, classifier, editor, scenes, words
 from .digits import SIZE, WEIGHTS
 from .training import Job, Run
@@ -30,18 +32,27 @@ def export(run: Run, folder: Path = WEIGHTS) -> Path:
     }  # fmt: skip
     path = folder / f"{run.job.name}.safetensors"
     save_file(tensors, path, metadata={name: json.dumps(value) for name, value in making.items()})
+    (folder / "SHA256SUMS").write_text(checksums(folder))
     return path
+
+
+def checksums(folder: Path = WEIGHTS) -> str:
+    """SHA-256 of the weights in ``folder``, in the format of ``sha256sum``."""
+    files = sorted(folder.glob("*.safetensors"))
+    return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
 
 
 def load(name: str, folder: Path = WEIGHTS) -> nn.Module:
     """A trained model ("editor", "author", "classifier"), float32, in evaluation mode.
 
     Raises:
+        ValueError: an unknown name.
         ImportError: diffusers or safetensors is not installed.
     """
     from safetensors.torch import load_file
 
-    model = JOBS[name].build()
+    require(name in JOBS, "name", f"one of {', '.join(JOBS)}", repr(name))
+    model = author.Author() if name == "author" else JOBS[name].build()
     weights = load_file(folder / f"{name}.safetensors")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval().requires_grad_(False)
