@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("safetensors")
 
-from fastrope.lab import author, classifier, codes, digits, editor, evaluation, models, scenes, words
+from fastrope.lab import author, classifier, codes, digits, editor, evaluation, judge, models, scenes, words
 from fastrope.lab.training import Job, Run, train
 
 FLOORS = {"editor: draw, both colours": 0.9, "author: draw, both colours": 0.8}
@@ -92,6 +92,13 @@ def test_codes_keep_a_picture():
     unseen = author.pure(scenes.draw(20, generator(1))).render()
     error = (book.decode(book.encode(unseen)) - unseen).square().mean()
     assert error < 0.1 * unseen.var()
+
+
+def test_the_judge_reads_the_colours_of_real_pictures():
+    shown = scenes.draw(400, generator(), held_out=True)
+    ink, ground = judge.colours(shown.render())
+    assert (ink == shown.ink).float().mean() > 0.97
+    assert (ground == shown.ground).float().mean() > 0.99
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """A laboratory: small models trained on handwritten digits, on which the effects of the methods can be measured.
 
-    pipe = fastrope.lab.pipeline()                          # diffusers' FluxKontextPipeline, trained weights
-    picture = fastrope.lab.pictures(8)[0]                   # 16 x 16 pixels, never seen in training
-    edited = pipe(picture, **fastrope.lab.prompt("digit", digit=3), **fastrope.lab.CALL).images[0]
+    from fastrope import lab
 
-Nothing else in fastrope imports this package. How the weights were made, and how to go on training: ``README.md`` here.
+    pipe = lab.pipeline()  # diffusers' FluxKontextPipeline, trained weights
+    picture = lab.pictures(8)[0]  # 16 x 16 pixels of a digit that no training saw
+    edited = pipe(picture, **lab.prompt("digit", digit=3), **lab.CALL).images[0]
+
+How the weights were made and how to go on training: ``README.md`` here.
 """
 
 from .models import CALL, load, pictures, pipeline, prompt
