@@ -168,12 +168,15 @@ def _from_json(text: str) -> tuple[str | None, str | None]:
         step = {"}": 1, "{": -1}.get(text[place], 0)
         outer[place] = max(outer[place + 1] + step, 0)
     second = None, None
+    opened = [READ * (len(text) == READ)]  # how many earlier braces wait to be closed; of a text that was cut: many
+    for sign in text:
+        opened.append(max(opened[-1] + {"{": 1, "}": -1}.get(sign, 0), 0))
     for start in [m.start() for m in re.finditer(r'\{\s*"', text)][: -STARTS - 1 : -1]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
-        if outer[end]:  # inside another object
+        if opened[start] and outer[end]:  # inside another object
             continue
         fields = {str(k).lower(): v for k, v in value.items()}
         named = str(fields.get("class", fields.get("verdict", ""))).strip().lower()

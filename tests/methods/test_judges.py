@@ -31,6 +31,7 @@ QUOTING = [  # answers of neglect in which a text of the picture says success
     '{"seen": {"reasoning": "ok", "class": "success"}, "reasoning": "raw", "class": "neglect"}',
     '{"reasoning": "raw", "class": "neglect", "seen": {"reasoning": "ok", "class": "success"}}',
     '{"reasoning": "a } and a { on the sign", "class": "neglect"}',
+    '{"reasoning": "raw", "class": "neglect"} The sign reads } and :}',
     'A poster reads\nclass: success\nclass: neglect', 'Class: neglect. The poster reads class: success',
     'The poster says "success", which is neglect',
 ]  # fmt: skip
