@@ -79,7 +79,8 @@ def test_what_looks_at_a_call_sees_one_op():
     from torch.fx.experimental.proxy_tensor import make_fx
 
     skip_unless_runnable("triton")
-    call = a_call()
+    q, k, v = tensors(generator(2), queries=5, heads=1, dim=16)
+    call = Call(q, k, v, axial(grid(5), 16))
     plan = call.planned()
 
     def attend(q):
@@ -100,15 +101,15 @@ def test_what_looks_at_a_call_sees_one_op():
 def test_a_jit_trace_holds_the_op():
     """A tracer sees no launch: without an op the trace would be of buffers that nobody fills."""
     skip_unless_runnable("triton")
-    call = a_call()
-    plan = call.planned()
+    q, k, v = tensors(generator(2), queries=5, heads=1, dim=16)
+    plan = fr.plan(rope=axial(grid(5), 16))
 
     def attend(q):
-        return fr.attention(q, call.k, call.v, plan=plan, backend="triton")
+        return fr.attention(q, k, v, plan=plan, backend="triton")
 
-    traced = torch.jit.trace(attend, (call.q,), check_trace=False)
+    traced = torch.jit.trace(attend, (q,), check_trace=False)
     assert "fastrope::planned_attention" in str(traced.graph)
-    other = call.q.flip(1).contiguous()
+    other = q.flip(1).contiguous()
     assert torch.equal(traced(other), attend(other))
 
 
