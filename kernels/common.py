@@ -15,6 +15,8 @@ SEGMENT_FIELDS = tl.constexpr(len(abi.SEGMENT_COLUMNS))
     START, STOP, BUCKET_BASE, SCALED, WEIGHT, GROUP, GAIN, FIRST_BLOCK, LAST_BLOCK, VARIANT, FIRST_OF_VARIANT,
     PASS_GROUP,
 ) = (tl.constexpr(column) for column in range(len(abi.SEGMENT_COLUMNS)))  # fmt: skip
+GROUP_FIELDS = tl.constexpr(len(abi.GROUP_COLUMNS))
+GROUP_BIAS, GROUP_DELTA, GROUP_COUNT = (tl.constexpr(column) for column in range(len(abi.GROUP_COLUMNS)))
 
 
 @triton.jit
@@ -137,7 +139,7 @@ def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, num_queries, 
     ``scale g (lambda - delta) <w q, mu>``, whose last factors the query kernel left in BIAS."""
     group = tl.load(row + GROUP)
     gain = tl.load(row + GAIN)
-    delta = tl.load(GROUPS + group * 3 + 1, mask=group >= 0, other=1.0)
+    delta = tl.load(GROUPS + group * GROUP_FIELDS + GROUP_DELTA, mask=group >= 0, other=1.0)
     bias = tl.load(BIAS + bias_rows, mask=when(group >= 0, row_mask), other=0.0)
     g = tl.load(GAINS + gain * num_queries + rows, mask=when(gain >= 0, row_mask), other=1.0)
     return scale * delta * g, scale * g * bias

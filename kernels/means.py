@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import BUCKET_BASE, SCALED, SEGMENT_FIELDS, START, STOP
+from .common import BUCKET_BASE, GROUP_COUNT, GROUP_FIELDS, SCALED, SEGMENT_FIELDS, START, STOP
 from .config import LaunchConfig
 from .tables import batch_stride, strides
 
@@ -44,7 +44,7 @@ def means_kernel(
             ptrs = base + (offs_n + shift).to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
             k = tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
             total += tl.sum(k.to(tl.float32), 0)
-    count = tl.load(GROUPS + b * groups_batch_stride + g * 3 + 2)
+    count = tl.load(GROUPS + b * groups_batch_stride + g * GROUP_FIELDS + GROUP_COUNT)
     mean = total / tl.maximum(count, 1.0)
     out = OUT + ((bh.to(tl.int64) * num_groups + g) * num_buckets + bucket) * HEAD_DIM + offs_d
     tl.store(out, mean, mask=offs_d < HEAD_DIM)

@@ -12,6 +12,9 @@ from . import abi
 from .common import (
     FIRST_OF_VARIANT,
     GROUP,
+    GROUP_BIAS,
+    GROUP_DELTA,
+    GROUP_FIELDS,
     PASS_GROUP,
     SCALED,
     SEGMENT_FIELDS,
@@ -184,8 +187,8 @@ def queries_kernel(
         at = (pass_group * num_per_query + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
         at_mask = when((group >= 0) & (bucket < 0), row_mask)[:, None] & channel[None, :]
         query_mu = tl.load(PER_QUERY_MEANS + at, mask=at_mask, other=0.0)
-        shift = tl.load(groups + group * 3, mask=group >= 0, other=1.0)
-        shift -= tl.load(groups + group * 3 + 1, mask=group >= 0, other=1.0)
+        shift = tl.load(groups + group * GROUP_FIELDS + GROUP_BIAS, mask=group >= 0, other=1.0)
+        shift -= tl.load(groups + group * GROUP_FIELDS + GROUP_DELTA, mask=group >= 0, other=1.0)
         bias = shift * tl.sum(x * (mu[None, :] + query_mu), 1)
         tl.store(BIAS + (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m, bias, mask=when(group >= 0, in_range))
 

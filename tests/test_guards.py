@@ -251,5 +251,7 @@ def test_host_and_kernels_agree_on_constants():
 
     names = [name.upper() for name in abi.SEGMENT_COLUMNS]
     assert [getattr(common, name).value for name in names] == list(range(common.SEGMENT_FIELDS.value))
+    names = [f"GROUP_{name.upper()}" for name in abi.GROUP_COLUMNS]
+    assert [getattr(common, name).value for name in names] == list(range(common.GROUP_FIELDS.value))
     assert axis_blocks.AXIS_BLOCK.value == abi.AXIS_BLOCK
     assert axis_blocks.CHUNK.value == abi.PAIR_CHUNK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from strategies import calls
 import fastrope as fr
 from fastrope.kernels.abi import AXIS_BLOCK, QUERY_TILE
 from fastrope.planning import axis_blocks, scales, segments
-from fastrope.planning.flattening import tensors_of
+from fastrope.planning.flattening import flatten, map_tensors, tables, tensors_of, unflatten
 from fastrope.planning.lowered import Lowered
 from fastrope.planning.scales import AT_ONE, PER_QUERY
 from fastrope.planning.segments import MAX_RUNS, KeySignatures, Segment
@@ -166,6 +168,27 @@ def test_tables_survive_flattening(call):
     assert again.segments == lowered.segments
     with pytest.raises(ValueError, match="tensors: expected"):
         Lowered.unflatten([*tensors, torch.ones(1)], spec)
+
+
+@dataclass(frozen=True)
+class Several:
+    """A table that holds tables and tensors in tuples."""
+
+    alone: torch.Tensor
+    tables: tuple
+    name: str = "several"
+
+
+def test_tensors_in_tuples_are_tensors_of_the_table():
+    """What is flattened is what is moved to a device, and counted."""
+    one, two, three = (torch.tensor(float(n)) for n in range(3))
+    table = Several(one, (Several(two, ()), three, None))
+    tensors, spec = flatten(table)
+    assert tensors == tensors_of(table) == [one, two, three]
+    moved = map_tensors(table, lambda x: x + 10)
+    assert [float(x) for x in tensors_of(moved)] == [10, 11, 12]
+    again = unflatten(tensors_of(moved), spec, tables(Several))
+    assert again == moved
 
 
 def test_no_table_stands_in_for_another():

@@ -163,6 +163,17 @@ def test_what_a_descriptor_cannot_say(launches):
     assert set(launches) == {"attention"}
 
 
+def test_copies_of_a_single_key_may_lie_off_the_16_bytes(launches):
+    """Of one key of 20 channels a descriptor can say where it lies; of its copies for buckets, 40 bytes apart, none."""
+    g = generator(2)
+    q = draw(g, 1, 5, 1, 20, dtype=HALF)
+    k, v = (draw(g, 1, 1, 1, 20, dtype=HALF) for _ in range(2))
+    scale = fr.QueryScale(torch.tensor([0.5, 1.0, 0.5, 1.0, 0.5]))
+    call = Call(q, k, v, axial(grid(5), 20), key_rope=axial(grid(1, frame=1), 20), modulations=[scale])
+    check(call, "triton")
+    assert set(launches) == {"attention_modulated"}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_masked_values_are_copied_once(layout, launches, monkeypatch):
     """The copy keeps the order of the axes, and explain says what becomes of it."""

@@ -105,14 +105,13 @@ def _descriptors(
     if len(lowered.passes) > 1:
         return False, "pointers (parts of several passes are merged)"
     for name, x in (("k", k), ("v", v)):
-        if name in packs:
-            batch, tokens, heads, dim = x.shape
-            x = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device="meta")
+        if name in packs:  # into a buffer of its own, however many rows that has
+            fits = x.shape[3] * x.dtype.itemsize % 16 == 0
         elif name == "v" and lowered.keys.mask is not None:  # a copy in the order of its axes
-            x = torch.empty_like(cast(Tensor, x).transpose(1, 2), device="meta")
+            fits = kernels.describable(torch.empty_like(cast(Tensor, x).transpose(1, 2), device="meta"))
         else:
-            x = cast(Tensor, x).transpose(1, 2)
-        if not kernels.describable(x):
+            fits = kernels.describable(cast(Tensor, x).transpose(1, 2))
+        if not fits:
             why = "a descriptor wants adjacent channels, rows in steps of 16 bytes, nothing expanded"
             return False, f"pointers ({name}: {why})"
     return True, "tensor descriptors"

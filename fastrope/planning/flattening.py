@@ -46,26 +46,20 @@ def unflatten(tensors: Sequence[Tensor], spec: str, known: Tables) -> Any:
     return make(iter(tensors))
 
 
-def tensors_of(table: Any) -> Iterator[Tensor]:
-    """All tensors of a table and of the tables in it."""
-    for f in fields(table):
-        value = getattr(table, f.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif is_dataclass(value):
-            yield from tensors_of(value)
+def tensors_of(table: Any) -> list[Tensor]:
+    """All tensors of a table, as :func:`flatten` orders them."""
+    tensors: list[Tensor] = []
+    _flatten(table, tensors)
+    return tensors
 
 
-def map_tensors(table: Any, function: Callable[[Tensor], Tensor | None]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor | None]) -> Any:
     """The same table with ``function(tensor)`` in the place of every tensor."""
-    changed = {}
-    for f in fields(table):
-        value = getattr(table, f.name)
-        if isinstance(value, Tensor):
-            changed[f.name] = function(value)
-        elif is_dataclass(value):
-            changed[f.name] = map_tensors(value, function)
-    return replace(table, **changed)
+    if isinstance(value, Tensor):
+        return function(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    return tuple(map_tensors(x, function) for x in value) if isinstance(value, tuple) else value
 
 
 def _flatten(value: Any, tensors: list[Tensor]) -> Any:
