@@ -111,7 +111,7 @@ class Forwards:
         """The forward that whoever calls is part of; an idle one in a call that began before the handle was bound.
 
         Raises:
-            ValueError: none.
+            ValueError: whoever calls is part of no call of the transformer.
             NotImplementedError: a checkpoint in between, that would run the layer again without it.
         """
         entries = self._entries.get(threading.get_ident(), [])

@@ -172,7 +172,7 @@ class Handle:
 
 
 def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
-    """See :func:`fastrope.bindings.apply`. Everything is checked before anything is touched."""
+    """See :func:`fastrope.bindings.apply`. Everything is checked before anything changes."""
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
     methods = flat_methods(methods, "methods")

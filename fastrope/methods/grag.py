@@ -29,7 +29,7 @@ class GRAG:
             kept, below 1 more is edited. Useful from 0.8 to 1.7; 1 is neutral. Alone it is the smoothest dial.
         text_bias, text_delta: the same for the text tokens, one group; neutral as published.
         references: the reference pictures that are groups, by index; None means all.
-        layers: indices of the attention layers that are touched, as in :class:`fastrope.At`; None means all.
+        layers: indices of the attention layers where the method acts, as in :class:`fastrope.At`; None means all.
         steps: step indices likewise, or two floats ``(start, stop)``, fractions of the run; None means all.
 
     ``bias`` and ``delta`` are numbers, schedules (:mod:`fastrope.methods.schedules`), or a list with one of these per
@@ -85,8 +85,8 @@ class GRAG:
     @property
     def _text_only(self) -> bool:
         """Whether nothing but the text's dials was set."""
-        untouched = (self.bias, self.delta, self.references) == (GRAG.bias, GRAG.delta, None)
-        return untouched and (self.text_bias, self.text_delta) != (1.0, 1.0)
+        default = (self.bias, self.delta, self.references) == (GRAG.bias, GRAG.delta, None)
+        return default and (self.text_bias, self.text_delta) != (1.0, 1.0)
 
     def _values(self, name: str, site: Site) -> tuple[float, ...]:
         """One per reference, or one for all."""

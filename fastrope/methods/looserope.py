@@ -81,7 +81,7 @@ class LooseRoPE:
             default phases end after step 10 and 18 and the method after step 22 of any run.
         steps: where the method acts: step indices as in :class:`fastrope.At`, or two floats ``(start, stop)``,
             fractions of the run; by default steps 0 to 22 of 28.
-        layers: indices of the attention layers that are touched, as in :class:`fastrope.At`; None means all.
+        layers: indices of the attention layers where the method acts, as in :class:`fastrope.At`; None means all.
         reference: index of the reference picture that holds the paste. Its grid may differ from the target's: the mask
             is put on both.
         dilation: times the mask is grown on the token grid by a 4-connected cross.

@@ -138,27 +138,15 @@ def plan(
     modulations = as_tuple(modulations)
     # Plans outlive the mode and the default device they are made under.
     with torch.inference_mode(False), torch.device("cpu"):
-        return _build(rope, key_rope, modulations, key_mask, num_queries, num_keys, device)
-
-
-def _build(
-    rope: RoPE | None,
-    key_rope: RoPE | None,
-    modulations: Sequence[Modulation],
-    key_mask: Tensor | None,
-    num_queries: int | None,
-    num_keys: int | None,
-    device: torch.device | str | None,
-) -> Plan:
-    check_arguments(rope, key_rope, modulations, key_mask)
-    device = common_device(rope, key_rope, modulations, key_mask, device)
-    num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
-    resolved = resolve(rope, key_rope, modulations, key_mask, num_keys)
-    lowered = lower(resolved, num_queries, num_keys)
-    lowered = map_tensors(lowered, lambda t: _copy(on_device(t, device)))
-    rope, key_rope = (r and replace(r, angles=_copy(r.angles), axis=_copy(r.axis)) for r in (rope, key_rope))
-    resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope, key_mask=_copy(resolved.key_mask))
-    return Plan.of(resolved, lowered)
+        check_arguments(rope, key_rope, modulations, key_mask)
+        device = common_device(rope, key_rope, modulations, key_mask, device)
+        num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
+        resolved = resolve(rope, key_rope, modulations, key_mask, num_keys)
+        lowered = lower(resolved, num_queries, num_keys)
+        lowered = map_tensors(lowered, lambda t: _copy(on_device(t, device)))
+        rope, key_rope = (r and replace(r, angles=_copy(r.angles), axis=_copy(r.axis)) for r in (rope, key_rope))
+        resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope, key_mask=_copy(resolved.key_mask))
+        return Plan.of(resolved, lowered)
 
 
 def _copy(x: Tensor | None) -> Tensor | None:
