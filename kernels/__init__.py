@@ -9,7 +9,9 @@ _HOME = {
     "KernelTables": "tables", "LaunchConfig": "config", "MatchConfig": "match", "Streams": "streams",
     "axis_block_attention": "axis_blocks", "describable": "descriptors", "fused_attention": "attention",
     "group_means": "means", "match_anchors": "match", "pack_rows": "pack", "polynomial_attention": "polynomial",
-    "prepare_queries": "pack", "select": "config", "select_match": "match", "ships": "config",
+    "per_query_means": "query_means",
+    "prepare_queries": "pack", "reweight_keys": "means",
+    "select": "config", "select_match": "match", "ships": "config",
 }  # fmt: skip
 
 __all__ = list(_HOME)

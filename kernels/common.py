@@ -47,50 +47,100 @@ def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def load_stream(X, X2, rows, channels, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS: tl.constexpr):
-    """``x[rows, channels]`` -> [rows, channels] float32; rows from ``split`` on lie in X2."""
-    channels = channels.to(tl.int64)[None, :]
-    row = rows.to(tl.int64)[:, None]
+def stream_rows(X, X2, rows, split, stride_s, stride2_s, STREAMS: tl.constexpr):
+    """Where rows begin, [rows, 1] pointers; rows from ``split`` on lie in X2."""
+    row = rows.to(tl.int64)
+    first = X + row * stride_s
     if STREAMS:
-        first = (rows < split)[:, None]
-        x = tl.load(X + row * stride_s + channels * stride_d, mask=mask & first, other=0.0).to(tl.float32)
-        ptrs = X2 + (row - split) * stride2_s + channels * stride2_d
-        return x + tl.load(ptrs, mask=mask & (rows >= split)[:, None], other=0.0).to(tl.float32)
-    return tl.load(X + row * stride_s + channels * stride_d, mask=mask, other=0.0).to(tl.float32)
+        first = tl.where(rows < split, first, X2 + (row - split) * stride2_s)
+    return first[:, None]
 
 
 @triton.jit
-def load_rotated(
-    X, X2, W, W2, COS, SIN, rows, table_rows, valid, split, eps, eps2,
-    stride_s, stride_d, stride2_s, stride2_d, interleaved,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STREAMS: tl.constexpr,
-):  # fmt: skip
-    """``R(phi) x[rows, :]`` -> [rows, BLOCK_D] float32, with tables of HEAD_DIM / 2 cosines and sines a row; x joined
-    of two streams and RMS-normalised first if STREAMS."""
-    offs_d = tl.arange(0, BLOCK_D)
+def load_members(ROWS, mask, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """First and second members of the RoPE pairs of some rows, two [rows, BLOCK_D / 2] in the dtype of memory. ROWS
+    points at the rows and is [rows, 1], as is mask; members that are not there are zero. Every channel is read once, in
+    the order in which it lies, so that a thread reads 16 bytes at a time."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
-    pair = pair_of(offs_d, interleaved, PAIRS)
-    partner = tl.where(interleaved != 0, offs_d ^ 1, (offs_d + PAIRS) % HEAD_DIM)
-    first = tl.where(interleaved != 0, offs_d % 2 == 0, offs_d < PAIRS)
-    mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
-    x = load_stream(X, X2, rows, offs_d, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
-    y = load_stream(X, X2, rows, partner, mask, split, stride_s, stride_d, stride2_s, stride2_d, STREAMS)
-    if STREAMS:
-        in_first = (rows < split)[:, None]
-        square = tl.sum(x * x, 1) / HEAD_DIM
-        factor = tl.rsqrt(square + tl.where(rows < split, eps, eps2))[:, None]
-        x *= factor * tl.where(in_first, norm_weight(W, offs_d, HEAD_DIM), norm_weight(W2, offs_d, HEAD_DIM))
-        y *= factor * tl.where(in_first, norm_weight(W, partner, HEAD_DIM), norm_weight(W2, partner, HEAD_DIM))
-    table = table_rows.to(tl.int64)[:, None] * PAIRS + pair[None, :]
-    cos = tl.load(COS + table, mask=mask, other=1.0)
-    sin = tl.load(SIN + table, mask=mask, other=0.0)
-    return x * cos + tl.where(first[None, :], -y, y) * sin
+    BLOCK_P: tl.constexpr = BLOCK_D // 2
+    if INTERLEAVED:
+        channel = tl.arange(0, BLOCK_D)[None, :]
+        if HEAD_DIM == BLOCK_D:
+            both = tl.load(ROWS + channel * stride_d, mask=mask, other=0.0)
+        else:
+            both = tl.load(ROWS + channel * stride_d, mask=mask & (channel < HEAD_DIM), other=0.0)
+        x, y = tl.split(tl.reshape(both, (both.shape[0], BLOCK_P, 2)))
+    else:
+        pair = tl.arange(0, BLOCK_P)[None, :]
+        known = mask
+        if HEAD_DIM != BLOCK_D:
+            known = mask & (pair < PAIRS)
+        x = tl.load(ROWS + pair * stride_d, mask=known, other=0.0)
+        y = tl.load(ROWS + (pair + PAIRS) * stride_d, mask=known, other=0.0)
+    return x, y
 
 
 @triton.jit
-def norm_weight(W, channels, HEAD_DIM: tl.constexpr):
-    """Weights of an RMS norm, [1, channels] float32."""
-    return tl.load(W + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+def store_members(ROWS, x, y, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The inverse of :func:`load_members`, for rows of adjacent channels."""
+    PAIRS: tl.constexpr = HEAD_DIM // 2
+    BLOCK_P: tl.constexpr = BLOCK_D // 2
+    x, y = x.to(ROWS.dtype.element_ty), y.to(ROWS.dtype.element_ty)
+    if INTERLEAVED:
+        channel = tl.arange(0, BLOCK_D)[None, :]
+        both = tl.reshape(tl.join(x, y), (x.shape[0], BLOCK_D))
+        if HEAD_DIM == BLOCK_D:
+            tl.store(ROWS + channel, both, mask=mask)
+        else:
+            tl.store(ROWS + channel, both, mask=mask & (channel < HEAD_DIM))
+    else:
+        pair = tl.arange(0, BLOCK_P)[None, :]
+        known = mask
+        if HEAD_DIM != BLOCK_D:
+            known = mask & (pair < PAIRS)
+        tl.store(ROWS + pair, x, mask=known)
+        tl.store(ROWS + (pair + PAIRS), y, mask=known)
+
+
+@triton.jit
+def load_vector(V, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Members of one row of channels, two [1, BLOCK_D / 2] float32."""
+    x, y = load_members(
+        (V + tl.zeros([1], dtype=tl.int32))[:, None], tl.full([1, 1], 1, dtype=tl.int1), 1,
+        HEAD_DIM, BLOCK_D, INTERLEAVED,
+    )  # fmt: skip
+    return x.to(tl.float32), y.to(tl.float32)
+
+
+@triton.jit
+def load_turns(COS, SIN, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and sines of the pairs of some rows, [rows, BLOCK_D / 2], of tables with HEAD_DIM / 2 a row; mask is
+    [rows, 1]."""
+    PAIRS: tl.constexpr = HEAD_DIM // 2
+    pair = tl.arange(0, BLOCK_D // 2)[None, :]
+    known = mask
+    if HEAD_DIM != BLOCK_D:
+        known = mask & (pair < PAIRS)
+    at = rows.to(tl.int64)[:, None] * PAIRS + pair
+    return tl.load(COS + at, mask=known, other=1.0), tl.load(SIN + at, mask=known, other=0.0)
+
+
+@triton.jit
+def normalised(x, y, w_x, w_y, eps, HEAD_DIM: tl.constexpr):
+    """RMS norm of members [rows, pairs] float32 with weights [1 or rows, pairs]; eps is [rows]."""
+    factor = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + eps)[:, None]
+    return x * (factor * w_x), y * (factor * w_y)
+
+
+@triton.jit
+def norm_weights(
+    W, W2, rows, split, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    """Weights of the RMS norms of two streams, members [rows, BLOCK_D / 2] float32."""
+    x, y = load_vector(W, HEAD_DIM, BLOCK_D, INTERLEAVED)
+    x2, y2 = load_vector(W2, HEAD_DIM, BLOCK_D, INTERLEAVED)
+    first = (rows < split)[:, None]
+    return tl.where(first, x, x2), tl.where(first, y, y2)
 
 
 @triton.jit

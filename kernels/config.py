@@ -16,7 +16,8 @@ LOOPS = ("attention", "attention_modulated", "attention_parts")
 TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
 TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
 POLYNOMIAL = ("polynomial", "polynomial_tma", "terms")  # for 16-bit inputs of up to 128 channels
-KERNELS = (*LOOPS, *TMA_LOOPS, "axis_blocks", *POLYNOMIAL, "pack", "queries", "means")
+PROLOGUE = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means")
+KERNELS = (*LOOPS, *TMA_LOOPS, "axis_blocks", *POLYNOMIAL, *PROLOGUE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -181,15 +182,30 @@ def _polynomial(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchCo
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, max(8, 2048 // block_d), block_d, 4, 1)
+    """``block_m`` is the heads of a program, which share angles."""
+    return LaunchConfig(8, max(8, 2048 // block_d), block_d, 4, 1)
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(min(128, max(8, 2048 // block_d)), 1, block_d, 8, 1)
+    """``block_n`` is the heads of a program, which share angles."""
+    return LaunchConfig(min(128, max(8, 2048 // block_d)), 8, block_d, 4, 1)
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, 64 if arch == "sm_100" and block_d == 16 else 128, min(block_d, 32), 4, 2)
+    return LaunchConfig(1, 128, min(block_d, 32), 4, 4)
+
+
+def _run_sums(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    return LaunchConfig(1, max(8, 1024 // block_d), block_d, 4, 1)
+
+
+def _per_query_means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    """Queries, columns (head and group); ``block_d`` is the runs turned at once, whatever the head dim."""
+    return LaunchConfig(32, 32, 16, 4, 1)
+
+
+def _reweight(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    return LaunchConfig(1, max(8, 4096 // block_d), block_d, 4, 1)
 
 
 _SELECTORS = {
@@ -197,5 +213,6 @@ _SELECTORS = {
     "attention_parts": partial(_fused, _PARTS_16_BIT),
     **{loop: partial(_tma, loop) for loop in TMA_LOOPS},
     **{kernel: partial(_polynomial, kernel) for kernel in POLYNOMIAL},
-    "axis_blocks": _axis_blocks, "pack": _pack, "queries": _queries, "means": _means,
+    "axis_blocks": _axis_blocks, "pack": _pack, "queries": _queries, "means": _means, "reweight": _reweight,
+    "run_sums": _run_sums, "per_query_means": _per_query_means,
 }  # fmt: skip

@@ -1,10 +1,24 @@
-"""Group means of rotated keys, for BiasDelta: one per key head, group and bucket."""
+"""BiasDelta: means of rotated keys, one per key head, group and bucket; keys re-weighted around them."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import BUCKET_BASE, GROUP_COUNT, GROUP_FIELDS, SCALED, SEGMENT_FIELDS, START, STOP
+from .common import (
+    BUCKET_BASE,
+    GROUP,
+    GROUP_BIAS,
+    GROUP_COUNT,
+    GROUP_DELTA,
+    GROUP_FIELDS,
+    SCALED,
+    SEGMENT_FIELDS,
+    START,
+    STOP,
+    WEIGHT,
+    pair_of,
+    when,
+)  # fmt: skip
 from .config import LaunchConfig
 from .tables import batch_stride, strides
 
@@ -18,9 +32,10 @@ def means_kernel(
     K, OUT, SEGMENTS, GROUPS, MEMBERS, MEMBER_BOUNDS, KEY_MASK,
     stride_kb, stride_kh, stride_ks, stride_kd,
     heads, num_groups, num_buckets, scaled_keys, groups_batch_stride, mask_batch_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, g, l] = sum of the group's unmasked keys at bucket l / their number, for BLOCK_D channels."""
+    """OUT[b, h, g, l] = sum of the group's unmasked keys at bucket l / their number, for BLOCK_D channels. Every thread
+    sums its own rows and channels; they are added up once, at the end."""
     d_blocks: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     d_block = tl.program_id(0) % d_blocks
     bh = tl.program_id(0) // d_blocks
@@ -29,23 +44,22 @@ def means_kernel(
     b = (bh // heads).to(tl.int64)
     base = K + b * stride_kb + (bh % heads).to(tl.int64) * stride_kh
     offs_d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for i in range(tl.load(MEMBER_BOUNDS + g), tl.load(MEMBER_BOUNDS + g + 1)):
         row = SEGMENTS + tl.load(MEMBERS + i) * SEGMENT_FIELDS
         start = tl.load(row + START)
         stop = tl.load(row + STOP)
         copy = tl.load(row + BUCKET_BASE) + bucket * scaled_keys
         shift = tl.where((tl.load(row + SCALED) != 0) & (bucket > 0), copy - start, 0)
-        for start_n in range(start, stop, BLOCK_N):
+        for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             valid = offs_n < stop
             if HAS_MASK:
                 valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + offs_n, mask=valid, other=0) != 0)
             ptrs = base + (offs_n + shift).to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
-            k = tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-            total += tl.sum(k.to(tl.float32), 0)
+            total += tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
     count = tl.load(GROUPS + b * groups_batch_stride + g * GROUP_FIELDS + GROUP_COUNT)
-    mean = total / tl.maximum(count, 1.0)
+    mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
     out = OUT + ((bh.to(tl.int64) * num_groups + g) * num_buckets + bucket) * HEAD_DIM + offs_d
     tl.store(out, mean, mask=offs_d < HEAD_DIM)
 
@@ -83,7 +97,72 @@ def group_means(
         K=keys, OUT=out, SEGMENTS=segments, GROUPS=groups, MEMBERS=members, MEMBER_BOUNDS=member_bounds,
         KEY_MASK=key_mask, **strides("k", keys, "bhsd"), heads=heads, num_groups=count, num_buckets=1 + num_buckets,
         scaled_keys=scaled_keys, groups_batch_stride=batch_stride(groups), mask_batch_stride=batch_stride(key_mask),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, HAS_MASK=key_mask is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        HAS_MASK=key_mask is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
+
+
+REWEIGHT_COUNTS = ("heads", "num_segments", "num_keys", "num_groups", "groups_batch_stride")
+
+
+@triton.jit(do_not_specialize=REWEIGHT_COUNTS)
+def reweight_kernel(
+    K, SEGMENTS, GROUPS, MEANS, WEIGHTS, stride_kb, stride_kh, stride_ks, stride_kd,
+    heads, num_segments, num_keys, num_groups, groups_batch_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """K[b, h, n] = w ((lambda - delta) mu + delta K[b, h, n]) in place, for one block of keys of one head."""
+    blocks = tl.cdiv(num_keys, BLOCK_N)
+    first = tl.program_id(0) % blocks * BLOCK_N
+    bh = tl.program_id(0) // blocks
+    b = (bh // heads).to(tl.int64)
+    base = K + b * stride_kb + (bh % heads).to(tl.int64) * stride_kh
+    offs_n = first + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    channel = offs_d < HEAD_DIM
+    pair = pair_of(offs_d, INTERLEAVED, HEAD_DIM // 2)
+    for s in range(num_segments):
+        row = SEGMENTS + s * SEGMENT_FIELDS
+        start, stop, group = tl.load(row + START), tl.load(row + STOP), tl.load(row + GROUP)
+        if (group >= 0) & (start < first + BLOCK_N) & (stop > first):
+            of_group = GROUPS + b * groups_batch_stride + group * GROUP_FIELDS
+            delta = tl.load(of_group + GROUP_DELTA)
+            mu = tl.load(MEANS + (bh.to(tl.int64) * num_groups + group) * HEAD_DIM + offs_d, mask=channel, other=0.0)
+            weight = tl.load(row + WEIGHT)
+            w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, channel), other=1.0)
+            shift = w * (tl.load(of_group + GROUP_BIAS) - delta) * mu
+            mask = ((offs_n >= start) & (offs_n < stop))[:, None]
+            if HEAD_DIM != BLOCK_D:
+                mask = mask & channel[None, :]
+            keys = base + offs_n.to(tl.int64)[:, None] * stride_ks + offs_d[None, :] * stride_kd
+            k = tl.load(keys, mask=mask, other=0.0).to(tl.float32)
+            tl.store(keys, (shift[None, :] + k * (w * delta)[None, :]).to(K.dtype.element_ty), mask=mask)
+
+
+def reweight_keys(
+    keys: torch.Tensor,
+    segments: torch.Tensor,
+    groups: torch.Tensor,
+    means: torch.Tensor,
+    weights: torch.Tensor | None,
+    interleaved: bool,
+    config: LaunchConfig,
+) -> None:
+    """``kt = w ((lambda - delta) mu + delta khat)`` in the place of ``khat``, for the keys of BiasDelta groups: in
+    float32, rounded once.
+
+    Args:
+        keys: ``(B, Hkv, Sk, D)`` rotated keys in key order, any strides; changed in place.
+        segments, groups: as of :func:`group_means`.
+        means: ``(B, Hkv, G, 1, D)`` float32.
+        weights: ``(W, D/2)`` float32 band weights, or None.
+        interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
+    """
+    batch, heads, num_keys, dim = keys.shape
+    reweight_kernel[(triton.cdiv(num_keys, config.block_n) * batch * heads,)](
+        K=keys, SEGMENTS=segments, GROUPS=groups, MEANS=means, WEIGHTS=means if weights is None else weights,
+        **strides("k", keys, "bhsd"), heads=heads, num_segments=segments.shape[0], num_keys=num_keys,
+        num_groups=groups.shape[1], groups_batch_stride=batch_stride(groups), HEAD_DIM=dim, BLOCK_D=config.block_d,
+        BLOCK_N=config.block_n, INTERLEAVED=interleaved, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

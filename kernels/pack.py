@@ -20,61 +20,66 @@ from .common import (
     SEGMENT_FIELDS,
     VARIANT,
     WEIGHT,
-    load_rotated,
-    load_rows,
-    load_stream,
-    pair_of,
+    load_members,
+    load_turns,
+    load_vector,
+    norm_weights,
+    normalised,
+    store_members,
+    stream_rows,
     when,
 )  # fmt: skip
 from .config import LaunchConfig
 from .streams import Streams, stream_arguments
 from .tables import KernelTables, batch_stride
 
-PACK_COUNTS = (
-    "heads", "num_rows", "table_batch_stride", "interleaved", "split", "head_rows", "token_rows",
-)  # fmt: skip
+PACK_COUNTS = ("heads", "num_rows", "table_rows", "split", "head_rows", "token_rows")
 
 
 @triton.jit(do_not_specialize=PACK_COUNTS)
 def pack_kernel(
     X, X2, W, W2, OUT, SOURCE, COS, SIN,
-    stride_xb, stride_xs, stride_xh, stride_xd,
-    stride_yb, stride_ys, stride_yh, stride_yd,
-    heads, num_rows, table_batch_stride, interleaved, split, head_rows, token_rows, eps, eps2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr,
-    STREAMS: tl.constexpr,
+    stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
+    heads, num_rows, table_rows, split, head_rows, token_rows, eps, eps2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X joined of streams if STREAMS,
-    and normalised if it is rotated too. In OUT heads lie head_rows rows of HEAD_DIM apart and tokens token_rows."""
-    blocks = tl.cdiv(num_rows, BLOCK_N)
+    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of some heads; X joined of streams if STREAMS,
+    and normalised if it is rotated too. In OUT heads lie head_rows rows of HEAD_DIM apart and tokens token_rows.
+
+    A program takes several heads, which share angles and weights: read once, these are a small part of the traffic.
+    """
+    blocks, head_blocks = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(heads, HEADS)
     block = tl.program_id(0) % blocks
-    bh = tl.program_id(0) // blocks
-    b = (bh // heads).to(tl.int64)
-    h = (bh % heads).to(tl.int64)
+    first_head = (tl.program_id(0) // blocks % head_blocks * HEADS).to(tl.int64)
+    b = (tl.program_id(0) // (blocks * head_blocks)).to(tl.int64)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = offs_n < num_rows
+    mask = valid[:, None]
     source = offs_n
     if GATHER:
         source = tl.load(SOURCE + offs_n, mask=valid, other=0)
-    base = X + b * stride_xb + h * stride_xh
     if ROTATE:
-        x = load_rotated(
-            base, X2 + b * stride_yb + h * stride_yh, W, W2,
-            COS + b * table_batch_stride, SIN + b * table_batch_stride, source, offs_n, valid, split, eps, eps2,
-            stride_xs, stride_xd, stride_ys, stride_yd, interleaved, HEAD_DIM, BLOCK_D, STREAMS,
-        )  # fmt: skip
-    elif STREAMS:
-        channels = tl.arange(0, BLOCK_D)
-        x = load_stream(
-            base, X2 + b * stride_yb + h * stride_yh, source, channels, valid[:, None] & (channels < HEAD_DIM)[None, :],
-            split, stride_xs, stride_xd, stride_ys, stride_yd, STREAMS,
-        )  # fmt: skip
-    else:
-        x = load_rows(base, source, valid, stride_xs, stride_xd, HEAD_DIM, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)  # x: [BLOCK_N, BLOCK_D]
-    row = b * heads * num_rows + h * head_rows + offs_n.to(tl.int64) * token_rows
-    out = OUT + row[:, None] * HEAD_DIM + offs_d[None, :]
-    tl.store(out, x.to(OUT.dtype.element_ty), mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :])
+        cos, sin = load_turns(COS, SIN, b * table_rows + offs_n, mask, HEAD_DIM, BLOCK_D)
+        if STREAMS:
+            w_x, w_y = norm_weights(W, W2, source, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
+            epsilon = tl.where(source < split, eps, eps2)
+    x_rows = stream_rows(X + b * stride_xb, X2 + b * stride_yb, source, split, stride_xs, stride_ys, STREAMS)
+    step = tl.where(source < split, stride_xh, stride_yh)[:, None].to(tl.int64) if STREAMS else stride_xh
+    out_rows = (OUT + (b * heads * num_rows + offs_n.to(tl.int64) * token_rows) * HEAD_DIM)[:, None]
+    for i in range(tl.minimum(HEADS, heads - first_head)):
+        h = first_head + i
+        out = out_rows + h * head_rows * HEAD_DIM
+        if ROTATE:
+            x, y = load_members(x_rows + h * step, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+            x, y = x.to(tl.float32), y.to(tl.float32)
+            if STREAMS:
+                x, y = normalised(x, y, w_x, w_y, epsilon, HEAD_DIM)
+            store_members(out, x * cos - y * sin, y * cos + x * sin, mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        else:
+            channel = tl.arange(0, BLOCK_D)[None, :]
+            known = mask & (channel < HEAD_DIM)
+            tl.store(out + channel, tl.load(x_rows + h * step + channel * stride_d, mask=known), mask=known)
 
 
 def pack_rows(
@@ -103,12 +108,12 @@ def pack_rows(
     rows = tokens if source is None else source.shape[0]
     lead, head_rows, token_rows = ((rows, heads), 1, heads) if tokens_first else ((heads, rows), rows, 1)
     out = torch.empty((batch, *lead, dim), dtype=x.dtype, device=x.device)
-    pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
+    pack_kernel[(triton.cdiv(rows, config.block_n) * triton.cdiv(heads, config.block_m) * batch,)](
         OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
-        SIN=out if sin is None else sin, heads=heads, num_rows=rows, table_batch_stride=batch_stride(cos),
-        interleaved=int(interleaved), head_rows=head_rows, token_rows=token_rows, **stream_arguments(x),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
-        GATHER=source is not None, ROTATE=cos is not None,
+        SIN=out if sin is None else sin, heads=heads, num_rows=rows,
+        table_rows=batch_stride(cos) // max(dim // 2, 1), head_rows=head_rows, token_rows=token_rows,
+        **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, HEADS=config.block_m,
+        INTERLEAVED=interleaved and cos is not None, GATHER=source is not None, ROTATE=cos is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out.transpose(1, 2) if tokens_first else out
@@ -116,8 +121,8 @@ def pack_rows(
 
 QUERIES_COUNTS = (
     "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "num_groups", "num_buckets",
-    "pass_groups", "num_per_query", "num_residual", "cos_batch_stride", "cos_variant_stride", "groups_batch_stride",
-    "sorted_batch_stride", "bucket_batch_stride", "interleaved", "split",
+    "pass_groups", "num_per_query", "num_residual", "table_rows", "variant_rows", "groups_batch_stride",
+    "sorted_batch_stride", "bucket_batch_stride", "split",
 )  # fmt: skip
 
 
@@ -125,25 +130,23 @@ QUERIES_COUNTS = (
 def queries_kernel(
     X, X2, W, W2, OUT, RESIDUAL, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, PER_QUERY_MEANS,
     SORTED_QUERIES, TILE_BUCKET,
-    stride_xb, stride_xs, stride_xh, stride_xd,
-    stride_yb, stride_ys, stride_yh, stride_yd,
+    stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
     num_segments, num_variants, num_rows, num_sorted, heads, key_heads, num_groups, num_buckets,
-    pass_groups, num_per_query, num_residual, cos_batch_stride, cos_variant_stride, groups_batch_stride,
-    sorted_batch_stride, bucket_batch_stride, interleaved, split, eps, eps2,
+    pass_groups, num_per_query, num_residual, table_rows, variant_rows, groups_batch_stride,
+    sorted_batch_stride, bucket_batch_stride, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
-    ROTATE: tl.constexpr, STREAMS: tl.constexpr,
+    HEADS: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one block of rows as every segment sees them; rows are sorted queries where there are any.
+    """Queries of one block of rows of some heads as every segment sees them; rows are sorted queries where there are
+    any.
 
-    OUT[b, h, variant, row] = w R(phi') q and BIAS[b, h, segment, row] = (lambda - delta) <w R(phi') q, mu>. RESIDUAL
-    is what rounding left of the first num_residual rows of OUT.
+    OUT[b, h, variant, row] = w R(phi') q, made once per variant, and BIAS[b, h, segment, row] = (lambda - delta)
+    <w R(phi') q, mu>. RESIDUAL is what rounding left of the first num_residual rows of OUT.
     """
-    blocks = tl.cdiv(num_rows, BLOCK_M)
+    blocks, head_blocks = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(heads, HEADS)
     block = tl.program_id(0) % blocks
-    bh = tl.program_id(0) // blocks
-    b = (bh // heads).to(tl.int64)
-    h = bh % heads
-    kv = b * key_heads + h // (heads // key_heads)
+    first_head = (tl.program_id(0) // blocks % head_blocks * HEADS).to(tl.int64)
+    b = (tl.program_id(0) // (blocks * head_blocks)).to(tl.int64)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
     query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)
@@ -151,46 +154,63 @@ def queries_kernel(
     rows = tl.where(sorted_tile, query, offs_m)
     bucket = tl.load(TILE_BUCKET + b * bucket_batch_stride + block * BLOCK_M // QUERY_TILE, mask=sorted_tile, other=0)
     row_mask = (rows >= 0) & in_range
-    base = X + b * stride_xb + h.to(tl.int64) * stride_xh
-    base2 = X2 + b * stride_yb + h.to(tl.int64) * stride_yh
-    offs_d = tl.arange(0, BLOCK_D)
-    channel = offs_d < HEAD_DIM
-    pair = pair_of(offs_d, interleaved, HEAD_DIM // 2)
+    mask, out_mask, left_mask = row_mask[:, None], in_range[:, None], (offs_m < num_residual)[:, None]
+    x_rows = stream_rows(X + b * stride_xb, X2 + b * stride_yb, rows, split, stride_xs, stride_ys, STREAMS)
+    step = tl.where(rows < split, stride_xh, stride_yh)[:, None].to(tl.int64) if STREAMS else stride_xh
+    pair = tl.arange(0, BLOCK_D // 2)
     groups = GROUPS + b * groups_batch_stride
     for s in range(num_segments):
-        row = SEGMENTS + s * SEGMENT_FIELDS
-        weight = tl.load(row + WEIGHT)
-        group = tl.load(row + GROUP)
-        variant = tl.load(row + VARIANT)
-        if ROTATE:
-            table = b * cos_batch_stride + tl.load(row + SCALED) * cos_variant_stride
-            x = load_rotated(
-                base, base2, W, W2, COS + table, SIN + table, rows, rows, row_mask, split, eps, eps2,
-                stride_xs, stride_xd, stride_ys, stride_yd, interleaved, HEAD_DIM, BLOCK_D, STREAMS,
-            )  # fmt: skip
-        else:
-            x = load_rows(base, rows, row_mask, stride_xs, stride_xd, HEAD_DIM, BLOCK_D).to(tl.float32)
-        w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, channel), other=1.0)
-        x = x * w[None, :]  # [BLOCK_M, BLOCK_D]
-        out = ((bh.to(tl.int64) * num_variants + variant) * num_rows + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
-        first = tl.load(row + FIRST_OF_VARIANT) != 0
-        rounded = x.to(OUT.dtype.element_ty)
-        tl.store(OUT + out, rounded, mask=when(first, in_range)[:, None] & channel[None, :])
-        residual = ((bh.to(tl.int64) * num_variants + variant) * num_residual + offs_m)[:, None] * HEAD_DIM + offs_d[
-            None, :
-        ]
-        residual_mask = when(first, offs_m < num_residual)[:, None] & channel[None, :]
-        tl.store(RESIDUAL + residual, (x - rounded.to(tl.float32)).to(OUT.dtype.element_ty), mask=residual_mask)
-        means = (kv * num_groups + group) * num_buckets + tl.maximum(bucket, 0)
-        mu = tl.load(MEANS + means * HEAD_DIM + offs_d, mask=when((group >= 0) & (bucket >= 0), channel), other=0.0)
-        pass_group = kv * pass_groups + tl.load(row + PASS_GROUP)
-        at = (pass_group * num_per_query + offs_m)[:, None] * HEAD_DIM + offs_d[None, :]
-        at_mask = when((group >= 0) & (bucket < 0), row_mask)[:, None] & channel[None, :]
-        query_mu = tl.load(PER_QUERY_MEANS + at, mask=at_mask, other=0.0)
-        shift = tl.load(groups + group * GROUP_FIELDS + GROUP_BIAS, mask=group >= 0, other=1.0)
-        shift -= tl.load(groups + group * GROUP_FIELDS + GROUP_DELTA, mask=group >= 0, other=1.0)
-        bias = shift * tl.sum(x * (mu[None, :] + query_mu), 1)
-        tl.store(BIAS + (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m, bias, mask=when(group >= 0, in_range))
+        segment = SEGMENTS + s * SEGMENT_FIELDS
+        variant = tl.load(segment + VARIANT)
+        if tl.load(segment + FIRST_OF_VARIANT) != 0:
+            weight = tl.load(segment + WEIGHT)
+            w = tl.load(
+                WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, pair < HEAD_DIM // 2), other=1.0
+            )[None, :]  # fmt: skip
+            if ROTATE:
+                table = b * table_rows + tl.load(segment + SCALED) * variant_rows
+                cos, sin = load_turns(COS, SIN, table + rows, mask, HEAD_DIM, BLOCK_D)
+                cos, sin = cos * w, sin * w
+            if STREAMS:
+                w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                epsilon = tl.where(rows < split, eps, eps2)
+            for i in range(tl.minimum(HEADS, heads - first_head)):
+                h = first_head + i
+                x, y = load_members(x_rows + h * step, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                x, y = x.to(tl.float32), y.to(tl.float32)
+                if STREAMS:
+                    x, y = normalised(x, y, w_x, w_y, epsilon, HEAD_DIM)
+                if ROTATE:
+                    x, y = x * cos - y * sin, y * cos + x * sin
+                else:
+                    x, y = x * w, y * w
+                bh = b * heads + h
+                row = (bh * num_variants + variant) * num_rows + offs_m
+                out = (OUT + row * HEAD_DIM)[:, None]
+                store_members(out, x, y, out_mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                if block * BLOCK_M < num_residual:
+                    row = (bh * num_variants + variant) * num_residual + offs_m
+                    left_x = x - x.to(OUT.dtype.element_ty).to(tl.float32)
+                    left_y = y - y.to(OUT.dtype.element_ty).to(tl.float32)
+                    left = (RESIDUAL + row * HEAD_DIM)[:, None]
+                    store_members(left, left_x, left_y, left_mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                kv = b * key_heads + h // (heads // key_heads)
+                for t in range(s, num_segments):
+                    other = SEGMENTS + t * SEGMENT_FIELDS
+                    group = tl.load(other + GROUP)
+                    if (group >= 0) & (tl.load(other + VARIANT) == variant):
+                        if bucket >= 0:
+                            mean = MEANS + ((kv * num_groups + group) * num_buckets + bucket) * HEAD_DIM
+                            mu_x, mu_y = load_vector(mean, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                            product = tl.sum(x * mu_x + y * mu_y, 1)
+                        else:
+                            at = (kv * pass_groups + tl.load(other + PASS_GROUP)) * num_per_query + offs_m
+                            means = (PER_QUERY_MEANS + at * HEAD_DIM)[:, None]
+                            of_x, of_y = load_members(means, mask, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                            product = tl.sum(x * of_x + y * of_y, 1)
+                        of_group = groups + group * GROUP_FIELDS
+                        shift = tl.load(of_group + GROUP_BIAS) - tl.load(of_group + GROUP_DELTA)
+                        tl.store(BIAS + (bh * num_segments + t) * num_rows + offs_m, shift * product, mask=in_range)
 
 
 def prepare_queries(
@@ -228,7 +248,7 @@ def prepare_queries(
     weights, groups, means, per_query_means = (
         bias if x is None else x for x in (t.weights, t.groups, t.means, t.per_query_means)
     )
-    queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
+    queries_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(heads, config.block_n) * batch,)](
         OUT=out, RESIDUAL=out if left is None else left, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin,
         WEIGHTS=weights, GROUPS=groups, MEANS=means, PER_QUERY_MEANS=per_query_means,
         SORTED_QUERIES=t.segments if t.sorted_queries is None else t.sorted_queries,
@@ -237,11 +257,12 @@ def prepare_queries(
         key_heads=t.key_heads, num_groups=0 if t.groups is None else t.groups.shape[1],
         num_buckets=1 + t.num_buckets, pass_groups=0 if t.per_query_means is None else t.per_query_means.shape[2],
         num_per_query=t.num_per_query, num_residual=t.num_per_query if residual else 0,
-        cos_batch_stride=batch_stride(rotation and cos),
-        cos_variant_stride=cos.stride(1) if rotation and cos.shape[1] > 1 else 0,
+        table_rows=batch_stride(rotation and cos) // (dim // 2),
+        variant_rows=num_queries if rotation and cos.shape[1] > 1 else 0,
         groups_batch_stride=batch_stride(t.groups), sorted_batch_stride=batch_stride(t.sorted_queries),
-        bucket_batch_stride=batch_stride(t.tile_bucket), interleaved=int(interleaved), **stream_arguments(q),
+        bucket_batch_stride=batch_stride(t.tile_bucket), **stream_arguments(q),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, QUERY_TILE=abi.QUERY_TILE,
-        ROTATE=rotation is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+        HEADS=config.block_n, INTERLEAVED=interleaved, ROTATE=rotation is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, bias, left

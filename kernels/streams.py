@@ -39,13 +39,15 @@ Projected = torch.Tensor | Streams  # queries, keys or values (B, S, H, D), join
 
 def stream_arguments(x: Projected) -> dict:
     """What a kernel that reads rows needs to know of ``x``, by the names of its parameters. A plain tensor is its own
-    second stream, which no row reaches, and has no norm."""
+    second stream, which no row reaches, and has no norm. Parts whose channels lie differently are copied."""
     streamed = isinstance(x, Streams)
     parts = x.parts if streamed else (x,)
+    if parts[0].stride(3) != parts[-1].stride(3):
+        parts = tuple(part.contiguous() for part in parts)
     first, second = parts[0], parts[-1]
     weights = (x.weights if streamed else ()) or parts
     arguments = {"X": first, "X2": second, "W": weights[0], "W2": weights[-1], "STREAMS": streamed}
     for name, part in (("stride_x", first), ("stride_y", second)):
-        arguments |= {f"{name}{axis}": stride for axis, stride in zip("bshd", part.stride(), strict=True)}
+        arguments |= {f"{name}{axis}": stride for axis, stride in zip("bsh", part.stride(), strict=False)}
     eps = x.eps if streamed else (0.0,)
-    return arguments | {"split": first.shape[1], "eps": eps[0], "eps2": eps[-1]}
+    return arguments | {"stride_d": first.stride(3), "split": first.shape[1], "eps": eps[0], "eps2": eps[-1]}

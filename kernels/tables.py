@@ -71,6 +71,25 @@ class AxisBlocks:
 
 
 @dataclass(frozen=True)
+class KeyRuns:
+    """Scaled keys by their angles, for group means under per-query scales: keys of a run share the angles of some
+    pairs.
+
+    Args:
+        keys: ``(n,)`` int32, rows in key order, run after run; every class of pairs has all keys in it once.
+        bounds: ``(U + 1,)`` int32, of the runs in ``keys``.
+        pair_runs: ``(D/2, 2)`` int32, the runs ``[first, last)`` of each pair; none for pairs that no scale covers.
+        phase: ``(Bx, 2, U, D/2)`` float32, the angles of each run in quarter turns: leading and trailing parts, see
+            :func:`.common.sincos_of_product`.
+    """
+
+    keys: torch.Tensor
+    bounds: torch.Tensor
+    pair_runs: torch.Tensor
+    phase: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PolynomialTiles:
     """Sorted queries with per-query scales in tiles of similar scales, narrow enough for one dtype.
 

@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrope.kernels import abi, attention, axis_blocks, config, match, means, pack, polynomial
+from fastrope.kernels import abi, attention, axis_blocks, config, match, means, pack, polynomial, query_means
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -42,7 +42,9 @@ FUNCTIONS = {
     "axis_blocks": axis_blocks.axis_block_kernel,
     **dict.fromkeys(("polynomial", "polynomial_tma"), polynomial.polynomial_kernel),
     "terms": polynomial.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
-    "means": means.means_kernel, "match": match.match_kernel,
+    "means": means.means_kernel, "reweight": means.reweight_kernel,
+    "run_sums": query_means.run_sums_kernel, "per_query_means": query_means.per_query_means_kernel,
+    "match": match.match_kernel,
 }  # fmt: skip
 KERNELS = (*config.KERNELS, "match")
 ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -55,16 +57,16 @@ MORE_HEAD_DIMS = (32, 96, 192)
 MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
 DTYPES = (torch.bfloat16, torch.float32)
-ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "match")
+ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "match")
 INT_POINTERS = {
     "SEGMENTS", "SORTED_QUERIES", "TILE_BUCKET", "SOURCE", "BLOCK_KEYS", "BLOCK_A", "BLOCK_B", "BLOCK_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
-    "COLUMNS", "TILES",
+    "COLUMNS", "TILES", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
 BOOL_POINTERS = {"KEY_MASK", "ACTIVE", "ACCEPTED"}
-UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_xd", "stride_yd", "stride_lv"}
+UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_d", "stride_lv"}
 NUMBERS = {"log2_scale", "tau", "eps", "eps2", "max_key_angle"}
 
 
@@ -74,9 +76,12 @@ FLAGS = {
     "axis_blocks": {"HAS_MASK": (False, True)},
     **{kernel: {"HAS_MASK": (False, True)} for kernel in ("polynomial", "polynomial_tma")},
     "terms": {},
-    "pack": {"GATHER": (False, True), "ROTATE": (False, True), "STREAMS": (False, True)},
-    "queries": {"ROTATE": (False, True), "STREAMS": (False, True)},
+    "pack": dict.fromkeys(("INTERLEAVED", "GATHER", "ROTATE", "STREAMS"), (False, True)),
+    "queries": dict.fromkeys(("INTERLEAVED", "ROTATE", "STREAMS"), (False, True)),
     "means": {"HAS_MASK": (False, True)},
+    "reweight": {"INTERLEAVED": (False, True)},
+    "run_sums": {"INTERLEAVED": (False, True), "HAS_MASK": (False, True)},
+    "per_query_means": {"INTERLEAVED": (False, True)},
     "match": {"COSINE": (False, True), "HAS_ACTIVE": (False, True)},
 }  # fmt: skip
 
@@ -85,8 +90,11 @@ def variants(kernel: str) -> list[dict]:
     """Every combination of flags a launcher can ask for."""
     flags = FLAGS[kernel]
     found = [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
-    # Streams of queries are read to be rotated; those of keys too, but values are only joined.
-    return [v for v in found if kernel == "pack" or v.get("ROTATE", True) or not v.get("STREAMS")]
+    # Rows that are only gathered or joined have no pairs; queries that are not rotated come in one tensor.
+    return [
+        v for v in found
+        if v.get("ROTATE", True) or not v["INTERLEAVED" if kernel == "pack" else "STREAMS"]
+    ]
 
 
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
@@ -122,11 +130,13 @@ def compile_one(job: tuple) -> dict:
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "QUERY_TILE": abi.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
-            "PIPELINED": launch.pipelined, "BLOCK_P": max(8, launch.block_d // 4), **variant,
+            "PIPELINED": launch.pipelined, "STAGES": launch.num_stages, "BLOCK_U": launch.block_d,
+            "HEADS": launch.block_m if kernel == "pack" else launch.block_n,
+            "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
         options = {"num_warps": launch.num_warps, "num_stages": num_stages}
-    wide_out = kernel in ("means", "attention_parts")
+    wide_out = kernel in ("means", "run_sums", "per_query_means", "attention_parts")
     described = _described(kernel, element, launch) if kernel != "match" and launch.tma else {}
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -104,22 +103,14 @@ def _prepared(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple],
 
 
 def _move_groups(keys: Tensor, lowered: Lowered) -> None:
-    """``w ((lambda - delta) mu + delta khat)`` in the place of ``khat``, keys ``(B, Hkv, Sk, D)``; in float32, rounded
-    once. The mean is one of keys that may have different weights, so these come after it."""
+    """``w ((lambda - delta) mu + delta khat)`` in the place of ``khat``, keys ``(B, Hkv, Sk, D)``. The mean is one of
+    keys that may have different weights, so these come after it."""
     groups = lowered.groups
     means = kernels.group_means(
         keys, lowered.keys.segments, groups.for_kernels, groups.members, groups.bounds, None, 0, 0,
         configs(keys)("means"),
     )  # fmt: skip
-    bias, delta = groups.for_kernels[:, None, :, :2, None].unbind(3)  # (Bg, 1, G, 1)
-    shift = (bias - delta) * means[:, :, :, 0]  # (B, Hkv, G, D)
-    for s in lowered.segments:
-        if s.group < 0:
-            continue
-        added, factor = shift[:, :, s.group, None], delta[:, :, s.group, None]
-        if s.weight >= 0:
-            w = lowered.bands.for_kernels[s.weight]
-            w = w.repeat_interleave(2) if lowered.pairing == "interleaved" else torch.cat((w, w))
-            added, factor = added * w, factor * w
-        part = keys[:, :, s.start : s.stop]
-        torch.addcmul(added, part, factor, out=part)
+    kernels.reweight_keys(
+        keys, lowered.keys.segments, groups.for_kernels, means, lowered.bands and lowered.bands.for_kernels,
+        lowered.pairing == "interleaved", configs(keys)("reweight"),
+    )  # fmt: skip

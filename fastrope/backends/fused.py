@@ -21,6 +21,7 @@ from ..kernels import abi
 from ..kernels.config import LaunchConfig
 from ..kernels.streams import Projected, Streams
 from ..planning.lowered import Lowered
+from ..planning.segments import gains_of, groups_of
 from . import per_query
 from .lse_merge import merge
 
@@ -234,7 +235,7 @@ def _run_pass(
         places: leading sorted queries; None: all.
     """
     config, mask, interleaved = configs(q), lowered.keys.mask, lowered.pairing == "interleaved"
-    tables = _tables(keys, means, places, lowered, bounds)
+    tables = _tables(keys, means, places, lowered, bounds, config)
     rotation = lowered.queries and lowered.queries.rotation
     rotation = rotation and (rotation.cos, rotation.sin)
     queries, bias, residual = kernels.prepare_queries(
@@ -267,24 +268,30 @@ def _run_pass(
     )  # fmt: skip
 
 
-def _tables(keys: Tensor, means: Tensor | None, places: int | None, lowered: Lowered, bounds: tuple[int, int]):
+def _tables(
+    keys: Tensor, means: Tensor | None, places: int | None, lowered: Lowered, bounds: tuple[int, int],
+    config: Callable[..., LaunchConfig],
+) -> kernels.KernelTables:  # fmt: skip
     """The plan's tables and the means of its groups, for the segments of one pass."""
-    segments, gains, groups = lowered.segments[slice(*bounds)], lowered.gains, lowered.groups
+    here, table = lowered.segments[slice(*bounds)], lowered.keys.segments[slice(*bounds)]
+    gains, groups, queries = lowered.gains, lowered.groups, lowered.sorted_queries
     products = None
     if gains is not None:
-        products = gains.products_for(segments) if gains.products is None else gains.products
+        first = sum(len(gains_of(lowered.segments[i:j])) for i, j in lowered.passes if j <= bounds[0])
+        products = gains.products[:, first : first + len(gains_of(here))]
     per_query_means = None
-    numbers = list(dict.fromkeys(s.group for s in segments if s.group >= 0))
-    if means is not None and numbers and lowered.num_per_query:
-        per_query_means = per_query.group_means(keys, lowered, means, numbers)
-    queries = lowered.sorted_queries
+    if means is not None and lowered.key_runs is not None and groups_of(here):
+        per_query_means = kernels.per_query_means(
+            keys, means, lowered.key_runs, lowered.keys.segments, table, groups.for_kernels, len(groups_of(here)), queries.queries,
+            lowered.axis_blocks.factor, lowered.num_per_query, lowered.keys.mask, lowered.pairing == "interleaved",
+            config("run_sums"), config("per_query_means"),
+        )  # fmt: skip
     rows, buckets = (None, None) if queries is None else (queries.queries, queries.tile_bucket)
     if places is not None:
         rows, buckets = rows[:, :places], buckets[:, : places // abi.QUERY_TILE]
     return kernels.KernelTables(
-        segments=lowered.keys.segments[slice(*bounds)],
-        weights=lowered.bands and lowered.bands.for_kernels, groups=groups and groups.for_kernels, gains=products,
-        means=means, per_query_means=per_query_means, sorted_queries=rows, tile_bucket=buckets,
-        key_heads=keys.shape[1], num_variants=len({s.variant for s in segments}), num_buckets=lowered.num_buckets,
+        segments=table, weights=lowered.bands and lowered.bands.for_kernels, groups=groups and groups.for_kernels,
+        gains=products, means=means, per_query_means=per_query_means, sorted_queries=rows, tile_bucket=buckets,
+        key_heads=keys.shape[1], num_variants=len({s.variant for s in here}), num_buckets=lowered.num_buckets,
         scaled_keys=0 if lowered.scales is None else lowered.scales.scaled_keys, num_per_query=lowered.num_per_query,
     )  # fmt: skip

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.abi import AXIS_BLOCK, PAIR_CHUNK
-from ..kernels.tables import AxisBlocks
-from .lowered import ClassAngles, PerQueryMeans
+from ..kernels.tables import AxisBlocks, KeyRuns
 from .resolve import Scale
 from .segments import Segment
 
 
 def axis_blocks(
     scale: Scale, angles: Tensor, covered: Tensor, axis: Tensor, segments: Sequence[Segment]
-) -> tuple[AxisBlocks, list[tuple[int, int]], PerQueryMeans | None]:
+) -> tuple[AxisBlocks, list[tuple[int, int]], KeyRuns | None]:
     """Blocks of the scaled segments, the bounds ``[first, last)`` of each segment's blocks, and what group means need.
 
     Phases and factors are split in two, so that the kernels' float32 holds their product however far apart keys are.
@@ -47,7 +46,7 @@ def axis_blocks(
     phase = split(torch.where(scale.pairs, angles * (2 / torch.pi), 0.0))
     blocks = AxisBlocks(keys, a, b, c, pairs_a, pairs_b, pairs_c, phase, split(1 - scale.r))
     grouped = any(s.group >= 0 for s in segments)
-    return blocks, bounds, _per_query_means(angles, covered, classes, segments) if grouped else None
+    return blocks, bounds, _key_runs(angles, covered, classes) if grouped else None
 
 
 def split(x: Tensor) -> Tensor:
@@ -62,21 +61,22 @@ def _columns(pairs: tuple[int, ...]) -> Tensor:
     return torch.tensor([*pairs, *[-1] * (-len(pairs) % PAIR_CHUNK)], dtype=torch.int32, device="cpu")
 
 
-def _per_query_means(
-    angles: Tensor, covered: Tensor, classes: PairClasses, segments: Sequence[Segment]
-) -> PerQueryMeans:
-    group = torch.full((segments[-1].stop,), -1, dtype=torch.int64, device="cpu")
-    for s in segments:
-        group[s.start : s.stop] = s.group
+def _key_runs(angles: Tensor, covered: Tensor, classes: PairClasses) -> KeyRuns:
     rows = covered.nonzero().flatten()
-    found = []
-    for name in ("a", "b", "c"):
-        pairs = torch.tensor(getattr(classes, name), dtype=torch.int64, device="cpu")
-        ids, first = distinct_angles(angles[:, rows], pairs)
-        order, lengths = (torch.from_numpy(x) for x in (np.argsort(ids, kind="stable"), np.bincount(ids)))
-        found.append(ClassAngles(pairs, order, lengths, angles[:, rows][:, torch.from_numpy(first)][..., pairs]))
-    a, b, c = found
-    return PerQueryMeans(rows, group[rows], a, b, c)
+    scaled = angles[:, rows]
+    pair_runs = torch.zeros(angles.shape[2], 2, dtype=torch.int32, device="cpu")
+    keys, lengths, turns = [], [], []
+    for pairs in (classes.a, classes.b, classes.c):
+        if not pairs:
+            continue
+        ids, first = distinct_angles(scaled, pairs)
+        done = sum(len(x) for x in lengths)
+        pair_runs[list(pairs)] = torch.tensor([done, done + len(first)], dtype=torch.int32, device="cpu")
+        keys.append(rows[torch.from_numpy(np.argsort(ids, kind="stable"))])
+        lengths.append(torch.from_numpy(np.bincount(ids)))
+        turns.append(scaled[:, torch.from_numpy(first)] * (2 / torch.pi))
+    bounds = torch.nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0))
+    return KeyRuns(torch.cat(keys).int(), bounds.int(), pair_runs, split(torch.cat(turns, dim=1)))
 
 
 @dataclass(frozen=True)

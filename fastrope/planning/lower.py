@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import require
 from ..device import wide_on_cpu
-from ..kernels.tables import AxisBlocks, Polynomial
+from ..kernels.tables import AxisBlocks, KeyRuns, Polynomial
 from ..rope import RoPE
 from .axis_blocks import axis_blocks
 from .lowered import (
@@ -19,7 +19,6 @@ from .lowered import (
     GroupTables,
     KeyTables,
     Lowered,
-    PerQueryMeans,
     QueryTables,
     Rotation,
     ScaleTables,
@@ -30,7 +29,7 @@ from .lowered import (
 from .polynomial import polynomial
 from .resolve import Resolved
 from .scales import find_buckets, scale_tables, sort_queries, unmodulated_queries
-from .segments import KeySignatures, Segment, distinct_sets, launch_passes, segment_keys
+from .segments import KeySignatures, Segment, distinct_sets, gains_of, groups_of, launch_passes, segment_keys
 
 
 def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> Lowered:
@@ -55,9 +54,9 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
     rotation, source = _key_rotation(resolved, places, scales)
     if order is not None and source is None:
         source = order
-    blocks, per_query_means, found, bounds = None, None, None, [(0, 0)] * len(segments)
+    blocks, key_runs, found, bounds = None, None, None, [(0, 0)] * len(segments)
     if scales is not None and queries is not None and queries.num_per_query:
-        blocks, bounds, per_query_means = _axis_blocks(resolved, places, segments)
+        blocks, bounds, key_runs = _axis_blocks(resolved, places, segments)
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
     mask = None if resolved.key_mask is None else resolved.key_mask.cpu()[:, places]
@@ -70,7 +69,7 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
     return replace(
         plain, segments=segments, passes=passes, keys=keys, queries=_query_rotation(resolved), bands=bands,
         groups=_groups(resolved, segments), gains=_gains(resolved, gain_sets, segments, passes), scales=scales,
-        sorted_queries=queries, unmodulated=unmodulated, axis_blocks=blocks, per_query_means=per_query_means,
+        sorted_queries=queries, unmodulated=unmodulated, axis_blocks=blocks, key_runs=key_runs,
         polynomial=found,
     )  # fmt: skip
 
@@ -125,8 +124,10 @@ def _gains(
     if not sets:
         return None
     batch = max(m.g.shape[0] for m in resolved.gains)
-    tables = GainTables(torch.stack([m.g.expand(batch, -1) for m in resolved.gains], dim=1), tuple(sets))
-    return tables if len(passes) > 1 else GainTables(tables.values, tables.sets, tables.products_for(segments))
+    values = torch.stack([m.g.expand(batch, -1) for m in resolved.gains], dim=1)
+    used = [sets[gain] for first, last in passes for gain in gains_of(segments[first:last])]
+    products = torch.stack([values[:, list(members)].prod(dim=1) for members in used], dim=1).float()
+    return GainTables(values, tuple(sets), products)
 
 
 def _groups(resolved: Resolved, segments: tuple[Segment, ...]) -> GroupTables | None:
@@ -174,8 +175,7 @@ def _segment_table(
     for first, last in passes:
         here = segments[first:last]
         variants = list(dict.fromkeys(s.variant for s in here))
-        gains = list(dict.fromkeys(s.gain for s in here if s.gain >= 0))
-        groups = list(dict.fromkeys(s.group for s in here if s.group >= 0))
+        gains, groups = gains_of(here), groups_of(here)
         met = set()
         for s, (first_block, last_block) in zip(here, block_bounds[first:last], strict=True):
             gain, group = (-1 if n < 0 else known.index(n) for n, known in ((s.gain, gains), (s.group, groups)))
@@ -245,7 +245,7 @@ def _angles(rope: RoPE) -> Tensor:
 
 def _axis_blocks(
     resolved: Resolved, places: Tensor, segments: tuple[Segment, ...]
-) -> tuple[AxisBlocks, list[tuple[int, int]], PerQueryMeans | None]:
+) -> tuple[AxisBlocks, list[tuple[int, int]], KeyRuns | None]:
     rope, key_rope, scale = resolved.rope, resolved.key_rope or resolved.rope, resolved.scale
     assert rope is not None
     assert key_rope is not None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.tables import AxisBlocks, Polynomial, PolynomialTiles
+from ..kernels.tables import AxisBlocks, KeyRuns, Polynomial, PolynomialTiles
 from .flattening import flatten, tables, unflatten
 from .resolve import Group
 from .segments import Segment
@@ -122,19 +122,13 @@ class GainTables:
     Args:
         values: ``(Bx, n, Sq)`` float64, one row per LogitGain.
         sets: the gains that segments multiply, as rows of ``values``.
-        products: ``(Bx, sets, Sq)`` float32, see :meth:`products_for`; None where a call takes several passes.
+        products: ``(Bx, n, Sq)`` float32, the products that segments use, pass after pass, numbered within each pass
+            as in the segment table.
     """
 
     values: Tensor
     sets: tuple[tuple[int, ...], ...]
-    products: Tensor | None = None
-
-    def products_for(self, segments: Sequence[Segment]) -> Tensor | None:
-        """``(Bx, sets, Sq)`` float32: the products that ``segments`` use, numbered as in the segment table. None where
-        none is used."""
-        used = [self.sets[n] for n in dict.fromkeys(s.gain for s in segments if s.gain >= 0)]
-        found = [self.values[:, list(members)].prod(dim=1) for members in used]
-        return torch.stack(found, dim=1).float() if found else None
+    products: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,40 +186,6 @@ class UnmodulatedQueries:
 
 
 @dataclass(frozen=True, eq=False)
-class ClassAngles:
-    """Scaled keys by their angles on one class of pairs.
-
-    Args:
-        pairs: ``(n,)`` int64.
-        order: ``(scaled keys,)`` int64, sorted by angle.
-        lengths: ``(U,)`` int64, how many keys share each distinct angle.
-        angles: ``(Bx, U, n)`` float64 radians.
-    """
-
-    pairs: Tensor
-    order: Tensor
-    lengths: Tensor
-    angles: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class PerQueryMeans:
-    """What group means under per-query scales are made of.
-
-    Args:
-        rows: ``(n,)`` int64, the scaled keys in key order.
-        group: ``(n,)`` int64, the group of each, or -1.
-        a, b, c: one per class of pairs.
-    """
-
-    rows: Tensor
-    group: Tensor
-    a: ClassAngles
-    b: ClassAngles
-    c: ClassAngles
-
-
-@dataclass(frozen=True, eq=False)
 class Lowered:
     """All that backends, and ops, know of a plan.
 
@@ -255,7 +215,7 @@ class Lowered:
     sorted_queries: SortedQueries | None = None
     unmodulated: UnmodulatedQueries | None = None
     axis_blocks: AxisBlocks | None = None
-    per_query_means: PerQueryMeans | None = None
+    key_runs: KeyRuns | None = None
     polynomial: Polynomial | None = None
 
     @property
@@ -317,5 +277,5 @@ def weighted_rotation(rotation: Rotation | None, bands: BandTables, segments: Se
 # What a spec may name.
 TABLES = tables(
     Lowered, KeyTables, QueryTables, BandTables, GroupTables, GainTables, ScaleTables, SortedQueries,
-    UnmodulatedQueries, ClassAngles, PerQueryMeans, Rotation, Segment, AxisBlocks, Polynomial, PolynomialTiles,
+    UnmodulatedQueries, Rotation, Segment, AxisBlocks, KeyRuns, Polynomial, PolynomialTiles,
 )  # fmt: skip

@@ -129,6 +129,16 @@ def launch_passes(segments: Sequence[Segment], per_query: bool) -> tuple[tuple[i
     return split_passes(segments, *limits)
 
 
+def gains_of(segments: Sequence[Segment]) -> list[int]:
+    """The products of gains that some segments use, in the order in which a pass numbers them."""
+    return list(dict.fromkeys(s.gain for s in segments if s.gain >= 0))
+
+
+def groups_of(segments: Sequence[Segment]) -> list[int]:
+    """The groups of some segments, in the order in which a pass numbers them."""
+    return list(dict.fromkeys(s.group for s in segments if s.group >= 0))
+
+
 def _runs(rows: torch.Tensor) -> list[int]:
     changes = (rows[1:] != rows[:-1]).any(dim=1).nonzero().flatten() + 1
     return [0, *changes.tolist(), len(rows)]
