@@ -91,8 +91,10 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
     if kernel in LOOPS and head_dim < block_d == 128 and dtype != torch.float32 and arch != "gfx942":
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
-    if masked and kernel == "attention_modulated_tma" and head_dim < block_d == 128:
-        config = replace(config, pipelined=False)  # beside both masks, carried weights spill under triton 3.6
+    if masked and kernel == "attention_modulated_tma" and block_d == 128:
+        config = replace(config, pipelined=False)  # faster
+    if masked and kernel == "attention_tma" and block_d == 256:
+        config = replace(config, block_n=32, num_stages=3)  # a mask takes registers, too
     return config
 
 
@@ -136,11 +138,11 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
 
 
-# Query rows, keys, warps, stages and whether pipelined. With descriptors addresses take no registers, which leaves them
-# for weights that are carried to the next tile; at 256 channels the plain loop would wait for its products one by one.
+# Query rows, keys, warps, stages and whether pipelined, for head blocks as above: the fastest of those tried on an H200
+# (bench/NOTEBOOK.md, decision 14). One warp group holds a tile, and several programs share a multiprocessor.
 _TMA = {
-    "attention_tma": ((128, 64, 8, 4, True), (128, 64, 8, 4, True), (128, 32, 8, 3, False)),
-    "attention_modulated_tma": ((128, 64, 8, 4, True), (128, 64, 8, 4, True), (64, 64, 8, 2, True)),
+    "attention_tma": ((64, 128, 4, 3, False), (64, 64, 4, 3, False), (128, 64, 8, 2, False)),
+    "attention_modulated_tma": ((64, 128, 4, 3, False), (64, 64, 4, 3, True), (64, 64, 8, 2, True)),
 }
 
 
@@ -182,21 +184,19 @@ def _polynomial(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchCo
 
 
 def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    """``block_m`` is the heads of a program, which share angles."""
-    return LaunchConfig(8, max(8, 2048 // block_d), block_d, 4, 1)
+    return LaunchConfig(1, max(8, 2048 // block_d), block_d, 4, 1)
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    """``block_n`` is the heads of a program, which share angles."""
-    return LaunchConfig(min(128, max(8, 2048 // block_d)), 8, block_d, 4, 1)
+    return LaunchConfig(min(64, max(8, 4096 // block_d)), 1, block_d, 8 if block_d <= 32 else 4, 1)
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, 128, min(block_d, 32), 4, 4)
+    return LaunchConfig(1, 128, min(block_d, 32), 4, 6)
 
 
 def _run_sums(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, max(8, 1024 // block_d), block_d, 4, 1)
+    return LaunchConfig(1, min(64, max(16, 2048 // block_d)), block_d, 8 if block_d == 256 else 4, 1)
 
 
 def _per_query_means(arch: str, float32: bool, block_d: int) -> LaunchConfig:

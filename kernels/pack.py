@@ -41,45 +41,39 @@ def pack_kernel(
     X, X2, W, W2, OUT, SOURCE, COS, SIN,
     stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
     heads, num_rows, table_rows, split, head_rows, token_rows, eps, eps2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, GATHER: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GATHER: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of some heads; X joined of streams if STREAMS,
-    and normalised if it is rotated too. In OUT heads lie head_rows rows of HEAD_DIM apart and tokens token_rows.
-
-    A program takes several heads, which share angles and weights: read once, these are a small part of the traffic.
-    """
-    blocks, head_blocks = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(heads, HEADS)
+    """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X joined of streams if STREAMS,
+    and normalised if it is rotated too. In OUT heads lie head_rows rows of HEAD_DIM apart and tokens token_rows."""
+    blocks = tl.cdiv(num_rows, BLOCK_N)
     block = tl.program_id(0) % blocks
-    first_head = (tl.program_id(0) // blocks % head_blocks * HEADS).to(tl.int64)
-    b = (tl.program_id(0) // (blocks * head_blocks)).to(tl.int64)
+    bh = tl.program_id(0) // blocks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = offs_n < num_rows
     mask = valid[:, None]
     source = offs_n
     if GATHER:
         source = tl.load(SOURCE + offs_n, mask=valid, other=0)
+    x_rows = stream_rows(
+        X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, source, split, stride_xs, stride_ys,
+        STREAMS,
+    )  # fmt: skip
+    row = b * heads * num_rows + h * head_rows + offs_n.to(tl.int64) * token_rows
+    out = (OUT + row * HEAD_DIM)[:, None]
     if ROTATE:
-        cos, sin = load_turns(COS, SIN, b * table_rows + offs_n, mask, HEAD_DIM, BLOCK_D)
+        x, y = load_members(x_rows, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        x, y = x.to(tl.float32), y.to(tl.float32)
         if STREAMS:
             w_x, w_y = norm_weights(W, W2, source, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
-            epsilon = tl.where(source < split, eps, eps2)
-    x_rows = stream_rows(X + b * stride_xb, X2 + b * stride_yb, source, split, stride_xs, stride_ys, STREAMS)
-    step = tl.where(source < split, stride_xh, stride_yh)[:, None].to(tl.int64) if STREAMS else stride_xh
-    out_rows = (OUT + (b * heads * num_rows + offs_n.to(tl.int64) * token_rows) * HEAD_DIM)[:, None]
-    for i in range(tl.minimum(HEADS, heads - first_head)):
-        h = first_head + i
-        out = out_rows + h * head_rows * HEAD_DIM
-        if ROTATE:
-            x, y = load_members(x_rows + h * step, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-            x, y = x.to(tl.float32), y.to(tl.float32)
-            if STREAMS:
-                x, y = normalised(x, y, w_x, w_y, epsilon, HEAD_DIM)
-            store_members(out, x * cos - y * sin, y * cos + x * sin, mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
-        else:
-            channel = tl.arange(0, BLOCK_D)[None, :]
-            known = mask & (channel < HEAD_DIM)
-            tl.store(out + channel, tl.load(x_rows + h * step + channel * stride_d, mask=known), mask=known)
+            x, y = normalised(x, y, w_x, w_y, tl.where(source < split, eps, eps2), HEAD_DIM)
+        cos, sin = load_turns(COS, SIN, b * table_rows + offs_n, mask, HEAD_DIM, BLOCK_D)
+        store_members(out, x * cos - y * sin, y * cos + x * sin, mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
+    else:
+        channel = tl.arange(0, BLOCK_D)[None, :]
+        known = mask & (channel < HEAD_DIM)
+        tl.store(out + channel, tl.load(x_rows + channel * stride_d, mask=known), mask=known)
 
 
 def pack_rows(
@@ -108,15 +102,38 @@ def pack_rows(
     rows = tokens if source is None else source.shape[0]
     lead, head_rows, token_rows = ((rows, heads), 1, heads) if tokens_first else ((heads, rows), rows, 1)
     out = torch.empty((batch, *lead, dim), dtype=x.dtype, device=x.device)
-    pack_kernel[(triton.cdiv(rows, config.block_n) * triton.cdiv(heads, config.block_m) * batch,)](
+    pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
         OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
         SIN=out if sin is None else sin, heads=heads, num_rows=rows,
         table_rows=batch_stride(cos) // max(dim // 2, 1), head_rows=head_rows, token_rows=token_rows,
-        **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, HEADS=config.block_m,
+        **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
         INTERLEAVED=interleaved and cos is not None, GATHER=source is not None, ROTATE=cos is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out.transpose(1, 2) if tokens_first else out
+
+
+@triton.jit(do_not_specialize=("rows",))
+def scatter_kernel(X, OUT, PLACES, stride_xb, stride_xs, stride_ob, stride_os, rows, WIDTH: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """OUT[b, PLACES[n]] = X[b, n], rows of WIDTH adjacent elements, one per program."""
+    b, n = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
+    x = X + b * stride_xb + n.to(tl.int64) * stride_xs
+    out = OUT + b * stride_ob + tl.load(PLACES + n).to(tl.int64) * stride_os
+    for start in range(0, WIDTH, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        tl.store(out + offs, tl.load(x + offs, mask=offs < WIDTH), mask=offs < WIDTH)
+
+
+def scatter_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[:, places] = x``: ``x (B, n, H, D)`` and ``out (B, S, H, D)``, contiguous; ``places (n,)`` int32, all
+    different."""
+    width = x.shape[2] * x.shape[3]
+    block = min(2048, triton.next_power_of_2(width))
+    scatter_kernel[(x.shape[0] * x.shape[1],)](
+        X=x, OUT=out, PLACES=places, stride_xb=x.stride(0), stride_xs=x.stride(1), stride_ob=out.stride(0),
+        stride_os=out.stride(1), rows=x.shape[1], WIDTH=width, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 QUERIES_COUNTS = (
@@ -135,18 +152,18 @@ def queries_kernel(
     pass_groups, num_per_query, num_residual, table_rows, variant_rows, groups_batch_stride,
     sorted_batch_stride, bucket_batch_stride, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
-    HEADS: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one block of rows of some heads as every segment sees them; rows are sorted queries where there are
-    any.
+    """Queries of one block of rows of one head as every segment sees them; rows are sorted queries where there are any.
 
     OUT[b, h, variant, row] = w R(phi') q, made once per variant, and BIAS[b, h, segment, row] = (lambda - delta)
     <w R(phi') q, mu>. RESIDUAL is what rounding left of the first num_residual rows of OUT.
     """
-    blocks, head_blocks = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(heads, HEADS)
+    blocks = tl.cdiv(num_rows, BLOCK_M)
     block = tl.program_id(0) % blocks
-    first_head = (tl.program_id(0) // blocks % head_blocks * HEADS).to(tl.int64)
-    b = (tl.program_id(0) // (blocks * head_blocks)).to(tl.int64)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    kv = b * key_heads + h // (heads // key_heads)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
     query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)
@@ -154,9 +171,11 @@ def queries_kernel(
     rows = tl.where(sorted_tile, query, offs_m)
     bucket = tl.load(TILE_BUCKET + b * bucket_batch_stride + block * BLOCK_M // QUERY_TILE, mask=sorted_tile, other=0)
     row_mask = (rows >= 0) & in_range
-    mask, out_mask, left_mask = row_mask[:, None], in_range[:, None], (offs_m < num_residual)[:, None]
-    x_rows = stream_rows(X + b * stride_xb, X2 + b * stride_yb, rows, split, stride_xs, stride_ys, STREAMS)
-    step = tl.where(rows < split, stride_xh, stride_yh)[:, None].to(tl.int64) if STREAMS else stride_xh
+    mask = row_mask[:, None]
+    x_rows = stream_rows(
+        X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, rows, split, stride_xs, stride_ys,
+        STREAMS,
+    )  # fmt: skip
     pair = tl.arange(0, BLOCK_D // 2)
     groups = GROUPS + b * groups_batch_stride
     for s in range(num_segments):
@@ -167,50 +186,41 @@ def queries_kernel(
             w = tl.load(
                 WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, pair < HEAD_DIM // 2), other=1.0
             )[None, :]  # fmt: skip
+            x, y = load_members(x_rows, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+            x, y = x.to(tl.float32), y.to(tl.float32)
+            if STREAMS:
+                w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                x, y = normalised(x, y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
             if ROTATE:
                 table = b * table_rows + tl.load(segment + SCALED) * variant_rows
                 cos, sin = load_turns(COS, SIN, table + rows, mask, HEAD_DIM, BLOCK_D)
-                cos, sin = cos * w, sin * w
-            if STREAMS:
-                w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                epsilon = tl.where(rows < split, eps, eps2)
-            for i in range(tl.minimum(HEADS, heads - first_head)):
-                h = first_head + i
-                x, y = load_members(x_rows + h * step, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                x, y = x.to(tl.float32), y.to(tl.float32)
-                if STREAMS:
-                    x, y = normalised(x, y, w_x, w_y, epsilon, HEAD_DIM)
-                if ROTATE:
-                    x, y = x * cos - y * sin, y * cos + x * sin
-                else:
-                    x, y = x * w, y * w
-                bh = b * heads + h
-                row = (bh * num_variants + variant) * num_rows + offs_m
-                out = (OUT + row * HEAD_DIM)[:, None]
-                store_members(out, x, y, out_mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                if block * BLOCK_M < num_residual:
-                    row = (bh * num_variants + variant) * num_residual + offs_m
-                    left_x = x - x.to(OUT.dtype.element_ty).to(tl.float32)
-                    left_y = y - y.to(OUT.dtype.element_ty).to(tl.float32)
-                    left = (RESIDUAL + row * HEAD_DIM)[:, None]
-                    store_members(left, left_x, left_y, left_mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                kv = b * key_heads + h // (heads // key_heads)
-                for t in range(s, num_segments):
-                    other = SEGMENTS + t * SEGMENT_FIELDS
-                    group = tl.load(other + GROUP)
-                    if (group >= 0) & (tl.load(other + VARIANT) == variant):
-                        if bucket >= 0:
-                            mean = MEANS + ((kv * num_groups + group) * num_buckets + bucket) * HEAD_DIM
-                            mu_x, mu_y = load_vector(mean, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                            product = tl.sum(x * mu_x + y * mu_y, 1)
-                        else:
-                            at = (kv * pass_groups + tl.load(other + PASS_GROUP)) * num_per_query + offs_m
-                            means = (PER_QUERY_MEANS + at * HEAD_DIM)[:, None]
-                            of_x, of_y = load_members(means, mask, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                            product = tl.sum(x * of_x + y * of_y, 1)
-                        of_group = groups + group * GROUP_FIELDS
-                        shift = tl.load(of_group + GROUP_BIAS) - tl.load(of_group + GROUP_DELTA)
-                        tl.store(BIAS + (bh * num_segments + t) * num_rows + offs_m, shift * product, mask=in_range)
+                x, y = x * cos - y * sin, y * cos + x * sin
+            x, y = x * w, y * w
+            of_variant = bh * num_variants + variant
+            out = (OUT + (of_variant * num_rows + offs_m) * HEAD_DIM)[:, None]
+            store_members(out, x, y, in_range[:, None], HEAD_DIM, BLOCK_D, INTERLEAVED)
+            if block * BLOCK_M < num_residual:
+                left_x = x - x.to(OUT.dtype.element_ty).to(tl.float32)
+                left_y = y - y.to(OUT.dtype.element_ty).to(tl.float32)
+                left = (RESIDUAL + (of_variant * num_residual + offs_m) * HEAD_DIM)[:, None]
+                kept = (offs_m < num_residual)[:, None]
+                store_members(left, left_x, left_y, kept, HEAD_DIM, BLOCK_D, INTERLEAVED)
+            for t in range(s, num_segments):
+                other = SEGMENTS + t * SEGMENT_FIELDS
+                group = tl.load(other + GROUP)
+                if (group >= 0) & (tl.load(other + VARIANT) == variant):
+                    if bucket >= 0:
+                        mean = MEANS + ((kv * num_groups + group) * num_buckets + bucket) * HEAD_DIM
+                        mu_x, mu_y = load_vector(mean, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                        product = tl.sum(x * mu_x + y * mu_y, 1)
+                    else:
+                        at = (kv * pass_groups + tl.load(other + PASS_GROUP)) * num_per_query + offs_m
+                        means = (PER_QUERY_MEANS + at * HEAD_DIM)[:, None]
+                        of_x, of_y = load_members(means, mask, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                        product = tl.sum(x * of_x + y * of_y, 1)
+                    of_group = groups + group * GROUP_FIELDS
+                    shift = tl.load(of_group + GROUP_BIAS) - tl.load(of_group + GROUP_DELTA)
+                    tl.store(BIAS + (bh * num_segments + t) * num_rows + offs_m, shift * product, mask=in_range)
 
 
 def prepare_queries(
@@ -248,7 +258,7 @@ def prepare_queries(
     weights, groups, means, per_query_means = (
         bias if x is None else x for x in (t.weights, t.groups, t.means, t.per_query_means)
     )
-    queries_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(heads, config.block_n) * batch,)](
+    queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
         OUT=out, RESIDUAL=out if left is None else left, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin,
         WEIGHTS=weights, GROUPS=groups, MEANS=means, PER_QUERY_MEANS=per_query_means,
         SORTED_QUERIES=t.segments if t.sorted_queries is None else t.sorted_queries,
@@ -262,7 +272,7 @@ def prepare_queries(
         groups_batch_stride=batch_stride(t.groups), sorted_batch_stride=batch_stride(t.sorted_queries),
         bucket_batch_stride=batch_stride(t.tile_bucket), **stream_arguments(q),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, QUERY_TILE=abi.QUERY_TILE,
-        HEADS=config.block_n, INTERLEAVED=interleaved, ROTATE=rotation is not None,
+        INTERLEAVED=interleaved, ROTATE=rotation is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, bias, left

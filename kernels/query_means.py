@@ -18,15 +18,13 @@ from .common import (
     GROUP_COUNT,
     GROUP_FIELDS,
     PASS_GROUP,
-    SCALED,
     SEGMENT_FIELDS,
-    START,
-    STOP,
     pair_of,
     sincos_of_product,
 )  # fmt: skip
 from .config import LaunchConfig
 from .tables import KeyRuns, batch_stride, strides
+
 
 @triton.jit
 def plan_group(PASS, g, pass_segments):
@@ -39,19 +37,19 @@ def plan_group(PASS, g, pass_segments):
 
 
 RUN_SUMS_COUNTS = (
-    "num_segments", "pass_segments", "num_runs", "heads", "pass_groups", "groups_batch_stride", "mask_batch_stride",
+    "pass_segments", "num_runs", "heads", "pass_groups", "groups_batch_stride", "mask_batch_stride",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_SUMS_COUNTS)
 def run_sums_kernel(
-    K, OUT, SEGMENTS, PASS, GROUPS, RUN_KEYS, BOUNDS, PAIR_RUNS, KEY_MASK, stride_kb, stride_kh, stride_ks, stride_kd,
-    num_segments, pass_segments, num_runs, heads, pass_groups, groups_batch_stride, mask_batch_stride,
+    K, OUT, PASS, GROUPS, RUN_KEYS, RUN_GROUPS, BOUNDS, PAIR_RUNS, KEY_MASK, stride_kb, stride_kh, stride_ks, stride_kd,
+    pass_segments, num_runs, heads, pass_groups, groups_batch_stride, mask_batch_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, run, channel, h, g] = sum of the run's unmasked keys of group g / the group's number of keys, in the
-    channels of the run's own pairs. PASS are the segments whose groups are wanted; their keys may lie in any."""
+    channels of the run's own pairs. PASS are the segments whose groups are wanted."""
     run = tl.program_id(0) % num_runs
     bh = tl.program_id(0) // num_runs
     b, h = (bh // heads).to(tl.int64), bh % heads
@@ -62,22 +60,19 @@ def run_sums_kernel(
     first = tl.load(PAIR_RUNS + 2 * pair, mask=channel, other=0)
     last = tl.load(PAIR_RUNS + 2 * pair + 1, mask=channel, other=0)
     own = (run >= first) & (run < last)
+    begin, end = tl.load(BOUNDS + run), tl.load(BOUNDS + run + 1)
     columns = heads * pass_groups
     for g in range(pass_groups):
         total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         group = plan_group(PASS, g, pass_segments)
-        for s in range(num_segments):
-            row = SEGMENTS + s * SEGMENT_FIELDS
-            start, stop = tl.load(row + START), tl.load(row + STOP)
-            if (tl.load(row + GROUP) == group) & (tl.load(row + SCALED) != 0):
-                for n in range(tl.load(BOUNDS + run), tl.load(BOUNDS + run + 1), BLOCK_N):
-                    at = n + tl.arange(0, BLOCK_N)
-                    key = tl.load(RUN_KEYS + at, mask=at < tl.load(BOUNDS + run + 1), other=-1)
-                    valid = (key >= start) & (key < stop)
-                    if HAS_MASK:
-                        valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + key, mask=valid, other=0) != 0)
-                    ptrs = base + key.to(tl.int64)[:, None] * stride_ks + offs_d[None, :] * stride_kd
-                    total += tl.load(ptrs, mask=valid[:, None] & own[None, :], other=0.0).to(tl.float32)
+        for n in range(begin, end, BLOCK_N):
+            at = n + tl.arange(0, BLOCK_N)
+            key = tl.load(RUN_KEYS + at, mask=at < end, other=-1)
+            valid = (key >= 0) & (tl.load(RUN_GROUPS + at, mask=key >= 0, other=-1) == group)
+            if HAS_MASK:
+                valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + key, mask=valid, other=0) != 0)
+            ptrs = base + key.to(tl.int64)[:, None] * stride_ks + offs_d[None, :] * stride_kd
+            total += tl.load(ptrs, mask=valid[:, None] & own[None, :], other=0.0).to(tl.float32)
         count = tl.load(GROUPS + b * groups_batch_stride + group * GROUP_FIELDS + GROUP_COUNT)
         out = OUT + ((b * num_runs + run) * HEAD_DIM + offs_d) * columns + h * pass_groups + g
         tl.store(out, tl.sum(total, 0) / tl.maximum(count, 1.0), mask=channel)
@@ -150,7 +145,6 @@ def per_query_means(
     means: torch.Tensor,
     runs: KeyRuns,
     segments: torch.Tensor,
-    pass_table: torch.Tensor,
     groups: torch.Tensor,
     pass_groups: int,
     sorted_queries: torch.Tensor,
@@ -167,8 +161,7 @@ def per_query_means(
         keys: ``(B, Hkv, R, D)`` rotated keys in key order, any strides.
         means: ``(B, Hkv, G, 1 + buckets, D)`` float32 of :func:`group_means`.
         runs: the scaled keys by their angles.
-        segments, pass_table: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, all segments and those of the pass, which has
-            ``pass_groups`` groups.
+        segments: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, of the pass, with ``pass_groups`` groups.
         groups: ``(1 or B, G, 3)`` float32.
         sorted_queries: ``(1 or B, N)`` int32, the first ``num_per_query`` of which are taken.
         factor: ``(1 or B, 2, Sq)`` float32, ``1 - r`` in two parts, see :func:`.common.sincos_of_product`.
@@ -182,18 +175,18 @@ def per_query_means(
     count, columns = runs.bounds.shape[0] - 1, heads * pass_groups
     sums = torch.empty((batch, count, dim, columns), dtype=torch.float32, device=keys.device)
     run_sums_kernel[(count * batch * heads,)](
-        K=keys, OUT=sums, SEGMENTS=segments, PASS=pass_table, GROUPS=groups, RUN_KEYS=runs.keys, BOUNDS=runs.bounds,
-        PAIR_RUNS=runs.pair_runs, KEY_MASK=key_mask, **strides("k", keys, "bhsd"), num_segments=segments.shape[0],
-        pass_segments=pass_table.shape[0], num_runs=count, heads=heads, pass_groups=pass_groups, groups_batch_stride=batch_stride(groups),
-        mask_batch_stride=batch_stride(key_mask), HEAD_DIM=dim, BLOCK_D=sums_config.block_d,
-        BLOCK_N=sums_config.block_n, INTERLEAVED=interleaved, HAS_MASK=key_mask is not None,
-        num_warps=sums_config.num_warps, num_stages=sums_config.num_stages,
+        K=keys, OUT=sums, PASS=segments, GROUPS=groups, RUN_KEYS=runs.keys, RUN_GROUPS=runs.groups, BOUNDS=runs.bounds,
+        PAIR_RUNS=runs.pair_runs, KEY_MASK=key_mask, **strides("k", keys, "bhsd"),
+        pass_segments=segments.shape[0], num_runs=count, heads=heads, pass_groups=pass_groups,
+        groups_batch_stride=batch_stride(groups), mask_batch_stride=batch_stride(key_mask), HEAD_DIM=dim,
+        BLOCK_D=sums_config.block_d, BLOCK_N=sums_config.block_n, INTERLEAVED=interleaved,
+        HAS_MASK=key_mask is not None, num_warps=sums_config.num_warps, num_stages=sums_config.num_stages,
     )  # fmt: skip
     out = torch.empty((batch, heads, pass_groups, num_per_query, dim), dtype=torch.float32, device=keys.device)
     blocks = triton.cdiv(num_per_query, config.block_m) * triton.cdiv(columns, config.block_n)
     per_query_means_kernel[(dim // 2 * blocks * batch,)](
-        SUMS=sums, MEANS=means, OUT=out, PASS=pass_table, SORTED_QUERIES=sorted_queries, FACTOR=factor,
-        PHASE=runs.phase, PAIR_RUNS=runs.pair_runs, pass_segments=pass_table.shape[0], num_runs=count,
+        SUMS=sums, MEANS=means, OUT=out, PASS=segments, SORTED_QUERIES=sorted_queries, FACTOR=factor,
+        PHASE=runs.phase, PAIR_RUNS=runs.pair_runs, pass_segments=segments.shape[0], num_runs=count,
         num_queries=factor.shape[2], num_per_query=num_per_query, heads=heads, pass_groups=pass_groups,
         num_groups=means.shape[2], num_buckets=means.shape[3], sorted_batch_stride=batch_stride(sorted_queries),
         factor_batch_stride=batch_stride(factor), phase_batch_stride=batch_stride(runs.phase), HEAD_DIM=dim,

@@ -77,6 +77,7 @@ class KeyRuns:
 
     Args:
         keys: ``(n,)`` int32, rows in key order, run after run; every class of pairs has all keys in it once.
+        groups: ``(n,)`` int32, the plan's group of each, or -1.
         bounds: ``(U + 1,)`` int32, of the runs in ``keys``.
         pair_runs: ``(D/2, 2)`` int32, the runs ``[first, last)`` of each pair; none for pairs that no scale covers.
         phase: ``(Bx, 2, U, D/2)`` float32, the angles of each run in quarter turns: leading and trailing parts, see
@@ -84,6 +85,7 @@ class KeyRuns:
     """
 
     keys: torch.Tensor
+    groups: torch.Tensor
     bounds: torch.Tensor
     pair_runs: torch.Tensor
     phase: torch.Tensor

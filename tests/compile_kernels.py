@@ -61,7 +61,7 @@ ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_q
 INT_POINTERS = {
     "SEGMENTS", "SORTED_QUERIES", "TILE_BUCKET", "SOURCE", "BLOCK_KEYS", "BLOCK_A", "BLOCK_B", "BLOCK_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
-    "COLUMNS", "TILES", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS",
+    "COLUMNS", "TILES", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
@@ -91,10 +91,7 @@ def variants(kernel: str) -> list[dict]:
     flags = FLAGS[kernel]
     found = [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
     # Rows that are only gathered or joined have no pairs; queries that are not rotated come in one tensor.
-    return [
-        v for v in found
-        if v.get("ROTATE", True) or not v["INTERLEAVED" if kernel == "pack" else "STREAMS"]
-    ]
+    return [v for v in found if v.get("ROTATE", True) or not v["INTERLEAVED" if kernel == "pack" else "STREAMS"]]
 
 
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
@@ -131,7 +128,6 @@ def compile_one(job: tuple) -> dict:
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "QUERY_TILE": abi.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
             "PIPELINED": launch.pipelined, "STAGES": launch.num_stages, "BLOCK_U": launch.block_d,
-            "HEADS": launch.block_m if kernel == "pack" else launch.block_n,
             "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages

@@ -282,8 +282,9 @@ def _tables(
     per_query_means = None
     if means is not None and lowered.key_runs is not None and groups_of(here):
         per_query_means = kernels.per_query_means(
-            keys, means, lowered.key_runs, lowered.keys.segments, table, groups.for_kernels, len(groups_of(here)), queries.queries,
-            lowered.axis_blocks.factor, lowered.num_per_query, lowered.keys.mask, lowered.pairing == "interleaved",
+            keys, means, lowered.key_runs, table, groups.for_kernels, len(groups_of(here)),
+            queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, lowered.keys.mask,
+            lowered.pairing == "interleaved",
             config("run_sums"), config("per_query_means"),
         )  # fmt: skip
     rows, buckets = (None, None) if queries is None else (queries.queries, queries.tile_bucket)

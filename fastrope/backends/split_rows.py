@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .. import kernels
 from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from . import folded, fused
@@ -29,4 +30,7 @@ def run(q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float
         out, _ = fused.attend(q, keys, values, k, lowered, scale, launch, modulated_only=True)
     more = lowered.groups is not None or lowered.keys.weighted is not None  # folds into keys that the loop wants plain
     packed = None if more else keys[:, :, : k.shape[1]], values
-    return out.index_copy_(1, lowered.unmodulated.rows, folded.run(q, k, v, lowered, scale, packed))
+    others = folded.run(q, k, v, lowered, scale, packed)
+    with fused.launching_on(q.device):
+        kernels.scatter_rows(others.contiguous(), lowered.unmodulated.source, out)
+    return out

@@ -46,7 +46,7 @@ def axis_blocks(
     phase = split(torch.where(scale.pairs, angles * (2 / torch.pi), 0.0))
     blocks = AxisBlocks(keys, a, b, c, pairs_a, pairs_b, pairs_c, phase, split(1 - scale.r))
     grouped = any(s.group >= 0 for s in segments)
-    return blocks, bounds, _key_runs(angles, covered, classes) if grouped else None
+    return blocks, bounds, _key_runs(angles, covered, classes, segments) if grouped else None
 
 
 def split(x: Tensor) -> Tensor:
@@ -61,7 +61,9 @@ def _columns(pairs: tuple[int, ...]) -> Tensor:
     return torch.tensor([*pairs, *[-1] * (-len(pairs) % PAIR_CHUNK)], dtype=torch.int32, device="cpu")
 
 
-def _key_runs(angles: Tensor, covered: Tensor, classes: PairClasses) -> KeyRuns:
+def _key_runs(angles: Tensor, covered: Tensor, classes: PairClasses, segments: Sequence[Segment]) -> KeyRuns:
+    group = torch.tensor([s.group for s in segments], dtype=torch.int32, device="cpu")
+    group = group.repeat_interleave(torch.tensor([len(s) for s in segments], device="cpu"))
     rows = covered.nonzero().flatten()
     scaled = angles[:, rows]
     pair_runs = torch.zeros(angles.shape[2], 2, dtype=torch.int32, device="cpu")
@@ -76,7 +78,8 @@ def _key_runs(angles: Tensor, covered: Tensor, classes: PairClasses) -> KeyRuns:
         lengths.append(torch.from_numpy(np.bincount(ids)))
         turns.append(scaled[:, torch.from_numpy(first)] * (2 / torch.pi))
     bounds = torch.nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0))
-    return KeyRuns(torch.cat(keys).int(), bounds.int(), pair_runs, split(torch.cat(turns, dim=1)))
+    keys = torch.cat(keys)
+    return KeyRuns(keys.int(), group[keys], bounds.int(), pair_runs, split(torch.cat(turns, dim=1)))
 
 
 @dataclass(frozen=True)

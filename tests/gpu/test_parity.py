@@ -331,17 +331,6 @@ def test_compiled_into_cuda_graphs_without_recompiling(route):
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
-def test_compiled_with_modulations_made_inside():
-    call = a_call()
-    torch.compiler.reset()
-
-    def attend(q, k, v):
-        return fr.attention(q, k, v, **call.tokens(), backend="triton")
-
-    out = torch.compile(attend, fullgraph=True)(call.q, call.k, call.v)
-    assert torch.equal(out, attend(call.q, call.k, call.v))
-
-
 @pytest.mark.parametrize("route", ["folded", "split", "polynomial"])
 def test_other_paths_do_not_synchronise(route):
     make, backend = ROUTES[route]
