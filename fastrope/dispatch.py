@@ -89,12 +89,12 @@ RULES = (
         "sdpa", "torch's own kernel is the fastest plain attention", "nothing to fuse: no rotation and no modulation",
     ),
     Rule(
-        "rotation, weights and groups in 16 bits, no mask, no log-sum-exp",
+        "rotation, weights and groups in 16 bits, no log-sum-exp",
         lambda lowered, dtype, return_lse: dtype != torch.float32 and not return_lse and folded.folds(lowered),
         "sdpa", "all of it folds into the keys, for torch's own kernel", "nothing is left for its loop to fuse",
     ),
     Rule(
-        "most queries unmodulated, in 16 bits, no mask, no log-sum-exp",
+        "most queries unmodulated, in 16 bits, no log-sum-exp",
         lambda lowered, dtype, return_lse: dtype != torch.float32 and not return_lse and split_rows.splits(lowered),
         "triton", "fused kernel for modulated queries, torch's own for the others",
         "takes a call and a copy of the keys per scale", split=True,

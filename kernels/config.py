@@ -188,7 +188,7 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(min(64, max(8, 4096 // block_d)), 1, block_d, 8 if block_d <= 32 else 4, 1)
+    return LaunchConfig(16 if block_d == 16 else min(64, 4096 // block_d), 1, block_d, 4, 1)
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:

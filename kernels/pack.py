@@ -161,9 +161,10 @@ def queries_kernel(
     """
     blocks = tl.cdiv(num_rows, BLOCK_M)
     block = tl.program_id(0) % blocks
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    kv = b * key_heads + h // (heads // key_heads)
+    bh = tl.program_id(0) // blocks  # divided in int32: a division of int64 is a call, with registers on the stack
+    b = (bh // heads).to(tl.int64)
+    kv = b * key_heads + bh % heads // (heads // key_heads)
+    h, bh = (bh % heads).to(tl.int64), bh.to(tl.int64)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
     query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folding import DTYPES, MODULATIONS, SORTED, a_call, both, dtypes, run, weight
+from folding import DTYPES, GROUPED, MODULATIONS, SORTED, a_call, both, dtypes, run, weight
 from hypothesis import given, settings
 from numerics import (
     LAYOUTS,
@@ -19,6 +19,7 @@ from numerics import (
     axial,
     generator,
     grid,
+    key_masks,
     scales,
     scatter,
     skip_unless_runnable,
@@ -55,7 +56,7 @@ def check(call: Call, tally: Tally | None = None) -> torch.Tensor:
 
 def foldable(call: Call) -> Call:
     modulations = [m for m in call.modulations if isinstance(m, (fr.BandWeight, fr.BiasDelta))]
-    return replace(call, modulations=modulations, key_mask=None)
+    return replace(call, modulations=modulations)
 
 
 @dtypes
@@ -172,6 +173,38 @@ def test_the_output_lies_as_it_is_handed_on():
     assert run(a_call(modulations=both)).is_contiguous()
 
 
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["random", "row", "shared"])
+@pytest.mark.parametrize("name", ["nothing", *GROUPED, *SORTED, "a group of each row"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_masked_keys_are_left_out(heads, name, kind, dtype):
+    """Also where they hold NaN, and where a row has no key at all."""
+    call = a_call(dtype, modulations=MODULATIONS.get(name), heads=heads[0], key_heads=heads[1])
+    mask = key_masks(generator(3), kind, 2, 37)
+    call = replace(call, key_mask=mask)
+    out = check(call)
+    hidden = ~mask.expand(2, -1)[:, :, None, None]
+    poisoned = replace(call, k=call.k.masked_fill(hidden, torch.nan), v=call.v.masked_fill(hidden, torch.nan))
+    assert torch.equal(run(poisoned), out)
+
+
+def test_a_mask_costs_no_keys():
+    """Every row attends to as many keys as it has."""
+    call, seen = a_call(modulations=both), []
+    mask = torch.arange(37)[None] < torch.tensor([[30], [11]])
+    attend = folded.F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            folded.F, "scaled_dot_product_attention",
+            lambda q, k, v, **options: seen.append((q.shape[0], k.shape[2])) or attend(q, k, v, **options),
+        )  # fmt: skip
+        run(replace(call, key_mask=mask))
+    assert seen == [(1, 30), (1, 11)]
+
+
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +274,7 @@ def test_what_folds():
         assert folded.folds(fr.plan(rope=rope, modulations=modulations).lowered)
         for more in ([fr.QueryScale(scales(generator(0), "levels", 37))], [fr.LogitGain(gain, slice(2))]):
             assert not folded.folds(fr.plan(rope=rope, modulations=[*modulations, *more]).lowered)
-        assert not folded.folds(fr.plan(rope=rope, modulations=modulations, key_mask=mask).lowered)
+        assert folded.folds(fr.plan(rope=rope, modulations=modulations, key_mask=mask).lowered)
     assert folded.folds(fr.plan().lowered)
 
 

@@ -235,12 +235,19 @@ def test_streams(kind, auto):
     assert_close(out, exact, fr.attention(*joint.join(parts), plan=plan, backend="eager"))
 
 
+@pytest.mark.parametrize("kind", ["random", "row", "shared"])
+@pytest.mark.parametrize("others", [(), ("weight", "group")], ids=str)
+def test_masked_keys_are_left_out(others, kind, auto):
+    call = picture(others=others, batch=2)
+    call = replace(call, key_mask=key_masks(generator(0), kind, 2, TOKENS))
+    assert_close(call.run("auto", return_lse=False), call.exact()[0], call.low()[0])
+    assert len(auto) == 1
+
+
 def test_what_does_not_split():
-    """Masks, most queries modulated, and none at all."""
+    """Most queries modulated, and none at all."""
     call = picture()
     assert split_rows.splits(call.planned().lowered)
-    masked = replace(call, key_mask=key_masks(generator(0), "random", 1, TOKENS))
-    assert not split_rows.splits(masked.planned().lowered)
     most = fr.QueryScale(torch.where(torch.arange(TOKENS, device=DEVICE) < 36, 1.0, 0.5), keys=slice(40, None))
     assert not split_rows.splits(replace(call, modulations=[most]).planned().lowered)
     grouped = replace(call, modulations=[fr.BiasDelta(1, 1.1, keys=slice(40, None))])

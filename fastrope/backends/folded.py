@@ -1,15 +1,19 @@
-"""Modulations folded into the keys by the kernels, then one call of torch's ``scaled_dot_product_attention``.
+"""Modulations folded into the keys by the kernels, then torch's ``scaled_dot_product_attention``.
 
-``sdpa`` runs so where the kernels run, forward, for plans of rotation, BandWeight and BiasDelta without a mask: nothing
-is left for a loop over keys but plain attention. That is also so for the unmodulated queries of any plan
-(``split_rows.py``). One pass over q and one over k gather, join, normalise, rotate and weigh. Keys of groups take two
-more, one for the mean and one for ``kt = (lambda - delta) mu + delta khat``.
+``sdpa`` runs so where the kernels run, forward, for plans of rotation, BandWeight and BiasDelta: nothing is left for a
+loop over keys but plain attention. That is also so for the unmodulated queries of any plan (``split_rows.py``). One
+pass over q and one over k gather, join, normalise, rotate and weigh. Keys of groups take two more, one for the mean and
+one for ``kt = (lambda - delta) mu + delta khat``.
+
+Under a mask, the plan knows which keys each batch row keeps. These are gathered, and every row is a call of its own
+over as many keys as it has: a mask in the call would send torch to a slower kernel.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,8 +25,8 @@ from .fused import configs, launching_on
 
 
 def folds(lowered: Lowered) -> bool:
-    """Whether all that a plan says of the logits can be said of the keys: no QueryScale, no LogitGain, no mask."""
-    return lowered.scales is None and lowered.gains is None and lowered.keys.mask is None
+    """Whether all that a plan says of the logits can be said of the keys: no QueryScale, no LogitGain."""
+    return lowered.scales is None and lowered.gains is None
 
 
 def takes(q: Projected, lowered: Lowered) -> bool:
@@ -41,7 +45,8 @@ def run(
     """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the unmodulated queries of any plan; forward only.
 
     Arguments as of :func:`fastrope.backends.fused.run`. ``packed`` has keys and values ``(B, Hkv, Sk, D)`` that are
-    prepared already. Extra memory: one copy each of k, of q where it is rotated, and of v where it is joined or sorted.
+    prepared already. Extra memory: one copy each of k, of q where it is rotated, and of v where it is joined or sorted;
+    under a mask, one more of k and of v, and one of the output.
     """
     rows, heads, key_heads = _rows(lowered), q.shape[2], k.shape[2]
     with launching_on(q.device):
@@ -54,10 +59,32 @@ def run(
         )
         if lowered.groups is not None:
             _move_groups(keys, lowered)
+        if lowered.keys.mask is None:
+            return _plain(queries, keys, values, scale)
+        outs = []
+        for n, count in enumerate(lowered.keys.counts):
+            row = slice(n, n + 1) if len(lowered.keys.counts) > 1 else slice(None)
+            kept = (_gathered(x[row], lowered.keys.kept[n, :count]) for x in (keys, values))
+            outs.append(_plain(queries[row], *kept, scale) if count else torch.zeros_like(_tokens(queries[row])))
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _plain(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """``(B, Sq, H, D)`` of queries ``(B, H, Sq, D)`` and ``(B, Hkv, Sk, D)``."""
+    (heads, key_heads), dim = (queries.shape[1], keys.shape[1]), queries.shape[3]
     queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
     queries, keys, values = map(_in_eights, (queries, keys, values))
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[..., : q.shape[3]]
-    return out.unflatten(2, (heads // key_heads, -1)).flatten(1, 2).transpose(1, 2)
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[..., :dim]
+    return _tokens(out.unflatten(2, (heads // key_heads, -1)).flatten(1, 2))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _gathered(x: Tensor, places: Tensor) -> Tensor:
+    """Rows ``places`` of ``x (B, H, S, D)``, ``(B, H, n, D)``."""
+    return kernels.pack_rows(_tokens(x), places, None, None, False, configs(x)("pack"))
 
 
 def _in_eights(x: Tensor) -> Tensor:
@@ -107,7 +134,8 @@ def _move_groups(keys: Tensor, lowered: Lowered) -> None:
     keys that may have different weights, so these come after it."""
     groups = lowered.groups
     means = kernels.group_means(
-        keys, lowered.keys.segments, groups.for_kernels, groups.members, groups.bounds, None, 0, 0,
+        keys, lowered.keys.segments, groups.for_kernels, groups.members, groups.bounds,
+        lowered.keys.mask, 0, 0,
         configs(keys)("means"),
     )  # fmt: skip
     kernels.reweight_keys(

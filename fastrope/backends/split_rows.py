@@ -18,7 +18,7 @@ from . import folded, fused
 
 
 def splits(lowered: Lowered) -> bool:
-    """Whether a plan names its unmodulated queries: where they are most, without a mask."""
+    """Whether a plan names its unmodulated queries: where they are most."""
     return lowered.unmodulated is not None
 
 

@@ -60,10 +60,11 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
     mask = None if resolved.key_mask is None else resolved.key_mask.cpu()[:, places]
-    folds = mask is None and (unmodulated is not None or not _per_query(resolved))
+    kept, counts = (None, ()) if mask is None else _kept(mask)
+    folds = unmodulated is not None or not _per_query(resolved)
     keys = KeyTables(
         segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
-        mask=mask, angles=key_rope and _angles(key_rope), rotation=rotation,
+        mask=mask, kept=kept, counts=counts, angles=key_rope and _angles(key_rope), rotation=rotation,
         weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
     )  # fmt: skip
     return replace(
@@ -142,6 +143,11 @@ def _groups(resolved: Resolved, segments: tuple[Segment, ...]) -> GroupTables | 
     return GroupTables.of(resolved.groups, counts, *(torch.from_numpy(x).int() for x in (members, bounds)))
 
 
+def _kept(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """See :class:`KeyTables`."""
+    return torch.argsort(~mask, dim=1, stable=True).int(), tuple(mask.sum(1).tolist())
+
+
 def _key_rotation(
     resolved: Resolved, places: Tensor, scales: ScaleTables | None
 ) -> tuple[Rotation | None, Tensor | None]:
@@ -202,7 +208,7 @@ def _queries(
 ) -> tuple[ScaleTables | None, SortedQueries | None, UnmodulatedQueries | None]:
     """Scales, and queries sorted by them; those that nothing modulates apart, where they are most."""
     scale, rope = resolved.scale, resolved.rope
-    alone = None if resolved.key_mask is not None else unmodulated_queries(_per_query(resolved))
+    alone = unmodulated_queries(_per_query(resolved))
     if scale is not None:
         r = scale.r
     elif alone is not None:
