@@ -200,8 +200,8 @@ def _run_sums(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _per_query_means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    """Queries, columns (head and group); ``block_d`` is the runs turned at once, whatever the head dim."""
-    return LaunchConfig(32, 32, 16, 4, 1)
+    """``block_n`` is columns, of a head and a group each."""
+    return LaunchConfig(32, 32, block_d, 4, 1)
 
 
 def _reweight(arch: str, float32: bool, block_d: int) -> LaunchConfig:

@@ -26,6 +26,9 @@ from .config import LaunchConfig
 from .tables import KeyRuns, batch_stride, strides
 
 
+BLOCK_U = tl.constexpr(16)  # runs turned at once: the least a dot product takes
+
+
 @triton.jit
 def plan_group(PASS, g, pass_segments):
     """The plan's number of the pass's group ``g``, a number or a block of them."""
@@ -89,8 +92,7 @@ def per_query_means_kernel(
     SUMS, MEANS, OUT, PASS, SORTED_QUERIES, FACTOR, PHASE, PAIR_RUNS,
     pass_segments, num_runs, num_queries, num_per_query, heads, pass_groups, num_groups, num_buckets,
     sorted_batch_stride, factor_batch_stride, phase_batch_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, g, i] of one RoPE pair, for a block of sorted queries i and a block of columns (h, g)."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
@@ -190,7 +192,7 @@ def per_query_means(
         num_queries=factor.shape[2], num_per_query=num_per_query, heads=heads, pass_groups=pass_groups,
         num_groups=means.shape[2], num_buckets=means.shape[3], sorted_batch_stride=batch_stride(sorted_queries),
         factor_batch_stride=batch_stride(factor), phase_batch_stride=batch_stride(runs.phase), HEAD_DIM=dim,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_U=config.block_d, INTERLEAVED=interleaved,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERLEAVED=interleaved,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

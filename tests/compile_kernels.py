@@ -127,7 +127,7 @@ def compile_one(job: tuple) -> dict:
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "QUERY_TILE": abi.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
-            "PIPELINED": launch.pipelined, "STAGES": launch.num_stages, "BLOCK_U": launch.block_d,
+            "PIPELINED": launch.pipelined, "STAGES": launch.num_stages,
             "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages

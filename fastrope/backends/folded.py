@@ -64,8 +64,11 @@ def run(
         outs = []
         for n, count in enumerate(lowered.keys.counts):
             row = slice(n, n + 1) if len(lowered.keys.counts) > 1 else slice(None)
-            kept = (_gathered(x[row], lowered.keys.kept[n, :count]) for x in (keys, values))
-            outs.append(_plain(queries[row], *kept, scale) if count else torch.zeros_like(_tokens(queries[row])))
+            if count:
+                kept = lowered.keys.kept[n, :count]
+                outs.append(_plain(queries[row], _gathered(keys[row], kept), _gathered(values[row], kept), scale))
+            else:
+                outs.append(torch.zeros_like(_tokens(queries[row])))
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 

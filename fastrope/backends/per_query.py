@@ -1,6 +1,6 @@
 """Queries with per-query scales in the kernels: by a polynomial in 16 bits, by axis blocks elsewhere.
 
-Nothing has measured either on a GPU. What a plan holds of them is made in ``planning/polynomial.py`` and
+What a plan holds of them is made in ``planning/polynomial.py`` and
 ``planning/axis_blocks.py``; what the kernels do is in the files of the same names there.
 """
 

@@ -4,7 +4,7 @@ A query whose scales and gains are all 1 meets only what folds into the keys. Ro
 another, so nothing is merged: both write their rows of one output. ``auto`` runs calls so that modulate a minority of
 the queries, such as those of a crop.
 
-Nothing has measured this on a GPU. It has one entry, :func:`run`.
+It has one entry, :func:`run`.
 """
 
 from __future__ import annotations

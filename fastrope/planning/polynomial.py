@@ -6,7 +6,7 @@ angle ``x = (r_i - r) psi_j`` to a polynomial, of degree 3 for the half of the p
 for the others. The error is at most ``x^4 / 187`` and ``x^2 / 4`` (Chebyshev's, of ``exp(i x)``). This bounds the width
 of a tile.
 
-Nothing has measured this on a GPU. It has one entry, :func:`polynomial`.
+It has one entry, :func:`polynomial`.
 """
 
 from __future__ import annotations
