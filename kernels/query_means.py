@@ -25,7 +25,6 @@ from .common import (
 from .config import LaunchConfig
 from .tables import KeyRuns, batch_stride, strides
 
-
 BLOCK_U = tl.constexpr(16)  # runs turned at once: the least a dot product takes
 
 
