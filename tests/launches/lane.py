@@ -1,0 +1,211 @@
+"""Every launch that a GPU would be asked for, without one: triton's own launch path over a driver that checks.
+
+``python tests/launches/lane.py --arch sm_90 --out launches.json`` runs calls of every kind: just-in-time compilation,
+C launchers and tensor maps are triton's own, the driver below them is ``stub_cuda.c``. Numbers mean nothing, since no
+kernel runs. Rows: case, kernels launched, kernels compiled for it, and the error if a launch was refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TARGETS = {  # architecture: compute capability, bytes of shared memory a block may have
+    "sm_80": (80, 166912), "sm_89": (89, 101376), "sm_90": (90, 232448), "sm_100": (100, 232448),
+    "sm_120": (120, 101376),
+}  # fmt: skip
+
+
+def start_over(arch: str) -> None:
+    """Build the driver and run this script again with it, unless that has happened."""
+    if os.environ.get("STUB_ARCH") == arch:
+        return
+    folder = Path(os.environ.get("STUB_FOLDER") or tempfile.mkdtemp(prefix="fastrope-stub-"))
+    include = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
+    library = folder / "libcuda.so.1"
+    command = ["cc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
+    subprocess.run([*command, str(HERE / "stub_cuda.c"), "-o", str(library)], check=True)
+    (folder / "libcuda.so").unlink(missing_ok=True)
+    (folder / "libcuda.so").symlink_to(library)
+    os.environ.update(
+        STUB_ARCH=arch, STUB_SHARED=str(TARGETS[arch][1]), TRITON_LIBCUDA_PATH=str(folder), TRITON_INTERPRET="0",
+        LD_LIBRARY_PATH=f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+    )  # fmt: skip
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def pretend(arch: str) -> None:
+    """Make tensors of the CPU look like those of a GPU, to triton and to the package."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    capability = TARGETS[arch][0]
+
+    class Driver(nvidia.CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+            self.get_device_capability = lambda device: divmod(capability, 10)
+            self.get_current_stream = self.get_current_device = lambda *_: 0
+            self.set_current_device = lambda device: None
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+    driver.set_active(Driver())
+    import torch
+
+    from fastrope import device, dispatch
+    from fastrope.backends import folded
+    from fastrope.kernels import config
+
+    device.architecture = lambda _: config.arch_of(*divmod(capability, 10))
+    device.kernel_obstacle = lambda _: None
+    folded.takes = lambda q, lowered: folded.folds(lowered)
+
+    class NoAttention:  # torch's kernels are not ours to launch
+        def __getattr__(self, name):
+            return getattr(torch.nn.functional, name)
+
+        @staticmethod
+        def scaled_dot_product_attention(q, k, v, **_):
+            return torch.empty_like(q)
+
+    folded.F = NoAttention()
+    backend_for = dispatch._backend_for
+
+    def on_a_gpu(lowered, q, grad, backend, return_lse):
+        if backend != "auto":
+            return backend_for(lowered, q, grad, backend, return_lse)
+        rule = dispatch.rule_for(lowered, q.dtype, return_lse)
+        return dispatch.Decision(rule.backend, rule.reason, split=rule.split)
+
+    dispatch._backend_for = on_a_gpu
+
+
+def calls():
+    """``(name, function)`` of every kind of call."""
+    import torch
+
+    import fastrope as fr
+    from fastrope.bench import block, match
+    from fastrope.bench.cases import CASES
+    from fastrope.bench.problem import Problem
+    from fastrope.bench.workloads import WORKLOADS
+    from fastrope.planning import polynomial
+
+    cpu, layout = torch.device("cpu"), fr.TokenLayout(77, (24, 24), references=[(24, 24)])
+    small = replace(WORKLOADS["kontext"], tokens=layout, heads=4)
+    cases = [name for name, case in CASES.items() if case.suits(small)]
+    edges = ("all", "all-per-query")
+
+    def attend(workload, case, backend="triton", dtype=torch.bfloat16, applied=False, change=None, **options):
+        def run():
+            problem = Problem.make(workload, CASES[case], cpu, dtype)
+            problem = problem.applied if applied else problem
+            q, k, v = (problem.q, problem.k, problem.v) if change is None else change(problem)
+            return fr.attention(q, k, v, plan=problem.plan, backend=backend, debug=False, **options)
+
+        return run
+
+    def grouped(problem):
+        return problem.q, problem.k[:, :, :2].contiguous(), problem.v[:, :, :2].contiguous()
+
+    def strided(problem):  # heads first in memory; every other channel; expanded
+        *_, heads, dim = problem.v.shape
+        q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
+        k = torch.stack((problem.k, problem.k), dim=-1)[..., 0]
+        return q, k, problem.v[:, :, :1].expand(-1, -1, heads, dim)
+
+    def padded(problem):  # rows that 16 bytes do not divide
+        return tuple(torch.nn.functional.pad(x, (0, 2))[..., :-2] for x in (problem.q, problem.k, problem.v))
+
+    for case in cases:
+        for backend in ("triton", "auto"):
+            yield f"{case} {backend}", attend(small, case, backend)
+    for case in ("plain", *edges):
+        yield f"{case} applied", attend(small, case, applied=True)
+        yield f"{case} lse", attend(small, case, "auto", return_lse=True)
+        for name, change in (("grouped", grouped), ("strided", strided), ("padded", padded)):
+            yield f"{case} {name}", attend(small, case, change=change)
+    masked = replace(small, batch=2, prompts=(77, 5))
+    for case in ("plain", *edges):
+        yield f"{case} masked triton", attend(masked, case)
+        yield f"{case} masked auto", attend(masked, case, "auto")
+    for dim, axes in ((64, (8, 28, 28)), (96, (16, 40, 40)), (256, (64, 96, 96))):
+        for case in edges:
+            yield f"{case} dim {dim}", attend(replace(small, dim=dim, axes_dim=axes), case)
+    for dtype in (torch.float16, torch.float32):
+        for case in edges:
+            yield f"{case} {str(dtype).removeprefix('torch.')}", attend(small, case, dtype=dtype)
+    odd = replace(small, tokens=fr.TokenLayout(1, (7, 5), references=[(7, 5)]))
+    for case in ("plain", *edges):
+        yield f"{case} odd", attend(odd, case, "auto")
+
+    def in_tiles(workload, **options):
+        """Of a polynomial, however few queries fill its tiles."""
+        call = attend(workload, "all-per-query", **options)
+
+        def run():
+            least, polynomial.LEAST_FILLED = polynomial.LEAST_FILLED, 0.0
+            try:
+                return call()
+            finally:
+                polynomial.LEAST_FILLED = least
+
+        return run
+
+    for name, workload in (("dim 128", small), ("dim 64", replace(small, dim=64, axes_dim=(8, 28, 28)))):
+        yield f"polynomial {name}", in_tiles(workload)
+        yield f"polynomial {name} padded", in_tiles(workload, change=padded)
+        yield f"polynomial {name} masked", in_tiles(replace(workload, batch=2, prompts=(77, 5)))
+    for case in ("plain", "all"):
+        yield (
+            f"{case} joint",
+            lambda case=case: block.ours(block.BlockProblem.of(small, CASES[case], cpu, torch.bfloat16)).run(),
+        )
+    yield "match", match.problem(match.WORKLOADS["llamagen"], cpu)["triton"]
+
+
+def main() -> None:
+    """Run what the arguments select and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", choices=TARGETS, default="sm_90")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    start_over(options.arch)
+    pretend(options.arch)
+    import torch
+    from triton import knobs
+
+    driver, compiled, rows = ctypes.CDLL("libcuda.so.1"), [], []
+    driver.stub_launched.restype = ctypes.c_char_p
+    knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
+    with torch.no_grad():
+        for name, call in calls():
+            if name not in os.environ.get("LANE_CASES", name).split(","):
+                continue
+            compiled.clear()
+            driver.stub_reset()
+            error = None
+            try:
+                call()
+            except Exception as problem:  # one refused launch must not hide the others
+                error = f"{type(problem).__name__}: {problem}"
+            launched = driver.stub_launched().decode().split()
+            rows.append({"case": name, "launched": launched, "compiled": len(compiled), "error": error})
+    options.out.write_text(json.dumps(rows, indent=0))
+
+
+if __name__ == "__main__":
+    main()
