@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -41,10 +42,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="fastrope doctor", description="What would run here and why.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--gpu", action="store_true",
+        help="hold every kernel to the reference on this card and time it: a page, in about three minutes",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("fastrope-gpu"), help="folder of that page (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="with --gpu: tiny shapes on the CPU, to see it work")
     options = parser.parse_args(argv)
+    if options.gpu:
+        return _on_the_card(parser, options)
     found = report()
     print(json.dumps(found, indent=2) if options.json else render(found))
     return 0 if all(check["passed"] for check in found["self_check"]) else 1
+
+
+def _on_the_card(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from .bench import first_run  # the benchmark is no part of the library
+
+    if not (options.dry_run or torch.cuda.is_available()):
+        parser.error("--gpu: expected a CUDA device, found none; --dry-run shows what it would do")
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    try:
+        return 0 if first_run.run(options.out, device) else 1
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def report() -> dict:

@@ -7,7 +7,7 @@ nothing is tuned at run time. The table below is what ``tests/test_compile.py`` 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -65,6 +65,7 @@ def ships(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> bool:
     return dtype != torch.float32 or kernel not in (*TMA_LOOPS, *POLYNOMIAL)
 
 
+@cache
 def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bool = False) -> LaunchConfig:
     """The configuration of a launch.
 

@@ -141,6 +141,7 @@ LATE = {
     ("fastrope.commands.ar_edit", "fastrope.commands.ar_report"): "the same, for pictures",
     ("fastrope.demo", "fastrope.demo.build"): "the same, for pictures",
     ("fastrope.bench", "fastrope.bench.*"): "the same, for pictures and peers",
+    ("fastrope.doctor", "fastrope.bench.first_run"): "the benchmark is no part of the library",
     ("fastrope.bench.run", "fastrope.cli"): "a clone that is not installed is made importable before",
 }
 FRONT_DOOR = ("fastrope", "fastrope.bindings")  # the one pair that import each other: apply and its kin, when called
