@@ -56,6 +56,7 @@ MORE_HEAD_DIMS = (32, 96, 192)
 # Codebook channels, of match: a row in one tile, and one walked through.
 MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
+HALVES_AT = 128  # the head dim at which the usual run has pairs of both kinds; adjacent ones take more registers
 DTYPES = (torch.bfloat16, torch.float32)
 ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "match")
 INT_POINTERS = {
@@ -100,7 +101,7 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
     for kernel, arch in itertools.product(kernels, archs):
         dims, more = (MATCH_DIMS, MORE_MATCH_DIMS) if kernel == "match" else (HEAD_DIMS, MORE_HEAD_DIMS)
         dims = sorted(dims + more) if everything else dims
-        if kernel == "means":  # works on blocks of 32 channels whatever the head dim
+        if kernel in ("means", "per_query_means"):  # work on few channels at once, whatever the head dim
             dims = [d for d in dims if d <= 64]
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
             if kernel == "attention_parts" and dtype == torch.float32:  # the same as attention_modulated
@@ -109,7 +110,10 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
                 continue
             if kernel != "match" and not config.ships(kernel, arch, dtype, head_dim):
                 continue
-            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)]
+            found += [
+                (kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)
+                if everything or head_dim == HALVES_AT or v.get("INTERLEAVED", True) or not v.get("ROTATE", True)
+            ]  # fmt: skip
     return found
 
 
