@@ -13,7 +13,7 @@ from functools import partial
 from .names import APPLIED, AUTO, CUDNN, MATERIALISED, STOCK, STOCK_COMPILED, TRITON
 from .report import markdown
 
-DEVICE, DTYPE = "H200", "bfloat16"
+DEVICES, DTYPE = ("H200", "H100"), "bfloat16"  # judged where there are rows of them, the first in any case
 PASSED, MISSED, UNMEASURED = "passed", "missed", "not measured"
 Run = dict[tuple[str, str], dict]  # (case, impl) -> row
 
@@ -77,8 +77,8 @@ class Gate:
 class Runs:
     """Rows of the device and dtype of the bars, by run, the latest first."""
 
-    def __init__(self, rows: Iterable[dict]):
-        self.rows = [r for r in rows if DEVICE in r["gpu"] and r.get("dtype") == DTYPE]
+    def __init__(self, rows: Iterable[dict], device: str):
+        self.rows = [r for r in rows if device in r["gpu"] and r.get("dtype") == DTYPE]
 
     def of(self, suite: str, workload: str) -> list[Run]:
         """The runs of a workload: its rows by case and implementation."""
@@ -197,20 +197,25 @@ GATES = (
 )  # fmt: skip
 
 
-def table(rows: Iterable[dict]) -> list[dict]:
-    """Each gate with what was measured and the verdict."""
-    runs = Runs(rows)
+def table(rows: Iterable[dict], device: str = DEVICES[0]) -> list[dict]:
+    """Each gate with what was measured on a device and the verdict."""
+    runs = Runs(rows, device)
     return [gate.judge(runs) for gate in GATES]
 
 
 def render(rows: Iterable[dict]) -> str:
-    """The table as Markdown."""
-    judged = table(rows)
+    """A table for each device, as Markdown."""
+    rows = list(rows)
+    others = [device for device in DEVICES[1:] if any(device in row["gpu"] for row in rows)]
+    return "\n".join(_render(table(rows, device), device) for device in (DEVICES[0], *others))
+
+
+def _render(judged: list[dict], device: str) -> str:
     columns = [(name, "---", lambda r, name=name: r[name]) for name in ("figure", "bar", "aim", "measured", "verdict",
                                                                         "source")]  # fmt: skip
     passed = sum(row["verdict"].startswith(PASSED) for row in judged)
     missed = sum(row["verdict"].startswith(MISSED) for row in judged)
     left = len(judged) - passed - missed
     count = f"{passed} passed, {missed} missed, {left} not measured."
-    head = f"### Bars ({DEVICE}, {DTYPE}, FLUX.1 Kontext unless said)"
+    head = f"### Bars ({device}, {DTYPE}, FLUX.1 Kontext unless said)"
     return "\n".join([head, "", *markdown(columns, judged), "", count, ""])

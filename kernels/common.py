@@ -26,16 +26,6 @@ def when(condition, mask):
 
 
 @triton.jit
-def load_rows(X, rows, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``X[rows, :]`` -> [rows, BLOCK_D]; rows that are not valid and padded channels are zero."""
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = X + rows.to(tl.int64)[:, None] * stride_s + offs_d.to(tl.int64)[None, :] * stride_d
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(ptrs, mask=valid[:, None], other=0.0)
-    return tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
 def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """``X[start + offs, :]`` -> [offs, BLOCK_D]; the start of the tile is int64, offsets inside it are int32, which
     takes half the registers; launchers pack tensors whose heads span more."""

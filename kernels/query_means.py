@@ -73,7 +73,7 @@ def run_sums_kernel(
             valid = (key >= 0) & (tl.load(RUN_GROUPS + at, mask=key >= 0, other=-1) == group)
             if HAS_MASK:
                 valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + key, mask=valid, other=0) != 0)
-            ptrs = base + key.to(tl.int64)[:, None] * stride_ks + offs_d[None, :] * stride_kd
+            ptrs = base + key.to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
             total += tl.load(ptrs, mask=valid[:, None] & own[None, :], other=0.0).to(tl.float32)
         count = tl.load(GROUPS + b * groups_batch_stride + group * GROUP_FIELDS + GROUP_COUNT)
         out = OUT + ((b * num_runs + run) * HEAD_DIM + offs_d) * columns + h * pass_groups + g

@@ -39,10 +39,11 @@ Projected = torch.Tensor | Streams  # queries, keys or values (B, S, H, D), join
 
 def stream_arguments(x: Projected) -> dict:
     """What a kernel that reads rows needs to know of ``x``, by the names of its parameters. A plain tensor is its own
-    second stream, which no row reaches, and has no norm. Parts whose channels lie differently are copied."""
+    second stream, which no row reaches, and has no norm. Parts whose channels lie differently, or further apart than
+    int32 offsets reach, are copied."""
     streamed = isinstance(x, Streams)
     parts = x.parts if streamed else (x,)
-    if parts[0].stride(3) != parts[-1].stride(3):
+    if parts[0].stride(3) != parts[-1].stride(3) or parts[0].stride(3) * parts[0].shape[3] >= 2**31:
         parts = tuple(part.contiguous() for part in parts)
     first, second = parts[0], parts[-1]
     weights = (x.weights if streamed else ()) or parts

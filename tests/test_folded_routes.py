@@ -80,6 +80,8 @@ def test_explain_says_so(taken):
     assert lines(replace(applied, modulations=())) == ["backend: sdpa (asked for)"]
     spread = replace(applied, modulations=(), v=lay_out(call.v, "transposed"))
     assert lines(spread)[1:] == ["prologue: kernels over v"]
+    masked = replace(applied, modulations=(), key_mask=torch.arange(37)[None] < 30)
+    assert lines(masked)[1:] == ["prologue: kernels over k, v"]
     assert not taken
 
 

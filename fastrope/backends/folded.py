@@ -97,8 +97,9 @@ def _in_eights(x: Tensor) -> Tensor:
 
 def packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
     """Those of ``"q"``, ``"k"``, ``"v"`` that take a pass of the kernels before attention."""
-    rows = _rows(lowered)
-    return tuple(name for name, x in (("q", q), ("k", k), ("v", v)) if _needs_pass(name, x, lowered, rows))
+    rows, gathered = _rows(lowered), () if lowered.keys.mask is None else ("k", "v")
+    named = ("q", q), ("k", k), ("v", v)
+    return tuple(name for name, x in named if name in gathered or _needs_pass(name, x, lowered, rows))
 
 
 def _rows(lowered: Lowered) -> dict[str, tuple]:

@@ -1,7 +1,7 @@
 """Queries with per-query scales in the kernels: by a polynomial in 16 bits, by axis blocks elsewhere.
 
-What a plan holds of them is made in ``planning/polynomial.py`` and
-``planning/axis_blocks.py``; what the kernels do is in the files of the same names there.
+What a plan holds of them is made in ``planning/polynomial.py`` and ``planning/axis_blocks.py``; what the kernels do is
+in the files of the same names there.
 """
 
 from __future__ import annotations

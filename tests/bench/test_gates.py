@@ -24,6 +24,16 @@ def test_without_rows_nothing_is_measured():
     assert len(table) == 12
     assert {row["verdict"] for row in table} == {"not measured"}
     assert "0 passed, 0 missed, 12 not measured." in gates.render([])
+    assert gates.render([]).count("### Bars") == 1
+
+
+def test_an_h100_has_a_table_of_its_own():
+    rows = [
+        timed("all", OURS, ms, plain_ms=2.0) | {"gpu": f"NVIDIA {gpu}"} for ms, gpu in ((2.0, "H200"), (9.0, "H100"))
+    ]
+    first, second = gates.render(rows).split("### Bars (H100")
+    assert "1.00 x" in first
+    assert "4.50 x" in second
 
 
 @pytest.mark.parametrize(
