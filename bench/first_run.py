@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import fastrope as fr
-from fastrope.outputs import check_folder
+from fastrope.outputs import check_files, check_folder
 
 from . import block, plots, report, timing
 from .cases import CASES
@@ -31,6 +31,7 @@ from .workloads import WORKLOADS, Workload
 
 LIMITS = {"parity": 80, "kernels": 45, "attention": 35, "block": 35}  # seconds of each step
 SWITCHES = ("FASTROPE_TMA", "FASTROPE_POLYNOMIAL")  # tried one after the other where a check fails
+HANGS = 25.0  # seconds without a row of the checks; the first call also compiles
 LOST = 3  # exit code of a process whose device is lost
 POISON = {"cuda": 2**26, "cpu": 2**10}  # floats of NaN in the memory that outputs are taken from
 KERNELS_TOLD = 8
@@ -83,7 +84,10 @@ def check(job: Job, device: torch.device) -> tuple[bool, str]:
     problem = problem.applied if job.applied else problem
 
     def run() -> torch.Tensor:
-        torch.full((POISON[device.type],), torch.nan, device=device)
+        if device.type == "cuda":  # so that outputs come from what is poisoned, not from results of before
+            torch.cuda.empty_cache()
+        held = [torch.full((size,), torch.nan, device=device) for size in (POISON[device.type], *[2**15] * 64)]
+        del held
         if job.joint:
             return fr.joint_attention(problem.streams, plan=problem.plan)
         return fr.attention(problem.q, problem.k, problem.v, plan=problem.plan, backend=job.backend, debug=False)
@@ -101,30 +105,43 @@ def check(job: Job, device: torch.device) -> tuple[bool, str]:
 
 def parity(out: Path, device: torch.device, first: int) -> int:
     """Check the jobs from number ``first`` on; one row each."""
+    given = {name: os.environ.get(name) for name in SWITCHES}
     with out.open("a", encoding="utf-8") as file, torch.no_grad():
         for number, job in enumerate(jobs(device.type)[first:], start=first):
             row = {"job": number, "name": job.name, "passed": None, "said": "did not return", "helps": None}
             file.write(json.dumps({"job": number, "name": job.name}) + "\n")  # so that a hang has a name
             file.flush()
             for switch in (None, *SWITCHES):
-                os.environ.update({**job.switches, **({switch: "0"} if switch else {})})
+                _switch({**given, **job.switches, **({switch: "0"} if switch else {})})
                 try:
                     passed, said = check(job, device)
                 except Exception as error:  # one broken call must not hide the others
                     passed, said = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                for name in (*job.switches, *((switch,) if switch else ())):
-                    del os.environ[name]
+                _switch(given)
                 if switch is None:
                     row |= {"passed": passed, "said": said}
                 elif passed:
                     row["helps"] = f"{switch}=0"
-                if passed or "CUDA" in said or job.switches:
+                if passed or _lost(said) or job.switches:
                     break
             file.write(json.dumps(row) + "\n")
             file.flush()
-            if "CUDA error" in row["said"]:
+            if _lost(row["said"]):
                 return LOST
     return 0
+
+
+def _switch(values: dict[str, str | None]) -> None:
+    """Set environment variables; None unsets."""
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def _lost(said: str) -> bool:
+    """Whether an error of torch's or triton's leaves a device on which nothing runs any more."""
+    return ("CUDA error" in said or "[CUDA]" in said) and "out of memory" not in said
 
 
 def kernels(out: Path, device: torch.device) -> int:
@@ -167,22 +184,24 @@ def _by_kernel(run: Callable[[], object], device: torch.device, calls: int = 5) 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, device: torch.device, limits: dict[str, int] | None = None, say: Callable = print) -> bool:
+def run(folder: Path, device: torch.device, force: bool = False, say: Callable = print) -> bool:
     """All steps, then the page ``gpu.md`` in ``folder``. Returns whether every check passed.
 
     Raises:
-        ValueError: ``folder`` cannot be written to.
+        ValueError: ``folder`` cannot be written to, or holds results already, unless ``force``.
     """
     check_folder("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    limits, start = {**LIMITS, **(limits or {})}, time.monotonic()
-    for name in ("parity", "kernels", "attention", "block"):
-        (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    start = time.monotonic()
+    mine = [folder / f"{name}.jsonl" for name in ("parity", "kernels", "attention", "block")]
+    check_files("--out", (), [*mine, folder / "gpu.md"], force)
+    for path in mine:
+        path.unlink(missing_ok=True)
     say(f"checks: {len(jobs(device.type))} calls against the reference")
-    deadline, first, problems = time.monotonic() + limits["parity"], 0, []
+    deadline, first, problems = time.monotonic() + LIMITS["parity"], 0, []
     while first < len(jobs(device.type)) and time.monotonic() < deadline:
         step = ["parity", "--first", str(first)]
-        code = _step(step, folder, device, deadline - time.monotonic())
+        code = _step(step, folder, device, min(deadline - time.monotonic(), HANGS), folder / "parity.jsonl")
         begun = [row["job"] for row in _rows(folder / "parity.jsonl")]
         if code == 0 or not begun or begun[-1] < first:
             break
@@ -190,7 +209,7 @@ def run(folder: Path, device: torch.device, limits: dict[str, int] | None = None
     if code not in (0, LOST):
         problems.append(f"the checks ended early: {code}")
     say("microseconds per kernel")
-    code = _step(["kernels"], folder, device, limits["kernels"])
+    code = _step(["kernels"], folder, device, LIMITS["kernels"])
     problems += [f"the profile ended early: {code}"] if code else []
     small = device.type == "cpu"
     workload = "tiny" if small else "kontext"
@@ -202,7 +221,7 @@ def run(folder: Path, device: torch.device, limits: dict[str, int] | None = None
         arguments = ["--suite", suite, "--workload", workload, "--peer", *peers, "--case", "plain"]
         arguments += [] if small else ["grag", "all"]
         arguments += ["--repeats", "1" if small else "20", "--device", device.type, "--out", str(folder)]
-        code = _process(["from fastrope.cli import main", f"main({['bench', *arguments]!r})"], limits[suite], device)
+        code = _process(["from fastrope.cli import main", f"main({['bench', *arguments]!r})"], LIMITS[suite], device)
         problems += [f"{suite} ended early: {code}"] if code else []
     page, passed = _page(folder, device, problems, time.monotonic() - start)
     (folder / "gpu.md").write_text(page, encoding="utf-8")
@@ -210,22 +229,33 @@ def run(folder: Path, device: torch.device, limits: dict[str, int] | None = None
     return passed
 
 
-def _step(arguments: Sequence[str], folder: Path, device: torch.device, limit: float) -> int | str:
+def _step(
+    arguments: Sequence[str], folder: Path, device: torch.device, limit: float, grows: Path | None = None
+) -> int | str:
     arguments = [*arguments, "--out", str(folder), "--device", device.type]
-    return _process(["from fastrope.bench.first_run import main", f"main({list(arguments)!r})"], limit, device)
+    return _process(["from fastrope.bench.first_run import main", f"main({list(arguments)!r})"], limit, device, grows)
 
 
-def _process(lines: Sequence[str], limit: float, device: torch.device) -> int | str:
-    """Run Python; its exit code, or why there is none."""
+def _process(lines: Sequence[str], limit: float, device: torch.device, grows: Path | None = None) -> int | str:
+    """Run Python; its exit code, or why there is none. ``limit`` begins anew whenever the file ``grows`` does."""
     code = f"{lines[0]}; raise SystemExit({lines[1]})"
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    try:
-        return subprocess.run([sys.executable, "-c", code], env=environment, timeout=max(limit, 1),
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    size, since = -1, time.monotonic()
+    while process.poll() is None:
+        now = grows.stat().st_size if grows is not None and grows.exists() else size
+        if now != size:
+            size, since = now, time.monotonic()
+        if time.monotonic() - since > max(limit, 1):
+            process.kill()
+            process.wait()
+            return f"stopped after {limit:.0f} s"
+        time.sleep(0.05)
+    return process.returncode
 
 
 def _rows(path: Path) -> list[dict]:

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("fastrope-gpu"), help="folder of that page (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="with --gpu: tiny shapes on the CPU, to see it work")
+    parser.add_argument("--force", action="store_true", help="with --gpu: replace the results of an earlier run")
     options = parser.parse_args(argv)
     if options.gpu:
         return _on_the_card(parser, options)
@@ -63,7 +64,7 @@ def _on_the_card(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--gpu: expected a CUDA device, found none; --dry-run shows what it would do")
     device = torch.device("cpu" if options.dry_run else "cuda")
     try:
-        return 0 if first_run.run(options.out, device) else 1
+        return 0 if first_run.run(options.out, device, options.force) else 1
     except ValueError as error:
         parser.error(str(error))
 

@@ -16,7 +16,7 @@ LOOPS = ("attention", "attention_modulated", "attention_parts")
 TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
 TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
 POLYNOMIAL = ("polynomial", "polynomial_tma", "terms")  # for 16-bit inputs of up to 128 channels
-PROLOGUE = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means")
+PROLOGUE = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter")
 KERNELS = (*LOOPS, *TMA_LOOPS, "axis_blocks", *POLYNOMIAL, *PROLOGUE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_BLOCKS = (16, 32, 64, 128, 256)
@@ -205,6 +205,11 @@ def _per_query_means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(32, 32, block_d, 4, 1)
 
 
+def _scatter(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    """``block_n`` is elements."""
+    return LaunchConfig(1, 2048, block_d, 4, 1)
+
+
 def _reweight(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     return LaunchConfig(1, max(8, 4096 // block_d), block_d, 4, 1)
 
@@ -215,5 +220,5 @@ _SELECTORS = {
     **{loop: partial(_tma, loop) for loop in TMA_LOOPS},
     **{kernel: partial(_polynomial, kernel) for kernel in POLYNOMIAL},
     "axis_blocks": _axis_blocks, "pack": _pack, "queries": _queries, "means": _means, "reweight": _reweight,
-    "run_sums": _run_sums, "per_query_means": _per_query_means,
+    "run_sums": _run_sums, "scatter": _scatter, "per_query_means": _per_query_means,
 }  # fmt: skip

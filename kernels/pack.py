@@ -113,26 +113,28 @@ def pack_rows(
     return out.transpose(1, 2) if tokens_first else out
 
 
-@triton.jit(do_not_specialize=("rows",))
-def scatter_kernel(X, OUT, PLACES, stride_xb, stride_xs, stride_ob, stride_os, rows, WIDTH: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
-    """OUT[b, PLACES[n]] = X[b, n], rows of WIDTH adjacent elements, one per program."""
+SCATTER_COUNTS = ("rows", "num_queries")
+
+
+@triton.jit(do_not_specialize=SCATTER_COUNTS)
+def scatter_kernel(
+    X, OUT, PLACES, rows, num_queries, width, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """OUT[b, PLACES[n]] = X[b, n], rows of ``width`` adjacent elements, one per program."""
     b, n = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
-    x = X + b * stride_xb + n.to(tl.int64) * stride_xs
-    out = OUT + b * stride_ob + tl.load(PLACES + n).to(tl.int64) * stride_os
-    for start in range(0, WIDTH, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        tl.store(out + offs, tl.load(x + offs, mask=offs < WIDTH), mask=offs < WIDTH)
+    place = tl.load(PLACES + n)
+    for start in range(0, width, BLOCK_N):
+        offs = start + tl.arange(0, BLOCK_N)
+        x = tl.load(X + (b * rows + n) * width + offs, mask=offs < width)
+        tl.store(OUT + (b * num_queries + place) * width + offs, x, mask=offs < width)
 
 
-def scatter_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
+def scatter_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor, config: LaunchConfig) -> None:
     """``out[:, places] = x``: ``x (B, n, H, D)`` and ``out (B, S, H, D)``, contiguous; ``places (n,)`` int32, all
     different."""
-    width = x.shape[2] * x.shape[3]
-    block = min(2048, triton.next_power_of_2(width))
     scatter_kernel[(x.shape[0] * x.shape[1],)](
-        X=x, OUT=out, PLACES=places, stride_xb=x.stride(0), stride_xs=x.stride(1), stride_ob=out.stride(0),
-        stride_os=out.stride(1), rows=x.shape[1], WIDTH=width, BLOCK=block, num_warps=4,
+        X=x, OUT=out, PLACES=places, rows=x.shape[1], num_queries=out.shape[1], width=x.shape[2] * x.shape[3],
+        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ FUNCTIONS = {
     "axis_blocks": axis_blocks.axis_block_kernel,
     **dict.fromkeys(("polynomial", "polynomial_tma"), polynomial.polynomial_kernel),
     "terms": polynomial.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
+    "scatter": pack.scatter_kernel,
     "means": means.means_kernel, "reweight": means.reweight_kernel,
     "run_sums": query_means.run_sums_kernel, "per_query_means": query_means.per_query_means_kernel,
     "match": match.match_kernel,
@@ -58,11 +59,11 @@ MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
 HALVES_AT = 128  # the head dim at which the usual run has pairs of both kinds; adjacent ones take more registers
 DTYPES = (torch.bfloat16, torch.float32)
-ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "match")
+ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter", "match")
 INT_POINTERS = {
     "SEGMENTS", "SORTED_QUERIES", "TILE_BUCKET", "SOURCE", "BLOCK_KEYS", "BLOCK_A", "BLOCK_B", "BLOCK_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
-    "COLUMNS", "TILES", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS",
+    "COLUMNS", "TILES", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS", "PLACES",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
@@ -83,6 +84,7 @@ FLAGS = {
     "reweight": {"INTERLEAVED": (False, True)},
     "run_sums": {"INTERLEAVED": (False, True), "HAS_MASK": (False, True)},
     "per_query_means": {"INTERLEAVED": (False, True)},
+    "scatter": {},
     "match": {"COSINE": (False, True), "HAS_ACTIVE": (False, True)},
 }  # fmt: skip
 
@@ -101,6 +103,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
     for kernel, arch in itertools.product(kernels, archs):
         dims, more = (MATCH_DIMS, MORE_MATCH_DIMS) if kernel == "match" else (HEAD_DIMS, MORE_HEAD_DIMS)
         dims = sorted(dims + more) if everything else dims
+        if kernel == "scatter":  # knows rows, not heads
+            dims = dims[:1]
         if kernel in ("means", "per_query_means"):  # work on few channels at once, whatever the head dim
             dims = [d for d in dims if d <= 64]
         for head_dim, dtype in itertools.product(dims, ELEMENT if everything else DTYPES):
@@ -112,7 +116,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
                 continue
             found += [
                 (kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)
-                if everything or head_dim == HALVES_AT or v.get("INTERLEAVED", True) or not v.get("ROTATE", True)
+                if everything or head_dim == min(HALVES_AT, dims[-1])
+                or v.get("INTERLEAVED", True) or not v.get("ROTATE", True)
             ]  # fmt: skip
     return found
 

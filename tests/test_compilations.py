@@ -11,7 +11,7 @@ import fastrope as fr
 from fastrope.backends import folded, fused
 
 pytest.importorskip("triton")
-from fastrope.kernels import attention, axis_blocks, means, pack, polynomial
+from fastrope.kernels import attention, axis_blocks, means, pack, polynomial, query_means
 
 BACKENDS = " ".join(page("backends.md").split())  # what compilation costs
 
@@ -47,7 +47,8 @@ def recorders(monkeypatch):
     found = {}
     for module, name in ((attention, "attention_kernel"), (axis_blocks, "axis_block_kernel"), (pack, "pack_kernel"),
                          (pack, "queries_kernel"), (means, "means_kernel"), (polynomial, "terms_kernel"),
-                         (polynomial, "polynomial_kernel")):  # fmt: skip
+                         (polynomial, "polynomial_kernel"), (means, "reweight_kernel"), (pack, "scatter_kernel"),
+                         (query_means, "run_sums_kernel"), (query_means, "per_query_means_kernel")):  # fmt: skip
         kernel = getattr(module, name)
         original = getattr(kernel, "fn", kernel)
         jitted = kernel if hasattr(kernel, "params") else __import__("triton").JITFunction(
@@ -60,7 +61,8 @@ def recorders(monkeypatch):
 COUNTS = {
     "attention_kernel": "ATTENTION_COUNTS", "axis_block_kernel": "AXIS_BLOCK_COUNTS", "pack_kernel": "PACK_COUNTS",
     "queries_kernel": "QUERIES_COUNTS", "means_kernel": "MEANS_COUNTS", "terms_kernel": "TERMS_COUNTS",
-    "polynomial_kernel": "POLYNOMIAL_COUNTS",
+    "polynomial_kernel": "POLYNOMIAL_COUNTS", "reweight_kernel": "REWEIGHT_COUNTS", "scatter_kernel": "SCATTER_COUNTS",
+    "run_sums_kernel": "RUN_SUMS_COUNTS", "per_query_means_kernel": "PER_QUERY_MEANS_COUNTS",
 }  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def test_compilations_do_not_grow_with_lengths(recorders):
 @interpreted
 def test_compilations_of_a_call_that_folds(recorders):
     """Before torch's attention: one binary for queries and one for keys, whichever heads are grouped; one of the means
-    where there is a group."""
+    and one that re-weights keys where there is a group."""
 
     def launch(length, batch=1, heads=2, modulations=()):
         q, x = torch.randn(batch, length, heads, 16), torch.randn(batch, length, 2, 16)
@@ -107,7 +109,7 @@ def test_compilations_of_a_call_that_folds(recorders):
     for length in (24, 113, 600):
         tail = slice(length // 2, None)
         counts = launch(length, modulations=[fr.BandWeight(torch.full((8,), 0.5), tail), fr.BiasDelta(1, 1.1, tail)])
-    assert counts == {"pack_kernel": 2, "means_kernel": 1}
+    assert counts == {"pack_kernel": 2, "means_kernel": 1, "reweight_kernel": 1}
 
 
 @interpreted
@@ -119,6 +121,7 @@ def test_compilations_of_a_modulated_call(recorders, dtype, more):
     where it sorts values too."""
     scales = (lambda n: torch.where(torch.arange(n) % 3 == 0, 0.5, 1.0), lambda n: torch.linspace(0.9, 0.901, n))
     lengths = (70, 113, 128, 239, 256, 600)
+    more = [*more, "run_sums_kernel", "per_query_means_kernel"]
     expected = dict.fromkeys(["attention_kernel", "pack_kernel", "queries_kernel", "means_kernel", *more], 1)
     for scale_of in scales:
         launch_all(lengths, scale_of, dtype=dtype)

@@ -108,6 +108,18 @@ def test_new_values_in_a_plan_do_not_recompile():
     assert counter.frame_count == 1
 
 
+def test_masks_of_any_lengths_share_graphs():
+    """How many keys a row keeps is a length like any other: one graph, and one more for lengths that vary."""
+    counter = CompileCounterWithBackend("aot_eager")
+    q, k, v = tensors(generator(0), batch=2, queries=40, heads=2, dim=16)
+    rope = axial(grid(40), 16)
+    compiled = torch.compile(lambda *x, plan: fr.attention(*x, plan=plan), fullgraph=True, backend=counter)
+    for n in range(5, 16):
+        plan = fr.plan(rope=rope, key_mask=torch.arange(40)[None] < torch.tensor([[40 - n], [n]]))
+        torch.testing.assert_close(compiled(q, k, v, plan=plan), fr.attention(q, k, v, plan=plan))
+    assert counter.frame_count <= 3
+
+
 def test_gradients_through_compile():
     call = a_call()
     module = Planned(call.planned(), "sdpa")

@@ -23,10 +23,13 @@ from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from .fused import configs, launching_on
 
+MOST_ROWS = 16  # of a mask: a call each; two are measured, more are predicted to pay
+
 
 def folds(lowered: Lowered) -> bool:
-    """Whether all that a plan says of the logits can be said of the keys: no QueryScale, no LogitGain."""
-    return lowered.scales is None and lowered.gains is None
+    """Whether all that a plan says of the logits can be said of the keys: no QueryScale, no LogitGain, and no mask of
+    so many rows that a call for each would cost more than our loop."""
+    return lowered.scales is None and lowered.gains is None and len(lowered.keys.kept) <= MOST_ROWS
 
 
 def takes(q: Projected, lowered: Lowered) -> bool:
@@ -62,10 +65,9 @@ def run(
         if lowered.keys.mask is None:
             return _plain(queries, keys, values, scale)
         outs = []
-        for n, count in enumerate(lowered.keys.counts):
-            row = slice(n, n + 1) if len(lowered.keys.counts) > 1 else slice(None)
-            if count:
-                kept = lowered.keys.kept[n, :count]
+        for n, kept in enumerate(lowered.keys.kept):
+            row = slice(n, n + 1) if len(lowered.keys.kept) > 1 else slice(None)
+            if len(kept):
                 outs.append(_plain(queries[row], _gathered(keys[row], kept), _gathered(values[row], kept), scale))
             else:
                 outs.append(torch.zeros_like(_tokens(queries[row])))

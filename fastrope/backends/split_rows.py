@@ -18,8 +18,8 @@ from . import folded, fused
 
 
 def splits(lowered: Lowered) -> bool:
-    """Whether a plan names its unmodulated queries: where they are most."""
-    return lowered.unmodulated is not None
+    """Whether a plan names its unmodulated queries, where they are most, and torch's attention can take them."""
+    return lowered.unmodulated is not None and len(lowered.keys.kept) <= folded.MOST_ROWS
 
 
 def run(q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float, launch: fused.Launch) -> Tensor:
@@ -32,5 +32,5 @@ def run(q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float
     packed = None if more else keys[:, :, : k.shape[1]], values
     others = folded.run(q, k, v, lowered, scale, packed)
     with fused.launching_on(q.device):
-        kernels.scatter_rows(others.contiguous(), lowered.unmodulated.source, out)
+        kernels.scatter_rows(others.contiguous(), lowered.unmodulated.source, out, fused.configs(q)("scatter"))
     return out

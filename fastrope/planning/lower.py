@@ -60,11 +60,11 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
     mask = None if resolved.key_mask is None else resolved.key_mask.cpu()[:, places]
-    kept, counts = (None, ()) if mask is None else _kept(mask)
+    kept = () if mask is None else tuple(row.nonzero().flatten().int() for row in mask)
     folds = unmodulated is not None or not _per_query(resolved)
     keys = KeyTables(
         segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
-        mask=mask, kept=kept, counts=counts, angles=key_rope and _angles(key_rope), rotation=rotation,
+        mask=mask, kept=kept, angles=key_rope and _angles(key_rope), rotation=rotation,
         weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
     )  # fmt: skip
     return replace(
@@ -141,11 +141,6 @@ def _groups(resolved: Resolved, segments: tuple[Segment, ...]) -> GroupTables | 
     masks = [m.keys[None] if mask is None else m.keys[None] & mask.cpu() for m in resolved.groups]
     counts = torch.stack([mask.sum(1).double() for mask in masks], dim=1)
     return GroupTables.of(resolved.groups, counts, *(torch.from_numpy(x).int() for x in (members, bounds)))
-
-
-def _kept(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """See :class:`KeyTables`."""
-    return torch.argsort(~mask, dim=1, stable=True).int(), tuple(mask.sum(1).tolist())
 
 
 def _key_rotation(

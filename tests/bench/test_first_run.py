@@ -19,7 +19,7 @@ def here(monkeypatch):
     """Steps in this process; no rows of other suites."""
     monkeypatch.setattr(
         first_run, "_step",
-        lambda arguments, folder, device, limit: first_run.main([*arguments, "--out", str(folder), "--device", "cpu"]),
+        lambda arguments, folder, device, *_: first_run.main([*arguments, "--out", str(folder), "--device", "cpu"]),
     )  # fmt: skip
     monkeypatch.setattr(first_run, "_process", lambda *_: 0)
     monkeypatch.setattr(first_run, "kernels", lambda out, device: 0)
@@ -52,10 +52,26 @@ def test_a_wrong_result_is_told_with_what_helps(tmp_path, here, monkeypatch):
     assert "FASTROPE_TMA" not in os.environ
 
 
-def test_it_goes_on_with_the_next_call_after_a_lost_device(tmp_path, here, monkeypatch):
+def test_switches_of_the_user_stay(tmp_path, here, monkeypatch):
+    monkeypatch.setenv("FASTROPE_TMA", "0")
+    monkeypatch.setattr(first_run, "check", lambda job, device: (os.environ["FASTROPE_TMA"] == "0", "fine"))
+    assert run(tmp_path)[0]
+    assert os.environ["FASTROPE_TMA"] == "0"
+
+
+def test_results_of_before_are_kept(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(first_run, "check", lambda job, device: (True, "fine"))
+    (tmp_path / "attention.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="--force"):
+        run(tmp_path)
+    assert (tmp_path / "attention.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", ["CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal address"])
+def test_it_goes_on_with_the_next_call_after_a_lost_device(tmp_path, here, monkeypatch, error):
     def check(job, device):
         if job.name == "plain auto":
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError(error)
         return True, "fine"
 
     monkeypatch.setattr(first_run, "check", check)
@@ -69,11 +85,11 @@ def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
     step, jobs = first_run._step, [job.name for job in first_run.jobs("cpu")]
     monkeypatch.setattr(first_run, "check", lambda job, device: (True, "fine"))
 
-    def hangs(arguments, folder, device, limit):
+    def hangs(arguments, folder, device, *more):
         if arguments[0] == "parity" and arguments[-1] == "0":
             (folder / "parity.jsonl").write_text(json.dumps({"job": 0, "name": jobs[0]}) + "\n")
             return "stopped after 1 s"
-        return step(arguments, folder, device, limit)
+        return step(arguments, folder, device, *more)
 
     monkeypatch.setattr(first_run, "_step", hangs)
     passed, page, rows = run(tmp_path)
@@ -84,6 +100,12 @@ def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
 
 def test_a_process_that_takes_too_long_is_stopped():
     assert first_run._process(["import time", "time.sleep(60)"], 1, CPU) == "stopped after 1 s"
+
+
+def test_a_file_that_grows_keeps_a_process_alive(tmp_path):
+    out = tmp_path / "rows"
+    lines = ["import time", f"[open({str(out)!r}, 'a').write('x') and time.sleep(0.5) for _ in range(4)] and 0"]
+    assert first_run._process(lines, 1, CPU, out) == 0
 
 
 @pytest.mark.slow
