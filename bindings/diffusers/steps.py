@@ -64,7 +64,7 @@ def find_sigma(
         model_time: the scheduler's timesteps as the model is given them, affine.
 
     Raises:
-        ValueError: neither tells.
+        ValueError: neither says what it is.
     """
     sigmas = getattr(step.scheduler, "sigmas", None)
     levels = read(sigmas) if isinstance(sigmas, torch.Tensor) else []
