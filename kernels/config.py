@@ -100,12 +100,12 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
 
 
 # Query rows, keys, warps, stages of the fused loop, for head blocks of up to 64, of 128 and of 256 channels: tiles that
-# compile without spills under triton 3.9, and under 3.6 on sm_90 (the two allocate registers differently).
+# compile without spills under triton 3.8 and 3.9, and under 3.6 on sm_90 (each allocates registers differently).
 _PLAIN_16_BIT = {
     "sm_80": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
     "sm_89": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
     "sm_90": ((128, 128, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
-    "sm_100": ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "sm_100": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (128, 32, 4, 1)),
 }
 _MODULATED_16_BIT = {
@@ -134,7 +134,7 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
     block_m, block_n, num_warps, num_stages = row[max(block_d, 64).bit_length() - 7]
     if float32 and block_d <= 32:
         num_warps = 4
-    elif arch == "sm_89" and block_d <= 32:
+    elif arch in ("sm_80", "sm_89") and block_d <= 32:
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
 
@@ -157,8 +157,8 @@ def _axis_blocks(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     if not float32:
         return LaunchConfig(16, 64, block_d, 8, 1)
     if block_d <= 16 and arch != "gfx942":
-        # On sm_90 and sm_100 four warps spill under triton 3.6; on the others eight do under 3.9.
-        return LaunchConfig(16, 32, block_d, 8 if arch in ("sm_90", "sm_100") else 4, 1)
+        # On sm_90 and sm_100 four warps spill under triton 3.6, eight under 3.8; on the others eight do under 3.9.
+        return LaunchConfig(16, 32, block_d, 16 if arch in ("sm_90", "sm_100") else 4, 1)
     if arch in ("sm_80", "sm_89"):
         return LaunchConfig(16, 64 if block_d <= 64 else 32, block_d, 8, 1)
     return LaunchConfig(16, 16, block_d, 8, 1)
@@ -189,6 +189,8 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
+    if block_d == 256:
+        return LaunchConfig(32, 1, block_d, 8, 1)
     return LaunchConfig(16 if block_d == 16 else min(64, 4096 // block_d), 1, block_d, 4, 1)
 
 
@@ -197,7 +199,9 @@ def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _run_sums(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, min(64, max(16, 2048 // block_d)), block_d, 8 if block_d == 256 else 4, 1)
+    if block_d == 256:
+        return LaunchConfig(1, 32, block_d, 8, 1)
+    return LaunchConfig(1, min(64, 2048 // block_d), block_d, 4, 1)
 
 
 def _per_query_means(arch: str, float32: bool, block_d: int) -> LaunchConfig:

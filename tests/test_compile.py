@@ -18,7 +18,6 @@ TABLE = ROOT / "docs" / "kernels.md"
 BACKENDS = ROOT / "docs" / "backends.md"  # what compilation costs
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 ARCHS = tuple(SHARED_MEMORY)
-RELEASE = "3.9.0"  # of triton, whose compiler the tiles are made for
 
 
 def compile_rows(folder: Path, *arguments: str) -> list[dict]:
@@ -38,14 +37,13 @@ def describe(row: dict) -> str:
     return f"{row['kernel']} {row['arch']} {row['dtype']} D={row['head_dim']} {flags}"
 
 
-def problems(rows: list[dict], spills: int = 0) -> list[str]:
-    """What is wrong with some rows; ``spills`` bytes are allowed."""
+def problems(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
         if "error" in row:
             found.append(f"{describe(row)}: {row['error']}")
             continue
-        if max(row["spills"], row["stack"]) > spills:
+        if row["spills"] or row["stack"]:
             found.append(f"{describe(row)}: spills {row['spills']} bytes, stack {row['stack']}")
         if row["shared"] > SHARED_MEMORY[row["arch"]]:
             found.append(f"{describe(row)}: {row['shared']} bytes of shared memory")
@@ -106,17 +104,16 @@ def test_every_variant_compiles_without_spills(tmp_path):
     rows = compile_rows(tmp_path)
     assert len(rows) > 400
     assert {r["arch"] for r in rows} == set(ARCHS)
-    import triton
-
-    # Tiles are chosen for one release. Others allocate registers differently: 3.8.0 spills in five of 760 variants.
-    assert problems(rows, spills=0 if triton.__version__ == RELEASE else 256) == []
+    assert problems(rows) == []
     stated = re.search(r"on one CPU core: ([\d.]+) s and ([\d.]+) s", BACKENDS.read_text(encoding="utf-8"))
     for modulated, figure in enumerate(stated.groups()):  # of another machine
         assert seconds(rows, bool(modulated)) < 5 * float(figure)
     table = render(rows)
     if os.environ.get("FASTROPE_WRITE_DOCS") == "1":
         TABLE.write_text(table)
-    if triton.__version__ == RELEASE:  # shared memory differs a little between releases
+    import triton
+
+    if triton.__version__ == "3.9.0":  # shared memory differs a little between releases
         assert TABLE.read_text() == table, "run with FASTROPE_WRITE_DOCS=1 and commit docs/kernels.md"
 
 
@@ -179,7 +176,6 @@ def test_a_spilling_kernel_is_caught():
     row = dict(kernel="attention", arch="sm_90", dtype="bf16", head_dim=128, variant={"HAS_MASK": True}, spills=4,
                stack=8, shared=300000, serialized=True, wgmma=False, order="dot dot wait", block_m=128)  # fmt: skip
     fused = {**row, "kernel": "match", "fused": True}
-    assert problems([{**row, "serialized": False, "shared": 0, "order": "dot wait dot", "wgmma": True}], spills=8) == []
     text = "\n".join(problems([row, {**row, "error": "boom"}, fused]))
     for sign in ("spills 4", "300000 bytes", "serialized", "no wgmma", "waits for both", "boom", "fused multiply-adds"):
         assert sign in text

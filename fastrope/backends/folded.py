@@ -29,7 +29,7 @@ MOST_ROWS = 16  # of a mask: a call each; two are measured, more are predicted t
 def folds(lowered: Lowered) -> bool:
     """Whether all that a plan says of the logits can be said of the keys: no QueryScale, no LogitGain, and no mask of
     so many rows that a call for each would cost more than our loop."""
-    return lowered.scales is None and lowered.gains is None and len(lowered.keys.kept) <= MOST_ROWS
+    return lowered.scales is None and lowered.gains is None and len(lowered.keys.unmasked) <= MOST_ROWS
 
 
 def takes(q: Projected, lowered: Lowered) -> bool:
@@ -65,10 +65,12 @@ def run(
         if lowered.keys.mask is None:
             return _plain(queries, keys, values, scale)
         outs = []
-        for n, kept in enumerate(lowered.keys.kept):
-            row = slice(n, n + 1) if len(lowered.keys.kept) > 1 else slice(None)
-            if len(kept):
-                outs.append(_plain(queries[row], _gathered(keys[row], kept), _gathered(values[row], kept), scale))
+        for n, unmasked in enumerate(lowered.keys.unmasked):
+            row = slice(n, n + 1) if len(lowered.keys.unmasked) > 1 else slice(None)
+            if len(unmasked):
+                outs.append(
+                    _plain(queries[row], _gathered(keys[row], unmasked), _gathered(values[row], unmasked), scale)
+                )
             else:
                 outs.append(torch.zeros_like(_tokens(queries[row])))
         return torch.cat(outs) if len(outs) > 1 else outs[0]

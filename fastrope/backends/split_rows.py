@@ -19,7 +19,7 @@ from . import folded, fused
 
 def splits(lowered: Lowered) -> bool:
     """Whether a plan names its unmodulated queries, where they are most, and torch's attention can take them."""
-    return lowered.unmodulated is not None and len(lowered.keys.kept) <= folded.MOST_ROWS
+    return lowered.unmodulated is not None and len(lowered.keys.unmasked) <= folded.MOST_ROWS
 
 
 def run(q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float, launch: fused.Launch) -> Tensor:

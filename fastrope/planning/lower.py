@@ -60,11 +60,11 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
     mask = None if resolved.key_mask is None else resolved.key_mask.cpu()[:, places]
-    kept = () if mask is None else tuple(row.nonzero().flatten().int() for row in mask)
+    unmasked = () if mask is None else tuple(row.nonzero().flatten().int() for row in mask)
     folds = unmodulated is not None or not _per_query(resolved)
     keys = KeyTables(
         segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
-        mask=mask, kept=kept, angles=key_rope and _angles(key_rope), rotation=rotation,
+        mask=mask, unmasked=unmasked, angles=key_rope and _angles(key_rope), rotation=rotation,
         weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
     )  # fmt: skip
     return replace(

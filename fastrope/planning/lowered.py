@@ -45,7 +45,7 @@ class KeyTables:
         order: ``(Sk,)`` int64, the key in each place of the key order; None where keys stay where they are.
         source: ``(R,)`` int32, the key each packed row is made from; None where these are the keys as they come.
         mask: ``(Bx, Sk)`` bool in key order, True = attend.
-        kept: for each row of the mask ``(n,)`` int32, the places of its unmasked keys.
+        unmasked: for each row of the mask ``(n,)`` int32, the places of its unmasked keys.
         angles: ``(Bx, Sk, P)`` float64 radians, in the order the keys come.
         rotation: ``(Bx, R, P)`` of the packed rows; None where they stay as they come.
         weighted: ``(Bx, Sk, P)`` in key order, at r = 1, times the band weights outside of groups, so that both are
@@ -56,7 +56,7 @@ class KeyTables:
     order: Tensor | None = None
     source: Tensor | None = None
     mask: Tensor | None = None
-    kept: tuple[Tensor, ...] = ()
+    unmasked: tuple[Tensor, ...] = ()
     angles: Tensor | None = None
     rotation: Rotation | None = None
     weighted: Rotation | None = None
