@@ -15,7 +15,7 @@ from fastrope import device as devices
 from fastrope.backends import fused, reference
 
 pytest.importorskip("triton")
-from fastrope.kernels import abi, axis_blocks
+from fastrope.kernels import abi, axis_blocks, streams
 
 
 def grid_rope(height: int, width: int, text: int, **options) -> fr.RoPE:
@@ -255,3 +255,16 @@ def test_host_and_kernels_agree_on_constants():
     assert [getattr(common, name).value for name in names] == list(range(common.GROUP_FIELDS.value))
     assert axis_blocks.AXIS_BLOCK.value == abi.AXIS_BLOCK
     assert axis_blocks.CHUNK.value == abi.PAIR_CHUNK
+
+
+@pytest.mark.parametrize(("apart", "copied"), [(1, False), (2**26, False), (2**27, True)])
+def test_channels_beyond_32_bits_are_copied(apart, copied):
+    """Offsets of channels are int32 in the kernels."""
+    x = torch.empty_strided((1, 2, 3, 16), (2**40, 2**36, 2**34, apart), dtype=torch.float16, device="meta")
+    assert (streams.stream_arguments(x)["stride_d"] == 1) == (copied or apart == 1)
+
+
+def test_streams_whose_channels_lie_differently_are_copied():
+    first, second = torch.empty(1, 2, 3, 16), torch.empty(1, 5, 3, 32)[..., ::2]
+    found = streams.stream_arguments(streams.Streams((first, second), (torch.ones(16),) * 2, (0.0, 0.0)))
+    assert (found["stride_d"], found["X2"].stride()) == (1, (240, 48, 16, 1))
