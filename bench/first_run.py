@@ -161,24 +161,10 @@ def kernels(out: Path, device: torch.device) -> int:
 
                 found = timing.interleaved({"call": run}, device, 10 if device.type == "cuda" else 1)["call"]
                 row = {"case": case, "backend": backend, "ms": found.median, "host_ms": found.host,
-                       "kernels": _by_kernel(run, device)}  # fmt: skip
+                       "kernels": timing.by_kernel(run, device, 5)[:KERNELS_TOLD]}  # fmt: skip
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     return 0
-
-
-def _by_kernel(run: Callable[[], object], device: torch.device, calls: int = 5) -> list[tuple[str, float, float]]:
-    """``(name, microseconds, launches)`` of a call, the longest first."""
-    if device.type != "cuda":
-        return []
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            run()
-        timing.synchronise(device)
-    found = [(e.key[:60], e.self_device_time_total / calls, e.count / calls) for e in profiler.key_averages()]
-    return sorted((each for each in found if each[1] > 0), key=lambda each: -each[1])[:KERNELS_TOLD]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -287,7 +273,7 @@ def _page(folder: Path, device: torch.device, problems: list[str], seconds: floa
 
 def _verdict(bad: Sequence[dict], ran: int, wanted: int) -> str:
     if ran < wanted and not bad:
-        return f"{ran} of {wanted} checks ran, all passed."
+        return f"{ran} of {wanted} checks ran and passed; the others did not run."
     if not bad:
         return f"All {wanted} checks passed."
     helps = {row.get("helps") for row in bad}
@@ -300,7 +286,7 @@ def _kernel_table(path: Path) -> Iterator[str]:
     if rows:
         yield from ("| call | ms | host ms | kernels, microseconds |", "|---|---:|---:|---|")
     for row in rows:
-        told = ", ".join(f"{name.removesuffix('_kernel')} {us:.0f}" + (f" ({n:g} launches)" if n != 1 else "")
+        told = ", ".join(f"{name[:60].removesuffix('_kernel')} {us:.0f}" + (f" ({n:g} launches)" if n != 1 else "")
                          for name, us, n in row["kernels"])  # fmt: skip
         yield f"| {row['case']}, {row['backend']} | {row['ms']:.3f} | {row['host_ms']:.2f} | {told} |"
 

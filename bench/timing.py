@@ -122,17 +122,24 @@ def peak_memory_mib(run: Run, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def kernels(run: Run, device: torch.device) -> tuple[str | None, int | None]:
-    """The kernel that takes longest, and the number of launches; None on a CPU."""
+def by_kernel(run: Run, device: torch.device, calls: int = 1) -> list[tuple[str, float, float]]:
+    """``(name, microseconds, launches)`` of a run, the longest first; empty on a CPU."""
     if device.type != "cuda":
-        return None, None
+        return []
     from torch.profiler import ProfilerActivity, profile
 
     synchronise(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
+        for _ in range(calls):
+            run()
         synchronise(device)
-    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
-    if not events:
-        return None, 0
-    return max(events, key=lambda e: e.self_device_time_total).key, sum(e.count for e in events)
+    found = [(e.key, e.self_device_time_total / calls, e.count / calls) for e in profiler.key_averages()]
+    return sorted((each for each in found if each[1] > 0), key=lambda each: -each[1])
+
+
+def kernels(run: Run, device: torch.device) -> tuple[str | None, int | None]:
+    """The kernel that takes longest, and the number of launches; None on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    found = by_kernel(run, device)
+    return (found[0][0] if found else None), round(sum(launches for _, _, launches in found))
