@@ -83,7 +83,7 @@ def test_what_plans_share_with_kernels_needs_no_triton(name):
 
 @pytest.mark.parametrize("path", sources("fastrope"), ids=module_name)
 def test_nothing_imports_bindings_but_apply_and_the_commands(path):
-    if module_name(path) == "fastrope" or within(module_name(path), "fastrope.commands"):
+    if module_name(path) == "fastrope" or within(module_name(path), "fastrope.commands", "fastrope.lab"):
         return
     for name in imports(path):
         assert not within(name, "fastrope.bindings"), f"{module_name(path)} imports {name}"
@@ -141,12 +141,13 @@ LATE = {
     ("fastrope.commands.ar_edit", "fastrope.commands.ar_report"): "the same, for pictures",
     ("fastrope.demo", "fastrope.demo.build"): "the same, for pictures",
     ("fastrope.bench", "fastrope.bench.*"): "the same, for pictures and peers",
+    ("fastrope.lab.*", "fastrope.bindings.*"): "hosts are extras",
     ("fastrope.doctor", "fastrope.bench.first_run"): "the benchmark is no part of the library",
     ("fastrope.bench.run", "fastrope.cli"): "a clone that is not installed is made importable before",
 }
 FRONT_DOOR = ("fastrope", "fastrope.bindings")  # the one pair that import each other: apply and its kin, when called
-OPTIONAL = {"PIL", "diffusers", "huggingface_hub", "matplotlib", "peft", "safetensors", "torchvision", "tqdm",
-            "transformers", "triton"}  # fmt: skip
+OPTIONAL = {"PIL", "diffusers", "huggingface_hub", "matplotlib", "peft", "safetensors", "sklearn", "torchvision",
+            "tqdm", "transformers", "triton"}  # fmt: skip
 MODULES = {module_name(path): path for folder in FOLDERS for path in sources(folder)}
 
 
