@@ -22,6 +22,6 @@ def _quiet():
 @pytest.fixture
 def transformer():
     """FLUX.1, two double-stream and two single-stream blocks, float64, so that comparisons are sharp."""
-    from diffusers_hosts import build_flux
+    from tiny_transformers import build_flux
 
     return build_flux().double()

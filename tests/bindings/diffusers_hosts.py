@@ -1,30 +1,53 @@
-"""Every host of the table with random weights, small enough for a CPU: the model, a call, a real pipeline around it.
+"""The table of tiny hosts: the model, a call, a real pipeline around it, what the formulas say comes out.
 
-Grids are odd and no two of them alike; everything differs between the rows of a batch.
+Everything differs between the rows of a batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from unittest import mock
 
 import diffusers
 import diffusers_formulas as formulas
 import torch
+from tiny_pipelines import (
+    chroma_generate,
+    chroma_pipeline,
+    flux2_generate,
+    flux2_pipeline,
+    flux_generate,
+    flux_pipeline,
+    kontext_generate,
+    kontext_pipeline,
+    ovis_generate,
+    ovis_pipeline,
+    qwen_generate,
+    qwen_pipeline,
+    z_image_generate,
+    z_image_pipeline,
+)
+from tiny_transformers import (
+    DIM,
+    REFERENCES,
+    TARGET,
+    TEXT,
+    build_chroma,
+    build_flux,
+    build_flux2,
+    build_longcat,
+    build_ovis,
+    build_qwen,
+    build_z_image,
+    ids_call,
+    positions_of,
+    qwen_call,
+    run,
+    z_image_call,
+)
 
 import fastrope as fr
-
-TEXT = 5
-TARGET, REFERENCES = (3, 5), [(2, 3), (4, 3)]
-WIDTH = 32  # of text embeddings
-HEADS, DIM = 2, 16
-
-for name in ("diffusers", "transformers"):  # advice on missing encoders
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -77,333 +100,9 @@ class TinyHost:
                 attn.set_processor(processor)
 
 
-def positions_of(layout: fr.TokenLayout, convention: str) -> torch.Tensor:
-    """``(S, axes)``. LongCat and Ovis count text on the diagonal, LongCat its pictures from frame 1 on."""
-    if convention not in ("longcat", "ovis"):
-        return layout.positions(convention)
-    positions = layout.positions("flux")
-    positions[layout.text, 1:] = torch.arange(layout.text_tokens)[:, None]
-    if convention == "longcat":
-        positions[layout.text_tokens :] += torch.tensor([1, layout.text_tokens, layout.text_tokens])
-    return positions
-
-
-def lively(model):
-    """The stock initialisation is so small that attention hardly shows in the output."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=1.5 / math.sqrt(weight[0].numel()))
-            elif name.endswith((".norm_q.weight", ".norm_k.weight", ".norm_added_q.weight", ".norm_added_k.weight")):
-                weight.fill_(1.5)
-            else:
-                weight.add_(torch.randn_like(weight) * 0.1)
-    return model.eval()
-
-
-def run(model, call: dict) -> torch.Tensor:
-    """The transformer's output, pictures of a list stacked."""
-    with torch.no_grad():
-        out = model(**call, return_dict=False)[0]
-    return torch.stack(out) if isinstance(out, list) else out
-
-
-# ---- FLUX.1 and its kin ----------------------------------------------------------------------------------------------
-
-BLOCKS = dict(num_layers=2, num_single_layers=2, attention_head_dim=DIM, num_attention_heads=HEADS,
-              joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8))  # fmt: skip
-TWO_STREAMS = {"transformer_blocks": formulas.Flux, "single_transformer_blocks": formulas.Flux}
-
-
-def build_flux(layers=(2, 2)):
-    blocks = BLOCKS | dict(zip(("num_layers", "num_single_layers"), layers, strict=True))
-    return lively(diffusers.FluxTransformer2DModel(patch_size=1, in_channels=4, pooled_projection_dim=WIDTH, **blocks))
-
-
-def build_chroma():
-    return lively(
-        diffusers.ChromaTransformer2DModel(
-            patch_size=1, in_channels=4, approximator_num_channels=8, approximator_hidden_dim=16,
-            approximator_layers=2, **BLOCKS,
-        )
-    )  # fmt: skip
-
-
-def build_longcat():
-    return lively(
-        diffusers.LongCatImageTransformer2DModel(patch_size=1, in_channels=4, pooled_projection_dim=WIDTH, **BLOCKS)
-    )
-
-
-def build_ovis():
-    return lively(diffusers.OvisImageTransformer2DModel(patch_size=1, in_channels=4, out_channels=4, **BLOCKS))
-
-
-def ids_call(convention: str, *, pooled: bool = False, guidance: bool = False, channels: int = 4):
-    """Calls of transformers that take position ids."""
-
-    def call(layout: fr.TokenLayout, batch: int = 2, dtype=torch.float64) -> dict:
-        # LongCat's pipelines keep the ids in single precision, the others hand them over in that of the model.
-        ids = positions_of(layout, convention).to(torch.float32 if convention == "longcat" else dtype)
-        arguments = {
-            "hidden_states": torch.randn(batch, len(layout) - layout.text_tokens, channels, dtype=dtype),
-            "encoder_hidden_states": torch.randn(batch, layout.text_tokens, WIDTH, dtype=dtype),
-            "timestep": torch.full((batch,), 0.5, dtype=dtype),
-            "txt_ids": ids[layout.text],
-            "img_ids": ids[layout.text_tokens :],
-        }
-        if pooled:
-            arguments["pooled_projections"] = torch.randn(batch, WIDTH, dtype=dtype)
-        if guidance:
-            arguments["guidance"] = torch.full((batch,), 2.5, dtype=dtype)
-        return arguments
-
-    return call
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def prompt(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-def latent_arguments(steps: int, grid=TARGET, pixels: int = 16) -> dict:
-    """Of a pipeline that makes ``grid`` tokens of some pixels a side."""
-    return dict(height=pixels * grid[0], width=pixels * grid[1], num_inference_steps=steps, output_type="latent",
-                generator=torch.Generator().manual_seed(2), return_dict=False)  # fmt: skip
-
-
-NO_TEXT = {"text_encoder": None, "tokenizer": None}
-NO_TEXT_2 = NO_TEXT | {"text_encoder_2": None, "tokenizer_2": None}
-
-
-def scheduler(shift: float = 3.0):
-    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-
-
-def kl_vae():
-    """One pixel per latent."""
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4,), layers_per_block=1, latent_channels=1, norm_num_groups=1, use_quant_conv=False,
-        use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
-    )  # fmt: skip
-
-
-def kontext_pipeline(transformer=None):
-    parts = dict(transformer=transformer or build_flux(), scheduler=scheduler(), vae=kl_vae())
-    return quiet(diffusers.FluxKontextPipeline(**parts, **NO_TEXT_2))
-
-
-def flux_prompts(batch: int, positive: int, negative: int | None, dtype) -> dict:
-    given = {"prompt_embeds": prompt(batch, positive), "pooled_prompt_embeds": prompt(batch, 1, 3)[:, 0]}
-    if negative:
-        given |= {"negative_prompt_embeds": prompt(batch, negative, 4)}
-        given |= {"negative_pooled_prompt_embeds": prompt(batch, 1, 5)[:, 0]}
-    guidance = {"true_cfg_scale": 2.0} if negative else {}
-    return {name: value.to(dtype) for name, value in given.items()} | guidance
-
-
-def kontext_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
-    positive, negative = lengths
-    more |= flux_prompts(batch, positive, negative, pipe.transformer.dtype)
-    rows, columns = REFERENCES[0]
-    picture = torch.rand(1, 3, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(6))
-    size = latent_arguments(steps, pixels=2)
-    return pipe(image=picture, max_area=4 * math.prod(TARGET), _auto_resize=False, **size, **more)[0]
-
-
-def flux_pipeline(transformer=None):
-    parts = dict(transformer=transformer or build_flux(), scheduler=scheduler(), vae=None)
-    return quiet(diffusers.FluxPipeline(**parts, **NO_TEXT_2))
-
-
-def flux_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
-    positive, negative = lengths
-    more |= flux_prompts(batch, positive, negative, pipe.transformer.dtype)
-    return pipe(**latent_arguments(steps), **more)[0]
-
-
-def chroma_pipeline(transformer=None):
-    parts = dict(transformer=transformer or build_chroma(), scheduler=scheduler(), vae=None)
-    return quiet(diffusers.ChromaPipeline(**parts, **NO_TEXT))
-
-
-def chroma_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
-    positive, negative = lengths
-    more |= {"prompt_embeds": prompt(batch, positive), "guidance_scale": 2.0 if negative else 0.0}
-    more.setdefault("prompt_attention_mask", torch.ones(batch, positive, dtype=torch.bool))
-    if negative:
-        more |= {"negative_prompt_embeds": prompt(batch, negative, 4)}
-        more["negative_prompt_attention_mask"] = torch.ones(batch, negative, dtype=torch.bool)
-    return pipe(**latent_arguments(steps), **more)[0]
-
-
-def ovis_pipeline(transformer=None):
-    parts = dict(transformer=transformer or build_ovis(), scheduler=scheduler(), vae=None)
-    return quiet(diffusers.OvisImagePipeline(**parts, **NO_TEXT))
-
-
-def ovis_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
-    positive, negative = lengths
-    more |= {
-        "prompt_embeds": prompt(batch, positive),
-        "guidance_scale": 2.0 if negative else 1.0,
-        "negative_prompt": None,
-    }
-    if negative:
-        more["negative_prompt_embeds"] = prompt(batch, negative, 4)
-    return pipe(**latent_arguments(steps), **more)[0]
-
-
-# ---- FLUX.2 ----------------------------------------------------------------------------------------------------------
-
-
-def build_flux2():
-    blocks = BLOCKS | {"axes_dims_rope": (4, 4, 4, 4)}
-    return lively(
-        diffusers.Flux2Transformer2DModel(
-            patch_size=1, in_channels=4, timestep_guidance_channels=32, mlp_ratio=2.0, rope_theta=2000, **blocks
-        )
-    )
-
-
-def flux2_pipeline(transformer=None):
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-        layers_per_block=1, latent_channels=1, norm_num_groups=1, sample_size=16, use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()  # fmt: skip
-    parts = dict(transformer=transformer or build_flux2(), scheduler=scheduler(), vae=vae)
-    return quiet(diffusers.Flux2Pipeline(**parts, **NO_TEXT))
-
-
-def flux2_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), references=REFERENCES, **more):
-    # The pipeline wants pictures of at least 64 pixels a side: large ones, that it is told to see as small.
-    def small(image, height, width, resize_mode):
-        return next(p for p in pictures if p[0] is image)[1]
-
-    from PIL import Image
-
-    pictures = []
-    for n, (rows, columns) in enumerate(references):
-        g = torch.Generator().manual_seed(6 + n)
-        pictures.append((Image.new("RGB", (64, 64)), torch.rand(1, 3, 2 * rows, 2 * columns, generator=g)))
-    with mock.patch.object(pipe.image_processor, "preprocess", small):
-        out = pipe(image=[p[0] for p in pictures], prompt_embeds=prompt(batch, lengths[0]),
-                   **latent_arguments(steps, pixels=2), **more)  # fmt: skip
-    return out[0]
-
-
-# ---- Qwen-Image ------------------------------------------------------------------------------------------------------
-
-
-def build_qwen(layers: int = 3):
-    return lively(
-        diffusers.QwenImageTransformer2DModel(
-            patch_size=2, in_channels=4, out_channels=1, num_layers=layers, attention_head_dim=DIM,
-            num_attention_heads=HEADS, joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8),
-        )
-    )  # fmt: skip
-
-
-def qwen_call(layout: fr.TokenLayout, batch: int = 2, dtype=torch.float64) -> dict:
-    grids = (layout.target_grid, *layout.reference_grids)
-    return {
-        "hidden_states": torch.randn(batch, len(layout) - layout.text_tokens, 4, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, layout.text_tokens, WIDTH, dtype=dtype),
-        "timestep": torch.full((batch,), 0.5, dtype=dtype),
-        "img_shapes": [[(1, *grid) for grid in grids]] * batch,
-    }
-
-
-def qwen_pipeline(kind=diffusers.QwenImageEditPlusPipeline, transformer=None):
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=1, dim_mult=[1], num_res_blocks=1, temperal_downsample=[], latents_mean=[0.1],
-        latents_std=[1.5],
-    )  # fmt: skip
-    parts = dict(transformer=transformer or build_qwen(), scheduler=scheduler(), vae=vae.eval(), **NO_TEXT)
-    if kind is not diffusers.QwenImagePipeline:
-        parts["processor"] = None
-    return quiet(kind(**parts))
-
-
-def qwen_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), masked=(False, False), **more):
-    from PIL import Image
-
-    positive, negative = lengths
-    if isinstance(pipe, diffusers.QwenImageEditPlusPipeline):  # takes one prompt, for any number of images
-        more, batch = more | {"num_images_per_prompt": batch}, 1
-    more |= {"prompt_embeds": prompt(batch, positive), "prompt_embeds_mask": text_mask(batch, positive, masked[0])}
-    if negative:
-        more |= {"negative_prompt_embeds": prompt(batch, negative, 4), "true_cfg_scale": 2.0}
-        more |= {"negative_prompt_embeds_mask": text_mask(batch, negative, masked[1])}
-    sizes, gradient = list(REFERENCES), Image.radial_gradient("L")
-    if isinstance(pipe, diffusers.QwenImageEditPlusPipeline):
-        more["image"] = [gradient.resize((64 + n, 64)).convert("RGB") for n in range(len(sizes))]
-    elif isinstance(pipe, diffusers.QwenImageEditPipeline):
-        more["image"] = gradient.resize((64, 64)).convert("RGB")
-
-    def small(area, ratio):  # widths of the pictures tell them apart
-        rows, columns = sizes[round(64 * ratio) - 64]
-        return (2 * columns, 2 * rows) if module.endswith("plus") else (2 * columns, 2 * rows, None)
-
-    module = type(pipe).__module__
-    patched = mock.patch(f"{module}.calculate_dimensions", small) if "image" in more else contextlib.nullcontext()
-    with patched:
-        return pipe(**latent_arguments(steps, pixels=2), **more)[0]
-
-
-def text_mask(batch: int, length: int, masked: bool) -> torch.Tensor:
-    """``(B, length)``; masked, the last row's prompt is two tokens shorter."""
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    if masked:
-        mask[-1, -2:] = False
-    return mask
-
-
-# ---- Z-Image ---------------------------------------------------------------------------------------------------------
-
-
-def build_z_image():
-    model = diffusers.ZImageTransformer2DModel(
-        in_channels=2, dim=HEADS * DIM, n_layers=3, n_refiner_layers=1, n_heads=HEADS, n_kv_heads=HEADS,
-        cap_feat_dim=WIDTH, axes_dims=[4, 4, 8], axes_lens=[256, 32, 32],
-    )  # fmt: skip
-    model = lively(model)
-    with torch.no_grad():
-        for refiner in (*model.noise_refiner, *model.context_refiner, *model.layers):
-            refiner.attention_norm2.weight.fill_(0.5)
-    return model
-
-
-def z_image_call(layout: fr.TokenLayout, batch: int = 2, dtype=torch.float64, captions=None) -> dict:
-    rows, columns = layout.target_grid
-    captions = captions or [layout.text_tokens] * batch
-    return {
-        "x": [torch.randn(2, 1, 2 * rows, 2 * columns, dtype=dtype) for _ in range(batch)],
-        "t": torch.full((batch,), 0.5, dtype=dtype),
-        "cap_feats": [torch.randn(length, WIDTH, dtype=dtype) for length in captions],
-    }
-
-
-def z_image_pipeline(transformer=None):
-    parts = dict(transformer=transformer or build_z_image(), scheduler=scheduler(), vae=None)
-    return quiet(diffusers.ZImagePipeline(**parts, **NO_TEXT))
-
-
-def z_image_generate(pipe, steps=2, batch=2, lengths=(TEXT, None), **more):
-    positive, negative = lengths
-    more |= {"prompt_embeds": list(prompt(batch, positive)), "guidance_scale": 2.0 if negative else 0.0}
-    if negative:
-        more["negative_prompt_embeds"] = list(prompt(batch, negative, 4))
-    return pipe(**latent_arguments(steps), **more)[0]
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 
+TWO_STREAMS = {"transformer_blocks": formulas.Flux, "single_transformer_blocks": formulas.Flux}
 ONE_STREAM = {"transformer_blocks": formulas.Qwen}
 WITH_TWO = fr.TokenLayout(TEXT, TARGET, REFERENCES)
 WITH_ONE = fr.TokenLayout(TEXT, TARGET, REFERENCES[:1])

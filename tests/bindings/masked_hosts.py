@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers_hosts import (
-    TEXT,
-    TINY_HOSTS,
-)
+from diffusers_hosts import TINY_HOSTS
+from tiny_transformers import TEXT
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
 

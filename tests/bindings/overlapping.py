@@ -7,12 +7,8 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from diffusers_hosts import (
-    TEXT,
-    TINY_HOSTS,
-    grag_like,
-    loose_like,
-)
+from diffusers_hosts import TINY_HOSTS, grag_like, loose_like
+from tiny_transformers import TEXT
 
 import fastrope as fr
 

@@ -10,7 +10,8 @@ import contextlib
 from dataclasses import dataclass, field
 
 import torch
-from diffusers_hosts import TinyHost, positions_of
+from diffusers_hosts import TinyHost
+from tiny_transformers import positions_of
 
 import fastrope as fr
 

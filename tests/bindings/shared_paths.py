@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from diffusers_hosts import TEXT, TINY_HOSTS
+from diffusers_hosts import TINY_HOSTS
+from tiny_transformers import TEXT
 from untwisting_calls import call_of, source_of
 from untwisting_runs import Path, to_float
 

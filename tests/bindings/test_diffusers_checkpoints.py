@@ -16,7 +16,8 @@ from untwisting_calls import CARRIED, DIALS, apply, call_of, source_of
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, build_flux, grag_like, kontext_call, loose_like, run
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, kontext_call, loose_like
+from tiny_transformers import build_flux, run
 
 HOSTS = pytest.mark.parametrize("name", ["kontext", "qwen", "z-image"])
 

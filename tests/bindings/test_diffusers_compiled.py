@@ -12,16 +12,9 @@ import torch
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import (
-    TINY_HOSTS,
-    assert_same,
-    build_flux,
-    flux_generate,
-    flux_pipeline,
-    grag_like,
-    loose_like,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_same, grag_like, loose_like
+from tiny_pipelines import flux_generate, flux_pipeline
+from tiny_transformers import build_flux, run
 from torch._dynamo.testing import CompileCounter
 
 DISTINCT = {

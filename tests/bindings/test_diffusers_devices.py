@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TINY_HOSTS, assert_same, grag_like, loose_like, run
+from diffusers_hosts import TINY_HOSTS, assert_same, grag_like, loose_like
+from tiny_transformers import run
 from untwisting_calls import DIALS, apply, call_of, source_of
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)

@@ -16,7 +16,8 @@ import torch
 import fastrope as fr
 
 diffusers = pytest.importorskip("diffusers")
-from diffusers_hosts import TEXT, TINY_HOSTS  # noqa: E402
+from diffusers_hosts import TINY_HOSTS  # noqa: E402
+from tiny_transformers import TEXT  # noqa: E402
 
 from fastrope.bindings.diffusers import hosts  # noqa: E402
 

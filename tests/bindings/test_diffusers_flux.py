@@ -13,21 +13,17 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_hosts import (
-    DIM,
     KONTEXT,
     LAYERS,
     LAYOUT,
-    TARGET,
-    TEXT,
     Recorder,
     all_four,
     assert_differ,
     assert_same,
-    build_flux,
     kontext_by_formulas,
     kontext_call,
-    run,
 )
+from tiny_transformers import DIM, TARGET, TEXT, build_flux, run
 
 from fastrope.bindings.diffusers import calls
 

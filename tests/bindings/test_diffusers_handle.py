@@ -15,20 +15,9 @@ import torch
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import (
-    KONTEXT,
-    LAYOUT,
-    TARGET,
-    TEXT,
-    TINY_HOSTS,
-    all_four,
-    build_flux,
-    flux_generate,
-    flux_pipeline,
-    grag_like,
-    kontext_call,
-    run,
-)
+from diffusers_hosts import KONTEXT, LAYOUT, TINY_HOSTS, all_four, grag_like, kontext_call
+from tiny_pipelines import flux_generate, flux_pipeline
+from tiny_transformers import TARGET, TEXT, build_flux, run
 
 # ---- handles ---------------------------------------------------------------------------------------------------------
 

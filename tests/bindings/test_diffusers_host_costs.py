@@ -15,13 +15,8 @@ from fastrope.backends import fused
 
 pytest.importorskip("diffusers")
 from diffusers.models.normalization import RMSNorm
-from diffusers_hosts import (
-    TINY_HOSTS,
-    assert_same,
-    grag_like,
-    loose_like,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_same, grag_like, loose_like
+from tiny_transformers import run
 
 from fastrope.bindings.diffusers import processors
 

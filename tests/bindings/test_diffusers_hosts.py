@@ -11,16 +11,8 @@ from masked_hosts import ALL, masked_call
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import (
-    TARGET,
-    TEXT,
-    TINY_HOSTS,
-    assert_differ,
-    assert_same,
-    grag_like,
-    loose_like,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, loose_like
+from tiny_transformers import TARGET, TEXT, run
 
 WITH_PIPELINE = {name: host for name, host in TINY_HOSTS.items() if host.pipeline}
 PIPELINES = pytest.mark.parametrize("host", WITH_PIPELINE.values(), ids=WITH_PIPELINE)

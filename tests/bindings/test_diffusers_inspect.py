@@ -12,18 +12,9 @@ import torch
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import (
-    TEXT,
-    TINY_HOSTS,
-    assert_differ,
-    assert_same,
-    grag_like,
-    kontext_generate,
-    kontext_pipeline,
-    loose_like,
-    positions_of,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, loose_like
+from tiny_pipelines import kontext_generate, kontext_pipeline
+from tiny_transformers import TEXT, positions_of, run
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
 

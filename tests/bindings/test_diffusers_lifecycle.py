@@ -8,16 +8,9 @@ import torch
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import (
-    TINY_HOSTS,
-    assert_differ,
-    assert_same,
-    flux_generate,
-    flux_pipeline,
-    grag_like,
-    loose_like,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, loose_like
+from tiny_pipelines import flux_generate, flux_pipeline
+from tiny_transformers import run
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
 

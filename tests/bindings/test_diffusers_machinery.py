@@ -11,7 +11,8 @@ from fastrope import device as devices
 pytest.importorskip("diffusers")
 import diffusers
 from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
-from diffusers_hosts import TINY_HOSTS, WIDTH, assert_same, grag_like, run
+from diffusers_hosts import TINY_HOSTS, assert_same, grag_like
+from tiny_transformers import WIDTH, run
 
 HANDS = pytest.mark.parametrize("name", ["flux", "chroma"])
 

@@ -12,7 +12,8 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers_formulas import Attention
-from diffusers_hosts import assert_differ, assert_same, grag_like, loose_like, run
+from diffusers_hosts import assert_differ, assert_same, grag_like, loose_like
+from tiny_transformers import run
 
 from fastrope.bindings.diffusers import BoundProcessor, Host, JointSequence, Stream, hosts, register_host
 

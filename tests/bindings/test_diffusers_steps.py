@@ -13,22 +13,9 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers import FluxKontextPipeline, FluxPipeline
-from diffusers_hosts import (
-    KONTEXT,
-    LAYERS,
-    LAYOUT,
-    TEXT,
-    TINY_HOSTS,
-    Recorder,
-    assert_differ,
-    flux_generate,
-    flux_pipeline,
-    kontext_call,
-    kontext_generate,
-    kontext_pipeline,
-    run,
-    scheduler,
-)
+from diffusers_hosts import KONTEXT, LAYERS, LAYOUT, TINY_HOSTS, Recorder, assert_differ, kontext_call
+from tiny_pipelines import flux_generate, flux_pipeline, kontext_generate, kontext_pipeline, scheduler
+from tiny_transformers import TEXT, run
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
 

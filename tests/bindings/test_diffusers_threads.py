@@ -17,20 +17,9 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 from diffusers import FluxKontextPipeline, FluxPipeline
-from diffusers_hosts import (
-    TEXT,
-    TINY_HOSTS,
-    assert_differ,
-    build_flux,
-    flux_prompts,
-    grag_like,
-    kl_vae,
-    kontext_generate,
-    kontext_pipeline,
-    quiet,
-    run,
-    scheduler,
-)
+from diffusers_hosts import TINY_HOSTS, assert_differ, grag_like
+from tiny_pipelines import flux_prompts, kl_vae, kontext_generate, kontext_pipeline, quiet, scheduler
+from tiny_transformers import TEXT, build_flux, run
 
 from fastrope.bindings.diffusers import handle as binding
 

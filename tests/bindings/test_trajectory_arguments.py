@@ -21,6 +21,8 @@ import fastrope as fr
 
 diffusers = pytest.importorskip("diffusers")
 import diffusers_hosts as hosts  # noqa: E402
+import tiny_pipelines  # noqa: E402
+import tiny_transformers  # noqa: E402
 
 from fastrope.bindings.diffusers import trajectories  # noqa: E402
 from fastrope.bindings.diffusers.hosts import find_host  # noqa: E402
@@ -37,11 +39,11 @@ def test_another_threads_calls_are_not_taken_for_the_references(flux):
     _, pipe = flux
     expected, (seen, *_) = prepare(flux), seen_in_a_run(flux)[0]
     call = {name: x + 1 if name.endswith("hidden_states") else x for name, x in seen.items() if name != "return_dict"}
-    alone, found = hosts.run(pipe.transformer, call), []
+    alone, found = tiny_transformers.run(pipe.transformer, call), []
 
     def elsewhere(*_):
         with ThreadPoolExecutor(1) as pool:
-            found.append(pool.submit(hosts.run, pipe.transformer, call).result())
+            found.append(pool.submit(tiny_transformers.run, pipe.transformer, call).result())
 
     watch = pipe.vae.encoder.register_forward_pre_hook(elsewhere)
     try:
@@ -173,9 +175,9 @@ def test_what_cannot_run_is_named(flux):
     with pytest.raises(ValueError, match="^pipe: expected a diffusers pipeline with a transformer"):
         fr.prepare_reference(object(), pictures())
     with pytest.raises(ValueError, match="^pipe.vae: expected a VAE"):
-        fr.prepare_reference(hosts.flux_pipeline(), pictures())
+        fr.prepare_reference(tiny_pipelines.flux_pipeline(), pictures())
     img2img = diffusers.FluxImg2ImgPipeline(**{n: p for n, p in pipe.components.items() if "image" not in n})
-    for other in (hosts.qwen_pipeline(), img2img):
+    for other in (tiny_pipelines.qwen_pipeline(), img2img):
         with pytest.raises(NotImplementedError, match="^pipe: expected a pipeline that draws from a prompt alone"):
             fr.prepare_reference(other, pictures())
     with (

@@ -14,14 +14,9 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 import diffusers
-from diffusers_hosts import (
-    TARGET,
-    TINY_HOSTS,
-    assert_differ,
-    assert_same,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same
 from shared_formulas import Row, band, sharing, watching
+from tiny_transformers import TARGET, run
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 

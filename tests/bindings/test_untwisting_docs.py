@@ -21,7 +21,8 @@ from fastrope.methods.untwisting import PRESETS
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import diffusers_hosts as hosts  # noqa: E402
+import tiny_pipelines  # noqa: E402
+import tiny_transformers  # noqa: E402
 from trajectory_runs import PIPELINES  # noqa: E402
 
 from fastrope.bindings.diffusers import trajectories  # noqa: E402
@@ -42,7 +43,7 @@ MODELS = {
 
 def words(prompt, rows: int = 1) -> torch.Tensor:
     several = [prompt] * rows if isinstance(prompt, str) else prompt
-    made = [hosts.prompt(1, hosts.TEXT, zlib.crc32(p.encode())) for p in several]
+    made = [tiny_pipelines.prompt(1, tiny_transformers.TEXT, zlib.crc32(p.encode())) for p in several]
     return torch.cat(made)
 
 
@@ -50,10 +51,10 @@ def encoded(name: str, prompt) -> tuple:
     """What ``encode_prompt`` of a host gives."""
     embeds = words(prompt)
     if name in ("flux", "kontext"):
-        return embeds, embeds.mean(dim=1), torch.zeros(hosts.TEXT, 3)
+        return embeds, embeds.mean(dim=1), torch.zeros(tiny_transformers.TEXT, 3)
     if name == "flux2":
-        ids = torch.zeros(len(embeds), hosts.TEXT, 4)
-        ids[..., 3] = torch.arange(hosts.TEXT)
+        ids = torch.zeros(len(embeds), tiny_transformers.TEXT, 4)
+        ids[..., 3] = torch.arange(tiny_transformers.TEXT)
         return embeds, ids
     if name == "z-image":
         return list(embeds), []
@@ -63,7 +64,7 @@ def encoded(name: str, prompt) -> tuple:
 def small(name: str):
     """A pipeline under its published name: sizes shrunk by 64 and few steps, where the page asks for real ones."""
     torch.manual_seed(0)
-    pipe = hosts.qwen_pipeline() if name == "qwen-edit-plus" else PIPELINES[name]()
+    pipe = tiny_pipelines.qwen_pipeline() if name == "qwen-edit-plus" else PIPELINES[name]()
     kind = type(pipe)
 
     runs: list[int] = []

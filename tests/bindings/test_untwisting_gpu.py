@@ -11,7 +11,8 @@ from untwisting_calls import DIALS, call_of, source_of
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TINY_HOSTS, assert_same, run
+from diffusers_hosts import TINY_HOSTS, assert_same
+from tiny_transformers import run
 
 from fastrope.bindings.diffusers import prefetch
 

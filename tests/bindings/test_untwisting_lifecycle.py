@@ -14,7 +14,8 @@ from untwisting_runs import GENERATE, to_float
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TEXT, TINY_HOSTS, assert_differ, assert_same, run
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same
+from tiny_transformers import TEXT, run
 
 from fastrope.bindings.diffusers import JointSequence
 from fastrope.bindings.diffusers.extended import target_work

@@ -14,15 +14,9 @@ from widening import widen
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import (
-    TARGET,
-    TEXT,
-    TINY_HOSTS,
-    assert_differ,
-    assert_same,
-    run,
-)
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same
 from shared_formulas import Row, band, sharing, watching
+from tiny_transformers import TARGET, TEXT, run
 
 from fastrope import device as devices
 

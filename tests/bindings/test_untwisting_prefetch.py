@@ -14,7 +14,7 @@ from untwisting_calls import CARRIED, DIALS
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TEXT, run
+from tiny_transformers import TEXT, run
 
 from fastrope.bindings.diffusers import Handle, fingerprints, prefetch, rows
 from fastrope.bindings.diffusers.prefetch import Prefetch

@@ -9,8 +9,9 @@ from untwisting_calls import CARRIED, DIALS, STEP, STEPS, apply, call_of, plain_
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TARGET, TEXT, TINY_HOSTS, assert_differ, assert_same, run
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same
 from shared_formulas import Row, band, sharing, watching
+from tiny_transformers import TARGET, TEXT, run
 
 from fastrope.bindings.diffusers.rotation import Rotation
 

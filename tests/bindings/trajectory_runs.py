@@ -10,7 +10,8 @@ import torch
 import fastrope as fr
 
 diffusers = pytest.importorskip("diffusers")
-import diffusers_hosts as hosts  # noqa: E402
+import tiny_pipelines as pipelines  # noqa: E402
+import tiny_transformers as tiny  # noqa: E402
 
 STEPS = 4
 
@@ -33,57 +34,57 @@ def kl_vae(channels: int):
     ).eval()  # fmt: skip
 
 
-def with_vae(cls, transformer, channels: int = 1, nothing=hosts.NO_TEXT, **more):
-    parts = dict(transformer=transformer, scheduler=hosts.scheduler(), vae=kl_vae(channels))
-    return hosts.quiet(cls(**parts, **nothing, **more))
+def with_vae(cls, transformer, channels: int = 1, nothing=pipelines.NO_TEXT, **more):
+    parts = dict(transformer=transformer, scheduler=pipelines.scheduler(), vae=kl_vae(channels))
+    return pipelines.quiet(cls(**parts, **nothing, **more))
 
 
 def longcat():
-    wide = diffusers.LongCatImageTransformer2DModel(patch_size=1, in_channels=64, pooled_projection_dim=hosts.WIDTH,
-                                                    **hosts.BLOCKS)  # fmt: skip
-    pipe = with_vae(diffusers.LongCatImagePipeline, hosts.lively(wide), 16, text_processor=None)
+    wide = diffusers.LongCatImageTransformer2DModel(patch_size=1, in_channels=64, pooled_projection_dim=tiny.WIDTH,
+                                                    **tiny.BLOCKS)  # fmt: skip
+    pipe = with_vae(diffusers.LongCatImagePipeline, tiny.lively(wide), 16, text_processor=None)
     # The pipeline takes no embeddings alone.
-    pipe._encode_prompt = lambda prompt: torch.cat([hosts.prompt(1, hosts.TEXT, len(words)) for words in prompt])
+    pipe._encode_prompt = lambda prompt: torch.cat([pipelines.prompt(1, tiny.TEXT, len(words)) for words in prompt])
     return pipe
 
 
 def klein():
-    blocks = hosts.BLOCKS | {"axes_dims_rope": (4, 4, 4, 4)}
+    blocks = tiny.BLOCKS | {"axes_dims_rope": (4, 4, 4, 4)}
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1, in_channels=4, timestep_guidance_channels=32, mlp_ratio=2.0, rope_theta=2000,
         guidance_embeds=False, **blocks,
     )  # fmt: skip
-    parts = hosts.flux2_pipeline(hosts.lively(transformer)).components
-    return hosts.quiet(diffusers.Flux2KleinPipeline(**parts))
+    parts = pipelines.flux2_pipeline(tiny.lively(transformer)).components
+    return pipelines.quiet(diffusers.Flux2KleinPipeline(**parts))
 
 
 PIPELINES = {
-    "flux": lambda: with_vae(diffusers.FluxPipeline, hosts.build_flux(), nothing=hosts.NO_TEXT_2),
-    "kontext": hosts.kontext_pipeline,
-    "chroma": lambda: with_vae(diffusers.ChromaPipeline, hosts.build_chroma()),
+    "flux": lambda: with_vae(diffusers.FluxPipeline, tiny.build_flux(), nothing=pipelines.NO_TEXT_2),
+    "kontext": pipelines.kontext_pipeline,
+    "chroma": lambda: with_vae(diffusers.ChromaPipeline, tiny.build_chroma()),
     "longcat": longcat,
-    "ovis": lambda: with_vae(diffusers.OvisImagePipeline, hosts.build_ovis()),
-    "flux2": hosts.flux2_pipeline,
+    "ovis": lambda: with_vae(diffusers.OvisImagePipeline, tiny.build_ovis()),
+    "flux2": pipelines.flux2_pipeline,
     "klein": klein,
-    "qwen": lambda: hosts.qwen_pipeline(diffusers.QwenImagePipeline),
-    "z-image": lambda: with_vae(diffusers.ZImagePipeline, hosts.build_z_image(), 2),
+    "qwen": lambda: pipelines.qwen_pipeline(diffusers.QwenImagePipeline),
+    "z-image": lambda: with_vae(diffusers.ZImagePipeline, tiny.build_z_image(), 2),
 }
 
 
 def text(name: str, rows: int) -> dict:
-    embeds = hosts.prompt(rows, hosts.TEXT)
+    embeds = pipelines.prompt(rows, tiny.TEXT)
     if name == "longcat":
         return {"prompt": ["ink" * n for n in range(rows)]}
     if name == "z-image":
         return {"prompt_embeds": list(embeds)}
     more = {}
     if name in ("flux", "kontext"):
-        more = {"pooled_prompt_embeds": hosts.prompt(rows, 1, 3)[:, 0]}
+        more = {"pooled_prompt_embeds": pipelines.prompt(rows, 1, 3)[:, 0]}
     if name == "kontext":
         more |= {"max_area": math.prod(SIZE), "_auto_resize": False}
     if name in ("chroma", "qwen"):
         mask = {"chroma": "prompt_attention_mask", "qwen": "prompt_embeds_mask"}[name]
-        more = {mask: torch.ones(rows, hosts.TEXT, dtype=torch.bool)}
+        more = {mask: torch.ones(rows, tiny.TEXT, dtype=torch.bool)}
     return {"prompt_embeds": embeds, **more}
 
 

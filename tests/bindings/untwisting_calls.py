@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers_hosts import TARGET, TEXT
+from tiny_transformers import TARGET, TEXT
 
 import fastrope as fr
 

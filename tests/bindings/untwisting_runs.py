@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers_hosts import (
-    TEXT,
-    TINY_HOSTS,
-    latent_arguments,
-    prompt,
-)
+from diffusers_hosts import TINY_HOSTS
+from tiny_pipelines import latent_arguments, prompt
+from tiny_transformers import TEXT
 from untwisting_calls import call_of, source_of
 
 import fastrope as fr

@@ -19,7 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "bindings"))
-import diffusers_hosts as hosts  # noqa: E402
+import tiny_pipelines  # noqa: E402
 from methods import tiny_run  # noqa: E402
 
 from fastrope.demo import tiny  # noqa: E402
@@ -53,7 +53,7 @@ def small_kontext():
 
 
 def small_qwen():
-    pipe = hosts.qwen_pipeline()
+    pipe = tiny_pipelines.qwen_pipeline()
 
     class Small(type(pipe)):
         def __call__(self, num_inference_steps, **arguments):

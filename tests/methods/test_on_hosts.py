@@ -16,13 +16,15 @@ import fastrope as fr
 diffusers = pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bindings"))
 import diffusers_hosts as hosts  # noqa: E402
+import tiny_pipelines  # noqa: E402
+import tiny_transformers  # noqa: E402
 from methods.oracle import dilated  # noqa: E402
 
 EDITORS = {
-    "kontext": (hosts.kontext_pipeline, hosts.kontext_generate),
-    "flux2": (hosts.flux2_pipeline, hosts.flux2_generate),
-    "qwen edit": (partial(hosts.qwen_pipeline, diffusers.QwenImageEditPipeline), hosts.qwen_generate),
-    "qwen edit plus": (hosts.qwen_pipeline, hosts.qwen_generate),
+    "kontext": (tiny_pipelines.kontext_pipeline, tiny_pipelines.kontext_generate),
+    "flux2": (tiny_pipelines.flux2_pipeline, tiny_pipelines.flux2_generate),
+    "qwen edit": (partial(tiny_pipelines.qwen_pipeline, diffusers.QwenImageEditPipeline), tiny_pipelines.qwen_generate),
+    "qwen edit plus": (tiny_pipelines.qwen_pipeline, tiny_pipelines.qwen_generate),
 }
 
 
@@ -47,12 +49,12 @@ def check(host, method, mods) -> None:
     """A method on a call of two rows equals the reference processors with modulations put down by hand."""
     model, call = host.build().double(), host.call(host.layout)
     with host.by_formulas(model, host.attend(mods)):
-        expected = hosts.run(model, call)
+        expected = tiny_transformers.run(model, call)
     with fr.apply(model, method) as handle:
         handle.set_step(0)
-        out = hosts.run(model, call)
+        out = tiny_transformers.run(model, call)
     hosts.assert_same(out, expected, 1e-10)
-    hosts.assert_differ(out, hosts.run(model, call))
+    hosts.assert_differ(out, tiny_transformers.run(model, call))
 
 
 @ON_HOSTS
