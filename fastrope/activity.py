@@ -9,6 +9,7 @@ from typing import Any
 
 from .checks import require, whole_slice
 from .modulations import MODULATIONS, Modulation
+from .rescaling import Rescaling, rescales, rescaling_of
 from .tokens import KINDS, Site
 
 Indices = slice | range | int | Collection[int]
@@ -93,6 +94,23 @@ class At:
     def sharings(self, site: Site) -> list:
         """What is asked of shared attention at a site, see :mod:`fastrope.sharing`; empty where inactive."""
         return sharings_of(self.what, site) if site in self.where else []
+
+    @property
+    def rescales(self) -> bool:
+        """Whether something in it may change the model's positions."""
+        return rescales(self.what)
+
+    def rescaling(self, site: Site) -> Rescaling | None:
+        """What is asked of the model's positions at a site; None where inactive.
+
+        Raises:
+            ValueError: some layers, or some kinds of block: all layers have the same positions.
+        """
+        where = self.where
+        everywhere = where.layers is None and where.kinds is None
+        require(everywhere or not self.rescales, "layers", "None (and kinds None) for a method that changes positions",
+                (where.layers, where.kinds))  # fmt: skip
+        return rescaling_of(self.what, site) if everywhere and site in where else None
 
 
 def sharings_of(methods: Iterable, site: Site) -> list:

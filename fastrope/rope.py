@@ -8,7 +8,7 @@ from numbers import Real
 
 import torch
 
-from .checks import require, require_tensor
+from .checks import require, require_finite, require_tensor
 from .device import widest_float
 
 PAIRINGS = ("interleaved", "half")
@@ -114,6 +114,25 @@ class RoPE:
     def tokens(self) -> int:
         """Sequence length ``S``."""
         return self.angles.shape[-2]
+
+    def rescaled(self, factor: torch.Tensor) -> RoPE:
+        """The same positions with other frequencies: angles ``factor[c] * phi[token, c]``. NTK, YaRN, DyPE and RIFLEx
+        are choices of the factor, see :mod:`fastrope.methods.positions`.
+
+        Args:
+            factor: ``(D/2,)`` floating point, finite, dimensionless, per pair; 1 is neutral.
+
+        Raises:
+            ValueError: another shape, dtype or device, values that are not finite; angles of tensors that are rotated
+                already (``applied``), which rescaled angles would not describe.
+        """
+        hint = f"({self.pairs},)"
+        require_tensor("factor", factor, (1,), hint)
+        require(factor.shape[0] == self.pairs, "factor", hint, tuple(factor.shape))
+        require(factor.is_floating_point(), "factor", "a floating-point dtype", factor.dtype)
+        require_finite("factor", factor, ("pair",))
+        require(not self.applied, "RoPE.applied", "False: rescale before tensors are rotated", True)
+        return replace(self, angles=self.angles * factor.to(self.angles.device, self.angles.dtype))
 
     def as_applied(self, applied: bool = True) -> RoPE:
         """The same angles for tensors that are (not) rotated yet."""

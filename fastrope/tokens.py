@@ -180,6 +180,9 @@ class Site:
         kind: of the block: ``"double"`` (text and image have weights of their own), ``"single"`` (one stream, after
             double blocks) or ``"joint"`` (one stream from the start).
         kinds: those that the model has; empty where nobody says.
+        theta: base of the RoPE's frequencies.
+        temporal_axis: the axis that holds frames; None in models of single pictures.
+        sigma: noise level of the step, 1 for pure noise and 0 for none; None where nobody says.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -194,6 +197,9 @@ class Site:
     num_layers: int = 57
     kind: str = "joint"
     kinds: tuple[str, ...] = ()
+    theta: float = 10_000.0
+    temporal_axis: int | None = None
+    sigma: float | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.tokens, TokenLayout), "tokens", "a fastrope.TokenLayout", type(self.tokens).__name__)

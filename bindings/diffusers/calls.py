@@ -17,9 +17,10 @@ import fastrope as fr
 from fastrope.checks import require
 from fastrope.device import wide_on_cpu
 from fastrope.modulations import MODULATIONS, Modulation
+from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
 from .checkpoints import follow
-from .fingerprints import Fingerprints
+from .fingerprints import Fingerprints, Readings
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .hosts import Host
 from .inspection import Inspector
@@ -27,7 +28,7 @@ from .layer_op import Layer
 from .layers import SharedWork
 from .requests import LayerRequest
 from .sequences import Call, JointSequence, device_of, refuse_tracing
-from .steps import Step, find_step, running_pipeline
+from .steps import Step, find_sigma, find_step, running_pipeline
 from .work import LayerWork, Work, structure_of
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
@@ -38,11 +39,20 @@ Kept = TypeVar("Kept")
 
 
 class Identified(NamedTuple):
-    """The sequence of a call, its rotation, and what identifies both."""
+    """The sequence of a call, its rotation, and what identifies both; the gain of rescaled positions, if any."""
 
     key: Hashable
     sequence: JointSequence
     rope: fr.RoPE
+    gain: torch.Tensor | None = None
+
+    def rescaled(self, rescaling: Rescaling | None) -> Identified:
+        """The same at other frequencies."""
+        if rescaling is None:
+            return self
+        factor, gain = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (rescaling.factor, rescaling.gain))
+        found = self._replace(key=(self.key, rescaling), rope=self.rope.rescaled(factor))
+        return found if set(rescaling.gain) == {1.0} else found._replace(gain=gain)
 
 
 class Prepared(NamedTuple):
@@ -79,7 +89,7 @@ class CallState:
         pipe: Any = None,
     ) -> None:
         self.host = host
-        self.model = model
+        self.called, self.model = called, model
         self.methods = tuple(methods)
         self.forwards = Forwards(called, len(kinds))
         self.layers = tuple(Layer(self.forwards, n, backend, applied) for n in range(len(kinds)))
@@ -94,7 +104,7 @@ class CallState:
         self._warned = False
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
-        self._fingerprints = Fingerprints()
+        self._fingerprints, self._sigmas = Fingerprints(), Readings()
         self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
         self._works: OrderedDict[Hashable, Any] = OrderedDict()  # anything with plans
         self._alike: weakref.WeakValueDictionary[Hashable, Work] = weakref.WeakValueDictionary()
@@ -150,7 +160,9 @@ class CallState:
         found, inspector, count = self.sequence_of(module, call), self.inspector, len(self.layers)
         # One site per layer; none where nobody asks.
         asked = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
-        sites = self.sites(self.step(call), found.sequence.layout()) if asked else []
+        sites = self._sites(call, methods, found.sequence.layout()) if asked else []
+        rescaling = rescaling_of(methods, sites[0]) if asked else None
+        found = found.rescaled(rescaling)
         requests = [LayerRequest.of(methods, site) for site in sites] or [LayerRequest(methods)] * count
         works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
         for n, (modulations, sharings) in enumerate(requests):
@@ -161,14 +173,22 @@ class CallState:
         if inspector is not None:
             plain = self._work(found, (), ())
             probes = [inspector.probe(site, found.sequence, plain) for site in sites]
-        return Prepared(Forward(tuple(map(LayerState, works, probes))))
+        return Prepared(Forward(tuple(map(LayerState, works, probes)), rescaling=rescaling))
 
     # ---- sites ------------------------------------------------------------------------------------------------------
 
-    def sites(self, step: Step, tokens: fr.TokenLayout) -> list[fr.Site]:
+    def sites(self, step: Step, tokens: fr.TokenLayout, sigma: float | None = None) -> list[fr.Site]:
         """One site per layer."""
         where = step.index, step.count, self.axes_dim, self.host.spatial_axes, len(self.layers)
-        return [fr.Site(tokens, layer, *where, kind, self._known_kinds) for layer, kind in enumerate(self._kinds)]
+        rest = {"kinds": self._known_kinds, "theta": self.host.theta(self.model), "sigma": sigma}
+        return [fr.Site(tokens, layer, *where, kind, **rest) for layer, kind in enumerate(self._kinds)]
+
+    def _sites(self, call: Call, methods: tuple, tokens: fr.TokenLayout) -> list[fr.Site]:
+        """Those of a call. Methods that rescale positions know its noise level, whose value is read for them alone."""
+        step, sigma = self.step(call), None
+        if rescales(methods):
+            sigma = find_sigma(step, self._sigmas.of, call.get(self.host.timestep), self.host.model_time)
+        return self.sites(step, tokens, sigma)
 
     def tell(self, step: Step | None) -> None:
         """The step of the calls to come of this thread, and of threads that told none; None: to be found out."""
@@ -257,10 +277,10 @@ class CallState:
         return self.layers[0].applied or self.layers[0].compiled
 
     def _work(self, found: Identified, content: Hashable, modulations: tuple) -> Work:
-        key, sequence, rope = found
+        key, sequence, rope, gain = found
         return self.remember(
             (key, content),
-            lambda: self.alike(key, modulations, lambda like: Work(sequence, rope, modulations, like=like)),
+            lambda: self.alike(key, modulations, lambda like: Work(sequence, rope, modulations, gain=gain, like=like)),
         )
 
     def alike(self, key: Hashable, modulations: tuple, make: Callable[[Work | None], Work]) -> Work:

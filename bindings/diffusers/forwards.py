@@ -19,6 +19,7 @@ import torch
 import torch.utils.checkpoint
 
 from fastrope.checks import require
+from fastrope.rescaling import Rescaling
 
 from .work import LayerWork
 
@@ -47,10 +48,12 @@ class Forward:
     Args:
         layers: what each does, in order of execution.
         appended: rows of a reference behind the target's, to be cut from the output.
+        rescaling: of the model's positions.
     """
 
     layers: tuple[LayerState, ...]
     appended: int = 0
+    rescaling: Rescaling | None = None
 
     def unobserved(self) -> Forward:
         """The same without probes, for blocks that run again."""

@@ -15,9 +15,11 @@ import torch
 from fastrope.activity import Indices, Where, flat_methods
 from fastrope.checks import require
 from fastrope.dispatch import BACKENDS
+from fastrope.rescaling import rescales
 
 from .calls import CallState
 from .checkpoints import unfollow
+from .embedders import RescaledTables
 from .hosts import Host, find_host
 from .inspection import Inspector, Record
 from .processors import BoundProcessor
@@ -35,6 +37,7 @@ class Handle:
         self._state: CallState | None = state  # None once removed: with it go transformer, pipeline and plans
         self._undo = contextlib.ExitStack()
         self._methods = state.methods
+        self._tables: RescaledTables | None = None
         self._transformer = state.host.transformer
 
     @property
@@ -66,8 +69,11 @@ class Handle:
 
         Raises:
             ValueError: something that is neither modulation nor method, or a handle that was removed.
+            NotImplementedError: methods that rescale positions where the handle cannot.
         """
-        self._bound.methods = self._methods = flat_methods(methods, "methods")
+        flat = flat_methods(methods, "methods")
+        self._rescale(flat)
+        self._bound.methods = self._methods = flat
 
     def inspect(
         self,
@@ -157,6 +163,27 @@ class Handle:
         undo.callback(_unhook, called, after)
         called.register_forward_hook(after, always_call=True)
 
+    def _rescale(self, methods: tuple) -> None:
+        """Stand behind the model's rotary table once a method may rescale positions.
+
+        Raises:
+            NotImplementedError: a host without a table that can be made again, or one that is compiled as a whole,
+                which would freeze the table of one step.
+        """
+        state = self._bound
+        if self._tables is not None or not rescales(methods):
+            return
+        host, model = state.host, state.model
+        if host.embedder is None:
+            raise NotImplementedError(f"positions: expected a host whose rotary table is known, received "
+                                      f"{host.transformer}, whose row names no embedder")  # fmt: skip
+        if state.called is not model:
+            raise NotImplementedError("positions: expected a transformer that is not compiled as a whole; compile its "
+                                      "blocks, with transformer.compile_repeated_blocks()")  # fmt: skip
+        wanted = lambda: state.forwards.current().rescaling  # noqa: E731
+        self._tables = RescaledTables(host.embedder, model, state.axes_dim, host.theta(model), wanted)
+        self._undo.callback(self._tables.remove)
+
     def __enter__(self) -> Handle:
         self._bound  # noqa: B018
         return self
@@ -193,6 +220,7 @@ def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = 
         handle = Handle(state)
         try:
             handle._install(called, [attn for _, attn in layers])
+            handle._rescale(methods)
             return handle
         except BaseException:
             handle._undo.close()

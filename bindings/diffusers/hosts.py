@@ -11,6 +11,7 @@ import torch
 from fastrope.checks import require
 from fastrope.tokens import KINDS
 
+from .embedders import FLUX_LIKE, QWEN_LIKE, Z_IMAGE_LIKE, Embedder
 from .processors import BoundProcessor, Flux2SingleProcessor, FluxProcessor, QwenProcessor, ZImageProcessor
 from .rows import ListRows, TensorRows
 from .sequences import (
@@ -49,6 +50,7 @@ class Host:
         skipped: lists of blocks with attention that is not over the joint sequence; it stays as it is.
         package: the top-level package that defines the transformer and its processors.
         rows: how a shared reference is put into a call, see :mod:`.rows`; None where there can be none.
+        embedder: what makes the rotary table; None where positions cannot be rescaled.
     """
 
     transformer: str
@@ -67,6 +69,7 @@ class Host:
     skipped: tuple[str, ...] = ()
     package: str = "diffusers"
     rows: TensorRows | ListRows | None = None
+    embedder: Embedder | None = None
 
     def __post_init__(self) -> None:
         known = all(isinstance(c, type) and issubclass(c, BoundProcessor) for c in self.processors.values())
@@ -103,6 +106,7 @@ FLUX = Host(
     theta=lambda model: float(model.pos_embed.theta),
     cosines=_flux_cosines,
     rows=TensorRows(own=("pooled_projections",)),
+    embedder=FLUX_LIKE,
 )
 
 HOSTS: list[Host] = [
@@ -141,6 +145,7 @@ HOSTS: list[Host] = [
         theta=lambda model: float(model.pos_embed.theta),
         cosines=_qwen_cosines,
         rows=TensorRows(text_mask="encoder_hidden_states_mask"),
+        embedder=QWEN_LIKE,
     ),
     Host(
         transformer="ZImageTransformer2DModel",
@@ -156,6 +161,7 @@ HOSTS: list[Host] = [
         timestep="t",
         model_time=lambda timesteps: (1000 - timesteps) / 1000,
         rows=ListRows(),
+        embedder=Z_IMAGE_LIKE,
     ),
 ]
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 import fastrope as fr
+from fastrope.rescaling import rescales
 from fastrope.sharing import Snapshot, check_reference
 
 from .batched import prepare_batch
@@ -57,6 +58,9 @@ class SharedAttention:
     def prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
         """What a forward is to do, in place of the handle's own answer."""
         state, rows = self._state, self._state.host.rows
+        if rescales(methods):
+            raise NotImplementedError("positions: expected no method that rescales them beside a shared reference, "
+                                      "whose keys are at the model's own")  # fmt: skip
         step = state.step(call)
         sigma = find_sigma(step, self._sigmas.of, call.get(state.host.timestep), state.host.model_time)
         moment = step.index, sigma
@@ -117,7 +121,8 @@ class SharedAttention:
         shape: Hashable,
         snapshot: Snapshot | None,
     ) -> SharedWork:
-        (key, sequence, rope), state, modulations = target, self._state, request.modulations
+        key, sequence, rope = target[:3]
+        state, modulations = self._state, request.modulations
         shape, angles = (shape, snapshot.angles) if request.shares else (None, None)
 
         def make() -> SharedWork:

@@ -34,6 +34,7 @@ class Work:
         sequence, rope: the tokens and their angles.
         modulations: over the keys.
         key_rope: angles of the keys, where they are more than the sequence; its masks are over the keys, then.
+        gain: ``(D/2,)`` of rescaled positions. A host that rotates has multiplied queries and keys by it.
         like: work over the same tokens with modulations of the same :func:`structure_of`, whose plans serve again.
     """
 
@@ -43,6 +44,7 @@ class Work:
         rope: fr.RoPE,
         modulations: tuple,
         key_rope: fr.RoPE | None = None,
+        gain: Tensor | None = None,
         like: Work | None = None,
     ) -> None:
         # Copies: work outlives the call that it was made for, and plans are made of it later, too.
@@ -57,6 +59,7 @@ class Work:
         self.key_rope = key_rope
         self.rotation = Rotation(rope.angles, rope.pairing) if like is None else like.rotation
         self._modulations = modulations
+        self._gain = () if gain is None else (fr.BandWeight(gain.square()),)
         self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
         self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]
         self._plans: dict[tuple, fr.Plan] = {}
@@ -68,8 +71,8 @@ class Work:
         return list(self._plans.values())
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
-        """True unless everything is neutral."""
-        return self._plan("seen", applied, device).lowered.modulated
+        """True unless everything is neutral. Rescaled positions alone need no modulated layer."""
+        return self._plan("seen", applied or bool(self._gain), device).lowered.modulated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """Modulated attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
@@ -102,6 +105,7 @@ class Work:
             self._plans[key] = plan.with_weight(self._weights[0]) if len(self._weights) == 1 else plan
         if key not in self._plans:
             key_mask = self._masks[keys]
+            modulations = self._modulations + (() if applied else self._gain)
             rope, key_rope = (
                 r and fr.RoPE(on_device(r.angles, device), r.axis.to(device), r.pairing, applied)
                 for r in (self._rope, self.key_rope)
@@ -109,7 +113,7 @@ class Work:
             self._plans[key] = fr.plan(
                 rope=rope,
                 key_rope=key_rope,
-                modulations=[with_tensors(m, lambda x: on_device(x, device)) for m in self._modulations],
+                modulations=[with_tensors(m, lambda x: on_device(x, device)) for m in modulations],
                 key_mask=None if key_mask is None else key_mask.to(device),
             )
         return self._plans[key]

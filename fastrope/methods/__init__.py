@@ -2,7 +2,10 @@
 
 from .grag import GRAG
 from .looserope import Curve, LooseRoPE
+from .positions import HighResolution, LongVideo
 from .schedules import Linear, PerLayer, PerStep
 from .untwisting import UntwistingRoPE
 
-__all__ = ["GRAG", "Curve", "Linear", "LooseRoPE", "PerLayer", "PerStep", "UntwistingRoPE"]
+__all__ = [
+    "GRAG", "Curve", "HighResolution", "Linear", "LongVideo", "LooseRoPE", "PerLayer", "PerStep", "UntwistingRoPE",
+]  # fmt: skip
