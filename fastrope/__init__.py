@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "LogitGain", "LongVideo", "LooseRoPE", "Norm",
-    "Plan", "QueryScale", "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout", "UntwistingRoPE", "apply", "attention",
-    "explain", "joint_attention", "plan", "prepare_reference", "remove", "steer",
+    "GRAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "LogitGain", "LongVideo", "LooseRoPE",
+    "Norm", "Plan", "QueryScale", "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout",
+    "UntwistingRoPE", "apply", "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove",
+    "steer",
 ]  # fmt: skip
 
 

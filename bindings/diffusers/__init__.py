@@ -8,5 +8,9 @@ with importing("diffusers"):
     from .inspection import Record
     from .processors import BoundProcessor, Stream
     from .sequences import JointSequence
+    from .video import PositionHandle
 
-__all__ = ["BoundProcessor", "Handle", "Host", "JointSequence", "Record", "Stream", "bind", "register_host", "unbind"]
+__all__ = [
+    "BoundProcessor", "Handle", "Host", "JointSequence", "PositionHandle", "Record", "Stream", "bind", "register_host",
+    "unbind",
+]  # fmt: skip

@@ -55,7 +55,7 @@ class _Batch:
         self._state = state
         self._count = joined.rows
         self._filled_up = joined.text_mask is not None
-        self._key, self._sequence, self._rope = _identify(state, module, joined)
+        self._key, self._sequence, self._rope, _ = _identify(state, module, joined)
         layout, angles = self._sequence.layout(), self._rope.angles
         self.tokens = with_shared(layout, (layout.target_grid,) * joined.rows)
         count = state.host.rows.count(joined.call) - joined.rows

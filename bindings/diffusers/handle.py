@@ -25,6 +25,7 @@ from .inspection import Inspector, Record
 from .processors import BoundProcessor
 from .shared import SharedAttention
 from .steps import Step
+from .video import bind_video, unbind_video, video_host
 
 ROTATIONS = ("op", "host")
 _BINDING = threading.RLock()  # held from the look at the processors to their replacement
@@ -205,6 +206,9 @@ def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = 
     methods = flat_methods(methods, "methods")
     pipe = None if isinstance(target, torch.nn.Module) else target
     called, model = _transformer_of(target)
+    if video_host(model) is not None:
+        require(reference is None, "reference", "None on a video transformer", type(reference).__name__)
+        return cast(Handle, bind_video(target, called, methods))  # as much of one as there is to hold
     host = find_host(model)
     if pipe is not None and any(cls.__name__ == "PAGMixin" for cls in type(pipe).__mro__):
         raise NotImplementedError(f"PAG: expected a pipeline without it, received {type(pipe).__name__}")
@@ -252,6 +256,8 @@ def unbind(target: Any) -> None:
         ValueError: there is none.
     """
     _, model = _transformer_of(target)
+    if unbind_video(model):
+        return
     bound = (getattr(module, "processor", None) for module in model.modules())
     handle = next((p.layer.handle for p in bound if isinstance(p, BoundProcessor)), None)
     require(

@@ -25,14 +25,15 @@ class Step(NamedTuple):
     scheduler: object | None = None
 
 
-def running_pipeline(model: torch.nn.Module) -> Any:
-    """The pipeline whose call runs the transformer, found on this thread's call stack; None where there is none."""
+def running_pipeline(model: torch.nn.Module, name: str = "transformer") -> Any:
+    """The pipeline whose call runs the transformer, which it holds by this name, found on this thread's call stack;
+    None where there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_varnames[:1] == ("self",) and code.co_argcount:
             owner = _owner(frame)
-            called = getattr(owner, "transformer", None)
+            called = getattr(owner, name, None)
             if called is not None and getattr(called, "_orig_mod", called) is model:
                 return owner
         frame = frame.f_back

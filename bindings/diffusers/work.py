@@ -34,8 +34,8 @@ class Work:
         sequence, rope: the tokens and their angles.
         modulations: over the keys.
         key_rope: angles of the keys, where they are more than the sequence; its masks are over the keys, then.
-        gain: ``(D/2,)`` of rescaled positions. A host that rotates has multiplied queries and keys by it.
         like: work over the same tokens with modulations of the same :func:`structure_of`, whose plans serve again.
+        gain: ``(D/2,)`` of rescaled positions. A host that rotates has multiplied queries and keys by it.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Work:
         rope: fr.RoPE,
         modulations: tuple,
         key_rope: fr.RoPE | None = None,
-        gain: Tensor | None = None,
         like: Work | None = None,
+        gain: Tensor | None = None,
     ) -> None:
         # Copies: work outlives the call that it was made for, and plans are made of it later, too.
         modulations = tuple(with_tensors(m, torch.clone) for m in modulations)

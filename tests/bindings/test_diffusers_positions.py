@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from unittest import mock
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ import torch
 import fastrope as fr
 
 pytest.importorskip("diffusers")
-from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, loose_like, positions_of, run
+import diffusers
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, lively, loose_like, positions_of, run
+from pages import DOCS, run_snippets
 
 from fastrope.rescaling import Rescaling
 
@@ -106,11 +108,10 @@ def test_what_cannot_be_rescaled_is_refused():
     compiled = torch.compile(model)
     with pytest.raises(NotImplementedError, match="not compiled as a whole"):
         fr.apply(compiled, fr.HighResolution("ntk"))
-    with mock.patch.object(model.pos_embed, "theta", 77.0), pytest.raises(NotImplementedError, match="rotary"):
-        model.pos_embed.register_forward_hook(lambda m, a, out: (out[0] * 0, out[1]))
-        with fr.apply(model, fr.HighResolution("ntk", trained=(2, 2))):
-            run(model, host.call(host.layout, dtype=torch.float32))
-    assert math.isclose(model.pos_embed.theta, 10_000)
+    model.pos_embed.register_forward_hook(lambda m, a, out: (out[0] * 0, out[1]))
+    fr.apply(model, fr.HighResolution("ntk", trained=(2, 2)))
+    with pytest.raises(NotImplementedError, match="expected the rotary embedding"):
+        run(model, host.call(host.layout, dtype=torch.float32))
 
 
 def test_compiled_blocks_follow_the_steps():
@@ -130,3 +131,106 @@ def test_compiled_blocks_follow_the_steps():
         for time, out in zip((0.9, 0.3), expected, strict=True):
             call["timestep"] = torch.full_like(call["timestep"], time)
             assert_same(run(model, call), out, 1e-6)
+
+
+# ---- video ----------------------------------------------------------------------------------------------------------
+
+
+def build_wan():
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=128,
+    )  # fmt: skip
+
+
+def build_hunyuan():
+    return diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16,
+        pooled_projection_dim=8, rope_axes_dim=(4, 4, 8),
+    )  # fmt: skip
+
+
+def video_call(model, frames: int = 7) -> dict:
+    draw = torch.Generator().manual_seed(2)
+    call = dict(
+        hidden_states=torch.randn(2, 4, frames, 4, 6, generator=draw), timestep=torch.tensor([700.0, 700.0]),
+        encoder_hidden_states=torch.randn(2, 5, 16, generator=draw),
+    )  # fmt: skip
+    if "Hunyuan" in type(model).__name__:
+        call |= dict(
+            encoder_attention_mask=torch.ones(2, 5, dtype=torch.long),
+            pooled_projections=torch.randn(2, 8, generator=draw), guidance=torch.tensor([6.0, 6.0]),
+        )  # fmt: skip
+    return call
+
+
+VIDEO = pytest.mark.parametrize("build", [build_wan, build_hunyuan])
+
+
+@VIDEO
+def test_a_long_video_lowers_one_frequency_of_the_frames(build):
+    model = lively(build())
+    call, tables = video_call(model), []
+    stock = run(model, call)
+    with fr.apply(model, fr.LongVideo(6)) as handle:
+        model.rope.register_forward_hook(lambda m, a, out: tables.append(out))
+        assert torch.equal(run(model, call), stock), "one period is longer than that"
+        handle.update(fr.LongVideo(40, repeats=6))
+        assert_differ(run(model, call), stock)
+        with pytest.raises(ValueError, match="attention is not modulated"):
+            handle.update(fr.GRAG())
+        with pytest.raises(ValueError, match="no handle is bound to"):
+            fr.apply(model, fr.LongVideo(6))
+    assert torch.equal(run(model, call), stock)
+    theta, dims, grid = (1e4, (4, 4, 4), (7, 2, 3)) if build is build_wan else (256.0, (4, 4, 8), (7, 4, 6))
+    positions = torch.cartesian_prod(*map(torch.arange, grid))
+    angles = fr.RoPE.axial(positions, dims, theta).angles
+    angles[:, 0] = positions[:, 0] * 0.9 * 2 * math.pi / 40
+    cos, sin = (x.reshape(len(positions), -1)[:, ::2].double() for x in tables[1])
+    torch.testing.assert_close(cos, angles.cos(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sin, angles.sin(), atol=1e-5, rtol=0)
+
+
+@VIDEO
+def test_a_large_video_is_rescaled_like_a_picture(build):
+    model = lively(build())
+    call = video_call(model)
+    stock = run(model, call)
+    handle = fr.apply(model, fr.HighResolution("dype", trained=(1, 2)))
+    handle.set_step(2, 10)
+    assert_differ(run(model, call), stock)
+    fr.remove(model)
+    assert not handle.bound
+    assert torch.equal(run(model, call), stock)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_runs(monkeypatch, capsys):
+    """docs/positions.md; published names lead to tiny transformers, called once."""
+    bound = []
+
+    class Small:
+        def __init__(self, transformer, call):
+            self.transformer, self._call = transformer, call
+
+        def __call__(self, prompt, **arguments):
+            bound.append((type(self.transformer).__name__, arguments))
+            run(self.transformer, self._call)
+            return SimpleNamespace(images=["picture"], frames=["frames"])
+
+        def to(self, device):
+            return self
+
+    flux, wan = TINY_HOSTS["flux"], lively(build_wan())
+    pipes = {
+        diffusers.FluxPipeline: Small(flux.build(), flux.call(flux.layout, dtype=torch.float32)),
+        diffusers.WanPipeline: Small(wan, video_call(wan)),
+    }
+    for kind, pipe in pipes.items():
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, torch_dtype, pipe=pipe: pipe)
+    run_snippets(DOCS / "positions.md", capsys)
+    assert [name for name, _ in bound] == ["FluxTransformer2DModel", "WanTransformer3DModel"]
+    assert bound[1][1] == {"num_frames": 129}
