@@ -12,8 +12,9 @@ import fastrope as fr
 
 pytest.importorskip("diffusers")
 import diffusers
-from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, lively, loose_like, positions_of, run
+from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, loose_like, positions_of, run
 from pages import DOCS, run_snippets
+from tiny_transformers import lively
 
 from fastrope.rescaling import Rescaling
 
