@@ -13,7 +13,7 @@ from .activity import At
 from .api import attention, explain
 from .islock import ISLock
 from .joint import Norm, Stream, joint_attention
-from .methods import GRAG, HighResolution, LongVideo, LooseRoPE, UntwistingRoPE
+from .methods import GRAG, NAG, HighResolution, LongVideo, LooseRoPE, UntwistingRoPE
 from .methods.judges import MOVES as _MOVES
 from .methods.trajectories import GAMMA as _GAMMA
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "LogitGain", "LongVideo", "LooseRoPE",
+    "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "LogitGain", "LongVideo", "LooseRoPE",
     "Norm", "Plan", "QueryScale", "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout",
     "UntwistingRoPE", "apply", "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove",
     "steer",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import require, whole_slice
+from .guidance import Guidance, guidance_of
 from .modulations import MODULATIONS, Modulation
 from .rescaling import Rescaling, rescales, rescaling_of
 from .tokens import KINDS, Site
@@ -94,6 +95,11 @@ class At:
     def sharings(self, site: Site) -> list:
         """What is asked of shared attention at a site, see :mod:`fastrope.sharing`; empty where inactive."""
         return sharings_of(self.what, site) if site in self.where else []
+
+    def guidance(self, site: Site) -> Guidance | None:
+        """What is asked of a layer with a negative prompt; where inactive, only that the prompts stay apart."""
+        found = guidance_of(self.what, site)
+        return found if found is None or site in self.where else replace(found, scale=1.0)
 
     @property
     def rescales(self) -> bool:

@@ -16,12 +16,14 @@ import torch
 import fastrope as fr
 from fastrope.checks import require
 from fastrope.device import wide_on_cpu
+from fastrope.guidance import Guidance, guidance_of
 from fastrope.modulations import MODULATIONS, Modulation
 from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
 from .checkpoints import follow
 from .fingerprints import Fingerprints, Readings
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
+from .guided import GuidedKeys, GuidedWork
 from .hosts import Host
 from .inspection import Inspector
 from .layer_op import Layer
@@ -164,6 +166,9 @@ class CallState:
         rescaling = rescaling_of(methods, sites[0]) if asked else None
         found = found.rescaled(rescaling)
         requests = [LayerRequest.of(methods, site) for site in sites] or [LayerRequest(methods)] * count
+        guidances = [guidance_of(methods, site) for site in sites]
+        if any(guidances):
+            return Prepared(Forward(self._guided(found, requests, guidances), rescaling=rescaling))
         works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
         for n, (modulations, sharings) in enumerate(requests):
             if sharings:  # of a method that wants the statistics of a reference in the sequence itself
@@ -271,6 +276,24 @@ class CallState:
             works.append(work if work is not None and work.modulates(self._applied, device) else None)
         self.forget()
         return [works[n] for n in index]
+
+    def _guided(
+        self, found: Identified, requests: list[LayerRequest], guidances: list[Guidance | None]
+    ) -> tuple[LayerState, ...]:
+        """The layers of a sequence with a negative prompt."""
+        if self.inspector is not None or any(each.sharings for each in requests):
+            raise NotImplementedError("NAG: expected no inspection and no shared or normalising reference beside it")
+        states = []
+        for (modulations, _), guidance in zip(requests, guidances, strict=True):
+            require(guidance is not None, "guidance", "a Guidance in every layer", "None in some")
+            span = guidance.negative
+            keys = self.remember(
+                (found.key, self.digest(modulations), "guided", span.start, span.stop),
+                lambda modulations=modulations, span=span: GuidedKeys(found, modulations, span),
+            )
+            states.append(LayerState(GuidedWork(keys, guidance, found.sequence.masked)))
+        self.forget()
+        return tuple(states)
 
     @property
     def _applied(self) -> bool:

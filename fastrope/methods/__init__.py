@@ -2,10 +2,12 @@
 
 from .grag import GRAG
 from .looserope import Curve, LooseRoPE
+from .nag import NAG
 from .positions import HighResolution, LongVideo
 from .schedules import Linear, PerLayer, PerStep
 from .untwisting import UntwistingRoPE
 
 __all__ = [
-    "GRAG", "Curve", "HighResolution", "Linear", "LongVideo", "LooseRoPE", "PerLayer", "PerStep", "UntwistingRoPE",
+    "GRAG", "NAG", "Curve", "HighResolution", "Linear", "LongVideo", "LooseRoPE", "PerLayer", "PerStep",
+    "UntwistingRoPE",
 ]  # fmt: skip

@@ -1,0 +1,126 @@
+"""A layer whose sequence holds a prompt and a negative prompt: three attentions over disjoint keys, then joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrope as fr
+from fastrope.device import on_device
+from fastrope.guidance import Guidance, normalised_guidance
+from fastrope.modulations import Modulation
+
+from .work import with_tensors
+
+
+class GuidedKeys:
+    """Attention of all queries over the keys of the image, of the prompt, and of the negative prompt, each alone.
+
+    Args:
+        found: the sequence of both prompts and the image, its rotation and gain.
+        modulations: over the keys of the sequence.
+        negative: the tokens of the negative prompt. They stand where they would stand without the prompt.
+
+    Raises:
+        NotImplementedError: a sequence whose prompts cannot be told apart, or a BiasDelta over keys of several parts.
+    """
+
+    def __init__(self, found: Any, modulations: tuple[Modulation, ...], negative: slice) -> None:
+        sequence, rope = found.sequence, found.rope
+        tokens = sequence.layout()
+        if tokens.order != "text-first" or sequence.bonus is not None:
+            raise NotImplementedError(
+                "NAG: expected a host whose sequence begins with the text and whose mask is a bool, received another"
+            )
+        start, stop = negative.start, negative.stop
+        self.parts = slice(stop, len(tokens)), slice(0, start), negative
+        angles = rope.angles.clone()
+        angles[..., negative, :] = rope.angles[..., : stop - start, :]
+        self.moved = not torch.equal(angles, rope.angles)
+        self._rope = replace(rope, angles=angles)
+        self._mask = sequence.key_mask
+        self._gain = [] if found.gain is None else [fr.BandWeight(found.gain.square())]
+        self._modulations = tuple(
+            [with_tensors(m, torch.clone) for m in (_restricted(m, part, len(tokens)) for m in modulations) if m]
+            for part in self.parts
+        )
+        self._plans: dict[tuple, fr.Plan] = {}
+
+    @property
+    def plans(self) -> list[fr.Plan]:
+        """Those built so far."""
+        return list(self._plans.values())
+
+    def attend(self, n: int, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str) -> tuple[Tensor, Tensor]:
+        """``out (B, S, H, D)`` and ``lse (B, S, H, 1)`` over the keys of part ``n``."""
+        part, key = self.parts[n], (n, applied, q.device)
+        if key not in self._plans:
+            self._plans[key] = self._plan(n, applied, q.device)
+        out, lse = fr.attention(q, k[:, part], v[:, part], plan=self._plans[key], backend=backend, return_lse=True)
+        return out, lse.transpose(1, 2)[..., None]
+
+    def _plan(self, n: int, applied: bool, device: torch.device) -> fr.Plan:
+        part, modulations = self.parts[n], self._modulations[n] + ([] if applied else self._gain)
+        angles, axis = on_device(self._rope.angles, device), self._rope.axis.to(device)
+        rope, key_rope = (fr.RoPE(x, axis, self._rope.pairing, applied) for x in (angles, angles[..., part, :]))
+        return fr.plan(
+            rope=rope, key_rope=key_rope,
+            modulations=[with_tensors(m, lambda x: on_device(x, device)) for m in modulations],
+            key_mask=None if self._mask is None else self._mask[:, part].to(device),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedWork:
+    """A layer under NAG."""
+
+    keys: GuidedKeys
+    guidance: Guidance
+    masked: bool
+
+    @property
+    def plans(self) -> list[fr.Plan]:
+        """Those built so far."""
+        return self.keys.plans
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
+        """``q, k, v (B, S, H, D)``, rotated already (``applied``) or not.
+
+        Raises:
+            NotImplementedError: rotated by a host that counts the negative prompt's tokens on from the prompt's.
+        """
+        if applied and self.keys.moved:
+            raise NotImplementedError("NAG: expected rotation='op' and layers that are not compiled, on a host whose "
+                                      "text has positions; received tokens that the host has rotated")  # fmt: skip
+        image, prompt, negative = (self.keys.attend(n, q, k, v, applied, backend) for n in range(3))
+        under, against = _merged(image, prompt), _merged(image, negative)
+        guidance, seen = self.guidance, self.keys.parts[0]
+        out = under.clone()
+        out[:, guidance.negative] = against[:, guidance.negative]
+        if guidance.scale != 1:
+            numbers = guidance.scale, guidance.tau, guidance.alpha
+            out[:, seen] = normalised_guidance(under[:, seen], against[:, seen], *numbers)
+        return out.to(q.dtype)
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention over both sets of keys, float32 or wider."""
+    (a, lse_a), (b, lse_b) = one, other
+    share = torch.sigmoid(lse_b - lse_a)
+    return torch.lerp(a.to(share.dtype), b.to(share.dtype), share)
+
+
+def _restricted(m: Modulation, part: slice, length: int) -> Modulation | None:
+    """A modulation over the keys of one part; None where it covers none of them."""
+    keys = torch.zeros(length, dtype=torch.bool, device="cpu")
+    keys[m.keys if isinstance(m.keys, slice) else m.keys.cpu()] = True
+    inside = keys[part]
+    if not inside.any():
+        return None
+    if isinstance(m, fr.BiasDelta) and int(inside.sum()) < int(keys.sum()):
+        raise NotImplementedError("BiasDelta.keys: expected keys of the image alone, or of one prompt alone, beside "
+                                  "NAG, received keys of several")  # fmt: skip
+    return replace(m, keys=inside)

@@ -1,0 +1,67 @@
+"""Guidance inside attention: what methods ask of a layer whose sequence holds a negative prompt beside the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import require
+from .tokens import Site
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Normalised attention guidance at one site (NAG, arXiv 2505.21179).
+
+    Args:
+        negative: the text tokens of the negative prompt, a slice of the sequence at one end of the text.
+        scale, tau, alpha: of :func:`normalised_guidance`. At scale 1 the image sees the prompt alone.
+    """
+
+    negative: slice
+    scale: float
+    tau: float
+    alpha: float
+
+
+def normalised_guidance(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    """Attention under the prompt, pushed away from that under the negative prompt (NAG, arXiv 2505.21179, eq. 7 to 10).
+
+    ``z~ = s z+ - (s - 1) z-`` is shortened where its L1 norm is more than ``tau`` times that of ``z+``, then blended:
+    ``z = alpha z^ + (1 - alpha) z+``.
+
+    Args:
+        positive, negative: ``z+, z-``, ``(B, S, H, D)`` floating point. A token's norm is over all heads and channels.
+        scale: ``s``, dimensionless; 1 gives the positive.
+        tau: the largest growth of the norm, dimensionless.
+        alpha: share of the guided attention, in 0..1.
+
+    Returns:
+        ``(B, S, H, D)`` in the dtype of ``positive``, computed in float32 or wider.
+    """
+    wide = torch.promote_types(positive.dtype, torch.float32)
+    kept, against = positive.to(wide), negative.to(wide)
+    guided = scale * kept - (scale - 1) * against
+    norms = [x.abs().sum(dim=(-2, -1), keepdim=True) for x in (guided, kept)]
+    growth = norms[0] / norms[1]
+    shorten = torch.where(growth > tau, tau / growth, torch.ones_like(growth))  # all zeros: nan, which stays as it is
+    return torch.lerp(kept, guided * shorten, alpha).to(positive.dtype)
+
+
+def guidance_of(methods: Iterable[Any], site: Site) -> Guidance | None:
+    """What the one method with ``guidance(site) -> Guidance`` asks for; None where there is none.
+
+    Raises:
+        ValueError: two of them, or an answer of another kind.
+    """
+    found = [(m, m.guidance(site)) for m in methods if hasattr(m, "guidance")]
+    found = [(m, answer) for m, answer in found if answer is not None]
+    require(len(found) <= 1, "methods", "one method that guides attention", f"{len(found)} of them")
+    for m, answer in found:
+        require(isinstance(answer, Guidance), f"{type(m).__name__}.guidance", "a Guidance or None", repr(answer))
+        return answer
+    return None
