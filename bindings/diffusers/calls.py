@@ -285,7 +285,8 @@ class CallState:
             raise NotImplementedError("NAG: expected no inspection and no shared or normalising reference beside it")
         states = []
         for (modulations, _), guidance in zip(requests, guidances, strict=True):
-            require(guidance is not None, "guidance", "a Guidance in every layer", "None in some")
+            if guidance is None:
+                raise ValueError("guidance: expected a Guidance in every layer, received None in some")
             span = guidance.negative
             keys = self.remember(
                 (found.key, self.digest(modulations), "guided", span.start, span.stop),

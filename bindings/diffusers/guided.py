@@ -73,7 +73,7 @@ class GuidedKeys:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class GuidedWork:
     """A layer under NAG."""
 
