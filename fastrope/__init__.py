@@ -1,7 +1,8 @@
 """FastRoPE: attention with first-class modulations.
 
-``attention`` is the op; ``QueryScale``, ``BandWeight``, ``BiasDelta`` and ``LogitGain`` are what it can be told;
-``plan`` does the host work once; ``explain`` says what would run; ``apply`` binds modulations to a diffusers pipeline.
+``attention`` is the op; ``QueryScale``, ``BandWeight``, ``BiasDelta``, ``LogitGain``, ``LogitBias``, ``KeyBias`` and
+``ValueGain`` are what it can be told; ``plan`` does the host work once; ``explain`` says what would run; ``apply``
+binds modulations to a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .joint import Norm, Stream, joint_attention
 from .methods import GRAG, NAG, HighResolution, LongVideo, LooseRoPE, UntwistingRoPE
 from .methods.judges import MOVES as _MOVES
 from .methods.trajectories import GAMMA as _GAMMA
-from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
+from .modulations import BandWeight, BiasDelta, KeyBias, LogitBias, LogitGain, QueryScale, ValueGain
 from .planning import Plan, plan
 from .rope import RoPE
 from .sharing import Reference, ReferenceCache
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "LogitGain", "LongVideo", "LooseRoPE",
-    "Norm", "Plan", "QueryScale", "Reference", "ReferenceCache", "RoPE", "Site", "Stream", "TokenLayout",
-    "UntwistingRoPE", "apply", "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove",
-    "steer",
+    "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "KeyBias", "LogitBias", "LogitGain",
+    "LongVideo", "LooseRoPE", "Norm", "Plan", "QueryScale", "Reference", "ReferenceCache", "RoPE", "Site", "Stream",
+    "TokenLayout", "UntwistingRoPE", "ValueGain", "apply", "attention", "explain", "joint_attention", "plan",
+    "prepare_reference", "remove", "steer",
 ]  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op",
     Args:
         pipe: a pipeline whose ``transformer`` is in the table of hosts (FLUX.1, Kontext, Chroma, FLUX.2, Qwen-Image and
             its editors, Z-Image and their kin), or the transformer itself, compiled or not.
-        methods: modulations (QueryScale, BandWeight, BiasDelta, LogitGain) over the joint sequence of the model, and
+        methods: modulations (QueryScale, BandWeight, BiasDelta ...) over the joint sequence of the model, and
             objects with ``modulations(site) -> list`` that are asked for every layer and step (:class:`fastrope.At`
             makes one of either, for some layers and steps); lists are flattened. Tensors may be on any device.
         backend: of :func:`fastrope.attention`, for the modulated layers.

@@ -56,7 +56,8 @@ def attention(
         k, v: ``(B, Sk, Hkv, D)``, dtype and device of ``q``; ``H % Hkv == 0`` (grouped-query attention).
         rope: angles of the queries, and of the keys unless ``key_rope`` is given; None rotates nothing.
         key_rope: angles of the keys when they are other tokens than the queries (``Sq != Sk``, shared attention).
-        modulations: QueryScale, BandWeight, BiasDelta, LogitGain; the order does not matter.
+        modulations: QueryScale, BandWeight, BiasDelta, LogitGain, LogitBias, KeyBias, ValueGain; the order does not
+            matter.
         key_mask: ``(B, Sk)`` bool, True = attend. A query without any key gives zeros (and ``lse = -inf``).
         plan: a prepared :func:`fastrope.plan` in place of the four arguments above. Compiled code takes a plan.
         scale: factor of the logits, ``D ** -0.5`` by default.
@@ -209,8 +210,9 @@ class Explanation:
         lines += [f"  not {name}: {why}" for name, why in self.rejected]
         lines.append(f"segments of keys{' (sorted by signature)' if self.keys_reordered else ''}:")
         for s in self.segments:
-            names = [n for n, on in (("QueryScale", s.scaled), ("BandWeight", s.weight >= 0),
-                     ("BiasDelta", s.group >= 0), ("LogitGain", s.gain >= 0)) if on]  # fmt: skip
+            covers = dict(QueryScale=s.scaled, BandWeight=s.weight >= 0, BiasDelta=s.group >= 0,
+                          LogitGain=s.gain >= 0, LogitBias=s.bias >= 0)  # fmt: skip
+            names = [name for name, on in covers.items() if on]
             lines.append(f"  [{s.start}, {s.stop}) {' + '.join(names) or 'plain'}")
         if self.scale_buckets or self.per_query_scales:
             buckets = ", ".join(["1", *(f"{r:.4g}" for r in self.scale_buckets)])

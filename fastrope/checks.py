@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -23,6 +23,11 @@ def require(condition: bool, argument: str, expected: object, received: object) 
 def is_whole(value: object) -> bool:
     """Whether ``value`` is an integer and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def whole_slice(argument: str, value: slice) -> slice:
@@ -57,13 +62,23 @@ def require_finite(name: str, x: torch.Tensor, dims: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected finite values, received {bad}")
 
 
+def require_bias(name: str, x: torch.Tensor, dims: tuple[str, ...]) -> None:
+    """As :func:`require_finite`, but ``-inf`` is allowed."""
+    bad = _first(x, x.isnan() | (x == float("inf")), dims, "neither finite nor -inf")
+    if bad:
+        raise ValueError(f"{name}: expected finite values or -inf, which hides, received {bad}")
+
+
 def first_not_finite(x: torch.Tensor, dims: tuple[str, ...]) -> str | None:
     """Describe the first value that is not finite, None if all are. ``dims`` name the last dimensions of ``x``."""
-    bad = ~x.isfinite()
+    return _first(x, ~x.isfinite(), dims, "not finite")
+
+
+def _first(x: torch.Tensor, bad: torch.Tensor, dims: tuple[str, ...], what: str) -> str | None:
     count = int(bad.sum())
     if not count:
         return None
     index = bad.nonzero()[0].tolist()
-    place = zip(dims[-x.ndim :], index, x.shape, strict=True)
+    place = zip(dims[len(dims) - x.ndim :], index, x.shape, strict=True)
     where = ", ".join(f"{dim} {i}" for dim, i, size in place if size > 1) or "index 0"
-    return f"{x[tuple(index)].item()} at {where} ({count} of {x.numel()} values are not finite)"
+    return f"{x[tuple(index)].item()} at {where} ({count} of {x.numel()} values are {what})"

@@ -14,6 +14,7 @@ from .backends import reference
 from .checks import first_not_finite, require, require_finite
 from .device import switched_on, widest_float
 from .planning import Resolved
+from .planning.resolved import Group
 
 SAMPLE = 16  # queries compared with the reference, spread evenly
 LOW_PRECISION_SLACK = 4  # times the error of the reference in the input dtype: a backend may round in other places
@@ -39,7 +40,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: flo
         ValueError: naming the argument, what was expected, what came and where.
     """
     q, k, v = q.detach(), k.detach(), v.detach()
-    mask = resolved.key_mask
+    mask = resolved.present
     if mask is not None:
         k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
     for name, x, token in (("q", q, "query"), ("k", k, "key"), ("v", v, "key")):
@@ -48,7 +49,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: flo
         if rope is not None:
             require_finite(name, rope.angles, ("batch row", "token", "pair"))
             _distinct_angles(name, rope.angles)
-    _check_ranges(q, k, resolved, scale)
+    _check_ranges(q, k, v, resolved, scale)
 
 
 def check_output(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float, out: Tensor, backend: str) -> None:
@@ -83,8 +84,8 @@ def deviation(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float,
         exact, _ = reference.run(q.to(wide), k.to(wide), v.to(wide), resolved, scale, queries=rows)
         error = float((out[:, rows].to(wide) - exact).abs().amax())
         if q.dtype == torch.float64:
-            values = v if resolved.key_mask is None else v[resolved.key_mask]
-            return error, EXACT_SLACK * float(values.abs().amax()) if values.numel() else 0.0
+            values = v if resolved.present is None else v.masked_fill(~resolved.present[:, :, None, None], 0)
+            return error, EXACT_SLACK * float(values.abs().amax())
         low, _ = reference.run(q, k, v, resolved, scale, queries=rows)
         rounding = float((low.to(wide) - exact).abs().amax())
         floor = torch.finfo(q.dtype).eps * float(exact.abs().amax())
@@ -95,7 +96,7 @@ def _sample(num_queries: int, resolved: Resolved, device: torch.device) -> Tenso
     """Queries spread evenly, and those with the most extreme scales and gains, ``(n,)``."""
     rows = [torch.linspace(0, num_queries - 1, min(SAMPLE, num_queries), device="cpu").long()]
     scales = [] if resolved.scale is None else [resolved.scale.r]
-    for values in [*scales, *(m.g for m in resolved.gains)]:
+    for values in [*scales, *(m.g for m in resolved.gains), *(m.b for m in resolved.biases)]:
         rows += [values.argmin(dim=1).cpu(), values.argmax(dim=1).cpu()]
     return torch.cat(rows).unique().to(device)
 
@@ -110,8 +111,8 @@ def _distinct_angles(name: str, angles: Tensor) -> None:
     require(largest < limit, name, expected, f"{largest:.3g}")
 
 
-def _check_ranges(q: Tensor, k: Tensor, resolved: Resolved, scale: float) -> None:
-    """Require logits within the accumulator and modulated keys within the input dtype, by bounds on norms.
+def _check_ranges(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float) -> None:
+    """Require logits within the accumulator, modulated keys and values within the input dtype, by bounds on norms.
 
     The norm of a token bounds each of its channels however its pairs are turned, and two norms bound a logit.
     """
@@ -121,9 +122,8 @@ def _check_ranges(q: Tensor, k: Tensor, resolved: Resolved, scale: float) -> Non
     query, key = (float(x.to(wide).norm(dim=-1).amax()) for x in (q, k))
     logit = _within("q, k", logits, query * key, accumulator)
     logit = _within("scale", logits, logit * max(abs(scale), 1.0), accumulator)
-    factors = [
-        ("BiasDelta.bias, BiasDelta.delta", (m.bias - m.delta).abs() + m.delta.abs(), True) for m in resolved.groups
-    ]
+    groups = "BiasDelta.bias, BiasDelta.delta"
+    factors = [(groups, _spread(m), True) for m in resolved.key_groups]
     factors += [("BandWeight.weight", m.w.abs(), True) for m in resolved.weights]
     factors += [("LogitGain.gain", m.g.abs(), False) for m in resolved.gains]
     for name, values, on_keys in factors:
@@ -131,6 +131,24 @@ def _check_ranges(q: Tensor, k: Tensor, resolved: Resolved, scale: float) -> Non
         if on_keys:
             key = _within(name, keys, key * factor, k.dtype)
         logit = _within(name, logits, logit * factor, accumulator)
+    biases = [("LogitBias.bias", m.b) for m in resolved.biases] + [("KeyBias.bias", x) for x in resolved.key_biases]
+    for name, values in biases:
+        logit = _within(
+            name, logits, logit + float(values.masked_fill(values == -torch.inf, 0).abs().amax()), accumulator
+        )
+    value = float(v.to(wide).norm(dim=-1).amax())
+    factors = [(groups, _spread(m)) for m in resolved.value_groups] + [
+        ("ValueGain.gain", u) for u in resolved.value_gains
+    ]
+    for name, values in factors:
+        value = _within(
+            name, f"modulated values within {v.dtype}", value * max(float(values.abs().amax()), 1.0), v.dtype
+        )
+
+
+def _spread(group: Group) -> Tensor:
+    """How much a BiasDelta may multiply the largest norm of its group by."""
+    return (group.bias - group.delta).abs() + group.delta.abs()
 
 
 def _within(name: str, expected: str, bound: float, dtype: torch.dtype) -> float:

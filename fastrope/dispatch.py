@@ -19,7 +19,7 @@ from . import device as devices
 from .backends import folded, fused, reference, sdpa, split_rows
 from .kernels.streams import Projected, Streams
 from .planning.lowered import Lowered
-from .planning.resolve import Resolved
+from .planning.resolved import Resolved
 
 BACKENDS = ("triton", "sdpa", "eager")
 
@@ -152,12 +152,19 @@ def choose(
     """The backend part of :func:`decide`, which reads neither values nor addresses: tensors may be fake ones."""
     grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
     found = _backend_for(lowered, q, grad, backend, return_lse)
-    folds = found.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered)
+    folds = found.backend == "sdpa" and not (grad or return_lse or _not_yet(lowered)) and folded.takes(q, lowered)
     return replace(found, folded=True) if folds else found
 
 
+def _not_yet(lowered: Lowered) -> str | None:
+    finite = lowered.keys.bias is not None and lowered.keys.bias.finite is not None
+    if finite or lowered.biases is not None or lowered.values is not None:
+        return "LogitBias, KeyBias, ValueGain and BiasDelta on values run on sdpa and eager"
+    return None
+
+
 def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, return_lse: bool) -> Decision:
-    obstacle = devices.kernel_obstacle(q)
+    obstacle = devices.kernel_obstacle(q) or _not_yet(lowered)
     if backend == "triton":
         if grad:
             raise NotImplementedError(
@@ -170,7 +177,7 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
         return Decision(backend, "asked for")
     never_eager = ("eager", "materialises the logits; runs only when asked for")
     if obstacle:
-        unexpected = q.device.type == "cuda" and q.dtype != torch.float64
+        unexpected = q.device.type == "cuda" and q.dtype != torch.float64 and _not_yet(lowered) is None
         warning = f"fastrope runs on backend 'sdpa': the fused kernel is unavailable ({obstacle})"
         rejected = (("triton", obstacle), never_eager)
         return Decision("sdpa", "runs on any device", rejected, warning if unexpected else None)

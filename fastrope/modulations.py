@@ -1,18 +1,18 @@
 """The modulations: what may be done to an attention call, each a frozen description that computes nothing.
 
-The formulas and their names (``phi'``, ``mu``, ``kt``, ``ktt``, ``s``) are those of ``docs/mathematics.md``.
-Every modulation names the keys it covers: a ``slice``, a 1-D bool mask over ``Sk`` or a 1-D integer index tensor
-(``slice(None)``, all keys, by default).
+The formulas and their names (``phi'``, ``mu``, ``kt``, ``ktt``, ``s``, ``vt``) are those of ``docs/mathematics.md``.
+Every modulation but KeyBias names the keys it covers: a ``slice``, a 1-D bool mask over ``Sk`` or a 1-D integer index
+tensor (``slice(None)``, all keys, by default).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from .checks import require, require_tensor, whole_slice
+from .checks import is_number, require, require_tensor, whole_slice
 
 Keys = slice | torch.Tensor
 
@@ -85,25 +85,28 @@ class BiasDelta:
     """Keys re-weighted around their group mean: ``kt = lambda mu + delta (khat - mu)`` (GRAG, arXiv 2510.24657).
 
     ``bias`` (lambda) trades the group against the other keys, ``delta`` is a temperature inside it. The mean runs over
-    the unmasked keys of the group, per batch row, key head and channel, after rotation.
+    the unmasked keys of the group, per batch row, key head and channel, after rotation. On values it is the same of the
+    values: ``vt = lambda nu + delta (v - nu)`` (DCAG, arXiv 2602.18022), with no effect on the weights of attention.
 
     Args:
         bias: lambda, a number or a tensor ``()`` or ``(B,)``; 1 is neutral.
         delta: a number or a tensor ``()`` or ``(B,)``; 1 is neutral.
-        keys: the group. Two groups may not share a key.
+        keys: the group. Two groups of one kind may not share a key.
+        on: ``"keys"``, or ``"values"`` of these keys.
     """
 
     bias: float | torch.Tensor = 1.0
     delta: float | torch.Tensor = 1.0
     keys: Keys = field(default_factory=lambda: slice(None))
+    on: Literal["keys", "values"] = "keys"
 
     def __post_init__(self) -> None:
         for name, value in (("BiasDelta.bias", self.bias), ("BiasDelta.delta", self.delta)):
             if isinstance(value, torch.Tensor):
                 _check_values(name, value, (0, 1), "() or (B,)")
             else:
-                ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-                require(ok, name, "a number or a tensor () or (B,)", repr(value))
+                require(is_number(value), name, "a number or a tensor () or (B,)", repr(value))
+        require(self.on in ("keys", "values"), "BiasDelta.on", '"keys" or "values"', repr(self.on))
         _take_keys(self)
 
 
@@ -124,5 +127,72 @@ class LogitGain:
         _take_keys(self)
 
 
-Modulation = QueryScale | BandWeight | BiasDelta | LogitGain
-MODULATIONS = (QueryScale, BandWeight, BiasDelta, LogitGain)
+@dataclass(frozen=True, eq=False)
+class LogitBias:
+    """A number added to logits, per query: ``s_ij <- s_ij + b_i``, after any gain. A log-weight: ``log 2`` lets every
+    covered key count twice, ``-inf`` hides the covered keys from the query. Means are left alone.
+
+    Args:
+        bias: ``b``, natural log units: a number, or a tensor ``()``, ``(Sq,)``, ``(B, Sq)``, or ``(B, 1)`` for all
+            queries of a batch row; 0 is neutral, ``-inf`` hides.
+        keys: the keys covered.
+
+    Raises:
+        ValueError: ``+inf``, NaN, wrong rank or dtype.
+    """
+
+    bias: float | torch.Tensor
+    keys: Keys = field(default_factory=lambda: slice(None))
+
+    def __post_init__(self) -> None:
+        shapes = "(), (Sq,), (B, Sq) or (B, 1)"
+        if isinstance(self.bias, torch.Tensor):
+            _check_values("LogitBias.bias", self.bias, (0, 1, 2), shapes)
+        else:
+            ok = is_number(self.bias) and self.bias < float("inf")  # which NaN is not
+            require(ok, "LogitBias.bias", f"a number below inf, or a tensor {shapes}", repr(self.bias))
+        _take_keys(self)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBias:
+    """A number added to the logits of each key, for all queries: ``s_ij <- s_ij + beta_j``. ``log n`` is worth n copies
+    of the key; ``-inf`` equals its absence, also from means, as ``key_mask`` does.
+
+    Args:
+        bias: ``beta``, natural log units, ``(Sk,)`` or ``(B, Sk)``; 0 is neutral.
+    """
+
+    bias: torch.Tensor
+
+    def __post_init__(self) -> None:
+        _check_values("KeyBias.bias", self.bias, (1, 2), "(Sk,) or (B, Sk)")
+
+
+@dataclass(frozen=True, eq=False)
+class ValueGain:
+    """Values multiplied: ``vt_j = u_j v_j``, after BiasDelta on values. The weights of attention and the log-sum-exp
+    stay. Negative gains turn what a key adds into its opposite (NegPiP).
+
+    Args:
+        gain: ``u``, dimensionless; 1 is neutral. A number or ``()``; one per covered key, ``(n,)`` or ``(B, n)``, in
+            the order in which ``keys`` names them; or one per batch row, ``(B, 1)`` or ``(B,)``. Where ``(B,)`` and
+            ``(n,)`` are the same shape, it is read as one per key.
+        keys: the keys covered.
+    """
+
+    gain: float | torch.Tensor
+    keys: Keys = field(default_factory=lambda: slice(None))
+
+    def __post_init__(self) -> None:
+        shapes = "(), (n,) or (B, n) for n covered keys, (B, 1) or (B,)"
+        if isinstance(self.gain, torch.Tensor):
+            _check_values("ValueGain.gain", self.gain, (0, 1, 2), shapes)
+        else:
+            require(is_number(self.gain), "ValueGain.gain", f"a number or a tensor {shapes}", repr(self.gain))
+        _take_keys(self)
+
+
+Modulation = QueryScale | BandWeight | BiasDelta | LogitGain | LogitBias | KeyBias | ValueGain
+MODULATIONS = (QueryScale, BandWeight, BiasDelta, LogitGain, LogitBias, KeyBias, ValueGain)
+PARAMETERS = ("scale", "weight", "bias", "delta", "gain")  # fields of modulations that may hold tensors, beside keys

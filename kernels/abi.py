@@ -17,6 +17,7 @@ SEGMENT_COLUMNS = (
     "weight",  # row of the band weights, or -1
     "group",  # BiasDelta group, or -1
     "gain",  # product of gains, numbered within the pass, or -1
+    "bias",  # sum of logit biases, numbered within the pass, or -1
     "first_block",  # axis blocks [first_block, last_block)
     "last_block",
     "variant",  # query variant, numbered within the pass

@@ -317,6 +317,28 @@ def every_modulation(
     ]  # fmt: skip
 
 
+def some_biases(
+    g: torch.Generator, *shape: int, low: float = -2.0, high: float = 2.0, hidden: float = 0.2
+) -> torch.Tensor:
+    """Logit or key biases, a part of them ``-inf``."""
+    b = uniform(g, *shape, low=low, high=high)
+    return b.masked_fill((torch.rand(*shape, generator=g) < hidden).to(DEVICE), -torch.inf)
+
+
+def biases_and_values(g: torch.Generator, queries: int, keys: int, batch: int = 1) -> list:
+    """All that biases logits and changes values, on different key sets."""
+    third, most = keys // 3, max(1, 2 * (keys // 3))
+    own = torch.where(torch.arange(keys) % 3 == 0, -1.5, 0.7).to(DEVICE, torch.float64)
+    return [
+        fr.LogitBias(some_biases(g, batch, queries), keys=slice(third, None)),
+        fr.LogitBias(-0.7, keys=key_set(g, "slice", keys)),
+        fr.KeyBias(some_biases(g, keys)),
+        fr.ValueGain(own[: most - third // 2], keys=slice(third // 2, most)),
+        fr.ValueGain(0.5, keys=slice(0, most)),
+        fr.BiasDelta(1.3, 0.6, keys=slice(third, most) if most > third else slice(None), on="values"),
+    ]
+
+
 def many_signatures(g: torch.Generator, queries: int, keys: int, dim: int, kind: str | None) -> list:
     """More query variants, groups and products of gains than a launch holds: nearly every key has another signature."""
     modulations = [

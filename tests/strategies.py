@@ -19,8 +19,10 @@ from numerics import (
     grid,
     key_masks,
     key_set,
+    members,
     scales,
     scatter,
+    some_biases,
     tensors,
     uniform,
 )
@@ -37,11 +39,13 @@ def calls(
     tokens: Sequence[int] = TOKENS,
     dims: Sequence[int] = (16, 64, 80, 96, 128),
     heads: Sequence[tuple[int, int]] = ((1, 1), (2, 1), (1, 3), (2, 3)),
+    biased: bool = True,
 ) -> Call:
     """Calls with any composition of modulations; values come from a seed, structure from hypothesis.
 
     Args:
         heads: key heads, and queries' heads that share each.
+        biased: with biases of logits, and changes of values.
     """
 
     def pick(*options):
@@ -75,22 +79,43 @@ def calls(
     for _ in range(pick(0, 0, 1, 2) if rope is not None else 0):
         weight = uniform(g, dim // 2, low=0.25, high=1.5)
         modulations.append(fr.BandWeight(weight, keys=key_set(g, pick(*KEY_SETS), keys)))
-    for group in disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ():
+    groups = [(m, "keys") for m in (disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ())]
+    if biased:
+        groups += [(m, "values") for m in (disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ())]
+    for group, on in groups:
         bias, delta = 0.5 + uniform(g, batch), 0.5 + uniform(g, batch)
         form = pick("numbers", "scalars", "per row")
         if form != "per row":
             bias, delta = bias[0], delta[0]
         if form == "numbers":
             bias, delta = float(bias), float(delta)
-        modulations.append(fr.BiasDelta(bias, delta, keys=group))
+        modulations.append(fr.BiasDelta(bias, delta, keys=group, on=on))
     for _ in range(pick(0, 0, 1, 2)):
         shape = pick((queries,), (batch, queries))
         gain = uniform(g, *shape, low=-1.0, high=1.5)
         modulations.append(fr.LogitGain(gain, keys=key_set(g, pick(*KEY_SETS), keys)))
+    if biased:
+        modulations += _biases_and_values(g, pick, batch, queries, keys)
     return Call(
         q, k, v, rope, key_rope, draw(st.permutations(modulations)), key_masks(g, pick(None, None, "random", "row",
         "shared"), batch, keys), pick(None, 0.05), label=f"{positions} {layout}",
     )  # fmt: skip
+
+
+def _biases_and_values(g, pick, batch: int, queries: int, keys: int) -> list:
+    found = []
+    for _ in range(pick(0, 0, 1, 2)):
+        shape = pick((), (queries,), (batch, queries), (batch, 1))
+        bias = some_biases(g, *shape, hidden=pick(0.0, 0.3)) if shape else pick(-0.7, 1.5, -torch.inf)
+        found.append(fr.LogitBias(bias, keys=key_set(g, pick(*KEY_SETS), keys)))
+    for _ in range(pick(0, 0, 1, 2)):
+        found.append(fr.KeyBias(some_biases(g, *pick((keys,), (batch, keys)), hidden=pick(0.0, 0.3))))
+    for _ in range(pick(0, 0, 1, 2)):
+        covered = key_set(g, pick("all", "slice", "step", "mask", "one"), keys)
+        count = int(members(covered, keys).sum())
+        shape = pick((), (count,), (batch, count), (batch, 1))
+        found.append(fr.ValueGain(uniform(g, *shape, low=-1.5, high=1.5) if shape else pick(-1.0, 0.0, 2.0), covered))
+    return found
 
 
 def _rope(g, positions: str, tokens: int, dim: int, batch: int, pairing: str, applied: bool) -> fr.RoPE:

@@ -25,7 +25,7 @@ def test_segments_partition_the_keys(num_keys, seed, run):
     """Runs of a few keys are sorted by signature, long ones stay; either way each key keeps its signature."""
     g = torch.Generator().manual_seed(seed)
     column = lambda n: torch.randint(-1, n, (num_keys // run + 1,), generator=g).repeat_interleave(run)[:num_keys]  # noqa: E731
-    signatures = KeySignatures(column(1) == 0, column(2), column(1), column(2))
+    signatures = KeySignatures(column(1) == 0, column(2), column(1), column(2), column(1))
     found, order = segments.segment_keys(signatures)
     order = torch.arange(num_keys) if order is None else order
     assert order.sort().values.tolist() == list(range(num_keys))
@@ -33,7 +33,7 @@ def test_segments_partition_the_keys(num_keys, seed, run):
     assert found[-1].stop == num_keys
     rows = signatures.stacked()[order].tolist()
     for s in found:
-        assert all(row == [int(s.scaled), s.weight, s.group, s.gain] for row in rows[s.start : s.stop])
+        assert all(row == [int(s.scaled), s.weight, s.group, s.gain, s.bias] for row in rows[s.start : s.stop])
     distinct = len({tuple(r) for r in rows})
     assert len(found) <= max(MAX_RUNS, distinct)
 
@@ -61,7 +61,7 @@ def test_a_usual_call_is_one_pass():
 def test_sorted_keys_keep_their_order_within_a_signature():
     even = torch.arange(60) % 2 == 0
     none = torch.full((60,), -1)
-    found, order = segments.segment_keys(KeySignatures(even, none, none, none))
+    found, order = segments.segment_keys(KeySignatures(even, none, none, none, none))
     assert order.tolist() == [*range(0, 60, 2), *range(1, 60, 2)]
     assert [(s.start, s.stop, s.scaled) for s in found] == [(0, 30, True), (30, 60, False)]
 
@@ -109,8 +109,11 @@ def test_sorted_queries_hold_every_query_once_and_tiles_one_bucket(rows, seed):
 def test_unmodulated_queries_are_those_at_one_in_every_row():
     scale = torch.tensor([[1.0, 1.0, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]])
     gain = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
-    assert scales.unmodulated_queries([scale, gain]).tolist() == [True, True, False, False]
-    assert scales.unmodulated_queries([scale, gain, torch.tensor([[2.0, 1, 1, 1]])]) is None  # a quarter is left
+    neutral = [scale == 1, gain == 1]
+    assert scales.unmodulated_queries(neutral).tolist() == [True, True, False, False]
+    assert (
+        scales.unmodulated_queries([*neutral, torch.tensor([[False, True, True, True]])]) is None
+    )  # a quarter is left
     assert scales.unmodulated_queries([]) is None
 
 

@@ -144,11 +144,46 @@ def test_other_numbers_in_the_groups_of_a_plan(call):
     found = plan.with_groups(numbers)
     expected = replace(call, modulations=[others.get(id(m), m) for m in call.modulations]).planned()
     assert found.spec == expected.spec
+    values = plan.lowered.values
+    several = (plan.lowered.groups, values and values.groups)
+    other = [x for held in several if held for x in (held.values, held.for_kernels)]
+    other += [values.factors, values.for_kernels] if values and values.groups else []
     for tensor, wanted, before in zip(found.tensors, expected.tensors, plan.tensors, strict=True):
         assert torch.equal(tensor, wanted)
-        held = plan.lowered.groups
-        assert (tensor is before) == (held is None or all(before is not x for x in (held.values, held.for_kernels)))
+        assert (tensor is before) == all(before is not x for x in other)
     assert torch.equal(call.run("eager", False, **unplanned(found)), call.run("eager", False, **unplanned(expected)))
+
+
+def test_other_numbers_in_the_logit_biases_of_a_plan():
+    """Every step has a plan of its own numbers, and all other tables are shared."""
+    call = Call(*tensors(generator(5), batch=2, queries=33, dim=16), axial(grid(33), 16))
+    made = lambda *biases: replace(call, modulations=[fr.LogitBias(b, k) for b, k in zip(biases, keys, strict=True)])  # noqa: E731
+    keys = (slice(4, 20), slice(10, None))
+    hiding = torch.linspace(-1, 1, 33).masked_fill(torch.arange(33) % 5 == 0, -torch.inf)
+    nothing = torch.full((2, 1), -torch.inf)
+    plan, expected = (made(*b).planned() for b in ((0.5, torch.ones(2, 33)), (hiding, nothing)))
+    found = plan.with_biases([hiding, nothing])
+    assert found.spec == expected.spec
+    assert all(map(torch.equal, found.tensors, expected.tensors))
+    changed = [x is not y for x, y in zip(found.tensors, plan.tensors, strict=True)]
+    assert sum(changed) == 2
+    for backend in ("eager", "sdpa"):
+        out = call.run(backend, False, **unplanned(found))
+        assert torch.equal(out, call.run(backend, False, **unplanned(expected)))
+
+
+@pytest.mark.parametrize(
+    ("biases", "name"),
+    [([], "biases"), ([1.0, 1.0], "biases"), ([torch.ones(3, 12)], "biases"), ([float("nan")], "LogitBias.bias"),
+     ([torch.ones(7)], "LogitBias.bias"), ([1.0], "biases")],
+)  # fmt: skip
+def test_logit_biases_that_do_not_fit_a_plan(biases, name):
+    few = torch.zeros(12)
+    few[:3] = 1.0
+    plan = fr.plan(modulations=[fr.LogitBias(few, slice(4)), fr.LogitBias(0.0)], num_keys=12)
+    with pytest.raises(ValueError, match=rf"^{name}\b.*expected .*received"):
+        plan.with_biases(biases)
+    assert plan.with_biases([2 * few]).lowered.unmodulated is plan.lowered.unmodulated
 
 
 def unplanned(plan: fr.Plan) -> dict:

@@ -37,7 +37,7 @@ from fastrope.backends import fused
 from fastrope.kernels.abi import QUERY_TILE
 from fastrope.planning import polynomial
 from fastrope.planning.lowered import SortedQueries
-from fastrope.planning.resolve import Scale
+from fastrope.planning.resolved import Scale
 
 pytest.importorskip("triton")
 from fastrope import kernels

@@ -16,6 +16,7 @@ from numerics import (
     Call,
     assert_close,
     axial,
+    biases_and_values,
     draw,
     every_modulation,
     generator,
@@ -65,15 +66,44 @@ def by_definition(call: Call) -> tuple[np.ndarray, np.ndarray]:
     if call.key_mask is not None:
         seen = np.broadcast_to(call.key_mask.cpu().numpy(), (batch, keys))
     scale = call.scale if call.scale is not None else (2 * pairs) ** -0.5
-    mods = [(m, members(m.keys, keys).numpy()) for m in call.modulations]
+    mods = [(m, members(getattr(m, "keys", slice(None)), keys).numpy()) for m in call.modulations]
+    for m, _ in mods:
+        if isinstance(m, fr.KeyBias):
+            seen = seen & (np.broadcast_to(_numbers(m.bias), (batch, keys)) > -np.inf)
 
     def per_query(values, b, i):
-        return float(values[i] if values.ndim == 1 else values[b if len(values) > 1 else 0, i])
+        values = torch.as_tensor(values, dtype=torch.float64)
+        for index in (i, b)[: values.ndim]:  # the last dimension first
+            values = values[..., index if values.shape[-1] > 1 else 0]
+        return float(values)
 
     def per_row(value, b):
         value = _numbers(torch.as_tensor(value, dtype=torch.float64)).reshape(-1)
         return value[b if len(value) > 1 else 0]
 
+    def value(m, covered, b, j):
+        """The gain of a ValueGain at a key that it covers."""
+        gain = _numbers(torch.as_tensor(m.gain, dtype=torch.float64))
+        if gain.ndim == 0:
+            return float(gain)
+        named = list(range(keys))[m.keys] if isinstance(m.keys, slice) else None
+        named = named if named is not None else np.flatnonzero(covered).tolist()
+        if isinstance(m.keys, torch.Tensor) and m.keys.dtype != torch.bool:
+            named = m.keys.tolist()
+        if gain.ndim == 1:
+            gain = gain[None] if len(gain) == len(named) else gain[:, None]
+        row = gain[b if len(gain) > 1 else 0]
+        return row[named.index(j) if len(row) > 1 else 0]
+
+    vt = np.array(v)
+    for b in range(batch):
+        for m, covered in mods:
+            if isinstance(m, fr.BiasDelta) and m.on == "values" and (covered & seen[b]).any():
+                nu = v[b, covered & seen[b]].mean(0)
+                vt[b, covered] = per_row(m.bias, b) * nu + per_row(m.delta, b) * (v[b, covered] - nu)
+        for m, covered in mods:
+            for j in np.flatnonzero(covered) if isinstance(m, fr.ValueGain) else ():
+                vt[b, j] *= value(m, covered, b, j)
     out, lse = np.zeros(_numbers(call.q).shape), np.full((batch, heads, queries), -np.inf)
     for b, i, h in np.ndindex(batch, queries, heads):
         turn = np.ones((keys, pairs))  # r on the pairs and keys that the QueryScale covers
@@ -85,22 +115,26 @@ def by_definition(call: Call) -> tuple[np.ndarray, np.ndarray]:
         khat = k[b, :, h // share] * np.exp(1j * turn * phi_k[b])
         kt = khat.copy()
         for m, covered in mods:
-            if isinstance(m, fr.BiasDelta) and (covered & seen[b]).any():
+            if isinstance(m, fr.BiasDelta) and m.on == "keys" and (covered & seen[b]).any():
                 mu = khat[covered & seen[b]].mean(0)
                 kt[covered] = per_row(m.bias, b) * mu + per_row(m.delta, b) * (khat[covered] - mu)
         s = []
         for j in np.flatnonzero(seen[b]):
-            ktt, gain = kt[j], 1.0
+            ktt, gain, bias = kt[j], 1.0, 0.0
             for m, covered in mods:
                 if isinstance(m, fr.BandWeight) and covered[j]:
                     ktt = ktt * _numbers(m.weight)
                 if isinstance(m, fr.LogitGain) and covered[j]:
                     gain *= per_query(m.gain, b, i)
+                if isinstance(m, fr.LogitBias) and covered[j]:
+                    bias += per_query(m.bias, b, i)
+                if isinstance(m, fr.KeyBias):
+                    bias += per_query(m.bias, b, j)
             turned_q = q[b, i, h] * np.exp(1j * turn[j] * phi_q[b, i])
-            s.append(gain * scale * sum((a.conjugate() * c).real for a, c in zip(turned_q, ktt, strict=True)))
-        if s:
+            s.append(bias + gain * scale * sum((a.conjugate() * c).real for a, c in zip(turned_q, ktt, strict=True)))
+        if s and max(s) > -np.inf:
             p = np.exp(np.array(s) - max(s))
-            out[b, i, h] = p @ v[b, seen[b], h // share] / p.sum()
+            out[b, i, h] = p @ vt[b, seen[b], h // share] / p.sum()
             lse[b, h, i] = max(s) + math.log(p.sum())
     return out, lse
 
@@ -125,7 +159,7 @@ def test_everything_at_once_by_definition(pairing, applied, kind, mask):
     g = generator(1)
     q, k, v = tensors(g, batch=2, queries=12, heads=4, key_heads=2, dim=16, dtype=torch.float64)
     rope = axial(grid(12, 2), 16, pairing, applied)
-    modulations = every_modulation(g, 12, 12, 16, kind, batch=2)
+    modulations = every_modulation(g, 12, 12, 16, kind, batch=2) + biases_and_values(g, 12, 12, batch=2)
     against_definition(Call(q, k, v, rope, modulations=modulations, key_mask=key_masks(g, mask, 2, 12), label=kind))
 
 

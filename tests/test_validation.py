@@ -136,6 +136,36 @@ BAD = {
     "gains of two batches": (
         lambda: {"modulations": [fr.LogitGain(2 * ones(3, 12)), fr.LogitGain(2 * ones(1, 12))]}, "batch"),
     "gain holds NaN": (lambda: {"modulations": [fr.LogitGain(ones(12) * torch.nan)]}, r"LogitGain\.gain"),
+    # LogitBias, KeyBias, ValueGain, BiasDelta on values
+    "bias of another length": (lambda: {"modulations": [fr.LogitBias(ones(13))]}, r"LogitBias\.bias"),
+    "bias of one query of many": (lambda: {"modulations": [fr.LogitBias(ones(12)), fr.LogitBias(ones(2, 11))]},
+                                  r"LogitBias\.bias"),
+    "bias of another batch": (lambda: {"modulations": [fr.LogitBias(ones(3, 1))]}, "batch"),
+    "biases of two batches": (
+        lambda: {"modulations": [fr.KeyBias(ones(3, 12)), fr.ValueGain(2 * ones(2, 12))]}, "batch"),
+    "bias of three dimensions": (lambda: {"modulations": [fr.LogitBias(ones(1, 1, 12))]}, r"LogitBias\.bias"),
+    "bias of infinity": (lambda: {"modulations": [fr.LogitBias(float("inf"))]}, r"LogitBias\.bias"),
+    "bias is NaN": (lambda: {"modulations": [fr.LogitBias(float("nan"))]}, r"LogitBias\.bias"),
+    "bias holds infinity": (lambda: {"modulations": [fr.LogitBias(ones(12) / 0)]}, r"LogitBias\.bias.*hides"),
+    "bias of integers": (lambda: {"modulations": [fr.LogitBias(ones(12).long())]}, r"LogitBias\.bias"),
+    "bias is a list": (lambda: {"modulations": [fr.LogitBias([0.5] * 12)]}, r"LogitBias\.bias"),
+    "bias requires grad": (
+        lambda: {"modulations": [fr.LogitBias(ones(12).requires_grad_())]}, r"LogitBias\.bias.*require grad"),
+    "key bias is a number": (lambda: {"modulations": [fr.KeyBias(0.5)]}, r"KeyBias\.bias"),
+    "key bias of another length": (lambda: {"modulations": [fr.KeyBias(ones(13))]}, r"KeyBias\.bias"),
+    "key bias holds NaN": (lambda: {"modulations": [fr.KeyBias(ones(12) * torch.nan)]}, r"KeyBias\.bias"),
+    "key bias on another device": (lambda: {"modulations": [fr.KeyBias(ones(12, device=META))]}, r"KeyBias\.bias"),
+    "value gain of another length": (lambda: {"modulations": [fr.ValueGain(2 * ones(1, 5), slice(4))]},
+                                     r"ValueGain\.gain"),
+    "value gain of too many rows": (lambda: {"modulations": [fr.ValueGain(2 * ones(5), slice(4))]}, "batch"),
+    "value gain holds infinity": (lambda: {"modulations": [fr.ValueGain(-float("inf"))]}, r"ValueGain\.gain"),
+    "value gain is a truth": (lambda: {"modulations": [fr.ValueGain(True)]}, r"ValueGain\.gain"),
+    "value gains of one key": (
+        lambda: {"modulations": [fr.ValueGain(2 * ones(2), torch.tensor([3, 3]))]}, r"ValueGain\.keys.*once"),
+    "no such side": (lambda: {"modulations": [fr.BiasDelta(2.0, on="logits")]}, r"BiasDelta\.on"),
+    "groups of values overlap": (
+        lambda: {"modulations": [fr.BiasDelta(2.0, keys=slice(0, 3), on="values"),
+                                 fr.BiasDelta(1.0, keys=slice(2, 4), on="values")]}, r"BiasDelta\.keys.*of values"),
     # key sets
     "keys is a list": (lambda: {"modulations": [fr.BiasDelta(keys=[1, 2])]}, r"BiasDelta\.keys"),
     "keys of floats": (lambda: {"modulations": [fr.BiasDelta(keys=ones(12))]}, r"BiasDelta\.keys"),

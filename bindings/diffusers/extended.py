@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastrope as fr
@@ -37,17 +38,19 @@ def target_work(
     if shared is None:
         return Work(sequence, rope, tuple(modulations), like=like)
     key_rope = _key_rope(rope, shared) if like is None else like.key_rope
-    modulations = tuple(over_sequence(m, rope.tokens) for m in modulations)
+    modulations = tuple(over_sequence(m, rope.tokens, len(shared)) for m in modulations)
     return Work(_followed_by(sequence, len(shared)), rope, modulations, key_rope, like)
 
 
-def over_sequence(m: Modulation, length: int) -> Modulation:
-    """A modulation whose keys count over the host's sequence of ``length`` tokens, where further keys follow it: open
-    and negative bounds mean the sequence's own end.
+def over_sequence(m: Modulation, length: int, further: int) -> Modulation:
+    """A modulation whose keys count over the host's sequence of ``length`` tokens, where ``further`` keys follow it:
+    open and negative bounds mean the sequence's own end, and a key bias adds nothing to those that follow.
 
     Raises:
         ValueError: a slice that begins or ends before the sequence does.
     """
+    if isinstance(m, fr.KeyBias):
+        return replace(m, bias=F.pad(m.bias, (0, further))) if m.bias.shape[-1] == length else m
     keys = m.keys
     if isinstance(keys, slice):
         inside = all(n is None or n >= -length for n in (keys.start, keys.stop))

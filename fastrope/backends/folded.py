@@ -21,7 +21,7 @@ from .. import device as devices
 from .. import kernels
 from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
-from .fused import configs, launching_on
+from .fused import _mask, configs, launching_on
 
 MOST_ROWS = 16  # of a mask: a call each; two are measured, more are predicted to pay
 
@@ -62,7 +62,7 @@ def run(
         )
         if lowered.groups is not None:
             _move_groups(keys, lowered)
-        if lowered.keys.mask is None:
+        if _mask(lowered) is None:
             return _plain(queries, keys, values, scale)
         outs = []
         for n, unmasked in enumerate(lowered.keys.unmasked):
@@ -101,7 +101,7 @@ def _in_eights(x: Tensor) -> Tensor:
 
 def packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
     """Those of ``"q"``, ``"k"``, ``"v"`` that take a pass of the kernels before attention."""
-    rows, gathered = _rows(lowered), () if lowered.keys.mask is None else ("k", "v")
+    rows, gathered = _rows(lowered), () if _mask(lowered) is None else ("k", "v")
     named = ("q", q), ("k", k), ("v", v)
     return tuple(name for name, x in named if name in gathered or _needs_pass(name, x, lowered, rows))
 
@@ -143,7 +143,7 @@ def _move_groups(keys: Tensor, lowered: Lowered) -> None:
     groups = lowered.groups
     means = kernels.group_means(
         keys, lowered.keys.segments, groups.for_kernels, groups.members, groups.bounds,
-        lowered.keys.mask, 0, 0,
+        _mask(lowered), 0, 0,
         configs(keys)("means"),
     )  # fmt: skip
     kernels.reweight_keys(

@@ -21,7 +21,7 @@ from ..kernels import abi
 from ..kernels.config import LaunchConfig
 from ..kernels.streams import Projected, Streams
 from ..planning.lowered import Lowered
-from ..planning.segments import gains_of, groups_of
+from ..planning.segments import numbers_of
 from . import per_query
 from .lse_merge import merge
 
@@ -80,6 +80,10 @@ def configs(q: Projected) -> Callable[..., LaunchConfig]:
     return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
 
 
+def _mask(lowered: Lowered) -> Tensor | None:
+    return lowered.keys.bias and lowered.keys.bias.mask
+
+
 # ---- how -------------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +112,7 @@ def _descriptors(
     for name, x in (("k", k), ("v", v)):
         if name in packs:  # into a buffer of its own, however many rows that has
             fits = x.shape[3] * x.dtype.itemsize % 16 == 0
-        elif name == "v" and lowered.keys.mask is not None:  # a copy in the order of its axes
+        elif name == "v" and _mask(lowered) is not None:  # a copy in the order of its axes
             fits = kernels.describable(torch.empty_like(cast(Tensor, x).transpose(1, 2), device="meta"))
         else:
             fits = kernels.describable(cast(Tensor, x).transpose(1, 2))
@@ -143,10 +147,10 @@ def pack(q: Projected, k: Projected, v: Projected, lowered: Lowered, launch: Lau
         values = kernels.pack_rows(v, order, None, None, interleaved, config)
     else:
         values = cast(Tensor, v).transpose(1, 2)
-    if tables.mask is not None and launch.descriptors:
+    if _mask(lowered) is not None and launch.descriptors:
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
         # would copy first and fill the copy).
-        values = torch.where(tables.mask[:, None, :, None], values, values.new_zeros(()))
+        values = torch.where(_mask(lowered)[:, None, :, None], values, values.new_zeros(()))
     return keys, values
 
 
@@ -176,7 +180,7 @@ def attend(
         scaled_keys = 0 if lowered.scales is None else lowered.scales.scaled_keys
         means = kernels.group_means(
             keys, tables.segments, lowered.groups.for_kernels, lowered.groups.members, lowered.groups.bounds,
-            tables.mask, lowered.num_buckets, scaled_keys, config("means"),
+            _mask(lowered), lowered.num_buckets, scaled_keys, config("means"),
         )  # fmt: skip
     scaled = per_query.polynomial_keys(k, keys, lowered, config) if launch.polynomial else None
     places = lowered.sorted_queries.num_modulated if modulated_only else None
@@ -199,7 +203,7 @@ def _plain(
     scale: float,
     launch: Launch,
 ):
-    config, mask, queries = configs(q), lowered.keys.mask, q
+    config, mask, queries = configs(q), _mask(lowered), q
     if "q" in launch.packs:
         rotation = lowered.queries and lowered.queries.rotation
         cos, sin = (rotation.cos[:, 0], rotation.sin[:, 0]) if rotation else (None, None)
@@ -234,7 +238,7 @@ def _run_pass(
         means: of the groups, or None.
         places: leading sorted queries; None: all.
     """
-    config, mask, interleaved = configs(q), lowered.keys.mask, lowered.pairing == "interleaved"
+    config, mask, interleaved = configs(q), _mask(lowered), lowered.pairing == "interleaved"
     tables = _tables(keys, means, places, lowered, bounds, config)
     rotation = lowered.queries and lowered.queries.rotation
     rotation = rotation and (rotation.cos, rotation.sin)
@@ -277,13 +281,13 @@ def _tables(
     gains, groups, queries = lowered.gains, lowered.groups, lowered.sorted_queries
     products = None
     if gains is not None:
-        first = sum(len(gains_of(lowered.segments[i:j])) for i, j in lowered.passes if j <= bounds[0])
-        products = gains.products[:, first : first + len(gains_of(here))]
+        first = sum(len(numbers_of(lowered.segments[i:j], "gain")) for i, j in lowered.passes if j <= bounds[0])
+        products = gains.for_kernels[:, first : first + len(numbers_of(here, "gain"))]
     per_query_means = None
-    if means is not None and lowered.key_runs is not None and groups_of(here):
+    if means is not None and lowered.key_runs is not None and numbers_of(here, "group"):
         per_query_means = kernels.per_query_means(
-            keys, means, lowered.key_runs, table, groups.for_kernels, len(groups_of(here)),
-            queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, lowered.keys.mask,
+            keys, means, lowered.key_runs, table, groups.for_kernels, len(numbers_of(here, "group")),
+            queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, _mask(lowered),
             lowered.pairing == "interleaved",
             config("run_sums"), config("per_query_means"),
         )  # fmt: skip

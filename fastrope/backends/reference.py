@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..planning.resolve import Resolved
+from ..planning.resolved import Resolved
 from ..rope import RoPE, rotate
 
 
@@ -39,17 +39,41 @@ def run(
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries = torch.arange(q.shape[1], device=q.device) if queries is None else queries
-    mask = resolved.key_mask
-    if mask is not None:  # what a masked key holds must not matter, not even a NaN
-        k, v = k.masked_fill(~mask[:, :, None, None], 0), v.masked_fill(~mask[:, :, None, None], 0)
+    present = resolved.present
+    if present is not None:  # what a masked key holds must not matter, not even a NaN
+        k, v = k.masked_fill(~present[:, :, None, None], 0), v.masked_fill(~present[:, :, None, None], 0)
     s = logits(q[:, queries], k, resolved, scale, queries, wide)
-    if mask is not None:
-        s = s.masked_fill(~mask[:, None, None, :], -torch.inf)
+    bias = _biases(resolved, queries, wide)
+    if bias is not None:  # s_ij = ... + b_i + beta_j
+        hidden = (bias == -torch.inf)[:, None]
+        s = torch.where(hidden, -torch.inf, s + bias[:, None])
     p = s.softmax(dim=-1)
-    if mask is not None:  # no key left: zeros
-        p = p.masked_fill(~mask.any(dim=1)[:, None, None, None], 0)
-    out = torch.einsum("bhij,bjhd->bihd", p.to(q.dtype).to(wide), _per_head(v, q).to(wide)).to(q.dtype)
+    if bias is not None:  # no key left: zeros
+        p = p.masked_fill(hidden.all(dim=-1, keepdim=True), 0)
+    vt = _values(v, resolved, wide)
+    out = torch.einsum("bhij,bjhd->bihd", p.to(q.dtype).to(wide), _per_head(vt, q).to(wide)).to(q.dtype)
     return out, s.logsumexp(dim=-1) if return_lse else None
+
+
+def _biases(resolved: Resolved, queries: Tensor, wide: torch.dtype) -> Tensor | None:
+    """``b_i + beta_j``, ``(Bx, n, Sk)``; None without any. A masked key has ``-inf``."""
+    total = None if resolved.key_bias is None else resolved.key_bias[:, None]
+    for bias in resolved.biases:
+        b = torch.where(bias.keys, bias.b[:, queries, None], 0)
+        total = b if total is None else total + b
+    return None if total is None else total.expand(-1, len(queries), -1).to(wide)
+
+
+def _values(v: Tensor, resolved: Resolved, wide: torch.dtype) -> Tensor:
+    """``vt``, rounded once to the dtype of v."""
+    vt = v.to(wide)
+    for group in resolved.value_groups:  # vt = lambda nu + delta (v - nu)
+        nu = _mean(v.to(wide), group.keys if resolved.present is None else group.keys & resolved.present)
+        bias, delta = (x.to(wide)[:, None, None, None] for x in (group.bias, group.delta))
+        vt = torch.where(group.keys[:, None, None], bias * nu + delta * (vt - nu), vt)
+    for u in resolved.value_gains:
+        vt = u[:, :, None, None].to(wide) * vt
+    return vt.to(v.dtype)
 
 
 def logits(
@@ -96,9 +120,8 @@ def _logits_at(
         khat = torch.where(covered, _rotated(k, key_rope, None, r, resolved), khat)
         q_scaled = _rotated(q, rope, queries, r, resolved)
     kt = khat
-    for group in resolved.groups:  # kt = lambda mu + delta (khat - mu)
-        member = group.keys if resolved.key_mask is None else group.keys & resolved.key_mask
-        mu = _mean(khat.to(wide), member)
+    for group in resolved.key_groups:  # kt = lambda mu + delta (khat - mu)
+        mu = _mean(khat.to(wide), group.keys if resolved.present is None else group.keys & resolved.present)
         bias, delta = (x.to(wide)[:, None, None, None] for x in (group.bias, group.delta))
         kt = torch.where(group.keys[:, None, None], (bias * mu + delta * (khat.to(wide) - mu)).to(k.dtype), kt)
     ktt = kt

@@ -7,8 +7,9 @@ carries zeros in all but one, so that one call computes ``<q_variant, k>`` for e
     q = [ R(phi_i) q | R(r_i phi_i) q | g_i R(r_i phi_i) q ]       k_j = [ 0 | k_j | 0 ]
 
 A gain belongs to the logits, and a query rounded once more for it would cost precision the specification does not. In
-half precision such a variant is two: the product rounded, and its rounding residual. Where segments have more variants
-than ``MAX_VARIANTS``, they are attended a few at a time, in float32, and merged.
+half precision such a variant is two: the product rounded, and its rounding residual. Biases are a few channels more
+(``bias_channels.py``). Where segments have more variants than ``MAX_VARIANTS``, or more biases than ``MAX_BIASES``,
+they are attended a few at a time, in float32, and merged.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from torch import Tensor
 from ..planning.lowered import Lowered
 from ..planning.segments import MAX_VARIANTS, Segment, split_passes
 from ..rope import rotate
+from .bias_channels import append_biases
 from .lse_merge import Part, merge
+from .values import modulated_values
 
 BLOCK_ROWS = 256  # query rows per step wherever logits must be materialised (lse, and devices without a fused kernel)
+MAX_BIASES = 8  # distinct biases of segments, a few channels each
 COPY_KEYS = 4  # key copies alive at once for queries with per-query scales
 
 
@@ -72,11 +76,14 @@ def run(
     keys, dtype = lowered.keys, q.dtype
     if len(passes(lowered)) > 1:  # parts are merged before they are rounded
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
+    v = modulated_values(v, lowered, dtype)
     if keys.order is not None:
         k, v = k[:, keys.order], v[:, keys.order]
-    if keys.mask is not None:  # what a masked key holds must not matter, not even a NaN
-        masked = ~keys.mask[:, :, None, None]
+    if keys.bias is not None and keys.bias.mask is not None:  # what a masked key holds must not matter, not even a NaN
+        masked = ~keys.bias.mask[:, :, None, None]
         k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
+    if scale == 0:  # biases are added to logits of 0
+        q, scale = q * 0, 1.0
     everyone = torch.arange(q.shape[0], device=q.device)
     if lowered.scales is None:
         out, lse = _attend(q, k, v, lowered, scale, return_lse, _Rows())
@@ -91,7 +98,7 @@ def run(
 
 def passes(lowered: Lowered) -> tuple[tuple[int, int], ...]:
     """Runs of segments whose query variants are laid side by side in one call."""
-    return split_passes(lowered.segments, (lambda s: (s.scaled, s.gain), MAX_VARIANTS))
+    return split_passes(lowered.segments, (lambda s: (s.scaled, s.gain), MAX_VARIANTS), (lambda s: s.bias, MAX_BIASES))
 
 
 def _by_scale(
@@ -133,7 +140,8 @@ def _by_scale(
 def _attend(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool, rows: _Rows):
     """Attention of some queries against all keys: ``(B', n, H, D)``, ``(B', H, n)``."""
     q, k, v = rows.of_queries(q), rows.of_input(k), rows.of_input(v)
-    mask = None if lowered.keys.mask is None else rows.of_batch(lowered.keys.mask)
+    bias = lowered.keys.bias
+    mask = None if bias is None or bias.mask is None else rows.of_batch(bias.mask)
     segments = lowered.segments or (Segment(0, k.shape[1]),)
     keys, bounds = _keys(k, lowered, mask, rows, segments), passes(lowered)
     if len(bounds) == 1:
@@ -163,18 +171,37 @@ def _attend_pass(
     variants = sorted({_variant(s, rows) for s in segments})
     queries = torch.cat([x for variant in variants for x in _query_variant(q, lowered, rows, variant)], dim=-1)
     laid = _lay_out(keys, segments, rows, variants)
+    queries, laid = append_biases(queries, laid, lowered, segments, scale, rows.of_queries, rows.of_batch)
     heads, key_heads, dim = q.shape[2], v.shape[2], v.shape[3]
     # Grouped heads become more rows of the same key head: no copy of the keys.
     queries = queries.unflatten(2, (key_heads, heads // key_heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     laid, values = laid.transpose(1, 2), v.transpose(1, 2)
-    alive = None if mask is None else mask.any(dim=1)
-    bias = None if mask is None else (mask | ~alive[:, None])[:, None, None, :]
-    out = _fused(queries, laid, values, bias, scale)[..., :dim]
-    if alive is not None:
-        out = out.masked_fill(~alive[:, None, None, None], 0)
-    lse = _log_sum_exp(queries, laid, bias, scale, alive) if return_lse else None
+    shown = None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+    out = _fused(queries, laid, values, shown, scale)[..., :dim]
+    lse = _log_sum_exp(queries, laid, shown, scale) if return_lse else None
     out = out.unflatten(2, (heads // key_heads, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return out, lse.unflatten(2, (heads // key_heads, -1)).flatten(1, 2) if return_lse else None
+    lse = lse.unflatten(2, (heads // key_heads, -1)).flatten(1, 2) if return_lse else None
+    alive = _sees_a_key(lowered, segments, mask, rows)
+    if alive is not None:
+        out = out.masked_fill(~alive[:, :, None, None], 0)
+        lse = lse.masked_fill(~alive[:, None], -torch.inf) if return_lse else None
+    return out, lse
+
+
+def _sees_a_key(lowered: Lowered, segments: Sequence[Segment], mask: Tensor | None, rows: _Rows) -> Tensor | None:
+    """Queries ``(1 or B', 1 or n)`` that see some key of ``segments``; None where all do."""
+    if mask is None and any(s.bias < 0 for s in segments):
+        return None
+    first, found = segments[0].start, []
+    for s in segments:
+        seen = torch.ones(1, 1, dtype=torch.bool, device=lowered.keys.segments.device)
+        if s.bias >= 0:
+            biases = lowered.biases.values[:, list(lowered.biases.sets[s.bias])]
+            seen = rows.of_queries((biases > -torch.inf).all(dim=1))
+        if mask is not None:
+            seen = seen & mask[:, s.start - first : s.stop - first].any(dim=1, keepdim=True)
+        found.append(seen)
+    return torch.stack(torch.broadcast_tensors(*found)).any(dim=0)
 
 
 def _variant(segment: Segment, rows: _Rows) -> tuple[bool, int]:
@@ -262,10 +289,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return torch.cat(outs, dim=2)
 
 
-def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, alive: Tensor | None) -> Tensor:
+def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
-    lse = _LogSumExp.apply(q.to(wide), k.to(wide), mask, scale)
-    return lse if alive is None else lse.masked_fill(~alive[:, None, None], -torch.inf)
+    return _LogSumExp.apply(q.to(wide), k.to(wide), mask, scale)
 
 
 class _LogSumExp(torch.autograd.Function):

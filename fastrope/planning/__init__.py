@@ -2,6 +2,6 @@
 
 from .build import Plan, cached_plan, plan
 from .lowered import Lowered
-from .resolve import Resolved
+from .resolved import Resolved
 
 __all__ = ["Lowered", "Plan", "Resolved", "cached_plan", "plan"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.abi import AXIS_BLOCK, PAIR_CHUNK
 from ..kernels.tables import AxisBlocks, KeyRuns
-from .resolve import Scale
+from .resolved import Scale
 from .segments import Segment
 
 

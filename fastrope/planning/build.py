@@ -22,7 +22,8 @@ from ..rope import RoPE
 from .flattening import map_tensors, tensors_of
 from .lower import lower
 from .lowered import Lowered
-from .resolve import Resolved, as_tuple, check_arguments, common_device, lengths, resolve
+from .resolve import as_tuple, check_arguments, common_device, group_values, lengths, logit_bias, resolve
+from .resolved import Resolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +83,36 @@ class Plan:
         if not held:
             return self
         with torch.inference_mode(False), torch.device("cpu"):
-            resolved = self.resolved.with_groups(numbers)
+            resolved = self.resolved.with_groups([group_values(bias, delta) for bias, delta in numbers])
             batch = max(len(x) for group in resolved.groups for x in (group.bias, group.delta))
             require(batch in (1, self.lowered.batch), "numbers", f"batch {self.lowered.batch or 1}", batch)
             return self._with(resolved, self.lowered.with_groups(resolved.groups))
+
+    def with_biases(self, biases: Sequence[float | Tensor]) -> Plan:
+        """This plan with other numbers in its logit biases; everything else is shared.
+
+        Args:
+            biases: one per LogitBias, in the order of the modulations the plan was made of, as of
+                :class:`fastrope.LogitBias`. A neutral one stays: the result is then that of none up to rounding.
+
+        Raises:
+            ValueError: not one per LogitBias of the plan (neutral modulations are none), ``+inf`` or NaN, a batch that
+                the plan does not have, a bias other than 0 at a query that the plan holds for unmodulated.
+        """
+        held = self.resolved.biases
+        require(len(biases) == len(held), "biases", f"{len(held)} of them, one per LogitBias", len(biases))
+        if not held:
+            return self
+        with torch.inference_mode(False), torch.device("cpu"):
+            values = [logit_bias(b, held[0].b.shape[1]) for b in biases]
+            batch = max(map(len, values))
+            require(batch in (1, self.lowered.batch), "biases", f"batch {self.lowered.batch or 1}", batch)
+            if self.lowered.unmodulated is not None:
+                alone = self.lowered.unmodulated.rows.cpu()
+                neutral = all(bool((b[:, alone] == 0).all()) for b in values)
+                require(neutral, "biases", "0 at the queries where the plan has 0 (make a new plan)", "other numbers")
+            resolved = self.resolved.with_biases(values)
+            return self._with(resolved, self.lowered.with_biases(resolved.biases))
 
     def with_weight(self, weight: Tensor) -> Plan:
         """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
@@ -127,9 +154,11 @@ def plan(
     Args:
         rope: angles of the queries, and of the keys unless ``key_rope`` is given.
         key_rope: angles of the keys when they are other tokens than the queries. Same pairing and axes as ``rope``.
-        modulations: any of QueryScale (at most one), BandWeight, BiasDelta (disjoint groups), LogitGain, in any order.
+        modulations: any of QueryScale (at most one), BandWeight, BiasDelta (disjoint groups), LogitGain, LogitBias,
+            KeyBias, ValueGain, in any order.
         key_mask: ``(B, Sk)`` bool, True = attend.
-        num_queries, num_keys: ``Sq`` and ``Sk``, needed only where neither ``rope`` nor a modulation tells them.
+        num_queries, num_keys: ``Sq`` and ``Sk``, needed only where neither ``rope`` nor a modulation tells them
+            (``Sk`` with any modulation, ``Sq`` with a LogitBias).
         device: where to put the tables; by default where ``rope`` or the modulations are.
 
     Raises:
@@ -141,11 +170,11 @@ def plan(
         check_arguments(rope, key_rope, modulations, key_mask)
         device = common_device(rope, key_rope, modulations, key_mask, device)
         num_queries, num_keys = lengths(rope, key_rope, modulations, key_mask, num_queries, num_keys)
-        resolved = resolve(rope, key_rope, modulations, key_mask, num_keys)
+        resolved = resolve(rope, key_rope, modulations, key_mask, num_queries, num_keys)
         lowered = lower(resolved, num_queries, num_keys)
         lowered = map_tensors(lowered, lambda t: _copy(on_device(t, device)))
         rope, key_rope = (r and replace(r, angles=_copy(r.angles), axis=_copy(r.axis)) for r in (rope, key_rope))
-        resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope, key_mask=_copy(resolved.key_mask))
+        resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope)
         return Plan.of(resolved, lowered)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,21 +16,32 @@ from ..rope import RoPE
 from .axis_blocks import axis_blocks
 from .lowered import (
     BandTables,
-    GainTables,
     GroupTables,
+    KeyBiasTables,
     KeyTables,
     Lowered,
+    PerQueryTables,
     QueryTables,
     Rotation,
     ScaleTables,
     SortedQueries,
     UnmodulatedQueries,
+    ValueTables,
     weighted_rotation,
 )  # fmt: skip
 from .polynomial import polynomial
-from .resolve import Resolved
+from .resolved import Group, Resolved
 from .scales import find_buckets, scale_tables, sort_queries, unmodulated_queries
-from .segments import KeySignatures, Segment, distinct_sets, gains_of, groups_of, launch_passes, segment_keys
+from .segments import (
+    KeySignatures,
+    Segment,
+    distinct_sets,
+    launch_passes,
+    numbers_by_pass,
+    numbers_of,
+    runs_of,
+    segment_keys,
+)  # fmt: skip
 
 
 def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> Lowered:
@@ -46,11 +58,13 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
     )  # fmt: skip
     if num_keys is None:
         return plain
-    signatures, weight_sets, gain_sets = _signatures(resolved, num_keys)
+    signatures, weight_sets, gain_sets, bias_sets = _signatures(resolved, num_keys)
     segments, order = segment_keys(signatures)
     places = torch.arange(num_keys, device="cpu") if order is None else order
     bands = _bands(resolved, weight_sets)
-    scales, queries, unmodulated = _queries(resolved)
+    bias = resolved.key_bias
+    bias = None if bias is None else KeyBiasTables.of(bias[:, places])
+    scales, queries, unmodulated = _queries(resolved, bias)
     rotation, source = _key_rotation(resolved, places, scales)
     if order is not None and source is None:
         source = order
@@ -59,19 +73,24 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
         blocks, bounds, key_runs = _axis_blocks(resolved, places, segments)
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
-    mask = None if resolved.key_mask is None else resolved.key_mask.cpu()[:, places]
-    unmasked = () if mask is None else tuple(row.nonzero().flatten().int() for row in mask)
-    folds = unmodulated is not None or not _per_query(resolved)
+    unmasked = () if bias is None or bias.mask is None else tuple(row.nonzero().flatten().int() for row in bias.mask)
+    folds = unmodulated is not None or not _neutral_queries(resolved)
     keys = KeyTables(
         segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
-        mask=mask, unmasked=unmasked, angles=key_rope and _angles(key_rope), rotation=rotation,
+        bias=bias, unmasked=unmasked, angles=key_rope and _angles(key_rope), rotation=rotation,
         weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
+    )  # fmt: skip
+    gains, biases = (
+        PerQueryTables.of(rows, tuple(sets), tuple(numbers_by_pass(segments, passes, column)), column == "bias")
+        if rows else None
+        for column, rows, sets in (
+            ("gain", [m.g for m in resolved.gains], gain_sets), ("bias", [m.b for m in resolved.biases], bias_sets))
     )  # fmt: skip
     return replace(
         plain, segments=segments, passes=passes, keys=keys, queries=_query_rotation(resolved), bands=bands,
-        groups=_groups(resolved, segments), gains=_gains(resolved, gain_sets, segments, passes), scales=scales,
-        sorted_queries=queries, unmodulated=unmodulated, axis_blocks=blocks, key_runs=key_runs,
-        polynomial=found,
+        groups=_groups(resolved.key_groups, segments, resolved.present), gains=gains, biases=biases,
+        values=_values(resolved, num_keys), scales=scales, sorted_queries=queries, unmodulated=unmodulated,
+        axis_blocks=blocks, key_runs=key_runs, polynomial=found,
     )  # fmt: skip
 
 
@@ -87,7 +106,10 @@ def _batch(resolved: Resolved) -> int | None:
         sizes.append(("QueryScale.scale", resolved.scale.r.shape[0]))
     for group in resolved.groups:
         sizes += [("BiasDelta.bias", len(group.bias)), ("BiasDelta.delta", len(group.delta))]
-    sizes += [("LogitGain.gain", gain.g.shape[0]) for gain in resolved.gains]
+    sizes += [("LogitGain.gain", len(gain.g)) for gain in resolved.gains]
+    sizes += [("LogitBias.bias", len(bias.b)) for bias in resolved.biases]
+    sizes += [("KeyBias.bias", len(beta)) for beta in resolved.key_biases]
+    sizes += [("ValueGain.gain", len(u)) for u in resolved.value_gains]
     batch = None
     for name, size in sizes:
         if size > 1:
@@ -99,16 +121,24 @@ def _batch(resolved: Resolved) -> int | None:
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-def _signatures(resolved: Resolved, num_keys: int) -> tuple[KeySignatures, list, list]:
-    """What covers each key, and the distinct sets of weights and of gains that some key has."""
-    weight_sets, weight = distinct_sets([m.keys for m in resolved.weights], num_keys)
-    gain_sets, gain = distinct_sets([m.keys for m in resolved.gains], num_keys)
-    group = torch.full((num_keys,), -1, dtype=torch.int64, device="cpu")
-    for i, m in enumerate(resolved.groups):
-        group[m.keys] = i
+def _signatures(resolved: Resolved, num_keys: int) -> tuple[KeySignatures, list, list, list]:
+    """What covers each key, and the distinct sets of weights, gains and logit biases that some key has."""
+    (weight_sets, weight), (gain_sets, gain), (bias_sets, bias) = (
+        distinct_sets([m.keys for m in several], num_keys)
+        for several in (resolved.weights, resolved.gains, resolved.biases)
+    )
     scale = resolved.scale
     scaled = scale.keys if scale is not None else torch.zeros(num_keys, dtype=torch.bool, device="cpu")
-    return KeySignatures(scaled, weight, group, gain), weight_sets, gain_sets
+    group = _membership(resolved.key_groups, num_keys)
+    return KeySignatures(scaled, weight, group, gain, bias), weight_sets, gain_sets, bias_sets
+
+
+def _membership(groups: Sequence[Group], num_keys: int) -> Tensor:
+    """The group that each key is in, ``(Sk,)`` int64; -1: none."""
+    group = torch.full((num_keys,), -1, dtype=torch.int64, device="cpu")
+    for i, m in enumerate(groups):
+        group[m.keys] = i
+    return group
 
 
 def _bands(resolved: Resolved, sets: list) -> BandTables | None:
@@ -119,28 +149,32 @@ def _bands(resolved: Resolved, sets: list) -> BandTables | None:
     )
 
 
-def _gains(
-    resolved: Resolved, sets: list, segments: tuple[Segment, ...], passes: tuple[tuple[int, int], ...]
-) -> GainTables | None:
-    if not sets:
-        return None
-    batch = max(m.g.shape[0] for m in resolved.gains)
-    values = torch.stack([m.g.expand(batch, -1) for m in resolved.gains], dim=1)
-    used = [sets[gain] for first, last in passes for gain in gains_of(segments[first:last])]
-    products = torch.stack([values[:, list(members)].prod(dim=1) for members in used], dim=1).float()
-    return GainTables(values, tuple(sets), products)
-
-
-def _groups(resolved: Resolved, segments: tuple[Segment, ...]) -> GroupTables | None:
-    if not resolved.groups:
+def _groups(groups: Sequence[Group], segments: Sequence[Segment], present: Tensor | None) -> GroupTables | None:
+    """Tables of groups whose keys lie in ``segments``; ``present (Bx, Sk)`` bool, None: all keys."""
+    if not groups:
         return None
     owner = np.array([s.group for s in segments])
     members = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[members], np.arange(len(resolved.groups) + 1))
-    mask = resolved.key_mask
-    masks = [m.keys[None] if mask is None else m.keys[None] & mask.cpu() for m in resolved.groups]
+    bounds = np.searchsorted(owner[members], np.arange(len(groups) + 1))
+    masks = [m.keys[None] if present is None else m.keys[None] & present for m in groups]
     counts = torch.stack([mask.sum(1).double() for mask in masks], dim=1)
-    return GroupTables.of(resolved.groups, counts, *(torch.from_numpy(x).int() for x in (members, bounds)))
+    return GroupTables.of(groups, counts, *(torch.from_numpy(x).int() for x in (members, bounds)))
+
+
+def _values(resolved: Resolved, num_keys: int) -> ValueTables | None:
+    groups, gains = resolved.value_groups, torch.ones(1, num_keys, dtype=torch.float64, device="cpu")
+    if not groups and not resolved.value_gains:
+        return None
+    for u in resolved.value_gains:
+        gains = gains * u
+    member, present = _membership(groups, num_keys), resolved.present
+    tables, runs, bias = None, None, None
+    if groups:
+        segments = runs_of(member)
+        tables = _groups(groups, segments, present)
+        runs = _segment_table(segments, ((0, len(segments)),), [(0, 0)] * len(segments))
+        bias = None if present is None else torch.where(present, 0.0, -torch.inf)
+    return ValueTables.of(gains, member.int(), tables, runs, bias)
 
 
 def _key_rotation(
@@ -176,12 +210,12 @@ def _segment_table(
     for first, last in passes:
         here = segments[first:last]
         variants = list(dict.fromkeys(s.variant for s in here))
-        gains, groups = gains_of(here), groups_of(here)
+        known = {column: numbers_of(here, column) for column in ("gain", "bias", "group")}
         met = set()
         for s, (first_block, last_block) in zip(here, block_bounds[first:last], strict=True):
-            gain, group = (-1 if n < 0 else known.index(n) for n, known in ((s.gain, gains), (s.group, groups)))
+            gain, bias, group = (-1 if (n := getattr(s, c)) < 0 else known[c].index(n) for c in known)
             rows.append(
-                [s.start, s.stop, base + seen if s.scaled else s.start, int(s.scaled), s.weight, s.group, gain,
+                [s.start, s.stop, base + seen if s.scaled else s.start, int(s.scaled), s.weight, s.group, gain, bias,
                  first_block, last_block, variants.index(s.variant), int(s.variant not in met), group]
             )  # fmt: skip
             met.add(s.variant)
@@ -192,18 +226,19 @@ def _segment_table(
 # ---- queries ---------------------------------------------------------------------------------------------------------
 
 
-def _per_query(resolved: Resolved) -> list[Tensor]:
-    """Scales and gains, ``(B or 1, Sq)`` each."""
+def _neutral_queries(resolved: Resolved) -> list[Tensor]:
+    """Where scales and gains are 1 and logit biases 0, ``(B or 1, Sq)`` bool each."""
     scales = [] if resolved.scale is None else [resolved.scale.r]
-    return scales + [m.g for m in resolved.gains]
+    return [x == 1 for x in (*scales, *(m.g for m in resolved.gains))] + [m.b == 0 for m in resolved.biases]
 
 
 def _queries(
-    resolved: Resolved,
+    resolved: Resolved, bias: KeyBiasTables | None
 ) -> tuple[ScaleTables | None, SortedQueries | None, UnmodulatedQueries | None]:
-    """Scales, and queries sorted by them; those that nothing modulates apart, where they are most."""
+    """Scales, and queries sorted by them; those that nothing modulates apart, where they are most. A finite key bias
+    modulates all."""
     scale, rope = resolved.scale, resolved.rope
-    alone = unmodulated_queries(_per_query(resolved))
+    alone = None if bias is not None and bias.finite is not None else unmodulated_queries(_neutral_queries(resolved))
     if scale is not None:
         r = scale.r
     elif alone is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.tables import AxisBlocks, KeyRuns, Polynomial, PolynomialTiles
 from .flattening import flatten, tables, unflatten
-from .resolve import Group
+from .resolved import Bias, Group
 from .segments import Segment
 
 
@@ -35,6 +35,29 @@ class Rotation:
 
 
 @dataclass(frozen=True, eq=False)
+class KeyBiasTables:
+    """What is added to the logits of each key, natural log units, in key order.
+
+    Args:
+        for_kernels: ``(Bx, Sk)`` float32, ``-inf`` where a key is masked.
+        mask: ``(Bx, Sk)`` bool, False where it is; None where all keys are there.
+        finite: ``(Bx, Sk)`` float64, 0 where a key is masked; None where all biases are 0 or ``-inf``.
+    """
+
+    for_kernels: Tensor
+    mask: Tensor | None
+    finite: Tensor | None
+
+    @staticmethod
+    def of(bias: Tensor) -> KeyBiasTables:
+        """From ``(Bx, Sk)`` float64."""
+        mask = bias > -torch.inf
+        finite = bias.masked_fill(~mask, 0.0)
+        biased = bool((finite != 0).any())
+        return KeyBiasTables(bias.float(), None if bool(mask.all()) else mask, finite if biased else None)
+
+
+@dataclass(frozen=True, eq=False)
 class KeyTables:
     """The keys: order, segments, rotation.
 
@@ -44,7 +67,7 @@ class KeyTables:
         segments: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, the segment table; None where ``Sk`` is not known.
         order: ``(Sk,)`` int64, the key in each place of the key order; None where keys stay where they are.
         source: ``(R,)`` int32, the key each packed row is made from; None where these are the keys as they come.
-        mask: ``(Bx, Sk)`` bool in key order, True = attend.
+        bias: of the mask and of KeyBias.
         unmasked: for each row of the mask ``(n,)`` int32, the places of its unmasked keys.
         angles: ``(Bx, Sk, P)`` float64 radians, in the order the keys come.
         rotation: ``(Bx, R, P)`` of the packed rows; None where they stay as they come.
@@ -55,7 +78,7 @@ class KeyTables:
     segments: Tensor | None = None
     order: Tensor | None = None
     source: Tensor | None = None
-    mask: Tensor | None = None
+    bias: KeyBiasTables | None = None
     unmasked: tuple[Tensor, ...] = ()
     angles: Tensor | None = None
     rotation: Rotation | None = None
@@ -118,19 +141,73 @@ class GroupTables:
 
 
 @dataclass(frozen=True, eq=False)
-class GainTables:
-    """Logit gains.
+class PerQueryTables:
+    """Logit gains, or logit biases.
 
     Args:
-        values: ``(Bx, n, Sq)`` float64, one row per LogitGain.
-        sets: the gains that segments multiply, as rows of ``values``.
-        products: ``(Bx, n, Sq)`` float32, the products that segments use, pass after pass, numbered within each pass
-            as in the segment table.
+        values: ``(Bx, n, Sq)`` float64, one row per LogitGain or LogitBias.
+        sets: those that segments multiply or add, as rows of ``values``.
+        used: the sets that segments use, pass after pass.
+        for_kernels: ``(Bx, len(used), Sq)`` float32, products of gains or sums of biases, numbered within each pass as
+            in the segment table.
     """
 
     values: Tensor
     sets: tuple[tuple[int, ...], ...]
-    products: Tensor
+    used: tuple[int, ...]
+    for_kernels: Tensor
+
+    @staticmethod
+    def of(
+        rows: Sequence[Tensor], sets: tuple[tuple[int, ...], ...], used: tuple[int, ...], adds: bool
+    ) -> PerQueryTables:
+        """Of ``rows (Bx, Sq)`` float64, which a set adds or multiplies."""
+        values = torch.stack(torch.broadcast_tensors(*rows), dim=1)
+        several = [values[:, list(sets[n])] for n in used]
+        combined = torch.stack([x.sum(dim=1) if adds else x.prod(dim=1) for x in several], dim=1)
+        return PerQueryTables(values, sets, used, combined.float())
+
+
+@dataclass(frozen=True, eq=False)
+class ValueTables:
+    """What is folded into the values, in the order the keys come: ``vt_j = u_j (delta v_j + (lambda - delta) nu)``.
+
+    Args:
+        gains: ``(Bx, Sk)`` float64, products of value gains, 1 elsewhere.
+        member: ``(Sk,)`` int32, the BiasDelta group of values that each key is in, or -1.
+        factors: ``(Bx, 2, Sk)`` float64, ``u delta`` and ``u (lambda - delta)``.
+        for_kernels: the same in float32.
+        groups: the groups; ``members`` and ``bounds`` are of ``runs``. None without any.
+        runs: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, a segment table of the runs of keys in a group.
+        bias: ``(Bx, Sk)`` float32, ``-inf`` where a key is masked, else 0; where a mean is to leave it out.
+    """
+
+    gains: Tensor
+    member: Tensor
+    factors: Tensor
+    for_kernels: Tensor
+    groups: GroupTables | None = None
+    runs: Tensor | None = None
+    bias: Tensor | None = None
+
+    @staticmethod
+    def of(
+        gains: Tensor, member: Tensor, groups: GroupTables | None, runs: Tensor | None, bias: Tensor | None
+    ) -> ValueTables:
+        """Tables of groups and of gains ``(Bx, Sk)``."""
+        factors = torch.stack([gains, torch.zeros_like(gains)], dim=1)
+        if groups is not None:
+            neutral = groups.values.new_tensor([[[1.0, 1.0, 0.0]]]).expand(len(groups.values), -1, -1)
+            of_key = torch.cat([groups.values, neutral], dim=1)[:, member.long()]  # -1 takes the last
+            lam, delta, _ = of_key.unbind(2)
+            factors = torch.stack([gains * delta, gains * (lam - delta)], dim=1)
+        return ValueTables(gains, member, factors, factors.float(), groups, runs, bias)
+
+    def with_groups(self, groups: Sequence[Group]) -> ValueTables:
+        """The same with other lambdas and deltas."""
+        if self.groups is None:
+            return self
+        return ValueTables.of(self.gains, self.member, self.groups.with_values(groups), self.runs, self.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +251,8 @@ class SortedQueries:
 
 @dataclass(frozen=True, eq=False)
 class UnmodulatedQueries:
-    """Queries at which all scales and gains are 1, where these are most: plain attention may take them.
+    """Queries at which all scales and gains are 1 and all logit biases 0, where these are most: plain attention may
+    take them.
 
     Args:
         rows: ``(n,)`` int64.
@@ -212,7 +290,9 @@ class Lowered:
     queries: QueryTables | None = None
     bands: BandTables | None = None
     groups: GroupTables | None = None
-    gains: GainTables | None = None
+    gains: PerQueryTables | None = None
+    biases: PerQueryTables | None = None
+    values: ValueTables | None = None
     scales: ScaleTables | None = None
     sorted_queries: SortedQueries | None = None
     unmodulated: UnmodulatedQueries | None = None
@@ -237,7 +317,16 @@ class Lowered:
 
     def with_groups(self, groups: Sequence[Group]) -> Lowered:
         """The same with other lambdas and deltas."""
-        return replace(self, groups=self.groups.with_values(groups))
+        of_keys, of_values = ([m for m in groups if m.on == on] for on in ("keys", "values"))
+        return replace(
+            self, groups=self.groups and self.groups.with_values(of_keys),
+            values=self.values and self.values.with_groups(of_values),
+        )  # fmt: skip
+
+    def with_biases(self, biases: Sequence[Bias]) -> Lowered:
+        """The same with other logit biases."""
+        held = self.biases
+        return replace(self, biases=PerQueryTables.of([m.b for m in biases], held.sets, held.used, adds=True))
 
     def with_weight(self, weight: Tensor) -> Lowered:
         """The same with other values ``(P,)`` float64 in the only BandWeight."""
@@ -278,6 +367,6 @@ def weighted_rotation(rotation: Rotation | None, bands: BandTables, segments: Se
 
 # What a spec may name.
 TABLES = tables(
-    Lowered, KeyTables, QueryTables, BandTables, GroupTables, GainTables, ScaleTables, SortedQueries,
-    UnmodulatedQueries, Rotation, Segment, AxisBlocks, KeyRuns, Polynomial, PolynomialTiles,
+    Lowered, KeyTables, KeyBiasTables, QueryTables, BandTables, GroupTables, PerQueryTables, ValueTables, ScaleTables,
+    SortedQueries, UnmodulatedQueries, Rotation, Segment, AxisBlocks, KeyRuns, Polynomial, PolynomialTiles,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from ..kernels.abi import QUERY_TILE
 from ..kernels.tables import Polynomial, PolynomialTiles
 from .axis_blocks import split
 from .lowered import Rotation, SortedQueries
-from .resolve import Scale
+from .resolved import Scale
 
 LEAST_FILLED = 0.5  # of a tile's places; with less, axis blocks, whose tiles hold 16 queries, are predicted faster
 

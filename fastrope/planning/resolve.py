@@ -1,100 +1,30 @@
-"""What the user meant: arguments checked, key sets turned into masks, neutral modulations dropped."""
+"""From arguments to what the user meant: arguments checked, key sets turned into masks, neutral modulations dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import require, require_finite, require_tensor
-from ..device import on_device, wide_on_cpu
-from ..modulations import MODULATIONS, BandWeight, BiasDelta, Keys, LogitGain, Modulation, QueryScale
+from ..checks import require, require_bias, require_finite, require_tensor
+from ..device import wide_on_cpu
+from ..modulations import (
+    MODULATIONS,
+    PARAMETERS,
+    BandWeight,
+    BiasDelta,
+    KeyBias,
+    Keys,
+    LogitBias,
+    LogitGain,
+    Modulation,
+    QueryScale,
+    ValueGain,
+)  # fmt: skip
 from ..rope import RoPE
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """A QueryScale resolved: ``r (Bs, Sq)``, keys ``(Sk,)`` bool, pairs ``(D/2,)`` bool."""
-
-    r: Tensor
-    keys: Tensor
-    pairs: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A BandWeight resolved: ``w (D/2,)``, keys ``(Sk,)`` bool."""
-
-    w: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """A BiasDelta resolved: ``bias`` (lambda) and ``delta (Bg,)``, keys ``(Sk,)`` bool."""
-
-    bias: Tensor
-    delta: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Gain:
-    """A LogitGain resolved: ``g (Bg, Sq)``, keys ``(Sk,)`` bool."""
-
-    g: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Resolved:
-    """The arguments of a call as the user meant them; the reference reads nothing else.
-
-    Args:
-        rope, key_rope: angles of the queries, and of the keys where they are other tokens.
-        key_mask: ``(Bx, Sk)`` bool, True = attend; None where all keys are there.
-        scale, weights, groups, gains: the modulations that are not neutral, values in float64.
-    """
-
-    rope: RoPE | None = None
-    key_rope: RoPE | None = None
-    key_mask: Tensor | None = None
-    scale: Scale | None = None
-    weights: tuple[Weight, ...] = ()
-    groups: tuple[Group, ...] = ()
-    gains: tuple[Gain, ...] = ()
-
-    @property
-    def modulations(self) -> int:
-        """How many modulations are not neutral."""
-        return (self.scale is not None) + len(self.weights) + len(self.groups) + len(self.gains)
-
-    def to(self, device: torch.device | None) -> Resolved:
-        """The same with its modulations on another device, floating-point values in the widest dtype it has; angles and
-        mask stay."""
-
-        def move(m: Any):
-            return type(m)(**{name: on_device(x, device) for name, x in vars(m).items()})
-
-        moved = {name: tuple(map(move, getattr(self, name))) for name in ("weights", "groups", "gains")}
-        return replace(self, scale=self.scale and move(self.scale), **moved)
-
-    def with_groups(self, numbers: Sequence[tuple[float | Tensor, float | Tensor]]) -> Resolved:
-        """The same with other ``(bias, delta)`` in its groups, in their order."""
-        found = [group_values(bias, delta) for bias, delta in numbers]
-        groups = (
-            Group(bias.to(group.bias), delta.to(group.delta), group.keys)
-            for group, (bias, delta) in zip(self.groups, found, strict=True)
-        )
-        return replace(self, groups=tuple(groups))
-
-    def with_weight(self, weight: Tensor) -> Resolved:
-        """The same with other values ``(D/2,)`` in its only BandWeight."""
-        (held,) = self.weights
-        return replace(self, weights=(Weight(weight.detach().to(held.w, copy=True), held.keys),))
+from .resolved import Bias, Gain, Group, Resolved, Scale, Weight
 
 
 def as_tuple(modulations: Any) -> tuple:
@@ -124,8 +54,9 @@ def check_arguments(
     for m in modulations:
         if not isinstance(m, MODULATIONS):
             method = ", which methods give when they are bound by fastrope.apply" if hasattr(m, "modulations") else ""
-            require(False, "modulations", f"QueryScale, BandWeight, BiasDelta or LogitGain{method}", repr(m))
-        for name in ("scale", "weight", "bias", "delta", "gain"):
+            names = ", ".join(kind.__name__ for kind in MODULATIONS)
+            require(False, "modulations", f"some of {names}{method}", repr(m))
+        for name in PARAMETERS:
             value = getattr(m, name, None)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(
@@ -156,7 +87,7 @@ def common_device(
     named = [("rope.angles", rope and rope.angles), ("key_rope.angles", key_rope and key_rope.angles)]
     named += [("key_mask", key_mask)]
     for m in modulations:
-        for name in ("scale", "weight", "bias", "delta", "gain"):
+        for name in PARAMETERS:
             named.append((f"{type(m).__name__}.{name}", getattr(m, name, None)))
     named = [(name, t) for name, t in named if isinstance(t, Tensor)]
     wanted = torch.device(device) if device is not None else (named[0][1].device if named else None)
@@ -196,39 +127,44 @@ def lengths(
             num_queries = agree(num_queries, "QueryScale.scale", m.scale.shape[-1], "q")
         if isinstance(m, LogitGain):
             num_queries = agree(num_queries, "LogitGain.gain", m.gain.shape[-1], "q")
-        if isinstance(m.keys, Tensor) and m.keys.dtype == torch.bool:
+        if isinstance(m, LogitBias) and isinstance(m.bias, Tensor) and m.bias.ndim and m.bias.shape[-1] > 1:
+            num_queries = agree(num_queries, "LogitBias.bias", m.bias.shape[-1], "q")
+        if isinstance(m, KeyBias):
+            num_keys = agree(num_keys, "KeyBias.bias", m.bias.shape[-1], "k")
+        elif isinstance(m.keys, Tensor) and m.keys.dtype == torch.bool:
             num_keys = agree(num_keys, f"{type(m).__name__}.keys", m.keys.shape[0], "k")
     require(not modulations or num_keys is not None, "num_keys", "Sk, which no argument tells", None)
+    biased = any(isinstance(m, LogitBias) for m in modulations)
+    require(not biased or num_queries is not None, "num_queries", "Sq, which no argument tells", None)
     return num_queries, num_keys
 
 
-def _key_set(owner: str, keys: Keys, num_keys: int) -> Tensor:
-    """A key set as a ``(Sk,)`` bool mask on the CPU."""
-    covered = torch.zeros(num_keys, dtype=torch.bool, device="cpu")
+def _key_index(owner: str, keys: Keys, num_keys: int) -> Tensor:
+    """The keys of a set in the order in which it names them, ``(n,)`` int64 on the CPU."""
     if isinstance(keys, slice):
         for bound in (keys.start, keys.stop):
             inside = bound is None or -num_keys <= bound <= num_keys
             require(inside, f"{owner}.keys", f"a slice within {num_keys} keys", keys)
         require(keys.step is None or keys.step > 0, f"{owner}.keys", "a slice with a positive step", keys)
-        covered[keys] = True
+        index = torch.arange(num_keys, device="cpu")[keys]
     elif keys.dtype == torch.bool:
-        covered |= keys.cpu()
-    elif keys.numel():
+        index = keys.cpu().nonzero().flatten()
+    else:
         index = keys.cpu().long()
-        inside = bool(((index >= 0) & (index < num_keys)).all())
-        require(inside, f"{owner}.keys", f"indices in [0, {num_keys})", f"[{index.min()}, {index.max()}]")
-        covered[index] = True
-    require(bool(covered.any()), f"{owner}.keys", "at least one key", "an empty key set")
-    return covered
+        inside = not len(index) or bool(((index >= 0) & (index < num_keys)).all())
+        received = f"[{index.min()}, {index.max()}]" if len(index) else ""
+        require(inside, f"{owner}.keys", f"indices in [0, {num_keys})", received)
+    require(len(index) > 0, f"{owner}.keys", "at least one key", "an empty key set")
+    return index
 
 
-def _values(name: str, values: float | Tensor, dims: tuple[str, ...]) -> Tensor:
+def _values(name: str, values: float | Tensor, dims: tuple[str, ...], check: Callable = require_finite) -> Tensor:
     """A copy of finite values as float64 on the CPU. A NaN equals nothing, so no scale bucket would hold it."""
     if not isinstance(values, Tensor):
         values = torch.tensor(values, dtype=torch.float64, device="cpu")
     values = wide_on_cpu(values).clone()
     values = values.expand((1,) * (len(dims) - values.ndim) + values.shape)
-    require_finite(name, values, dims)
+    check(name, values, dims)
     return values
 
 
@@ -238,20 +174,49 @@ def group_values(bias: float | Tensor, delta: float | Tensor) -> tuple[Tensor, T
     return _values("BiasDelta.bias", bias, dims), _values("BiasDelta.delta", delta, dims)
 
 
+def logit_bias(bias: float | Tensor, num_queries: int) -> Tensor:
+    """Values of a LogitBias, ``(Bb, Sq)``."""
+    b = _values("LogitBias.bias", bias, ("batch row", "query"), require_bias)
+    require(b.shape[1] in (1, num_queries), "LogitBias.bias", f"one number, or {num_queries} queries", b.shape[1])
+    return b.expand(-1, num_queries)
+
+
+def _value_gain(m: ValueGain, index: Tensor, num_keys: int) -> Tensor:
+    """``(Bu, Sk)``: the gains of a ValueGain, 1 on keys that it does not cover."""
+    gain, n = m.gain, len(index)
+    if isinstance(gain, Tensor) and gain.ndim == 1 and len(gain) != n:
+        gain = gain[:, None]
+    u = _values("ValueGain.gain", gain, ("batch row", "covered key"))
+    require(u.shape[1] in (1, n), "ValueGain.gain", f"one number per batch row or {n} keys", tuple(u.shape))
+    distinct = u.shape[1] == 1 or len(index.unique()) == n
+    require(distinct, "ValueGain.keys", "each key once, where every key has a gain of its own", "a key twice")
+    found = torch.ones(len(u), num_keys, dtype=torch.float64, device="cpu")
+    found[:, index] = u.expand(-1, n)
+    return found
+
+
 def resolve(
     rope: RoPE | None,
     key_rope: RoPE | None,
     modulations: Sequence[Modulation],
     key_mask: Tensor | None,
+    num_queries: int | None,
     num_keys: int | None,
 ) -> Resolved:
     """Modulations with their keys as masks and values as float64 on the CPU, neutral ones dropped; so is a mask that
     hides no key."""
-    scale, weights, groups, gains = None, [], [], []
+    scale, weights, groups, gains, biases, key_biases, value_gains = None, [], [], [], [], [], []
     count = num_keys or 0  # known where there are modulations
-    grouped = torch.zeros(count, dtype=torch.bool, device="cpu")
+    grouped = {on: torch.zeros(count, dtype=torch.bool, device="cpu") for on in ("keys", "values")}
     for m in modulations:
-        keys = _key_set(type(m).__name__, m.keys, count)
+        if isinstance(m, KeyBias):
+            beta = _values("KeyBias.bias", m.bias, ("batch row", "key"), require_bias)
+            if bool((beta != 0).any()):
+                key_biases.append(beta)
+            continue
+        index = _key_index(type(m).__name__, m.keys, count)
+        keys = torch.zeros(count, dtype=torch.bool, device="cpu")
+        keys[index] = True
         if isinstance(m, QueryScale):
             r = _values("QueryScale.scale", m.scale, ("batch row", "query"))
             pairs = _scaled_pairs(rope, key_rope or rope, m.axes)
@@ -263,19 +228,27 @@ def resolve(
             if bool((w != 1).any()):
                 weights.append(Weight(w, keys))
         elif isinstance(m, BiasDelta):
-            overlap = bool((grouped & keys).any())
-            require(not overlap, "BiasDelta.keys", "groups that share no key", "overlapping groups")
-            grouped |= keys
+            overlap = bool((grouped[m.on] & keys).any())
+            require(not overlap, "BiasDelta.keys", f"groups of {m.on} that share no key", "overlapping groups")
+            grouped[m.on] |= keys
             bias, delta = group_values(m.bias, m.delta)
             if bool((bias != 1).any()) or bool((delta != 1).any()):
-                groups.append(Group(bias, delta, keys))
+                groups.append(Group(bias, delta, keys, m.on))
+        elif isinstance(m, LogitBias):
+            b = logit_bias(m.bias, num_queries or 0)  # known where there are such
+            if bool((b != 0).any()):
+                biases.append(Bias(b, keys))
+        elif isinstance(m, ValueGain):
+            u = _value_gain(m, index, count)
+            if bool((u != 1).any()):
+                value_gains.append(u)
         else:
             g = _values("LogitGain.gain", m.gain, ("batch row", "query"))
             if bool((g != 1).any()):
                 gains.append(Gain(g, keys))
-    if key_mask is not None and bool(key_mask.all()):
-        key_mask = None
-    return Resolved(rope, key_rope, key_mask, scale, tuple(weights), tuple(groups), tuple(gains))
+    key_mask = None if key_mask is None or bool(key_mask.all()) else key_mask.detach().cpu().clone()
+    several = map(tuple, (weights, groups, gains, biases, key_biases, value_gains))
+    return Resolved(rope, key_rope, key_mask, scale, *several)
 
 
 def _scaled_pairs(rope: RoPE | None, key_rope: RoPE | None, axes: tuple[int, ...] | None) -> Tensor:

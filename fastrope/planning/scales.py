@@ -11,7 +11,7 @@ import torch
 
 from ..kernels.abi import QUERY_TILE
 from .lowered import ScaleTables, SortedQueries
-from .resolve import Scale
+from .resolved import Scale
 
 MAX_BUCKETS = 8  # key copies a plan may ask for: bounds memory at MAX_BUCKETS times the covered keys
 MIN_BUCKET_QUERIES = QUERY_TILE  # with more distinct scales than MAX_BUCKETS, a value that a whole tile shares is one
@@ -75,9 +75,9 @@ def sort_queries(bucket: torch.Tensor, r: torch.Tensor, unmodulated: torch.Tenso
     return SortedQueries(queries, tile_bucket, num_per_query, num_modulated)
 
 
-def unmodulated_queries(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Queries ``(Sq,)`` bool at 1 in all of ``values (B or 1, Sq)``, scales and gains, if they are most; else None."""
-    if not values:
+def unmodulated_queries(neutral: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Queries ``(Sq,)`` bool at which all of ``neutral (B or 1, Sq)`` bool hold, if they are most; else None."""
+    if not neutral:
         return None
-    alone = torch.stack([(x == 1).all(dim=0) for x in values]).all(dim=0)
+    alone = torch.stack([x.all(dim=0) for x in neutral]).all(dim=0)
     return alone if alone.sum() >= LEAST_UNMODULATED * len(alone) else None

@@ -25,6 +25,7 @@ class Segment:
         weight: row of the band weights.
         group: BiasDelta group.
         gain: set of gains.
+        bias: set of logit biases.
     """
 
     start: int
@@ -33,6 +34,7 @@ class Segment:
     weight: int = -1
     group: int = -1
     gain: int = -1
+    bias: int = -1
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -45,21 +47,23 @@ class Segment:
     @property
     def modulated(self) -> bool:
         """True when any modulation covers these keys."""
-        return self.scaled or max(self.weight, self.group, self.gain) >= 0
+        return self.scaled or max(self.weight, self.group, self.gain, self.bias) >= 0
 
 
 @dataclass(frozen=True)
 class KeySignatures:
-    """What covers each key: ``scaled (Sk,)`` bool, and ``(Sk,)`` indices of weights, group and gains; -1: none."""
+    """What covers each key: ``scaled (Sk,)`` bool, and ``(Sk,)`` indices of weights, group, gains and logit biases;
+    -1: none."""
 
     scaled: torch.Tensor
     weight: torch.Tensor
     group: torch.Tensor
     gain: torch.Tensor
+    bias: torch.Tensor
 
     def stacked(self) -> torch.Tensor:
-        """``(Sk, 4)`` int64, one row per key."""
-        columns = (self.scaled, self.weight, self.group, self.gain)
+        """``(Sk, 5)`` int64, one row per key."""
+        columns = (self.scaled, self.weight, self.group, self.gain, self.bias)
         return torch.stack([t.long() for t in columns], dim=1)
 
 
@@ -94,9 +98,16 @@ def segment_keys(signatures: KeySignatures) -> tuple[tuple[Segment, ...], torch.
     bounds = _runs(rows)
     segments = []
     for start, stop in itertools.pairwise(bounds):
-        scaled, weight, group, gain = rows[start].tolist()
-        segments.append(Segment(start, stop, bool(scaled), weight, group, gain))
+        scaled, *numbers = rows[start].tolist()
+        segments.append(Segment(start, stop, bool(scaled), *numbers))
     return tuple(segments), order
+
+
+def runs_of(group: torch.Tensor) -> tuple[Segment, ...]:
+    """Runs of keys ``(Sk,)`` of one group each; none of keys in no group (-1)."""
+    bounds = itertools.pairwise(_runs(group[:, None]))
+    found = (Segment(start, stop, group=int(group[start])) for start, stop in bounds)
+    return tuple(s for s in found if s.group >= 0)
 
 
 def split_passes(
@@ -129,14 +140,14 @@ def launch_passes(segments: Sequence[Segment], per_query: bool) -> tuple[tuple[i
     return split_passes(segments, *limits)
 
 
-def gains_of(segments: Sequence[Segment]) -> list[int]:
-    """The products of gains that some segments use, in the order in which a pass numbers them."""
-    return list(dict.fromkeys(s.gain for s in segments if s.gain >= 0))
+def numbers_of(segments: Sequence[Segment], column: str) -> list[int]:
+    """The groups, gains or biases (``column``) of some segments, in the order in which a pass numbers them."""
+    return list(dict.fromkeys(getattr(s, column) for s in segments if getattr(s, column) >= 0))
 
 
-def groups_of(segments: Sequence[Segment]) -> list[int]:
-    """The groups of some segments, in the order in which a pass numbers them."""
-    return list(dict.fromkeys(s.group for s in segments if s.group >= 0))
+def numbers_by_pass(segments: Sequence[Segment], passes: Sequence[tuple[int, int]], column: str) -> list[int]:
+    """Those of all passes, one after the other."""
+    return [n for first, last in passes for n in numbers_of(segments[first:last], column)]
 
 
 def _runs(rows: torch.Tensor) -> list[int]:

@@ -271,13 +271,12 @@ def test_other_modulations_keep_to_the_targets_own_sequence(carried):
     host = TINY_HOSTS["flux"]
     model, call, reference = host.build().double(), call_of(host, 5, 2), call_of(host, 5, 1)
     layout = plain_layout(host)
-    written = [fr.BiasDelta(1.2, 0.6, keys=layout.text), fr.LogitGain(torch.full((20,), 1.3), keys=slice(10, 20))]
-    open_ended = [
-        fr.BiasDelta(1.2, 0.6, keys=slice(-20, 5)),
-        fr.LogitGain(torch.full((20,), 1.3), keys=slice(-10, None)),
-    ]
+    both = [fr.KeyBias(torch.linspace(-1, 1, 20)), fr.ValueGain(torch.linspace(-1, 1, 10), keys=slice(10, 20))]
+    gain = torch.full((20,), 1.3)
+    written = [fr.BiasDelta(1.2, 0.6, keys=layout.text), fr.LogitGain(gain, keys=slice(10, 20)), *both]
+    open_ended = [fr.BiasDelta(1.2, 0.6, keys=slice(-20, 5)), fr.LogitGain(gain, keys=slice(-10, None)), *both]
     boolean = torch.arange(20) >= 10
-    masked = [written[0], fr.LogitGain(torch.full((20,), 1.3), keys=boolean)]
+    masked = [written[0], fr.LogitGain(gain, keys=boolean), both[0], fr.ValueGain(both[1].gain, keys=boolean)]
     source, found = source_of(host, reference), []
     for mods in (written, open_ended, masked, []):
         with apply(model, carried, source, fr.UntwistingRoPE(**DIALS), mods):
