@@ -56,7 +56,8 @@ def main(argv):
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cpus, MAX_WORKERS) if cpus > 1 else 0
     # The pytest script and not "python -m pytest", which would put the folder "kernels" on sys.path.
-    return run(BIN / "pytest", "-n", workers, *rest)  # a later -n wins
+    # Workers take tests of each other when theirs are done, so that none is left alone with what takes minutes.
+    return run(BIN / "pytest", "-n", workers, "--dist", "worksteal", *rest)  # a later -n or --dist wins
 
 
 def build_docs(folder):

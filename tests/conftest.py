@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
+import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,6 +13,8 @@ from hypothesis import HealthCheck, settings
 # Read once, when triton is first imported: kernels run in numpy unless there is a device to compile for.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    interpreter.hasten()
 
 # Test tensors are tiny: threads that spin for work, in every worker, make a loaded machine ten times slower.
 torch.set_num_threads(1)
@@ -23,7 +27,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items):
-    """Skip ``gpu`` tests with a reason where there is no CUDA device."""
+    """Begin with what takes minutes, lest it be all that runs in the end; skip ``gpu`` tests without a CUDA device."""
+    items.sort(key=lambda item: "compile" not in item.keywords)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
