@@ -14,7 +14,7 @@ import pytest
 from source_tree import FOLDERS, ROOT, module_name, run_python, sources
 
 WITHOUT_TRITON = [f"fastrope.kernels.{name}" for name in ("abi", "config", "streams", "tables")]
-HOSTS = ("diffusers", "transformers", "matplotlib", "PIL")
+HOSTS = ("diffusers", "transformers", "comfy", "comfy_api", "matplotlib", "PIL")
 
 
 def statements(path: Path, lazy: bool) -> Iterator[tuple[str, list[str]]]:
@@ -93,6 +93,22 @@ def test_nothing_imports_bindings_but_apply_and_the_commands(path):
 def test_bindings_do_not_reach_past_the_package(path):
     for name in imports(path):
         assert not within(name, "fastrope.kernels", "triton"), f"{module_name(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "bindings" / "image").glob("*.py")], ids=module_name)
+def test_what_hosts_of_images_share_knows_none_of_them(path):
+    for name in imports(path):
+        known = not within(name, "fastrope.bindings", *HOSTS[:4]) or within(name, "fastrope.bindings.image")
+        assert known, f"{module_name(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "bindings" / "comfyui").glob("*.py")], ids=module_name)
+def test_comfyui_is_imported_by_its_nodes_alone(path):
+    """And only its public interface: all else is handed over by the host."""
+    for name in imports(path):
+        nodes = path.stem.startswith("nodes") or path.stem == "inputs"
+        forbidden = ("comfy", "diffusers") if nodes else ("comfy", "diffusers", "comfy_api")
+        assert not within(name, *forbidden), f"{module_name(path)} imports {name}"
 
 
 def test_the_contract_sees_what_it_must_see(tmp_path):

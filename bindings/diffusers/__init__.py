@@ -3,11 +3,11 @@
 from fastrope.extras import importing
 
 with importing("diffusers"):
+    from ..image.inspection import Record
+    from ..image.sequence import JointSequence
     from .handle import Handle, bind, unbind
     from .hosts import Host, register_host
-    from .inspection import Record
     from .processors import BoundProcessor, Stream
-    from .sequences import JointSequence
     from .video import PositionHandle
 
 __all__ = [

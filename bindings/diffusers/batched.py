@@ -14,14 +14,14 @@ from torch import Tensor
 
 import fastrope as fr
 
+from ..image.extended import target_work, with_shared
+from ..image.layers import BatchedWork, ReferenceWork, SharedWork
+from ..image.requests import LayerRequest
+from ..image.sequence import JointSequence
+from ..image.work import LayerWork, Work
 from .calls import CallState, Identified, Prepared
-from .extended import target_work, with_shared
 from .forwards import Forward, LayerState
-from .layers import BatchedWork, ReferenceWork, SharedWork
-from .requests import LayerRequest
 from .rows import Joined
-from .sequences import JointSequence
-from .work import LayerWork, Work
 
 Done = TypeVar("Done", bound=LayerWork)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.sharing import Snapshot
 
+from ..image.layers import Recorder, ReferenceWork
 from .adapters import Adapters
 from .calls import CallState, Identified
 from .fingerprints import Readings
 from .forwards import Forward, LayerState
-from .layers import Recorder, ReferenceWork
 from .sequences import Call, device_of
 
 

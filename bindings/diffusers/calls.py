@@ -20,18 +20,19 @@ from fastrope.guidance import Guidance, guidance_of
 from fastrope.modulations import MODULATIONS, Modulation
 from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
+from ..image.inspection import Inspector
+from ..image.layers import SharedWork
+from ..image.requests import LayerRequest
+from ..image.sequence import JointSequence
+from ..image.work import LayerWork, Work, structure_of
 from .checkpoints import follow
 from .fingerprints import Fingerprints, Readings
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .guided import GuidedKeys, GuidedWork
 from .hosts import Host
-from .inspection import Inspector
 from .layer_op import Layer
-from .layers import SharedWork
-from .requests import LayerRequest
-from .sequences import Call, JointSequence, device_of, refuse_tracing
+from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
-from .work import LayerWork, Work, structure_of
 
 PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
 KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps

@@ -21,7 +21,7 @@ import torch.utils.checkpoint
 from fastrope.checks import require
 from fastrope.rescaling import Rescaling
 
-from .work import LayerWork
+from ..image.work import LayerWork
 
 _CALL = torch.nn.Module.__call__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__

@@ -13,7 +13,7 @@ from fastrope.device import on_device
 from fastrope.guidance import Guidance, normalised_guidance
 from fastrope.modulations import Modulation
 
-from .work import with_tensors
+from ..image.work import with_tensors
 
 
 class GuidedKeys:

@@ -17,11 +17,11 @@ from fastrope.checks import require
 from fastrope.dispatch import BACKENDS
 from fastrope.rescaling import rescales
 
+from ..image.inspection import Inspector, Record
 from .calls import CallState
 from .checkpoints import unfollow
 from .embedders import RescaledTables
 from .hosts import Host, find_host
-from .inspection import Inspector, Record
 from .processors import BoundProcessor
 from .shared import SharedAttention
 from .steps import Step

@@ -11,11 +11,11 @@ import torch
 from fastrope.checks import require
 from fastrope.tokens import KINDS
 
+from ..image.sequence import JointSequence
 from .embedders import FLUX_LIKE, QWEN_LIKE, Z_IMAGE_LIKE, Embedder
 from .processors import BoundProcessor, Flux2SingleProcessor, FluxProcessor, QwenProcessor, ZImageProcessor
 from .rows import ListRows, TensorRows
 from .sequences import (
-    JointSequence,
     describe_ids,
     describe_lists,
     describe_shapes,

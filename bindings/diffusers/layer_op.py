@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastrope as fr
 
+from ..image.work import Work
 from .forwards import Forwards, LayerState
-from .work import Work
 
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()

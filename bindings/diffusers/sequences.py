@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,29 +16,9 @@ import torch
 import fastrope as fr
 from fastrope.checks import require, require_tensor
 
+from ..image.sequence import JointSequence
+
 Call = Mapping[str, Any]  # the arguments of a transformer's forward, by name
-
-
-@dataclass(frozen=True, eq=False)
-class JointSequence:
-    """The tokens of a call, on the CPU.
-
-    Args:
-        positions: ``(S, axes)``, or ``(B, S, axes)`` where rows differ; integers or float64.
-        layout: returns the spans; raises ValueError where they cannot be told.
-        key_mask: ``(B, S)`` bool, True = attend; None where every key counts.
-        bonus: ``(B, S)`` bool; the host adds 1 to the logit where it holds for both the query and the key.
-    """
-
-    positions: torch.Tensor
-    layout: Callable[[], fr.TokenLayout]
-    key_mask: torch.Tensor | None = None
-    bonus: torch.Tensor | None = None
-
-    @property
-    def masked(self) -> bool:
-        """True when the mask that the host hands to its attention is accounted for."""
-        return self.key_mask is not None or self.bonus is not None
 
 
 def device_of(hidden: Any) -> torch.device:

@@ -16,20 +16,20 @@ import fastrope as fr
 from fastrope.rescaling import rescales
 from fastrope.sharing import Snapshot, check_reference
 
+from ..image.extended import target_work, with_shared
+from ..image.layers import CachedWork, SharedWork
+from ..image.prefetch import Prefetch
+from ..image.requests import LayerRequest
+from ..image.rotation import Rotation
+from ..image.work import LayerWork
 from .batched import prepare_batch
 from .cached import CachedReference
 from .calls import CallState, Identified, Prepared
-from .extended import target_work, with_shared
 from .fingerprints import Readings
 from .forwards import Forward, LayerState
-from .layers import CachedWork, SharedWork
-from .prefetch import Prefetch
-from .requests import LayerRequest
-from .rotation import Rotation
 from .rows import Memo
 from .sequences import Call, device_of
 from .steps import find_sigma
-from .work import LayerWork
 
 
 class SharedAttention:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from ..activity import Indices, Where
 from ..checks import require
@@ -119,6 +119,7 @@ class Activity:
     steps: Steps = None
     _where: Where = field(init=False, repr=False)
     _fractions: tuple[float, float] | None = field(init=False, repr=False)
+    _anywhere: Activity | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         steps: Any = self.steps
@@ -137,6 +138,13 @@ class Activity:
         start, stop = self._fractions
         return first_step_at(start, site.num_steps) <= site.step < first_step_at(stop, site.num_steps)
 
+    @property
+    def anywhere(self) -> Activity:
+        """The same steps, in all layers."""
+        if self._anywhere is None:
+            object.__setattr__(self, "_anywhere", self if self.layers is None else Activity(None, self.steps))
+        return cast(Activity, self._anywhere)
+
     def at_length(self, num_steps: int) -> Activity:
         """The same with fractions of a run of ``num_steps`` steps, as step indices of any run."""
         if self._fractions is None:
@@ -145,12 +153,18 @@ class Activity:
 
     def progress(self, site: Site) -> float:
         """Where a site's step stands among the active ones: 0 at and before the first, 1 at and after the last."""
-        layers_aside = Activity(None, self.steps)
-        active = [n for n in range(site.num_steps) if replace(site, step=n) in layers_aside]
+        active = [n for n in range(site.num_steps) if replace(site, step=n) in self.anywhere]
         if not active:
             return 0.0
         at = (site.step - active[0]) / max(active[-1] - active[0], 1)
         return min(max(at, 0.0), 1.0)
+
+
+def rests(method: Any, site: Site) -> bool:
+    """Whether a method of this package is inactive in all layers of a site's step, so that none need ask it. False
+    where only asking tells."""
+    active = getattr(method, "_active", None)
+    return isinstance(active, Activity) and site not in active.anywhere
 
 
 def first_step_at(fraction: float, num_steps: int) -> int:

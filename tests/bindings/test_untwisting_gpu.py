@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from diffusers_hosts import TINY_HOSTS, assert_same
 from tiny_transformers import run
 
-from fastrope.bindings.diffusers import prefetch
+from fastrope.bindings.image import prefetch
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -18,8 +18,8 @@ from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same
 from tiny_transformers import TEXT, run
 
 from fastrope.bindings.diffusers import JointSequence
-from fastrope.bindings.diffusers.extended import target_work
-from fastrope.bindings.diffusers.layers import BatchedWork, ReferenceWork, SharedWork
+from fastrope.bindings.image.extended import target_work
+from fastrope.bindings.image.layers import BatchedWork, ReferenceWork, SharedWork
 from fastrope.sharing import Sharing
 
 # ---- what is kept is never stale -------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ import fastrope as fr
 pytest.importorskip("diffusers")
 from tiny_transformers import TEXT, run
 
-from fastrope.bindings.diffusers import Handle, fingerprints, prefetch, rows
-from fastrope.bindings.diffusers.prefetch import Prefetch
+from fastrope.bindings.diffusers import Handle, fingerprints, rows
+from fastrope.bindings.image import prefetch
+from fastrope.bindings.image.prefetch import Prefetch
 from fastrope.sharing import SharedKeys, Statistics
 
 

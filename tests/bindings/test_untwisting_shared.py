@@ -13,7 +13,7 @@ from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same
 from shared_formulas import Row, band, sharing, watching
 from tiny_transformers import TARGET, TEXT, run
 
-from fastrope.bindings.diffusers.rotation import Rotation
+from fastrope.bindings.image.rotation import Rotation
 
 NAMES = ("flux", "chroma", "longcat", "ovis", "flux2", "qwen", "z-image")
 ALL = pytest.mark.parametrize("host", [TINY_HOSTS[name] for name in NAMES], ids=NAMES)

@@ -17,7 +17,7 @@ from fastrope.activity import Where
 from fastrope.checks import require, require_tensor
 from fastrope.extras import importing
 
-from .sequences import JointSequence
+from .sequence import JointSequence
 from .work import LayerWork, Work
 
 
@@ -35,7 +35,7 @@ class Look:
 
 @dataclass(eq=False)
 class Record:
-    """What :meth:`Handle.inspect` saw; a context manager that stops looking when it is left.
+    """What ``handle.inspect`` saw; a context manager that stops looking when it is left.
 
     Groups are ``"text"``, ``"target"``, ``"reference 0"`` and so on; filler tokens of the host are in none.
 

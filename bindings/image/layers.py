@@ -19,7 +19,7 @@ from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, 
 from .prefetch import Prefetch
 from .requests import shares
 from .rotation import Rotation
-from .sequences import JointSequence
+from .sequence import JointSequence
 from .work import Work
 
 

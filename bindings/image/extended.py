@@ -13,7 +13,7 @@ import fastrope as fr
 from fastrope.checks import require
 from fastrope.modulations import Modulation
 
-from .sequences import JointSequence
+from .sequence import JointSequence
 from .work import Work
 
 

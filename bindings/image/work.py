@@ -14,7 +14,7 @@ from fastrope.device import on_device
 from fastrope.joint import fused_joint_attention
 
 from .rotation import Rotation
-from .sequences import JointSequence
+from .sequence import JointSequence
 
 
 class LayerWork(Protocol):

@@ -1,0 +1,275 @@
+"""Methods bound to a model of ComfyUI: what a node adds to a clone, and what happens around every call of the model."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastrope as fr
+from fastrope.activity import flat_methods
+from fastrope.device import wide_on_cpu
+from fastrope.methods.schedules import rests
+from fastrope.modulations import Modulation
+
+from ..image.inspection import Inspector, Record
+from ..image.layers import SharedWork
+from ..image.requests import LayerRequest
+from ..image.sequence import JointSequence
+from ..image.work import LayerWork, Work
+from .calls import ModelCall, Positions
+from .models import Call, Family, family_of
+from .steps import Step, Steps
+
+KEY = "fastrope"
+ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")  # of BaseModel.apply_model
+KNOWN = 64  # sequences, steps and works that are remembered within a run
+PLAN_BYTES = 1 << 30
+UNCONDITIONED = 1  # how the host marks rows of the negative prompt
+
+
+class Bound(NamedTuple):
+    """A method of a node.
+
+    Args:
+        method: with ``modulations(site) -> list``.
+        refers: whether it needs a reference picture. Calls of the negative prompt alone that have none go without it.
+    """
+
+    method: Any
+    refers: bool = False
+
+
+class Steering:
+    """Methods of one patched model, and what their calls have in common. Immutable but for its memory.
+
+    Args:
+        bound: the methods, in the order of their nodes; the order does not matter.
+        watchers: who looks at the attention, and where it is written.
+        backend: as in :func:`fastrope.attention`.
+    """
+
+    def __init__(
+        self, bound: Sequence[Bound] = (), watchers: Sequence[tuple[Inspector, Record]] = (), backend: str = "auto"
+    ) -> None:
+        self.bound, self.watchers, self.backend = tuple(bound), tuple(watchers), backend
+        flat_methods([each.method for each in self.bound], "method")
+        self._lock = threading.RLock()  # guidance may run its branches on several devices, each in a thread
+        self._steps = Steps()
+        self.forget()
+
+    def forget(self, *_: Any) -> None:
+        """Let go of all tensors; the host calls it when a run is over."""
+        self._positions: OrderedDict[Hashable, Positions] = OrderedDict()
+        self._requests: OrderedDict[Hashable, list[LayerRequest]] = OrderedDict()
+        self._works: OrderedDict[Hashable, tuple[tuple, Work]] = OrderedDict()
+
+    def begin(self, *_: Any) -> None:
+        """A run begins: records are of the latest run."""
+        for _inspector, record in self.watchers:
+            record._seen.clear()
+
+    def around(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The host's call of ``BaseModel.apply_model``, steered."""
+        arguments = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        with self._lock:
+            call = self.prepare(executor.class_obj, arguments)
+        if call.idle:
+            return executor(*args, **kwargs)
+        arguments["transformer_options"] = call.options(arguments.get("transformer_options") or {})
+        in_order = [arguments.pop(name, None) for name in ARGUMENTS]
+        out = executor(*in_order, **arguments)
+        call.finish()
+        return out
+
+    # ---- preparing a call --------------------------------------------------------------------------------------------
+
+    def prepare(self, model: Any, arguments: Mapping[str, Any]) -> ModelCall:
+        """What the layers of a call do.
+
+        Raises:
+            NotImplementedError: a model or a call that cannot be steered.
+            ValueError: methods that do not go with the call.
+        """
+        family, transformer = family_of(model)
+        options = arguments.get("transformer_options") or {}
+        key, positions = self._positions_of(family, transformer, arguments)
+        layout, device = positions.sequence.layout(), arguments["x"].device
+        negative = set(options.get("cond_or_uncond") or ()) == {UNCONDITIONED}
+        methods = [b.method for b in self.bound if not (b.refers and negative and not layout.reference_grids)]
+        step, kinds = self._steps.find(options), family.kinds(transformer)
+        sites = _Sites(layout, step, family.axes_dim(transformer), kinds)
+        requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
+        applied = not (family.rotates_last and positions.trusted)
+        works = [self._work(key, positions, request, layout, applied, device) for request in requests]
+        probes = self._probes(sites, positions) if self.watchers else [None] * len(kinds)
+        return ModelCall(family, transformer, positions, tuple(works), tuple(probes), self.backend)
+
+    def _positions_of(
+        self, family: Family, transformer: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Hashable, Positions]:
+        call, mask = Call.of(arguments), _key_mask(arguments.get("attention_mask"), arguments)
+        trusted = family.own_angles(transformer)
+        key = family.transformer, call, trusted, None if mask is None else tuple(map(tuple, mask.tolist()))
+
+        def make() -> Positions:
+            layout, places = family.describe(transformer, call)
+            if mask is not None:
+                mask_of_all = torch.cat([mask, mask.new_ones(len(mask), len(layout) - mask.shape[1])], dim=1)
+            sequence = JointSequence(places, lambda: layout, None if mask is None else mask_of_all)
+            return Positions(sequence, family.rope(transformer, wide_on_cpu(places)), trusted)
+
+        return key, _remember(self._positions, key, make)
+
+    def _requests_of(self, key: Hashable, methods: list, sites: _Sites) -> list[LayerRequest]:
+        def make() -> list[LayerRequest]:
+            awake = [method for method in methods if not rests(method, sites[0])]
+            if not awake:
+                return [LayerRequest()] * len(sites.kinds)
+            try:
+                return [LayerRequest.of(awake, site) for site in sites.all()]
+            except ValueError as error:
+                if sites.layout.reference_grids or "reference" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{error}. Give the positive conditioning a reference: a ReferenceLatent node, or an encoder with "
+                    "an image"
+                ) from error
+
+        return _remember(self._requests, key, make)
+
+    def _work(
+        self, key: Hashable, positions: Positions, request: LayerRequest, layout: fr.TokenLayout, applied: bool,
+        device: torch.device,
+    ) -> LayerWork | None:  # fmt: skip
+        modulations, sharings = request
+        if not modulations and not sharings:
+            return None
+        work = self._plain_work(key, positions, modulations)
+        if sharings:
+            return SharedWork(work, sharings, layout)
+        return work if work.modulates(applied, device) else None
+
+    def _plain_work(self, key: Hashable, positions: Positions, modulations: tuple[Modulation, ...]) -> Work:
+        """The same for the same objects, which are kept with it."""
+        _refuse_moved(positions, modulations)
+
+        def make() -> tuple[tuple, Work]:
+            return modulations, Work(positions.sequence, positions.rope, modulations)
+
+        found = _remember(self._works, (key, *map(id, modulations)), make)[1]
+        while len(self._works) > 1 and _bytes_of(self._works) > PLAN_BYTES:
+            self._works.popitem(last=False)
+        return found
+
+    def _probes(self, sites: _Sites, positions: Positions) -> list[Callable | None]:
+        plain = self._plain_work((), positions, ())
+        found: list[Callable | None] = []
+        for layer in range(len(sites.kinds)):
+            looks = [each[0].probe(sites[layer], positions.sequence, plain) for each in self.watchers]
+            found.append(_all(looks) if any(looks) else None)
+        return found
+
+
+class _Sites:
+    """The sites of a call, made when asked for."""
+
+    def __init__(self, layout: fr.TokenLayout, step: Step, axes_dim: tuple[int, ...], kinds: tuple[str, ...]) -> None:
+        self.layout, self.kinds = layout, kinds
+        self._where = step.index, step.count, axes_dim, (1, 2), len(kinds)
+        self._known_kinds = tuple(dict.fromkeys(kinds))
+
+    def __getitem__(self, layer: int) -> fr.Site:
+        return fr.Site(self.layout, layer, *self._where, self.kinds[layer], self._known_kinds)
+
+    def all(self) -> list[fr.Site]:
+        """Of all layers; checked once, since they differ in nothing that could be wrong."""
+        first, found = self[0], []
+        for layer, kind in enumerate(self.kinds):
+            site = copy.copy(first)
+            object.__setattr__(site, "layer", layer)
+            object.__setattr__(site, "kind", kind)
+            found.append(site)
+        return found
+
+
+def steer(model: Any, method: Any, refers: bool = False) -> Any:
+    """A clone of a ``ModelPatcher`` that is steered by one more method. The model it was made of stays as it is.
+
+    Args:
+        model: the patcher.
+        method: with ``modulations(site) -> list``.
+        refers: see :class:`Bound`.
+
+    Raises:
+        NotImplementedError: a model that cannot be steered.
+        ValueError: something that is no method.
+    """
+    before = steering_of(model)
+    return _bind(model, Steering([*before.bound, Bound(method, refers)], before.watchers, before.backend))
+
+
+def watch(model: Any, inspector: Inspector, record: Record) -> Any:
+    """A clone of a patcher whose attention is looked at, also where nothing steers it."""
+    before = steering_of(model)
+    return _bind(model, Steering(before.bound, [*before.watchers, (inspector, record)], before.backend))
+
+
+def steering_of(model: Any) -> Steering:
+    """The steering of a patcher; an empty one where it has none."""
+    held = [wrapper.__self__ for wrapper in model.get_wrappers("apply_model", KEY)]
+    return held[-1] if held else Steering()
+
+
+def _bind(model: Any, steering: Steering) -> Any:
+    family_of(model.model)
+    clone = model.clone()
+    clone.remove_wrappers_with_key("apply_model", KEY)
+    clone.add_wrapper_with_key("apply_model", KEY, steering.around)
+    for moment, answer in (("on_pre_run", steering.begin), ("on_cleanup", steering.forget)):
+        clone.remove_callbacks_with_key(moment, KEY)
+        clone.add_callback_with_key(moment, KEY, answer)
+    return clone
+
+
+def _key_mask(mask: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """``(B, text)`` bool of a mask over the prompt's tokens; None where all count."""
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.ndim != 2:
+        return None
+    mask = mask.detach().to("cpu", torch.bool)
+    return None if bool(mask.all()) or mask.shape[1] != arguments["c_crossattn"].shape[1] else mask
+
+
+def _refuse_moved(positions: Positions, modulations: tuple[Modulation, ...]) -> None:
+    if not positions.trusted and any(isinstance(m, fr.QueryScale) for m in modulations):
+        raise NotImplementedError(
+            "positions: expected the host's own, received those of a node that changes its position embedding; "
+            "methods that scale positions (LooseRoPE) do not go with it"
+        )
+
+
+def _remember(known: OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
+    if key not in known:
+        known[key] = make()
+        if len(known) > KNOWN:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return known[key]
+
+
+def _bytes_of(works: Mapping[Hashable, tuple[tuple, Work]]) -> int:
+    held = {id(t): t.nbytes for _, work in works.values() for plan in work.plans for t in plan.tensors}
+    return sum(held.values())
+
+
+def _all(looks: Sequence[Callable | None]) -> Callable:
+    def look(*seen: Any) -> None:
+        for each in filter(None, looks):
+            each(*seen)
+
+    return look

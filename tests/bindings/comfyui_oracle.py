@@ -1,0 +1,84 @@
+"""GRAG and LooseRoPE once more, in plain loops over dense logits, put into ComfyUI by hooks of its own. Shares no code
+with the binding: tokens and positions are those that the host hands to its patches."""
+
+from __future__ import annotations
+
+import torch
+
+
+def patched(model, rule):
+    """A clone whose joint attention is ``rule(q, k, v, options, ids) -> out``, all ``(B, H, N, D)``, float64."""
+    clone, seen = model.clone(), {}
+
+    def post_input(arguments):
+        seen["ids"] = torch.cat([arguments["txt_ids"], arguments["img_ids"]], dim=1)[0].double()
+        return arguments
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        if options.get("block_index") is None:
+            return func(q, k, v, heads, *args, **kwargs)
+        out = rule(*(x.double() for x in (q, k, v)), options, seen.get("ids"))
+        return out.transpose(1, 2).flatten(2).to(q.dtype)
+
+    clone.set_model_post_input_patch(post_input)
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    return clone
+
+
+def softmax(logits, v):
+    return (logits * 1.0).softmax(dim=-1) @ v
+
+
+def grag(bias, delta, text=None, text_dials=(1.0, 1.0)):
+    """A group for each reference and, where ``text`` tells its length, one for the prompt."""
+
+    def rule(q, k, v, options, ids):
+        k, spans, end = k.clone(), [], k.shape[2]
+        for count in reversed(options.get("reference_image_num_tokens", [])):
+            spans.append((end - count, end, bias, delta))
+            end -= count
+        if text is not None:
+            spans.append((0, text, *text_dials))
+        for start, stop, b, d in spans:
+            mean = k[:, :, start:stop].mean(dim=2, keepdim=True)
+            k[:, :, start:stop] = b * mean + d * (k[:, :, start:stop] - mean)
+        return softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, v)
+
+    return rule
+
+
+def angles(ids, axes_dim, theta):
+    parts = []
+    for axis, dim in enumerate(axes_dim):
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        parts.append(ids[:, axis, None] * frequency)
+    return torch.cat(parts, dim=1)
+
+
+def turn(x, phi):
+    """Interleaved pairs of ``x (..., D)`` turned by ``phi (..., D/2)``."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * phi.cos() - b * phi.sin(), a * phi.sin() + b * phi.cos()], dim=-1).flatten(-2)
+
+
+def loose(scale, gain, crop, axes_dim, theta):
+    """``scale`` and ``gain`` of the target's tokens, ``crop`` of the reference's, all flat."""
+
+    def rule(q, k, v, options, ids):
+        count, pairs = q.shape[2], sum(axes_dim) // 2
+        references = sum(options["reference_image_num_tokens"])
+        first, start = count - references - len(scale), count - references
+        axis = torch.cat([torch.full((d // 2,), n) for n, d in enumerate(axes_dim)])
+        phi = angles(ids, axes_dim, theta)
+        logits = q @ k.transpose(-1, -2)
+        q0, k0 = turn(q, -phi), turn(k, -phi)
+        for i in range(len(scale)):
+            factor = torch.where((axis == 1) | (axis == 2), scale[i], torch.ones(pairs, dtype=torch.float64))
+            qi = turn(q0[:, :, first + i], factor * phi[first + i])
+            ks = turn(k0[:, :, start:], factor * phi[start:])
+            row = (ks @ qi[..., None])[..., 0]
+            logits[:, :, first + i, start:] = torch.where(crop, gain[i] * row, row)
+        return softmax(logits * q.shape[-1] ** -0.5, v)
+
+    return rule
