@@ -242,7 +242,8 @@ def scales(g: torch.Generator, kind: str, queries: int, batch: int | None = None
     """``r (queries,)`` or ``(batch, queries)``.
 
     ``levels`` five values and 1; ``few`` at most eight queries, each its own value, the others 1; ``distinct`` every
-    query its own; ``mixed`` two thirds share a value (a level from 128 queries on), others their own; ``zero``.
+    query its own; ``mixed`` two thirds share a value (a level from 128 queries on), others their own; ``zero``;
+    ``two`` a level and 1, the fewest that tell buckets apart.
     """
     shape = (batch or 1, queries)
     own = uniform(g, *shape, high=1.2)
@@ -258,6 +259,8 @@ def scales(g: torch.Generator, kind: str, queries: int, batch: int | None = None
         r = torch.where(shared, 0.75, own)
     elif kind == "zero":
         r = torch.zeros_like(own)
+    elif kind == "two":
+        r = torch.where(torch.rand(*shape, generator=g).to(DEVICE) < 0.5, LEVELS[0], 1.0).to(own)
     else:
         r = own
     return r if batch else r[0]
