@@ -57,7 +57,9 @@ MORE_HEAD_DIMS = (32, 96, 192)
 # Codebook channels, of match: a row in one tile, and one walked through.
 MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
-HALVES_AT = 128  # the head dim at which the usual run has pairs of both kinds; adjacent ones take more registers
+# The head dim at which the usual run has all flags. At others it has those that take the most registers: adjacent
+# pairs, not halves, and rows of two streams, not of one tensor.
+ALL_FLAGS_AT = 128
 DTYPES = (torch.bfloat16, torch.float32)
 ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter", "match")
 INT_POINTERS = {
@@ -116,8 +118,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
                 continue
             found += [
                 (kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)
-                if everything or head_dim == min(HALVES_AT, dims[-1])
-                or v.get("INTERLEAVED", True) or not v.get("ROTATE", True)
+                if everything or head_dim == min(ALL_FLAGS_AT, dims[-1])
+                or (v.get("STREAMS", True) and (v.get("INTERLEAVED", True) or not v.get("ROTATE", True)))
             ]  # fmt: skip
     return found
 
