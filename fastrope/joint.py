@@ -83,35 +83,47 @@ def joint_attention(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    out = fused_joint_attention(streams, plan, backend, scale)
-    return attention(*join(_filled(streams)), plan=plan, scale=scale, backend=backend) if out is None else out
+    streams, scale = _checked(streams, plan, scale)
+    if not _readable(streams, plan.lowered, backend):
+        return attention(*join(streams), plan=plan, scale=scale, backend=backend)
+    return _run(_decide(streams, plan, scale, backend), streams, plan, scale, backend)
 
 
 def fused_joint_attention(
     streams: Sequence[Stream], plan: Plan, backend: str, scale: float | None = None
 ) -> Tensor | None:
-    """:func:`joint_attention` where our kernels read the streams themselves; None elsewhere, so that a host takes its
-    own steps to q, k and v."""
-    _check(streams, plan)
-    scale, streams = scale_of(streams[0].q, scale), _filled(streams)
+    """:func:`joint_attention` if our kernels run, else None: a host then takes its own steps to q, k and v."""
+    streams, scale = _checked(streams, plan, scale)
     if not _readable(streams, plan.lowered, backend):
         return None
+    decision = _decide(streams, plan, scale, backend)
+    return _run(decision, streams, plan, scale, backend) if decision is None or decision.kernels else None
+
+
+def _decide(streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -> Decision | None:
+    """How the call runs. None if the op decides when it runs: in compiled code, and if something that must see one op
+    watches our kernels."""
+    if torch.compiler.is_compiling():
+        return None
     q, k, v, norms = _unzip(streams)
+    _check_parts(q, k, v, plan.lowered, scale, backend)
+    observed = ops.observed(*q, *k, *v, *(n.weight for n in norms if n.weight is not None))
+    decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend)
+    return None if observed and decision.kernels else decision
+
+
+def _run(decision: Decision | None, streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -> Tensor:
+    q, k, v, norms = _unzip(streams)
+    if decision is not None:
+        return _execute(decision, plan.lowered, q, k, v, norms, scale)
     weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
-    if not torch.compiler.is_compiling():
-        _check_parts(q, k, v, plan.lowered, scale, backend)
-        observed = ops.observed(*q, *k, *v, *(w for w in weights if w is not None))
-        decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend)
-        if not decision.kernels:
-            return None
-        if not observed:
-            return _run(decision, plan.lowered, q, k, v, norms, scale)
     return streamed_attention(q, k, v, weights, eps, list(plan.tensors), plan.spec, scale, backend)
 
 
-def _filled(streams: Sequence[Stream]) -> Sequence[Stream]:
-    """Those with tokens; the first where none has."""
-    return [s for s in streams if s.q.shape[1]] or streams[:1]
+def _checked(streams: Sequence[Stream], plan: Plan, scale: float | None) -> tuple[Sequence[Stream], float]:
+    """Streams with tokens, or the first if none has any, and the factor of the logits."""
+    _check(streams, plan)
+    return [s for s in streams if s.q.shape[1]] or streams[:1], scale_of(streams[0].q, scale)
 
 
 def _readable(streams: Sequence[Stream], lowered: Lowered, backend: str) -> bool:
@@ -147,7 +159,7 @@ def streamed_attention(
     norms = [Norm(*each) for each in zip(list(weights), eps, strict=True)]
     with torch.no_grad():
         decision = decide(lowered, *_streams(q, k, v, norms), backend)
-        return _run(decision, lowered, q, k, v, norms, scale)
+        return _execute(decision, lowered, q, k, v, norms, scale)
 
 
 @streamed_attention.register_fake
@@ -168,7 +180,7 @@ def _(
     return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, dim))
 
 
-def _run(
+def _execute(
     decision: Decision,
     lowered: Lowered,
     q: Sequence[Tensor],

@@ -19,8 +19,8 @@ from numerics import (
 )
 
 import fastrope as fr
+from fastrope import api, dispatch, joint
 from fastrope import device as devices
-from fastrope import joint
 from fastrope.backends import folded, fused
 from fastrope.planning import polynomial
 from fastrope.tolerance import measure
@@ -230,11 +230,16 @@ def test_elsewhere_streams_are_joined_first(monkeypatch):
     calls = watched(monkeypatch)
     three = [s._replace(q=s.q[:, :4], k=s.k[:, :4], v=s.v[:, :4]) for s in parts]
     bare = [s._replace(norm_q=None) for s in parts]
+    decided, decide = [], dispatch.decide
+    for module in (joint, api):
+        monkeypatch.setattr(module, "decide", lambda *given: decided.append(1) or decide(*given))
     for backend, given in (("sdpa", parts), ("triton", bare), ("triton", [*three, parts[0]])):
         if backend == "triton":
             skip_unless_runnable("triton")
         length = sum(s.q.shape[1] for s in given)
+        decided.clear()
         out = fr.joint_attention(given, plan=a_plan(length), backend=backend)
+        assert decided == [1]
         if given is parts:
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
         else:

@@ -152,7 +152,7 @@ class Steering:
             return None
         work = self._plain_work(key, positions, modulations)
         if sharings:
-            return SharedWork(work, sharings, layout)
+            return SharedWork(work, request, layout)
         return work if work.modulates(applied, device) else None
 
     def _plain_work(self, key: Hashable, positions: Positions, modulations: tuple[Modulation, ...]) -> Work:

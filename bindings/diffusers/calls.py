@@ -42,7 +42,7 @@ Kept = TypeVar("Kept")
 
 
 class Identified(NamedTuple):
-    """The sequence of a call, its rotation, and what identifies both; the gain of rescaled positions, if any."""
+    """The sequence of a call, its rotation, a key that identifies both, and the gain of rescaled positions, if any."""
 
     key: Hashable
     sequence: JointSequence
@@ -50,12 +50,22 @@ class Identified(NamedTuple):
     gain: torch.Tensor | None = None
 
     def rescaled(self, rescaling: Rescaling | None) -> Identified:
-        """The same at other frequencies."""
+        """The same sequence at other frequencies."""
         if rescaling is None:
             return self
         factor, gain = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (rescaling.factor, rescaling.gain))
         found = self._replace(key=(self.key, rescaling), rope=self.rope.rescaled(factor))
         return found if set(rescaling.gain) == {1.0} else found._replace(gain=gain)
+
+    def some(self, rows: slice) -> Identified:
+        """Some rows of the batch, under the same key."""
+
+        def of(x: torch.Tensor | None, alike: int = 1) -> Any:
+            return x if x is None or x.ndim == alike else x[rows]
+
+        s = self.sequence
+        sequence = replace(s, positions=of(s.positions, 2), key_mask=of(s.key_mask), bonus=of(s.bonus))
+        return self._replace(sequence=sequence, rope=replace(self.rope, angles=of(self.rope.angles, 2)))
 
 
 class Prepared(NamedTuple):
@@ -174,7 +184,7 @@ class CallState:
         for n, (modulations, sharings) in enumerate(requests):
             if sharings:  # of a method that wants the statistics of a reference in the sequence itself
                 base = self._work(found, self.digest(modulations), modulations)
-                works[n] = SharedWork(base, sharings, sites[n].tokens)
+                works[n] = SharedWork(base, requests[n], sites[n].tokens)
         probes = [None] * count
         if inspector is not None:
             plain = self._work(found, (), ())

@@ -1,10 +1,10 @@
-"""The content of tensors, as something to compare or as numbers, at most one device synchronisation per question."""
+"""What tensors hold, without reading the same tensor twice: digests to compare, and results to reuse."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -14,13 +14,13 @@ KNOWN_TENSORS = 256
 
 
 class Fingerprints:
-    """Digests of tensors; the last ones seen are not read again, unless torch saw a write to them."""
+    """Digests of tensors. The last ones seen are read again only after torch saw a write to them."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[int, int], tuple[torch.Tensor, Hashable]] = OrderedDict()
 
     def of(self, tensors: Iterable[torch.Tensor]) -> list[Hashable]:
-        """One digest per tensor: equal for equal dtype, shape and bytes."""
+        """One digest per tensor, equal for equal dtype, shape and bytes. Waits at most once per device."""
         tensors = list(tensors)
         keys = [_identity(x) for x in tensors]
         found: dict[int, Hashable] = {}
@@ -41,26 +41,41 @@ class Fingerprints:
         return [found[n] for n in range(len(tensors))]
 
     def key(self, parts: Iterable) -> Hashable:
-        """What a mixture of tensors, dataclasses, slices and hashable values says, as one hashable value."""
+        """One hashable value for a mixture of tensors, dataclasses, slices and hashable values."""
         flat: list = []
         shape = tuple(_flatten(part, flat) for part in parts)
         return shape, tuple(self.of(flat))
 
 
-class Readings:
-    """The values of a tensor that comes again and again: a run has one schedule and one guidance."""
+class Memo:
+    """Results of functions of tensors, for tensors that come again in every step: embeddings, ids, noise schedules. A
+    result is reused unless torch saw a write to a tensor. Torch does not watch inference tensors, so nothing is
+    remembered of those."""
+
+    KNOWN = 64
 
     def __init__(self) -> None:
-        self._known: tuple[torch.Tensor, int, list[float]] | None = None
+        self._known: OrderedDict[tuple, tuple] = OrderedDict()
 
-    def of(self, x: torch.Tensor) -> list[float]:
-        """All of ``x``, read once unless torch saw a write to it. Inference tensors, which it does not watch, are read
-        every time."""
-        if x.is_inference():
-            return x.flatten().tolist()
-        if self._known is None or self._known[0] is not x or self._known[1] != x._version:
-            self._known = x, x._version, x.flatten().tolist()
-        return self._known[2]
+    def __call__(self, make: Callable, *parts: Any) -> Any:
+        """``make(*tensors)`` of the tensors among ``parts``. The other parts, and the code of ``make``, tell calls
+        apart."""
+        tensors = [x for x in parts if isinstance(x, torch.Tensor)]
+        if any(x.is_inference() for x in tensors):
+            return make(*tensors)
+        rest = tuple(x for x in parts if not isinstance(x, torch.Tensor))
+        key = make.__code__, rest, tuple(map(_identity, tensors))
+        if key not in self._known:
+            self._known[key] = make(*tensors), *tensors  # the tensors are held, so that their ids stay their own
+            if len(self._known) > self.KNOWN:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key][0]
+
+
+def values_of(x: torch.Tensor) -> list[float]:
+    """All values of a tensor."""
+    return x.flatten().tolist()
 
 
 def _flatten(value: Any, flat: list) -> Hashable:

@@ -105,7 +105,7 @@ FLUX = Host(
     axes_dim=lambda model: tuple(model.config.axes_dims_rope),
     theta=lambda model: float(model.pos_embed.theta),
     cosines=_flux_cosines,
-    rows=TensorRows(own=("pooled_projections",)),
+    rows=TensorRows(required=("pooled_projections",)),
     embedder=FLUX_LIKE,
 )
 

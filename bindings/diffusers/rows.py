@@ -1,13 +1,13 @@
-"""A reference as further rows of a transformer's call, or as a call of its own: which arguments it has, and whose.
+"""The arguments of a call that runs a reference: by itself (``alone``), or as further rows of the target's call
+(``together``).
 
-One class per way of calling: tensors with a batch dimension, and Z-Image's lists. ``alone`` makes the call that runs
-the reference by itself, ``together`` appends its rows to the target's. Neither changes the target's arguments.
+There is one class per way of calling a transformer: tensors with a batch dimension, and Z-Image's lists. Neither
+changes the target's arguments.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,17 +17,21 @@ from torch.nn.functional import pad
 
 from fastrope.checks import require, require_tensor
 
-Call = Mapping[str, Any]
+from .fingerprints import Memo
+from .sequences import Call
+
+# Arguments that a reference takes over from the target.
 INERT = ("return_dict", "joint_attention_kwargs", "attention_kwargs", "controlnet_blocks_repeat")
+OR_CACHE = "or a fastrope.ReferenceCache, which takes any grid"
 
 
 class Joined(NamedTuple):
-    """A call with the reference's rows behind the target's.
+    """A call with the reference's rows after the target's.
 
     Args:
         call: its arguments.
-        rows: how many rows are the reference's.
-        text_mask: ``(B, S_text)`` bool where a text had to be filled up and the host itself masks nothing.
+        rows: number of the reference's rows.
+        text_mask: ``(B, S_text)`` bool if a text was padded and the host itself masks nothing.
     """
 
     call: dict[str, Any]
@@ -37,16 +41,16 @@ class Joined(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Arguments ``(B, ...)``: FLUX.1 and its kin, FLUX.2, Qwen-Image.
+    """Arguments ``(B, ...)``: FLUX.1 and related hosts, FLUX.2, Qwen-Image.
 
     Args:
-        own: arguments of the text besides ``encoder_hidden_states`` that the reference must bring.
-        text_mask: the host's mask over the text, ``(B, S_text)``.
-        joint_mask: the host's mask over text and image, ``(B, S)``.
-        movable: False where the positions of the image depend on the length of the text.
+        required: arguments of the text besides ``encoder_hidden_states`` that a reference must bring.
+        text_mask: name of the host's mask over the text, ``(B, S_text)``.
+        joint_mask: name of the host's mask over text and image, ``(B, S)``.
+        movable: False if the positions of the image depend on the length of the text.
     """
 
-    own: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
     text_mask: str | None = None
     joint_mask: str | None = None
     movable: bool = True
@@ -57,22 +61,23 @@ class TensorRows:
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """Names of the masks this host takes."""
+        """Names of the masks that this host takes."""
         return tuple(name for name in (self.text_mask, self.joint_mask) if name)
 
     def count(self, call: Call) -> int:
-        """Rows of a call."""
+        """Number of rows of a call."""
         require_tensor(self.image, call.get(self.image), (3,), "(B, tokens, C)")
         return len(call[self.image])
 
     def alone(self, call: Call, latents: Tensor, given: Call, size: int, memo: Memo) -> dict[str, Any]:
-        """The reference's own call, beside the target's ``call``.
+        """The call that runs the reference by itself.
 
         Args:
+            call: the target's.
             latents: ``(R, tokens, C)``.
             given: the reference's arguments.
-            size: tokens of the target's own grid.
-            memo: gives back what was made of the same tensors before.
+            size: number of tokens of the target's grid.
+            memo: returns earlier results for the same tensors.
 
         Raises:
             ValueError: naming the argument that is missing or of another shape.
@@ -81,11 +86,11 @@ class TensorRows:
         require_tensor("reference.latents", latents, (3,), "(R, tokens, C)")
         width = target.shape[2]
         require(latents.shape[2] == width, "reference.latents", f"(R, tokens, {width})", tuple(latents.shape))
-        rows, known = len(latents), (self.text, *self.own, *self.masks, *self.repeated, *self.placed)
+        rows, known = len(latents), (self.text, *self.required, *self.masks, *self.repeated, *self.placed)
         for name in given:
             require(name in known, "reference.arguments", f"some of {known}", repr(name))
         alone: dict[str, Any] = {self.image: latents.to(target)}
-        for name in (self.text, *self.own):
+        for name in (self.text, *self.required):
             value: Any = given.get(name)
             require(isinstance(value, Tensor), f"reference.arguments[{name!r}]", "a tensor", type(value).__name__)
             alone[name] = memo(lambda x: x.to(target), _rows_of(name, value, rows, memo), target.dtype, target.device)
@@ -104,7 +109,7 @@ class TensorRows:
         return alone
 
     def _place(self, alone: dict, call: Call, given: Call, size: int, memo: Memo) -> None:
-        """Ids or shapes: the reference's own, or the target's where they fit."""
+        """Ids or shapes: those of the reference, or the target's if they fit."""
         tokens, text = alone[self.image].shape[1], alone[self.text].shape[1]
         if call.get("img_shapes") is not None:
             shapes: Any = given.get("img_shapes")
@@ -119,7 +124,7 @@ class TensorRows:
             alone["img_shapes"] = [first] * len(alone[self.image])
             return
         for name, length in (("img_ids", tokens), ("txt_ids", text)):
-            # Where rows have ids of their own, the host takes the first row's for all.
+            # If every row has ids, the host takes those of the first row for all.
             ids, theirs = (memo(lambda x: x[0], x) if _batched(x) else x for x in (given.get(name), call.get(name)))
             require_tensor(name, theirs, (2,), "(tokens, axes)")
             if ids is None:
@@ -127,7 +132,7 @@ class TensorRows:
                 expected = "ids, as the image's positions depend on the length of the text"
                 require(told, f'reference.arguments["{name}"]', expected, None)
                 ids = theirs
-                if ids.shape[-2] > length and (name == "txt_ids" or length == size):  # without native references
+                if ids.shape[-2] > length and (name == "txt_ids" or length == size):  # drops the host's references
                     ids = memo(lambda x, n=length: x[..., :n, :], ids, length)
                 elif ids.shape[-2] < length and name == "txt_ids":
                     ids = memo(lambda x, n=length: _lengthened(x, n), ids, length)
@@ -137,19 +142,13 @@ class TensorRows:
             alone[name] = memo(lambda x, y=theirs: x.to(y), ids, theirs.dtype, theirs.device)
 
     def together(self, call: Call, alone: Call, memo: Memo) -> Joined:
-        """Both in one call.
+        """Target and reference in one call.
 
         Raises:
             ValueError: grids or ids that differ from the target's.
             NotImplementedError: arguments that no reference has (ControlNet's), masks that are not bool.
         """
-        known = (self.image, self.text, *self.own, *self.masks, *self.repeated, *self.placed, *INERT)
-        for name, value in call.items():
-            if value is not None and name not in known:
-                raise NotImplementedError(
-                    f"{name}: expected None beside a reference in the same batch, received {type(value).__name__}; a "
-                    "fastrope.ReferenceCache leaves the target's call as it is"
-                )
+        _refuse_others(call, (self.image, self.text, *self.required, *self.masks, *self.repeated, *self.placed, *INERT))
         target, reference = call[self.image], alone[self.image]
         rows = len(reference)
         texts = [call[self.text], alone[self.text].to(call[self.text])]
@@ -158,18 +157,17 @@ class TensorRows:
                 f"{self.text}: expected texts of one length where positions depend on it, received "
                 f"{[text.shape[1] for text in texts]} tokens; use a fastrope.ReferenceCache"
             )
-        advice = "or a fastrope.ReferenceCache, which takes any grid"
         fits = reference.shape[1] == target.shape[1]
-        require(fits, "reference.latents", f"(R, {target.shape[1]}, C), {advice}", tuple(reference.shape))
+        require(fits, "reference.latents", f"(R, {target.shape[1]}, C), {OR_CACHE}", tuple(reference.shape))
         joined = {name: value for name, value in call.items() if name in INERT}
-        for name in (self.image, *self.own):
+        for name in (self.image, *self.required):
             joined[name] = torch.cat([call[name], alone[name].to(call[name])])
         for name in (n for n in self.repeated if n in call):
             value = call[name]
             batched = isinstance(value, Tensor) and value.ndim and name in alone
             joined[name] = torch.cat([value.expand(len(target)), alone[name].to(value)]) if batched else value
         for name in (n for n in self.placed if n in call):
-            joined[name] = self._placed(name, call, alone, memo, advice)
+            joined[name] = self._placed(name, call, alone, memo)
         length = max(text.shape[1] for text in texts)
         joined[self.text] = torch.cat([pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
         mask = self._masks(call, alone, texts, memo)
@@ -178,28 +176,29 @@ class TensorRows:
         joined[self.masks[0]] = mask
         return Joined(joined, rows)
 
-    def _placed(self, name: str, call: Call, alone: Call, memo: Memo, advice: str):
-        theirs, own = call.get(name), alone.get(name)
-        if theirs is None:
+    def _placed(self, name: str, call: Call, alone: Call, memo: Memo) -> Any:
+        """Ids or shapes of all rows."""
+        target, reference = call.get(name), alone.get(name)
+        if target is None:
             return None
         what = f'reference.arguments["{name}"]'
         if name == "img_shapes":
-            first = theirs[0] if isinstance(theirs[0], list) else [theirs[0]]
-            same = [tuple(s) for s in first] == [tuple(s) for s in own[0]]
-            require(same, what, f"those of the target, {first}, {advice}", own[0])
-            return [*theirs, *own] if isinstance(theirs[0], list) else theirs
-        same = theirs is own or memo(_agree, theirs, own)
-        require(bool(same), what, f"ids of the target, {advice}", "others")
-        return theirs if theirs.shape[-2] >= own.shape[-2] else own  # the host takes the first row's for all
+            first = target[0] if isinstance(target[0], list) else [target[0]]
+            same = [tuple(s) for s in first] == [tuple(s) for s in reference[0]]
+            require(same, what, f"those of the target, {first}, {OR_CACHE}", reference[0])
+            return [*target, *reference] if isinstance(target[0], list) else target
+        same = target is reference or memo(_agree, target, reference)
+        require(bool(same), what, f"ids of the target, {OR_CACHE}", "others")
+        return target if target.shape[-2] >= reference.shape[-2] else reference  # the host takes one row's for all
 
     def _masks(self, call: Call, alone: Call, texts: list[Tensor], memo: Memo) -> Tensor | None:
-        """``(B + R, S_text)`` bool, ``(B + R, S)`` where the host's mask is over both; None where nothing is masked. A
-        mask that the host adds to the logits stays as it is."""
+        """``(B + R, S_text)`` bool, or ``(B + R, S)`` if the host's mask is over text and image; None if nothing is
+        masked. A mask that the host adds to the logits keeps its dtype."""
         given = [next((each[m] for m in self.masks if each.get(m) is not None), None) for each in (call, alone)]
         if all(m is None for m in given) and texts[0].shape[1] == texts[1].shape[1]:
             return None
         added = [self.joint_mask and mask is not None and mask.is_floating_point() for mask in given]
-        if any(added):  # to the logits, by the host
+        if any(added):
             if not all(added) or texts[0].shape[1] != texts[1].shape[1]:
                 raise NotImplementedError(
                     f"{self.joint_mask}: expected bool masks, or floating-point ones of texts of one length, beside a "
@@ -211,14 +210,14 @@ class TensorRows:
             return memo(lambda x, y: torch.cat([x, y.to(x).expand(rows, -1)]), *given, rows)
         shapes = tuple(tuple(text.shape[:2]) for text in texts)
         image = call[self.image].shape[1] if self.joint_mask else 0
-        device = texts[0].device if self.masks else torch.device("cpu")  # ours is read on the host alone
+        device = texts[0].device if self.masks else torch.device("cpu")  # only we read a mask that the host has not
         absent = tuple(mask is None for mask in given)
         held = [mask for mask in given if mask is not None]
         return memo(lambda *_: _join_masks(given, shapes, image, device), *held, absent, shapes, image, device)
 
     @staticmethod
     def cut(sample: Tensor, rows: int) -> Tensor:
-        """The target's part of the output."""
+        """The target's rows of the output."""
         return sample[: len(sample) - rows]
 
 
@@ -230,11 +229,11 @@ class ListRows:
     inert = (*INERT, "patch_size", "f_patch_size")
 
     def count(self, call: Call) -> int:
-        """Rows of a call."""
+        """Number of rows of a call."""
         return len(call[self.image])
 
-    def alone(self, call: Call, latents: torch.Tensor, given: Call, size: int, memo: Memo) -> dict[str, Any]:
-        """The reference's own call; ``latents (R, C, 1, rows, columns)`` or a list of R such pictures.
+    def alone(self, call: Call, latents: Tensor, given: Call, size: int, memo: Memo) -> dict[str, Any]:
+        """The call that runs the reference by itself; ``latents (R, C, 1, rows, columns)``, or a list of R pictures.
 
         Raises:
             ValueError: naming the argument that is missing or of another shape.
@@ -263,21 +262,15 @@ class ListRows:
         return alone
 
     def together(self, call: Call, alone: Call, memo: Memo) -> Joined:
-        """Both in one call.
+        """Target and reference in one call.
 
         Raises:
             ValueError: another grid than the target's.
             NotImplementedError: arguments that no reference has (ControlNet's).
         """
-        for name, value in call.items():
-            if value is not None and name not in (self.image, self.text, "t", *self.inert):
-                raise NotImplementedError(
-                    f"{name}: expected None beside a reference in the same batch, received {type(value).__name__}; a "
-                    "fastrope.ReferenceCache leaves the target's call as it is"
-                )
+        _refuse_others(call, (self.image, self.text, "t", *self.inert))
         shapes = [tuple(each[self.image][0].shape) for each in (call, alone)]
-        advice = "or a fastrope.ReferenceCache, which takes any grid"
-        require(shapes[0] == shapes[1], "reference.latents", f"rows of {shapes[0]}, {advice}", shapes[1])
+        require(shapes[0] == shapes[1], "reference.latents", f"rows of {shapes[0]}, {OR_CACHE}", shapes[1])
         joined = {name: value for name, value in call.items() if name in self.inert}
         for name in (self.image, self.text):
             joined[name] = [*call[name], *alone[name]]
@@ -287,32 +280,18 @@ class ListRows:
 
     @staticmethod
     def cut(sample: list[Tensor], rows: int) -> list[Tensor]:
-        """The target's part of the output."""
+        """The target's rows of the output."""
         return sample[: len(sample) - rows]
 
 
-class Memo:
-    """What was made of the same tensors before. Embeddings and ids come again in every step: copies from another device
-    are saved, and ids that are the same object are not read again to be told apart."""
-
-    KNOWN = 64
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
-
-    def __call__(self, make: Callable, *parts: Any) -> Any:
-        """``make(*tensors)`` of the tensors among ``parts``; the others, and the code of ``make``, tell calls apart."""
-        tensors = [x for x in parts if isinstance(x, Tensor)]
-        if any(x.is_inference() for x in tensors):  # torch sees no writes to them
-            return make(*tensors)
-        rest = tuple(x for x in parts if not isinstance(x, Tensor))
-        key = make.__code__, rest, tuple((id(x), x._version) for x in tensors)
-        if key not in self._known:
-            self._known[key] = make(*tensors), *tensors  # held, so that their ids stay their own
-            if len(self._known) > self.KNOWN:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key][0]
+def _refuse_others(call: Call, known: Collection[str]) -> None:
+    """Refuse arguments of the target that a reference cannot have."""
+    for name, value in call.items():
+        if value is not None and name not in known:
+            raise NotImplementedError(
+                f"{name}: expected None beside a reference in the same batch, received {type(value).__name__}; a "
+                "fastrope.ReferenceCache leaves the target's call as it is"
+            )
 
 
 def _rows_of(name: str, value: Tensor, rows: int, memo: Memo) -> Tensor:
@@ -326,14 +305,14 @@ def _batched(ids: Any) -> bool:
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    """Whether ids are the same as far as both go."""
+    """True if two lists of ids are the same up to the end of the shorter one."""
     one, other = (x if x.ndim == 2 else x[0] for x in (one, other))
     length = min(len(one), len(other))
     return torch.equal(one[:length], other[:length])
 
 
 def _join_masks(given: list[Tensor | None], shapes: tuple, image: int, device: torch.device) -> Tensor:
-    """Masks over texts of these ``(rows, length)``, filled up to the longest, and over ``image`` tokens more."""
+    """Masks over texts of shapes ``(rows, length)``, padded to the longest, and over ``image`` further tokens."""
     length, found = max(shape[1] for shape in shapes), []
     for mask, shape in zip(given, shapes, strict=True):
         whole = torch.zeros(shape[0], length + image, dtype=torch.bool, device=device)
@@ -344,7 +323,7 @@ def _join_masks(given: list[Tensor | None], shapes: tuple, image: int, device: t
 
 
 def _lengthened(ids: Tensor, length: int) -> Tensor:
-    """Text ids that go on as they end: all zeros, or counting."""
+    """Text ids extended to a length: all zeros, or counting on."""
     what = f"{length} ids, as the target's single one does not tell how they go on"
     require(len(ids) > 1, 'reference.arguments["txt_ids"]', what, None)
     more = length - len(ids)

@@ -11,6 +11,8 @@ import torch
 
 from fastrope.checks import require
 
+from .fingerprints import Memo, values_of
+
 
 class Step(NamedTuple):
     """A step of a run.
@@ -53,14 +55,14 @@ def _owner(frame: FrameType):
 
 def find_sigma(
     step: Step,
-    read: Callable[[torch.Tensor], list[float]],
+    memo: Memo,
     timestep: torch.Tensor | None,
     model_time: Callable[[torch.Tensor], torch.Tensor],
 ) -> float:
     """Noise level of a step: its scheduler's, or read off the timestep the model is given.
 
     Args:
-        read: the values of a tensor.
+        memo: remembers the scheduler's noise levels.
         timestep: what the model was given.
         model_time: the scheduler's timesteps as the model is given them, affine.
 
@@ -68,11 +70,11 @@ def find_sigma(
         ValueError: neither says what it is.
     """
     sigmas = getattr(step.scheduler, "sigmas", None)
-    levels = read(sigmas) if isinstance(sigmas, torch.Tensor) else []
-    if step.index < len(levels):
-        return levels[step.index]
-    known = isinstance(timestep, torch.Tensor) and timestep.numel() > 0
-    require(known, "timestep", "a tensor, as nothing else tells the noise level", type(timestep).__name__)
+    known = memo(values_of, sigmas) if isinstance(sigmas, torch.Tensor) else []
+    if step.index < len(known):
+        return known[step.index]
+    told = isinstance(timestep, torch.Tensor) and timestep.numel() > 0
+    require(told, "timestep", "a tensor, as nothing else tells the noise level", type(timestep).__name__)
     ends = torch.tensor([0.0, 1000.0], dtype=torch.float64, device="cpu")
     clean, noise = model_time(ends).tolist()
     return (float(timestep.flatten()[0]) - clean) / (noise - clean)

@@ -1,4 +1,4 @@
-"""The target's sequence with the reference's image tokens behind it: layout, angles, masks and spans of keys."""
+"""Attention of a target whose keys are its own sequence and, behind it, the image tokens of a shared reference."""
 
 from __future__ import annotations
 
@@ -24,15 +24,25 @@ def with_shared(tokens: fr.TokenLayout, grids: Sequence[tuple[int, int]]) -> fr.
     )
 
 
+def image_angles(sequence: JointSequence, rope: fr.RoPE, rows: int) -> Tensor:
+    """Angles ``(tokens, D/2)`` of the image tokens of all ``rows`` references, one after another.
+
+    Args:
+        sequence, rope: of one reference in a call of its own, or of all of them where their positions differ.
+    """
+    angles = rope.angles[..., sequence.layout().target, :]
+    return angles.repeat(rows, 1) if angles.ndim == 2 else angles.flatten(0, 1)
+
+
 def target_work(
     sequence: JointSequence, rope: fr.RoPE, modulations: Sequence, shared: Tensor | None, like: Work | None
 ) -> Work:
-    """The target's attention over its sequence and, where a layer shares, the reference.
+    """Attention of the target over its sequence and, in a layer that shares, over the reference.
 
     Args:
         sequence, rope: of the target's rows.
-        modulations: over the sequence's keys, or the shared ones behind them.
-        shared: angles ``(tokens, D/2)`` of the shared keys; None where none are shared.
+        modulations: over the keys of the sequence, or over the shared keys behind them.
+        shared: angles ``(tokens, D/2)`` of the shared keys; None if none are shared.
         like: work over the same tokens, see :class:`.work.Work`.
     """
     if shared is None:
@@ -43,8 +53,8 @@ def target_work(
 
 
 def over_sequence(m: Modulation, length: int, further: int) -> Modulation:
-    """A modulation whose keys count over the host's sequence of ``length`` tokens, where ``further`` keys follow it:
-    open and negative bounds mean the sequence's own end, and a key bias adds nothing to those that follow.
+    """A modulation over a sequence of ``length`` tokens, for a call where ``further`` keys follow the sequence: open and
+    negative bounds of its keys count from the end of the sequence, and a key bias adds nothing to the further keys.
 
     Raises:
         ValueError: a slice that begins or ends before the sequence does.
@@ -70,7 +80,8 @@ def _key_rope(rope: fr.RoPE, shared: Tensor) -> fr.RoPE:
 
 
 def _followed_by(sequence: JointSequence, tokens: int) -> JointSequence:
-    """Masks over further keys, that every query sees and to which the host adds nothing."""
+    """The sequence with masks that cover further keys: every query attends to these, and the host adds nothing to
+    their logits."""
     mask, bonus = sequence.key_mask, sequence.bonus
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=1)

@@ -1,52 +1,55 @@
-"""What one layer computes where a reference is shared: with tensors alone, whatever call they come from.
+"""What one layer computes when a reference is shared. Nothing here depends on a call; it works on tensors alone.
 
-:class:`SharedWork` is the target's part. Its shared keys come from :class:`ReferenceWork`: in the same layer, where the
-reference is further rows of the batch (:class:`BatchedWork`); or recorded when it ran alone (:class:`Recorder`) and
-brought back later (:class:`CachedWork`).
+:class:`SharedWork` is the target's part. Its shared keys are those of a :class:`ReferenceWork`, and they come in one of
+two ways. Either the reference's rows are in the same batch (:class:`BatchedWork`), or the reference ran alone before
+(:class:`Recorder`) and its keys come from the cache (:class:`CachedWork`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 import fastrope as fr
-from fastrope.sharing import SHARED, SharedKeys, Sharing, Snapshot, Statistics, adain
+from fastrope.sharing import SHARED, SharedKeys, Snapshot, Statistics, adain
 
 from .prefetch import Prefetch
-from .requests import shares
+from .requests import LayerRequest
 from .rotation import Rotation
 from .sequence import JointSequence
 from .work import Work
 
 
+@dataclass(eq=False)
 class SharedWork:
-    """The target's attention where it sees a shared reference, or takes on a reference's statistics.
+    """The target's attention when it attends to a shared reference, or takes on the statistics of a reference.
 
     Args:
         targets: the attention itself; its keys are the sequence and the shared tokens.
-        sharings: what the methods ask for in this layer, see :func:`.requests.combine`.
+        request: what the methods request for this layer.
         tokens: the layout of the sequence.
     """
 
-    def __init__(self, targets: Work, sharings: tuple[Sharing, ...], tokens: fr.TokenLayout) -> None:
-        self.masked = targets.masked
-        self.shares = shares(sharings)
-        self._targets = targets
-        self._normalising = next((s for s in sharings if s.adain > 0), None)
-        self._tokens = tokens
+    targets: Work
+    request: LayerRequest
+    tokens: fr.TokenLayout
+
+    def __post_init__(self) -> None:
+        self.masked = self.targets.masked
+        self._normalising = next((s for s in self.request.sharings if s.adain > 0), None)
 
     @property
     def plans(self) -> list[fr.Plan]:
-        """Those built so far."""
-        return self._targets.plans
+        """The plans built so far."""
+        return self.targets.plans
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the target takes on those of the shared reference."""
+        """True if the target takes on the statistics of the shared reference."""
         return self._normalising is not None and self._normalising.reference == SHARED
 
     def attend(
@@ -55,26 +58,27 @@ class SharedWork:
         """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not.
 
         Args:
-            shared: the reference's keys, on the same device and rotated alike; None where none are shared.
+            shared: the reference's keys, on the same device and rotated alike; None if none are shared.
         """
         keys, values = [k], [v]
         if self._normalising is not None:
             q, keys = self._normalised(q, k, applied, shared)
-        if self.shares:
+        if self.request.shares:
             keys.append(shared.k.expand(len(k), -1, -1, -1))
             values.append(shared.v.expand(len(v), -1, -1, -1))
         k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (keys, values))
-        return self._targets.attend(q, k, v, applied, backend)
+        return self.targets.attend(q, k, v, applied, backend)
 
     def _normalised(
         self, q: Tensor, k: Tensor, applied: bool, shared: SharedKeys | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries, and the parts of the keys, after AdaIN of the target's image tokens."""
-        span, rotation, found = self._tokens.target, self._targets.rotation, []
+        span, rotation, found = self.tokens.target, self.targets.rotation, []
         for x, statistics in ((q, shared and shared.queries), (k, shared and shared.keys)):
             if not self.needs_statistics:
-                own = self._tokens.reference(int(self._normalising.reference))
-                statistics = Statistics.of(rotation.undo(x[:, own], own) if applied else x[:, own])
+                reference = self.tokens.reference(int(self._normalising.reference))
+                inner = x[:, reference]
+                statistics = Statistics.of(rotation.undo(inner, reference) if applied else inner)
             inner = rotation.undo(x[:, span], span) if applied else x[:, span]
             inner = adain(inner, cast(Statistics, statistics), self._normalising.adain)
             inner = rotation.do(inner, span) if applied else inner
@@ -94,7 +98,7 @@ class ReferenceWork(Work):
 
         Args:
             q, k, v: ``(R, S, heads, D)`` of the reference, rotated already (``applied``) or not.
-            statistics: whether to take those of queries and keys, over the tokens of all rows, unrotated.
+            statistics: also take the statistics of queries and keys, unrotated, over the tokens of all rows.
         """
         found = [self._statistics(x, applied) for x in (q, k)] if statistics else [None, None]
         k, v = (x[:, self._span].flatten(0, 1)[None] for x in (k, v))
@@ -106,83 +110,76 @@ class ReferenceWork(Work):
         return Statistics.of(inner.flatten(0, 1)[None])
 
 
+@dataclass(eq=False)
 class BatchedWork:
-    """Targets and a reference in one batch, the reference's rows last.
+    """Targets and a reference in one batch. The last ``rows`` rows are the reference's."""
 
-    Args:
-        targets: what the first rows do.
-        reference: what the last ``rows`` rows do.
-    """
+    targets: SharedWork
+    reference: ReferenceWork
+    rows: int
 
-    def __init__(self, targets: SharedWork, reference: ReferenceWork, rows: int) -> None:
-        self.masked = targets.masked
-        self._targets = targets
-        self._reference = reference
-        self._rows = rows
-
-    @property
-    def plans(self) -> list[fr.Plan]:
-        """Those built so far."""
-        return self._targets.plans + self._reference.plans
+    def __post_init__(self) -> None:
+        self.masked = self.targets.masked
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.work.Work.attend`."""
-        rows = slice(-self._rows), slice(-self._rows, None)
+        """See :meth:`.work.Work.attend`."""
+        rows = slice(-self.rows), slice(-self.rows, None)
         targets, reference = ((q[some], k[some], v[some]) for some in rows)
-        theirs = self._reference.attend(*reference, applied, backend)
+        theirs = self.reference.attend(*reference, applied, backend)
         shared = None
-        if self._targets.shares:
-            shared = self._reference.share(*reference, applied, self._targets.needs_statistics)
-        return torch.cat([self._targets.attend(*targets, applied, backend, shared), theirs])
+        if self.targets.request.shares:
+            shared = self.reference.share(*reference, applied, self.targets.needs_statistics)
+        return torch.cat([self.targets.attend(*targets, applied, backend, shared), theirs])
 
 
+@dataclass(eq=False)
 class CachedWork:
     """A target's attention with the keys of a reference cache.
 
     Args:
         targets: the attention.
-        cached: the keys of the step's layers.
-        n: which of them are this layer's.
+        cached: the keys of all layers that share, in this step.
+        position: the position of this layer among them.
         rotation: of the cached keys.
     """
 
-    def __init__(self, targets: SharedWork, cached: Prefetch, n: int, rotation: Rotation) -> None:
-        self.masked = targets.masked
-        self._targets = targets
-        self._cached = cached
-        self._n = n
-        self._rotation = rotation
+    targets: SharedWork
+    cached: Prefetch
+    position: int
+    rotation: Rotation
+
+    def __post_init__(self) -> None:
+        self.masked = self.targets.masked
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.work.Work.attend`."""
-        shared = self._cached.take(self._n).map(lambda x: x.to(k.device, non_blocking=True))
+        """See :meth:`.work.Work.attend`."""
+        shared = self.cached.take(self.position).map(lambda x: x.to(k.device, non_blocking=True))
         if shared.applied != applied:
-            turned = self._rotation.do(shared.k) if applied else self._rotation.undo(shared.k)
+            turned = self.rotation.do(shared.k) if applied else self.rotation.undo(shared.k)
             shared = shared._replace(k=turned, applied=applied)
-        return self._targets.attend(q, k, v, applied, backend, shared)
+        return self.targets.attend(q, k, v, applied, backend, shared)
 
 
+@dataclass(eq=False)
 class Recorder:
-    """The attention of a reference alone, that records what it shares.
+    """The attention of a reference that runs alone. It records what the reference shares.
 
     Args:
         reference: the attention.
-        keep: makes the copy of a tensor that is kept.
-        snapshot: where to.
-        layer: under which number.
+        keep: makes the copy of a tensor that the cache holds.
+        snapshot: where the keys go, under the number ``layer``.
     """
 
-    def __init__(
-        self, reference: ReferenceWork, keep: Callable[[Tensor], Tensor], snapshot: Snapshot, layer: int
-    ) -> None:
-        self.masked = reference.masked
-        self._reference = reference
-        self._keep = keep
-        self._snapshot = snapshot
-        self._layer = layer
+    reference: ReferenceWork
+    keep: Callable[[Tensor], Tensor]
+    snapshot: Snapshot
+    layer: int
+
+    def __post_init__(self) -> None:
+        self.masked = self.reference.masked
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """As :meth:`.work.Work.attend`."""
-        shared = self._reference.share(q, k, v, applied, statistics=True)
-        self._snapshot.layers[self._layer] = shared.map(self._keep)
-        return self._reference.attend(q, k, v, applied, backend)
+        """See :meth:`.work.Work.attend`."""
+        shared = self.reference.share(q, k, v, applied, statistics=True)
+        self.snapshot.layers[self.layer] = shared.map(self.keep)
+        return self.reference.attend(q, k, v, applied, backend)

@@ -15,18 +15,20 @@ class JointSequence:
     """The tokens of a call, on the CPU.
 
     Args:
-        positions: ``(S, axes)``, or ``(B, S, axes)`` where rows differ; integers or float64.
-        layout: returns the spans; raises ValueError where they cannot be told.
-        key_mask: ``(B, S)`` bool, True = attend; None where every key counts.
-        bonus: ``(B, S)`` bool; the host adds 1 to the logit where it holds for both the query and the key.
+        positions: ``(S, axes)``, or ``(B, S, axes)`` if rows differ; integers or float64.
+        layout: returns the spans; raises ValueError if the arguments do not determine them.
+        key_mask: ``(B, S)`` bool, True = attend; None if every key counts.
+        bonus: ``(B, S)`` bool; the host adds 1 to the logit if this is True for both the query and the key.
+        mask_is_ours: the host itself masks nothing; a mask that it hands to its attention says something else.
     """
 
     positions: torch.Tensor
     layout: Callable[[], fr.TokenLayout]
     key_mask: torch.Tensor | None = None
     bonus: torch.Tensor | None = None
+    mask_is_ours: bool = False
 
     @property
     def masked(self) -> bool:
-        """True when the mask that the host hands to its attention is accounted for."""
-        return self.key_mask is not None or self.bonus is not None
+        """True if ``key_mask`` or ``bonus`` says what the mask says that the host hands to its attention."""
+        return not self.mask_is_ours and (self.key_mask is not None or self.bonus is not None)

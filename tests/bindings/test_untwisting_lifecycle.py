@@ -20,6 +20,7 @@ from tiny_transformers import TEXT, run
 from fastrope.bindings.diffusers import JointSequence
 from fastrope.bindings.image.extended import target_work
 from fastrope.bindings.image.layers import BatchedWork, ReferenceWork, SharedWork
+from fastrope.bindings.image.requests import LayerRequest
 from fastrope.sharing import Sharing
 
 # ---- what is kept is never stale -------------------------------------------------------------------------------------
@@ -307,10 +308,10 @@ def test_statistics_know_the_pairing(applied):
     rope = fr.RoPE.axial(layout.positions("flux"), (4, 6, 6), pairing="half")
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, len(layout), 2, 16, generator=g).double() for _ in range(3))
-    sharings = (Sharing(adain=0.6),)
     sequence = JointSequence(layout.positions("flux"), lambda: layout)
+    request = LayerRequest(sharings=(Sharing(adain=0.6),))
     targets = target_work(sequence, rope, (), rope.angles[layout.target], None)
-    work = BatchedWork(SharedWork(targets, sharings, layout), ReferenceWork(sequence, rope), 1)
+    work = BatchedWork(SharedWork(targets, request, layout), ReferenceWork(sequence, rope), 1)
     expected = work.attend(q, k, v, False)
     turned = [fr.rope.rotate(x, rope.angles, "half") for x in (q, k)] if applied else [q, k]
     assert_same(work.attend(*turned, v, applied), expected, 1e-12)

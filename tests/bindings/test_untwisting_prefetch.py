@@ -16,7 +16,7 @@ import fastrope as fr
 pytest.importorskip("diffusers")
 from tiny_transformers import TEXT, run
 
-from fastrope.bindings.diffusers import Handle, fingerprints, rows
+from fastrope.bindings.diffusers import Handle, fingerprints
 from fastrope.bindings.image import prefetch
 from fastrope.bindings.image.prefetch import Prefetch
 from fastrope.sharing import SharedKeys, Statistics
@@ -41,7 +41,7 @@ def held_bytes(handle: Handle, apart: tuple) -> int:
 @CARRIED
 def test_nothing_grows_from_run_to_run(carried, monkeypatch):
     """Every run has ids and masks of its own, of which the last few are remembered."""
-    monkeypatch.setattr(rows.Memo, "KNOWN", 4)
+    monkeypatch.setattr(fingerprints.Memo, "KNOWN", 4)
     monkeypatch.setattr(fingerprints, "KNOWN_TENSORS", 8)
     pipe, path = FLUX.pipeline(), path_of(FLUX)
     reference = path if carried == "batched" else fr.ReferenceCache(path)
