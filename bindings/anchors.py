@@ -1,6 +1,6 @@
-"""What the autoregressive hosts share: where a raster lies in a token stream, what was matched, what anchors look like.
+"""What the autoregressive hosts share: the raster in a token stream, records of matching, checks of anchors.
 
-Torch alone; no host library.
+It needs torch and no host library.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from fastrope.islock import ISLock, Matcher, rows_of
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the image tokens of a raster stand among the tokens a model generates.
+    """Places of the image tokens of a raster among the tokens that a model generates.
 
-    Step 0 is the first generated token. ``lead`` tokens come before the image (sizes, an image-start token); then
-    ``height`` rows of ``width`` image tokens, each row followed by ``newline`` where the model has such a token, and
-    ``end`` after the last row where it has that.
+    Step 0 is the first generated token. First come ``lead`` tokens (sizes, an image-start token). Then come ``height``
+    rows of ``width`` image tokens, each followed by ``newline`` if the model has such a token. ``end`` comes last, if
+    the model has it.
 
     Args:
         height: rows of image tokens.
         width: image tokens of a row.
-        newline: vocabulary id of the token that ends every row, the last one included; None for a plain raster.
-        lead: generated tokens before the first image token.
-        end: vocabulary id of the token that ends the image; None for no such token.
-        opening: vocabulary ids that stand right before the first image token: its start, its sizes. The last ``lead``
-            of them are generated, those before end the prompt.
+        newline: vocabulary id of the token that ends every row, also the last one; None for a plain raster.
+        lead: number of generated tokens before the first image token.
+        end: vocabulary id of the token that ends the image; None if there is none.
+        opening: vocabulary ids right before the first image token: its start, its sizes. The last ``lead`` of them are
+            generated; those before end the prompt.
 
     Raises:
         ValueError: a size below 1, a negative ``lead`` or id.
@@ -61,21 +61,21 @@ class Grid:
 
     @property
     def stride(self) -> int:
-        """Generated tokens of a row, the one that ends it included."""
+        """Generated tokens of a row, including the one that ends it."""
         return self.width + (self.newline is not None)
 
     @property
     def length(self) -> int:
-        """Generated tokens up to the end of the image, the token that ends it included."""
+        """Generated tokens up to the end of the image, including the token that ends it."""
         return self.lead + self.height * self.stride + (self.end is not None)
 
     @property
     def prompt_end(self) -> tuple[int, ...]:
-        """Vocabulary ids that a prompt has to end with: what of ``opening`` is not generated."""
+        """Vocabulary ids at the end of a prompt: the part of ``opening`` that is not generated."""
         return self.opening[: max(0, len(self.opening) - self.lead)]
 
     def raster(self, step: int) -> int | None:
-        """Raster index of the token generated at ``step``, the offset less finished rows; None for other tokens."""
+        """Raster index of the image token generated at ``step``; None for other tokens."""
         row, column = divmod(step - self.lead, self.stride)
         return row * self.width + column if 0 <= row < self.height and column < self.width else None
 
@@ -86,7 +86,7 @@ class Grid:
         return self.lead + row * self.stride + column
 
     def forced(self, step: int) -> int | None:
-        """The only token possible at ``step``: of ``opening``, ``newline``, ``end``; None where there is a choice."""
+        """The token of ``opening``, ``newline`` or ``end`` that the grid requires at ``step``, or None."""
         if not 0 <= step < self.length:
             return None
         if step < self.lead:
@@ -98,10 +98,10 @@ class Grid:
         return self.newline if column == self.width else None
 
     def flatten(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Image tokens ``(B, N)`` of generated tokens ``(B, >= length)``, without those that the grid itself writes.
+        """Image tokens ``(B, N)`` of generated tokens ``(B, >= length)``.
 
         Raises:
-            ValueError: fewer tokens than the grid has, or others where it writes one.
+            ValueError: fewer tokens than the grid has, or another token where the grid requires one.
         """
         require_tensor("tokens", tokens, (2,), f"(B, at least {self.length})")
         require(tokens.shape[1] >= self.length, "tokens", f"at least {self.length} per row", tokens.shape[1])
@@ -113,10 +113,10 @@ class Grid:
         return tokens[:, [step for step in range(self.length) if self.raster(step) is not None]]
 
     def check_prompt(self, input_ids: torch.Tensor, made_by: str = "padded on the left") -> None:
-        """Require that every row of ``input_ids (B, S)`` ends where the image begins, with :attr:`prompt_end`.
+        """Require that every row of ``input_ids (B, S)`` ends with :attr:`prompt_end`, right before the image.
 
         Raises:
-            ValueError: naming the row and what it ends with.
+            ValueError: naming the row and its last tokens.
         """
         end = self.prompt_end
         found = input_ids[:, max(0, input_ids.shape[1] - len(end)) :].tolist() if end else []
@@ -130,12 +130,12 @@ class Record:
     """What anchor token matching did at every image token, in raster order.
 
     Args:
-        tokens: chosen, ``(B, N)`` long, vocabulary ids.
-        anchors: what they were matched with, ``(B, N)`` long, vocabulary ids.
+        tokens: the chosen tokens, ``(B, N)`` long, vocabulary ids.
+        anchors: the tokens they were compared with, ``(B, N)`` long, vocabulary ids.
         distance: of the nearest candidate to the anchor, ``(B, N)`` float32.
-        window: candidates considered, ``(B, N)`` int32.
-        accepted: the nearest candidate was within ``tau``; where not, the most probable token was taken, or, where no
-            window was compared (an anchor of -1), the first of the draw.
+        window: number of candidates, ``(B, N)`` int32.
+        accepted: True: the nearest candidate was within ``tau``. False: the most probable token was taken, or, at a
+            free position (an anchor of -1, window 0), the first token of the draw.
     """
 
     tokens: torch.Tensor
@@ -146,7 +146,7 @@ class Record:
 
     @classmethod
     def stack(cls, matches: Sequence, anchors: torch.Tensor) -> Record:
-        """Of one match ``(B,)`` per image token, in raster order, and anchors ``(B, N)``."""
+        """From one match ``(B,)`` per image token, in raster order, and anchors ``(B, N)``."""
         columns = (torch.stack(column, dim=1) for column in zip(*matches, strict=True))
         tokens, distance, window, accepted = columns
         return cls(tokens, anchors[:, : len(matches)], distance, window, accepted)
@@ -168,30 +168,29 @@ class Record:
 
     @property
     def free(self) -> torch.Tensor:
-        """``(B, N)`` bool: there was no anchor to match; sampled."""
+        """``(B, N)`` bool: there was no anchor; the token was sampled."""
         return self.window == 0
 
     def counts(self) -> dict[str, list[int]]:
-        """How many tokens of each row of the batch were kept, moved, fell back and were free."""
+        """Number of kept, moved, fallback and free tokens of each batch row."""
         return {name: getattr(self, name).sum(1).tolist() for name in ("kept", "moved", "fallback", "free")}
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Image tokens ``(B, N)``, vocabulary ids in raster order, and what matching did (None without anchors)."""
+    """Image tokens ``(B, N)``, vocabulary ids in raster order, and the record of matching (None without anchors)."""
 
     tokens: torch.Tensor
     record: Record | None
 
 
 def spread_anchors(anchors: torch.Tensor, batch: int, num_tokens: int, matcher: Matcher) -> torch.Tensor:
-    """Anchors ``(B, N)`` for ``batch`` rows: every row repeated as often as ``generate`` repeats its prompt.
-
-    An anchor of -1 leaves its position free. They come back on the device of the matcher.
+    """Anchors ``(B, N)`` for ``batch`` rows, on the device of the matcher. Every row is repeated as often as
+    ``generate`` repeats its prompt. An anchor of -1 leaves its position free.
 
     Raises:
-        ValueError: not ``(B, num_tokens)`` integers, a batch that is no multiple of B, or ids that the matcher has no
-            codebook row for: codes instead of vocabulary ids, say.
+        ValueError: not ``(B, num_tokens)`` integers, a batch that is no multiple of B, or ids without a row in the
+            matcher's codebook (codes instead of vocabulary ids, for example).
     """
     require_tensor("anchors", anchors, (2,), f"(B, {num_tokens})")
     integers = not anchors.is_floating_point() and anchors.dtype != torch.bool
@@ -208,7 +207,7 @@ def spread_anchors(anchors: torch.Tensor, batch: int, num_tokens: int, matcher: 
 
 
 def plain_matcher(num_tokens: int, device: torch.device) -> Matcher:
-    """A matcher for anchors of -1, which it draws freely: plain generation shares path and noise with editing."""
+    """A matcher for anchors of -1 alone. With it, plain generation has the same code and noise as editing."""
     return ISLock(candidates=1).matcher(torch.zeros(1, 1, device=device), num_tokens=num_tokens)
 
 

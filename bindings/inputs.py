@@ -1,4 +1,4 @@
-"""What every autoregressive host checks of its arguments. Torch alone; no host library."""
+"""Checks of arguments that all autoregressive hosts share. They need torch and no host library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastrope.checks import is_whole, require, require_finite, require_tensor
 
 
 def check_sampling(guidance: float | None, temperature: float, top_k: int, top_p: float) -> None:
-    """Require numbers that tokens can be drawn with.
+    """Require valid numbers for sampling.
 
     Raises:
         ValueError: naming the argument.
@@ -30,21 +30,21 @@ def check_pixels(pixels: torch.Tensor) -> None:
     """Require pictures ``(B, 3, H, W)`` as tokenizers take them: floating point, finite, about -1..1.
 
     Raises:
-        ValueError: another shape or dtype, or values as of 8 bits.
+        ValueError: another shape or dtype, or values of 0..255.
     """
     require_tensor("pixels", pixels, (4,), "(B, 3, H, W)")
     require(pixels.shape[1] == 3, "pixels", "shape (B, 3, H, W)", tuple(pixels.shape))
     require(pixels.is_floating_point(), "pixels", "a floating dtype, about -1..1", pixels.dtype)
     require_finite("pixels", pixels, ("row", "channel", "y", "x"))
     largest = float(pixels.abs().max()) if pixels.numel() else 0.0
-    require(largest <= 4, "pixels", "values about -1..1: pixels / 127.5 - 1 of 8 bits", f"one of size {largest:g}")
+    require(largest <= 4, "pixels", "values about -1..1: pixels / 127.5 - 1 for 8 bits", f"one of size {largest:g}")
 
 
 def check_codes(name: str, tokens: torch.Tensor, known: torch.Tensor) -> None:
-    """Require integer tokens ``(B, N)``, every one of which is among the ids ``known (V_img,)``.
+    """Require integer tokens ``(B, N)`` that are all among the ids ``known (V_img,)``.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: naming the first others.
     """
     require_tensor(name, tokens, (2,), "(B, N)")
     integers = not tokens.is_floating_point() and tokens.dtype != torch.bool
@@ -55,7 +55,7 @@ def check_codes(name: str, tokens: torch.Tensor, known: torch.Tensor) -> None:
 
 
 def check_mask(name: str, mask: torch.Tensor, shape: tuple[int, int], made_by: str) -> None:
-    """Require a mask ``(B, S)`` of zeros (padding) and then ones, a one at least in every row.
+    """Require a mask ``(B, S)`` of zeros (padding) and then ones, with at least one 1 in every row.
 
     Raises:
         ValueError: naming the rows that are padded on the right, have holes, or are empty.

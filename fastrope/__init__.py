@@ -1,7 +1,7 @@
 """FastRoPE: attention with first-class modulations.
 
-``attention`` is the op; ``QueryScale``, ``BandWeight``, ``BiasDelta``, ``LogitGain``, ``LogitBias``, ``KeyBias`` and
-``ValueGain`` are what it can be told; ``plan`` does the host work once; ``explain`` says what would run; ``apply``
+``attention`` is the op. ``QueryScale``, ``BandWeight``, ``BiasDelta``, ``LogitGain``, ``LogitBias``, ``KeyBias`` and
+``ValueGain`` are its modulations. ``plan`` does the host work once, ``explain`` says what would run, and ``apply``
 binds modulations to a diffusers pipeline.
 """
 
@@ -38,39 +38,39 @@ __all__ = [
 
 
 def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
-    """Bind methods and modulations to a diffusers pipeline or transformer, in place and on this instance alone.
+    """Bind methods and modulations to a diffusers pipeline or transformer. Only this object changes.
 
     Args:
         pipe: a pipeline whose ``transformer`` is in the table of hosts (FLUX.1, Kontext, Chroma, FLUX.2, Qwen-Image and
-            its editors, Z-Image and their kin), or the transformer itself, compiled or not.
-        methods: modulations (QueryScale, BandWeight, BiasDelta ...) over the joint sequence of the model, and
-            objects with ``modulations(site) -> list`` that are asked for every layer and step (:class:`fastrope.At`
-            makes one of either, for some layers and steps); lists are flattened. Tensors may be on any device.
+            its editors, Z-Image and related models), or the transformer itself, compiled or not.
+        methods: modulations (QueryScale, BandWeight, BiasDelta ...) over the joint sequence of the model, and methods:
+            objects with ``modulations(site) -> list``, called for every layer and step. :class:`fastrope.At` confines
+            either to some layers and steps. Lists are flattened. Tensors may be on any device.
         backend: of :func:`fastrope.attention`, for the modulated layers.
-        rotation: who rotates queries and keys in modulated layers: ``"op"`` hands them over as they come out of the QK
-            norm, ``"host"`` after the host's own rotary embedding. Same result up to rounding (the host rotates in
-            float32). Compiled layers always let the host rotate.
-        reference: whom methods share attention with (:class:`fastrope.UntwistingRoPE`): a :class:`fastrope.Reference`,
-            which joins every call as further rows of the batch, on the target's grid, or a
-            :class:`fastrope.ReferenceCache` around one. It has its own text in all calls, also in those of a negative
-            prompt.
+        rotation: who rotates queries and keys in modulated layers. ``"op"``: the op, which gets them after the QK norm.
+            ``"host"``: the host's own rotary embedding. The results are the same up to rounding, since the host rotates
+            in float32. In compiled layers the host always rotates.
+        reference: what methods share attention with (:class:`fastrope.UntwistingRoPE`). A :class:`fastrope.Reference`
+            joins every call as further rows of the batch, on the target's grid. A :class:`fastrope.ReferenceCache`
+            around one stores its keys instead. The reference keeps its own text in all calls, also in those of a
+            negative prompt.
 
     Returns:
-        A :class:`fastrope.bindings.diffusers.Handle`: a context manager; ``remove()`` restores the very same
-        processors, ``update(...)`` replaces the methods. Layers that nothing modulates run the host's own processor, to
+        A :class:`fastrope.bindings.diffusers.Handle`, which is a context manager: ``remove()`` restores the very same
+        processors, ``update(...)`` replaces the methods. Layers without a modulation run the host's own processor, to
         the same bits.
 
     Raises:
-        ValueError: an unknown host, a host bound already, something that is neither modulation nor method.
+        ValueError: an unknown host, a host bound already, something that is neither a modulation nor a method.
         NotImplementedError: IP-Adapter, PAG, nunchaku, context parallelism, processors that are not the host's own.
     """
-    from .bindings import apply as bind
+    from .bindings.diffusers import bind
 
-    return bind(pipe, *methods, backend=backend, rotation=rotation, reference=reference)
+    return bind(pipe, methods, backend, rotation, reference)
 
 
 def remove(pipe: Any) -> None:
-    """Undo :func:`apply` where its handle was not kept: ``handle.remove()`` of whatever is bound to the transformer.
+    """Undo :func:`apply` when its handle is lost: calls ``handle.remove()`` of the handle bound to the transformer.
 
     Args:
         pipe: the pipeline or the transformer.
@@ -78,7 +78,7 @@ def remove(pipe: Any) -> None:
     Raises:
         ValueError: nothing is bound to it.
     """
-    from .bindings import remove as unbind
+    from .bindings.diffusers import unbind
 
     unbind(pipe)
 
@@ -94,47 +94,44 @@ def prepare_reference(
     width: int | None = None,
     **call: Any,
 ) -> Reference:
-    """A picture, or several, as the reference that ``fr.apply(pipe, ..., reference=...)`` takes.
+    """One or several pictures as the reference that ``fr.apply(pipe, ..., reference=...)`` takes.
 
-    Trajectories, that is what stands for the reference at the target's noise level sigma:
+    The trajectory says what the reference's latents are at the target's noise level sigma:
 
-    * ``"linear"``: ``(1 - sigma) image + sigma noise`` with one noise for all steps. The model is not asked.
-    * ``"rf_inversion"``: the picture carried up the scheduler's noise levels by the model (Euler),
-      ``v = gamma v_model + (1 - gamma) (noise - z) / (1 - sigma)``; one call of the transformer per step. The target
-      may have other noise levels than the reference (another size or number of steps): between two of its own the path
-      is straight, as Euler's steps are.
-    * ``"latents"``: your own, ``latents``: a tensor per step, or a function ``(step, sigma)``.
+    * ``"linear"``: ``(1 - sigma) image + sigma noise`` with one noise for all steps. The model does not run.
+    * ``"rf_inversion"``: the model carries the picture up the scheduler's noise levels, in Euler steps with
+      ``v = gamma v_model + (1 - gamma) (noise - z) / (1 - sigma)``; one call of the transformer per step. Targets may
+      have other noise levels (another size or number of steps): latents are interpolated linearly between the points.
+    * ``"latents"``: the argument ``latents``: a tensor per step, or a function ``(step, sigma)``.
 
     Args:
         pipe: a text-to-image pipeline whose ``transformer`` is in the table of hosts, with its VAE.
         image: a PIL picture, a tensor ``(3, H, W)`` or ``(R, 3, H, W)`` in 0..1, or a list of pictures: R references,
-            each of which every target sees. None for ``"latents"``.
+            and every target sees all of them. None for ``"latents"``.
         trajectory: ``"linear"``, ``"rf_inversion"`` or ``"latents"``.
-        latents: for ``"latents"``: packed ``(R, tokens, C)`` per step as the transformer takes them (what
-            ``callback_on_step_end`` hands out); for Z-Image ``(R, C, rows, columns)``. As many as the call has steps; a
-            target whose noise levels are others is refused.
+        latents: for ``"latents"``: packed ``(R, tokens, C)`` per step as the transformer takes them (and as
+            ``callback_on_step_end`` gives them); for Z-Image ``(R, C, rows, columns)``. There must be as many as the
+            call has steps. A target with other noise levels is refused.
         gamma: for ``"rf_inversion"``: 1 follows the model alone, 0 is ``"linear"``.
-        height, width: of the reference in pixels; by default the picture's own, made smaller to a megapixel at most and
-            cut to what the pipeline can pack. A PIL picture of other proportions is cropped, a tensor stretched.
-        call: further arguments of the pipeline's call, of the reference alone: ``prompt`` (what the picture shows;
+        height, width: of the reference in pixels. The default is the picture's own size, reduced to at most a megapixel
+            and cut to what the pipeline can pack. A PIL picture of other proportions is cropped, a tensor stretched.
+        call: further arguments of the pipeline's call, for the reference alone: ``prompt`` (what the picture shows;
             empty by default), ``prompt_embeds``, ``num_inference_steps``, ``sigmas``, ``guidance_scale``,
             ``generator``: one, or a list of R. The noise is the pipeline's own, so a target with the same seed and size
-            starts from it. Classifier-free guidance is off unless asked for.
+            starts from it. Classifier-free guidance is off by default.
 
     Returns:
-        A :class:`fastrope.Reference`; its ``latents`` is the trajectory of :mod:`fastrope.methods.trajectories`, in the
-        dtype the transformer is given. ``pipe`` is as it was; its global generator has moved if none was given.
+        A :class:`fastrope.Reference`. Its ``latents`` is a trajectory of :mod:`fastrope.methods.trajectories`, in the
+        dtype that the transformer is given. ``pipe`` does not change; without a generator, torch's global one moves on.
 
     Raises:
-        ValueError: naming the argument; for ``"rf_inversion"`` also a pipeline that methods are bound to.
-        NotImplementedError: a pipeline that cannot do without a picture of its own (Qwen-Image-Edit, image to image,
-            inpainting, ControlNet), another VAE, for ``"rf_inversion"`` another scheduler than
-            ``FlowMatchEulerDiscreteScheduler``.
+        ValueError: naming the argument; for ``"rf_inversion"`` also a pipeline with bound methods.
+        NotImplementedError: a pipeline that needs a picture of its own (Qwen-Image-Edit, image to image, inpainting,
+            ControlNet), another VAE, for ``"rf_inversion"`` another scheduler than ``FlowMatchEulerDiscreteScheduler``.
     """
     from .bindings.diffusers.trajectories import prepare_reference as prepare
 
-    own = dict(latents=latents, gamma=gamma, height=height, width=width)
-    return prepare(pipe, image, trajectory, **own, **call)
+    return prepare(pipe, image, trajectory, latents=latents, gamma=gamma, height=height, width=width, **call)
 
 
 def steer(
@@ -151,35 +148,34 @@ def steer(
     backend: str = "auto",
     **call: Any,
 ) -> Steered:
-    """Run a pipeline under a method, and start again with another value of its parameter where a judge is not content.
+    """Run a pipeline with a method. If a judge rejects an early estimate, start again with another parameter.
 
-    After step ``ask_after`` (from 0) the one-step estimate ``x0 = x - sigma v`` is decoded by the pipeline itself,
-    ``v`` being what its scheduler was given: guidance included. The judge sees the composite and the estimate. On
-    success the run goes on to its end; otherwise the parameter moves and the run starts again from the same noise.
-    After ``max_tries`` verdicts a last run follows that nobody is asked about.
+    After step ``ask_after`` (from 0) the pipeline itself decodes the one-step estimate ``x0 = x - sigma v``. ``v`` is
+    what its scheduler was given, guidance included. The judge sees the composite and the estimate. On success the run
+    goes on to its end. Otherwise the parameter moves, and the run starts again from the same noise. After
+    ``max_tries`` verdicts there is a last run, without the judge.
 
-    A run whose first verdict is success equals a run without steering, bit for bit. Nothing stays behind: method,
-    processors, scheduler and generator are as before, after errors too.
+    If the first verdict is success, the result equals a run without steering, bit for bit. Method, processors,
+    scheduler and generator are afterwards as before, also after an error.
 
     Args:
         pipe: a diffusers pipeline that :func:`fastrope.apply` can bind, with a ``FlowMatchEulerDiscreteScheduler``.
-        method: a dataclass with ``modulations(site)`` and the parameter, :class:`fastrope.LooseRoPE`. It is not
-            changed.
-        judge: a function ``(composite, estimate) -> verdict`` of two PIL pictures (:mod:`fastrope.methods.judges`); the
-            name of a vision-language chat model, which is then loaded
-            (:class:`fastrope.bindings.transformers.judge.ChatJudge`); None compares the method's mask with its
-            surroundings (:class:`fastrope.methods.judges.RegionJudge`). An answer that cannot be read counts as
-            success.
-        max_tries: verdicts at most, at least 0.
-        parameter: the number to move.
-        moves: what each verdict but success adds to it, by default that of the authors' code; the result is never
+        method: a dataclass with ``modulations(site)`` and the parameter: :class:`fastrope.LooseRoPE`. It does not
+            change.
+        judge: a function ``(composite, estimate) -> verdict`` of two PIL pictures (:mod:`fastrope.methods.judges`), or
+            the name of a vision-language chat model, which is loaded
+            (:class:`fastrope.bindings.transformers.judge.ChatJudge`). None compares the method's mask with its
+            surroundings (:class:`fastrope.methods.judges.RegionJudge`). An unreadable answer counts as success.
+        max_tries: number of verdicts at most, at least 0.
+        parameter: name of the number that moves.
+        moves: what each verdict except success adds to it, by default as in the authors' code. The result is never
             below 0.
-        ask_after: the step to ask after; the last one where a run is shorter.
-        composite: the picture to show the judge; the first ``image`` of the call by default.
+        ask_after: the step after which the judge is asked; in a shorter run, the last step.
+        composite: the picture that the judge sees; by default the first ``image`` of the call.
         beside: other methods and modulations to apply.
         backend: of :func:`fastrope.attention`.
-        call: arguments of the pipeline, for one picture. A ``generator`` is copied for every start; without
-            ``generator`` and ``latents`` the noise is drawn once from torch's global generator.
+        call: arguments of the pipeline, for one picture. A ``generator`` is copied for every start. Without
+            ``generator`` and ``latents``, the noise is drawn once from torch's global generator.
 
     Returns:
         A :class:`fastrope.bindings.diffusers.steering.Steered`: ``images`` and the pipeline's whole ``output``, the
@@ -191,5 +187,7 @@ def steer(
     """
     from .bindings.diffusers.steering import steer as run
 
-    own = dict(parameter=parameter, moves=moves, ask_after=ask_after, composite=composite, beside=beside)
-    return run(pipe, method, judge, max_tries, **own, backend=backend, **call)
+    return run(
+        pipe, method, judge, max_tries, parameter=parameter, moves=moves, ask_after=ask_after, composite=composite,
+        beside=beside, backend=backend, **call,
+    )  # fmt: skip

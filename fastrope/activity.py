@@ -1,4 +1,4 @@
-"""Where in a run something is active."""
+"""In which layers, steps and blocks of a run a method is active."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Where:
             object.__setattr__(self, "kinds", kinds)
 
     def __contains__(self, site: Site) -> bool:
-        """True when the site is among them.
+        """True if the site is among them.
 
         Raises:
-            ValueError: layers, or kinds of block, of which the model has none: it would silently stay as it is.
+            ValueError: the model has none of these layers or kinds of block, so the method would never act.
         """
         require(_meets(self.layers, site.num_layers), "layers", f"some of the model's {site.num_layers} layers",
                 repr(self.layers))  # fmt: skip
@@ -55,16 +55,16 @@ class Where:
 
 @dataclass(frozen=True, eq=False, init=False)
 class At:
-    """Modulations and methods for some layers, steps and kinds of block; a method like any other.
+    """Confines modulations and methods to some layers, steps and kinds of block. It is a method itself.
 
     Args:
-        what: modulations, objects with ``modulations(site) -> list``, lists of such.
+        what: modulations, objects with ``modulations(site) -> list``, or lists of these.
         layers: indices of attention calls, in order of execution: a slice, a range, one integer or a set of integers.
-            Negative ones count from the last layer, as in a list. None: all. A model that has none of those named
-            is an error when it is called.
+            Negative ones count from the last layer, as in a list. None means all. If the model has none of them, its
+            first call raises an error.
         steps: indices of denoising steps, likewise.
-        kinds: ``"double"``, ``"single"`` or ``"joint"``, or several; see :class:`fastrope.Site`. None: all. A model
-            that has none of those named is an error, too.
+        kinds: ``"double"``, ``"single"`` or ``"joint"``, or several; see :class:`fastrope.Site`. None means all. If the
+            model has none of them, its first call raises an error.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -87,13 +87,14 @@ class At:
         require(len(self.what) > 0, "what", "a modulation or a method", "nothing")
 
     def modulations(self, site: Site) -> list[Modulation]:
-        """What is asked for at a site; empty where inactive."""
+        """The modulations at a site; none if the site is not among those given."""
         if site not in self.where:
             return []
         return [m for each in self.what for m in ([each] if isinstance(each, MODULATIONS) else each.modulations(site))]
 
     def sharings(self, site: Site) -> list:
-        """What is asked of shared attention at a site, see :mod:`fastrope.sharing`; empty where inactive."""
+        """The requests to shared attention at a site, see :mod:`fastrope.sharing`; none if the site is not among those
+        given."""
         return sharings_of(self.what, site) if site in self.where else []
 
     def guidance(self, site: Site) -> Guidance | None:
@@ -120,15 +121,15 @@ class At:
 
 
 def sharings_of(methods: Iterable, site: Site) -> list:
-    """All that methods which have ``sharings(site) -> list`` ask for at a site."""
+    """The requests at a site, of all methods that have ``sharings(site) -> list``."""
     return [sharing for m in methods if hasattr(m, "sharings") for sharing in m.sharings(site)]
 
 
 def flat_methods(values: Iterable, argument: str) -> tuple:
-    """Modulations and methods out of lists of them.
+    """Modulations and methods in one flat tuple.
 
     Raises:
-        ValueError: something that is neither.
+        ValueError: something that is neither a modulation nor a method.
     """
     found = []
     for m in values:
@@ -142,7 +143,7 @@ def flat_methods(values: Iterable, argument: str) -> tuple:
 
 
 def _meets(indices: Indices | None, count: int) -> bool:
-    """False when indices name things, but none of ``count``."""
+    """False if there are indices, but none within ``count``."""
     if indices is None:
         return True
     if isinstance(indices, slice):

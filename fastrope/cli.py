@@ -16,7 +16,7 @@ from .extras import MissingExtra, install
 
 
 class Command(NamedTuple):
-    """Where a command is, what it does, the extra that brings what it needs, and how it takes less memory."""
+    """The module of a command, what it does, the extra that it needs, and options that save memory."""
 
     module: str
     help: str
@@ -37,17 +37,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. What the user can do something about is told in one line on stderr.
+    """Run a subcommand. An error that the user can mend becomes one line on stderr.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: arguments without the program's name; None means those of the process.
 
     Returns:
         The exit code: 0 fine; 1 a check of ``doctor``, ``demo`` or ``bench`` failed; 2 wrong usage, or the command
-        cannot run here; 130 interrupted; 141 nobody reads what is printed.
+        cannot run here; 130 interrupted; 141 the reader of the output has closed its pipe.
 
     Raises:
-        Exception: whatever else goes wrong: it is a fault of this package or of one that it uses.
+        Exception: any other error, which is a fault of this package or of one that it uses.
     """
     name = ""
     with _any_character(sys.stdout), _any_character(sys.stderr):
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastrope", description="Attention with first-class modulations.")
     parser.add_argument("--version", action="version", version=f"fastrope {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():  # they parse their own arguments, and are imported only when asked for
+    for name, command in COMMANDS.items():  # commands parse their own arguments, and only the chosen one is imported
         commands.add_parser(name, help=command.help, add_help=False)
     return parser
 
@@ -89,15 +89,15 @@ def _load(module: str):
 
 
 def _told(error: BaseException, name: str) -> tuple[int, str] | None:
-    """The exit code of an error and what to say, None for one that the user cannot do anything about."""
+    """The exit code of an error and the line for the user; None for an error that the user cannot mend."""
     if isinstance(error, BrokenPipeError):
-        return 141, ""  # as the shell has it of a program that SIGPIPE ends
+        return 141, ""  # the shell's code for a program that SIGPIPE ends
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     if _out_of_memory(error):
-        return 2, f"out of memory; {COMMANDS[name].smaller} takes less ({line})"
+        return 2, f"out of memory; use {COMMANDS[name].smaller} ({line})"
     if isinstance(error, ModuleNotFoundError) and not isinstance(error, MissingExtra):
         module = COMMANDS[name].module
         if error.name == module:
@@ -119,7 +119,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _any_character(stream: Any) -> Iterator[None]:
-    """What a terminal's encoding does not have is written as an escape."""
+    """Characters that the terminal's encoding lacks are written as escapes."""
     before = getattr(stream, "errors", None)
     if before is None or not hasattr(stream, "reconfigure"):
         yield
@@ -133,7 +133,7 @@ def _any_character(stream: Any) -> Iterator[None]:
 
 
 def _leave_stdout() -> None:
-    """Where stdout cannot be written to, what is left in its buffer must not raise again at exit."""
+    """If stdout cannot be written to, drop the rest of its buffer, so that it does not raise again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

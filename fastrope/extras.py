@@ -1,4 +1,4 @@
-"""Packages that only some parts need: the extra that brings each, and one way to say that it is absent."""
+"""Packages that only some parts need: the extra that installs each, and one error for a missing one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 
-EXTRAS = {"diffusers": "diffusers", "transformers": "transformers"}  # the extra demo brings these too, and all others
+EXTRAS = {"diffusers": "diffusers", "transformers": "transformers"}  # the extra demo installs these and all others
 
 
 class MissingExtra(ModuleNotFoundError):
-    """A package of an extra is absent, or too old. The message says how to install it."""
+    """A package of an extra is missing, or has another version than needed. The message says how to install it."""
 
 
 def install(packages: Sequence[str], others: str = "demo") -> str:
-    """The command that brings ``packages``; ``others`` is the extra of those that have none of their own name."""
+    """The command that installs ``packages``. ``others`` is the extra of packages without an extra of their name."""
     extras = sorted({EXTRAS.get(name, others) for name in packages})
     return f'pip install "fastrope[{others if others in extras else ",".join(extras)}]"'
 
@@ -24,7 +24,7 @@ def require_packages(*packages: str) -> None:
     """Require all of them to be installed, without importing any.
 
     Raises:
-        MissingExtra: naming those that are absent and how to install them at once.
+        MissingExtra: naming the missing ones, and one command that installs them all.
     """
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
@@ -34,10 +34,10 @@ def require_packages(*packages: str) -> None:
 
 @contextlib.contextmanager
 def importing(package: str) -> Iterator[None]:
-    """Around imports from ``package``, or of our modules that need it.
+    """A context for imports from ``package``, or of our modules that need it.
 
     Raises:
-        MissingExtra: it, or a package that it needs itself, is absent; or its version lacks what is imported.
+        MissingExtra: the package, or one that it needs, is missing; or its version lacks an imported name.
     """
     try:
         yield

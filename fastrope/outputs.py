@@ -1,4 +1,4 @@
-"""Files that commands write: checked before the work, written beside their place, then moved there whole."""
+"""Files that commands write. They are checked before the work, written beside their place, and then moved there."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def check_files(option: str, named: Sequence[Path], others: Iterable[Path] = (),
     """Require that files can be written, before the work that makes them.
 
     Args:
-        option: that says where they go.
-        named: files that the user named. Those that exist will be replaced.
-        others: further files; one that exists is refused unless ``force``.
+        option: the option that says where they go.
+        named: files that the user named. Existing ones will be replaced.
+        others: further files. An existing one is refused unless ``force``.
 
     Raises:
-        ValueError: naming the option: a folder or device in the way, a folder that cannot be written to, a file that
-            would be replaced unasked, two results of one name.
+        ValueError: naming the option: a folder or device of that name, a folder that cannot be written to, a file that
+            would be replaced although the user did not name it, two results with one name.
     """
     others = list(others)
     for path in (*named, *others):
@@ -48,7 +48,7 @@ def check_files(option: str, named: Sequence[Path], others: Iterable[Path] = (),
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Require a folder that files can be written to, or that can be made.
+    """Require a folder that can be written to, or that can be made.
 
     Raises:
         ValueError: naming the option.
@@ -63,10 +63,10 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_report(option: str, folder: Path, names: Iterable[str], force: bool) -> None:
-    """Require a folder for files of fixed names, by :func:`check_files`.
+    """Require a folder for files with fixed names, by :func:`check_files`.
 
     Raises:
-        ValueError: naming the option; also a new folder with the name of a picture.
+        ValueError: naming the option; also for a new folder with the name of a picture.
     """
     from PIL import Image
 
@@ -77,7 +77,7 @@ def check_report(option: str, folder: Path, names: Iterable[str], force: bool) -
 
 
 def check_format(option: str, path: Path) -> None:
-    """Require the name of a picture that pillow can write.
+    """Require a file name with the extension of a picture that pillow can write.
 
     Raises:
         ValueError: naming the option.
@@ -94,14 +94,14 @@ def check_format(option: str, path: Path) -> None:
 
 
 def write(path: Path, save: Callable[[Path], object]) -> Path:
-    """Call ``save`` with the name of a new file beside ``path`` and move that there when it is whole; gives ``path``.
+    """Call ``save`` with the name of a new file beside ``path``, then move that file to ``path``, and return ``path``.
 
-    Folders are made. What was there stays as it is until then, and where ``save`` fails.
+    Missing folders are made. An existing file stays as it is until the move, also if ``save`` fails.
 
     Raises:
         OSError: naming ``path``.
     """
-    target = Path(os.path.realpath(path))  # a link stays a link
+    target = Path(os.path.realpath(path))  # so that a link stays a link
     part = target.with_name(f".fastrope-{secrets.token_hex(6)}{path.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def write_picture(path: Path, picture: Image) -> Path:
 
 
 def write_record(path: Path, record: dict) -> Path:
-    """Write how something was made, with the versions it was made with, as JSON, by :func:`write`."""
+    """Write a record of how something was made, and with which versions, as JSON, by :func:`write`."""
     return write_text(path, json.dumps(record | {"torch": torch.__version__, "fastrope": __version__}, indent=1))
 
 

@@ -1,10 +1,10 @@
-"""Pictures: one way to read a file or a PIL picture as a picture, one as a mask, and one to make a picture of pixels.
+"""Pictures: one way to read a file or PIL picture as a picture, one way to read it as a mask, one way back from pixels.
 
-A picture is turned as its EXIF orientation says. Modes of 8 bits are converted to RGB; 16 bits (``I;16``, ``I``) and
-``F`` are scaled from 0..65535 and 0..1; what is transparent is laid on white.
+A picture is turned by its EXIF orientation. Modes of 8 bits are converted to RGB. 16 bits (``I;16``, ``I``) are scaled
+from 0..65535, and ``F`` from 0..1. Transparent parts are laid on white.
 
-A mask that is transparent somewhere is inside where it is opaque, by one half or more; its colours do not count. Any
-other is inside where its brightest channel is half of white or more. Forms that cannot be read so are refused by name.
+A mask with transparency is inside where its opacity is at least one half; its colours do not count. Any other mask is
+inside where its brightest channel is at least half of white. Other forms are refused by name.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FULL = {"F": 1.0, "I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535}  # white, in deep modes
-LAYERED = ("MPO", "PSD")  # formats whose further frames are previews and layers of the one picture
+LAYERED = ("MPO", "PSD")  # formats whose further frames are previews or layers of one picture
 
 
 def open_picture(option: str, path: Path) -> Image:
     """The picture of a file, in RGB.
 
     Raises:
-        ValueError: naming the option: no such file, none that pillow reads, an animation, a mode that :func:`rgb`
+        ValueError: naming the option: no such file, no picture for pillow, an animation, a mode that :func:`rgb`
             refuses.
     """
     return rgb(option, _load(option, path))
 
 
 def open_mask(option: str, path: Path) -> np.ndarray:
-    """Where the mask of a file is inside, ``(H, W)`` bool.
+    """The mask of a file, ``(H, W)`` bool, True inside.
 
     Raises:
         ValueError: as :func:`open_picture` does.
@@ -44,10 +44,10 @@ def open_mask(option: str, path: Path) -> np.ndarray:
 
 
 def rgb(name: str, picture: Any) -> Image:
-    """A PIL picture upright and in RGB.
+    """A PIL picture, upright and in RGB.
 
     Raises:
-        ValueError: values out of a deep mode's range, or a mode without a way to RGB.
+        ValueError: values outside of the range of a deep mode, or a mode that cannot become RGB.
     """
     from PIL import Image
 
@@ -58,7 +58,7 @@ def rgb(name: str, picture: Any) -> Image:
 
 
 def mask_of(name: str, picture: Any) -> np.ndarray:
-    """Where a PIL picture, read as a mask, is inside, ``(H, W)`` bool.
+    """A PIL picture as a mask, ``(H, W)`` bool, True inside.
 
     Raises:
         ValueError: as :func:`rgb` does.
@@ -98,10 +98,10 @@ def as_pixels(name: str, image: object) -> torch.Tensor:
 
 
 def to_picture(name: str, pixels: object) -> Image:
-    """One picture of any form, see :func:`as_pixels`, as a PIL picture in RGB.
+    """One picture in any form of :func:`as_pixels`, as a PIL picture in RGB.
 
     Raises:
-        ValueError: a batch, or what :func:`as_pixels` refuses, values that are not finite among it.
+        ValueError: a batch, values that are not finite, or anything else that :func:`as_pixels` refuses.
     """
     from PIL import Image
 
@@ -121,7 +121,7 @@ def _load(option: str, path: Path):
         raise
     except FileNotFoundError:
         raise ValueError(f"{option}: no file {path}") from None
-    except Exception as error:  # a broken file makes pillow's readers raise whatever it is
+    except Exception as error:  # a broken file can make pillow raise anything
         why = "a folder" if isinstance(error, IsADirectoryError) else str(error) or type(error).__name__
         raise ValueError(f"{option}: {path} is no picture that can be read ({why})") from None
     require(frames == 1 or picture.format in LAYERED, option, "one picture", f"{path} with {frames}; save one of them")
@@ -129,13 +129,14 @@ def _load(option: str, path: Path):
 
 
 def _upright(name: str, picture: Any):
-    """Turned as EXIF says, 8 bits per channel; RGBA where anything may be transparent, else any mode but that."""
+    """A picture turned by its EXIF orientation, with 8 bits per channel: RGBA if it may be transparent, else another
+    mode."""
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
     mode, clear = picture.mode, picture.has_transparency_data
     if mode in FULL:
-        require(not clear, name, f"no transparent value in mode {mode}", "one")
+        require(not clear, name, f"a picture of mode {mode} without transparency", "one with it")
         values, white = np.asarray(picture, dtype=np.float64), FULL[mode]
         low, high = float(values.min()), float(values.max())
         require(0 <= low <= high <= white, name, f"values in 0..{white:g} in mode {mode}", f"{low:g}..{high:g}")
@@ -145,4 +146,4 @@ def _upright(name: str, picture: Any):
             picture = picture.convert(mode[:-1] + "A")
         return picture.convert("RGBA") if clear else picture.convert("RGB")
     except (ValueError, OSError, ImportError) as error:
-        raise ValueError(f"{name}: expected a mode with a way to RGB, received {mode} ({error})") from None
+        raise ValueError(f"{name}: expected a mode that can become RGB, received {mode} ({error})") from None

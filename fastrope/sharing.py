@@ -1,7 +1,7 @@
-"""Shared attention: a target that also attends to the image keys and values of a reference it is no sequence with.
+"""Shared attention: a target also attends to the image keys and values of a reference outside of its sequence.
 
-The reference runs its own plain attention and never sees the target, so what a layer makes of it depends on the step
-alone and can be kept (:class:`ReferenceCache`) for any number of targets. Its text is not shared.
+The reference runs its own plain attention and never sees the target. So its keys and values depend on the step alone,
+and a :class:`ReferenceCache` can hold them for any number of targets. Its text is not shared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EPS = 1e-6  # added to variances
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a method asks of one attention layer.
+    """What a method requests for one attention layer.
 
     Args:
         reference: ``"shared"``, or the index of a reference in the sequence itself.
@@ -34,15 +34,15 @@ class Sharing:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the reference is at each step. Any object with these two attributes will do.
+    """A reference for shared attention. Any object with these two attributes will do.
 
     Args:
         latents: ``latents(step, sigma)``: the reference at noise level ``sigma`` of step ``step``, as the transformer
-            takes its input: packed ``(R, tokens, C)``; for Z-Image ``(R, C, 1, rows, columns)``. R reference images are
-            all seen by every target.
-        arguments: what else the transformer is told of the reference, by the names of its ``forward``: its own text
-            (``encoder_hidden_states (R, text, C)`` and what goes with it; for Z-Image ``cap_feats``, a list), and where
-            it differs from the target's ``img_ids``, ``txt_ids``, ``img_shapes`` or ``guidance``.
+            takes its input: packed ``(R, tokens, C)``; for Z-Image ``(R, C, 1, rows, columns)``. Every target attends
+            to all R reference images.
+        arguments: further arguments of the transformer for the reference, by the names of its ``forward``: its own text
+            (``encoder_hidden_states (R, text, C)`` and related ones; for Z-Image ``cap_feats``, a list), and
+            ``img_ids``, ``txt_ids``, ``img_shapes`` or ``guidance`` if they differ from the target's.
 
     Raises:
         ValueError: latents that cannot be called, arguments that are no mapping.
@@ -59,7 +59,7 @@ def check_reference(source: object) -> None:
     """Require ``latents(step, sigma)`` and a mapping ``arguments``.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: naming the attribute that is missing or wrong.
     """
     latents, arguments = getattr(source, "latents", None), getattr(source, "arguments", None)
     expected = "a function (step, sigma) -> latents, as fastrope.prepare_reference makes of one or several pictures"
@@ -103,12 +103,12 @@ def adain(x: torch.Tensor, reference: Statistics, strength: float) -> torch.Tens
     return torch.addcmul(strength * (reference.mean - mean * ratio), x, 1 + strength * (ratio - 1)).to(x.dtype)
 
 
-# ---- what a layer shares ---------------------------------------------------------------------------------------------
+# ---- shared keys and their cache -------------------------------------------------------------------------------------
 
 
 class SharedKeys(NamedTuple):
-    """Of one layer: the keys and values of all reference images, ``k, v (1, tokens, Hkv, D)`` after QK norm, ``k``
-    rotated already if ``applied``; statistics of their queries and unrotated keys, where they were asked for."""
+    """Keys and values of all reference images in one layer, ``k, v (1, tokens, Hkv, D)`` after QK norm; ``k`` is
+    rotated already if ``applied``. Statistics of their queries and unrotated keys; None if no method needs them."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -117,19 +117,19 @@ class SharedKeys(NamedTuple):
     keys: Statistics | None
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that is stored."""
+        """All stored tensors."""
         return [self.k, self.v, *(self.queries or ()), *(self.keys or ())]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SharedKeys:
-        """The same with every tensor changed."""
+        """The same with ``change`` applied to every tensor."""
         queries, keys = (s and Statistics(*map(change, s)) for s in (self.queries, self.keys))
         return SharedKeys(change(self.k), change(self.v), self.applied, queries, keys)
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """The reference at one step: ``angles (tokens, D/2)`` of its image tokens, their grids, and what each layer shares,
-    by index."""
+    """The reference at one step: ``angles (tokens, D/2)`` of its image tokens, their grids, and the shared keys of each
+    layer, by index."""
 
     angles: torch.Tensor
     grids: tuple[tuple[int, int], ...]
@@ -137,19 +137,19 @@ class Snapshot:
 
 
 class ReferenceCache:
-    """Keys and values of a reference per step and layer, made by running it alone when a step first needs them.
+    """Keys and values of a reference per step and layer. The reference runs alone when a step first needs them.
 
-    ``fr.apply(pipe, method, reference=ReferenceCache(source))``: the first run costs a call of the transformer more per
-    step, every further target, seed, prompt, batch size, branch of guidance and set of dials costs none. The grid and
-    the length of text may differ from the target's. What is kept depends on the step, its sigma, the guidance given to
-    the transformer, and on the model itself: :meth:`clear` it when weights or LoRAs change.
+    ``fr.apply(pipe, method, reference=ReferenceCache(source))``: the first run costs one more call of the transformer
+    per step. Further targets, seeds, prompts, batch sizes, branches of guidance and dials cost no call. The grid and
+    the length of the text may differ from the target's. An entry is used for the same step, sigma, guidance, dtype and
+    LoRAs. Weights that change in place are not noticed: call :meth:`clear` then.
 
     A layer and step takes ``2 * R * tokens * heads * D`` numbers: 48 MiB for FLUX.1 at 1024 px in bfloat16.
-    :attr:`nbytes` says how many bytes are held.
+    :attr:`nbytes` says how many bytes are in use.
 
     Args:
-        source: a :class:`Reference`, or what behaves like one.
-        device: where to keep them, ``"cpu"`` for a GPU's host memory (page-locked); None where they are computed.
+        source: a :class:`Reference`, or an object like one.
+        device: that stores them; ``"cpu"`` is page-locked host memory of a GPU. None: the device that computes them.
 
     Raises:
         ValueError: a source without ``latents`` or ``arguments``.
@@ -164,15 +164,15 @@ class ReferenceCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, on whatever device."""
-        snapshots = list(self._snapshots.values())  # of this moment: another thread may be filling the cache
+        """Bytes in use, on any device."""
+        snapshots = list(self._snapshots.values())  # a copy, because another thread may fill the cache meanwhile
         return sum(t.nbytes for s in snapshots for keys in list(s.layers.values()) for t in keys.tensors())
 
     def __len__(self) -> int:
         return len(self._snapshots)
 
     def __bool__(self) -> bool:
-        """True, also while nothing is held: ``cache or source`` means the cache."""
+        """True, also for an empty cache, so that ``cache or source`` means the cache."""
         return True
 
     def __repr__(self) -> str:
@@ -180,18 +180,18 @@ class ReferenceCache:
         return f"<fastrope.ReferenceCache: {len(self)} steps, {self.nbytes / 2**20:.1f} MiB, {place}>"
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all entries."""
         self._snapshots.clear()
         self._model = lambda: None
 
     def claim(self, model: object) -> None:
-        """Say whose keys these are.
+        """Bind the cache to a model.
 
         Raises:
-            ValueError: another model's are held.
+            ValueError: the cache holds keys of another model.
         """
         require(not self._snapshots or self._model() is model, "reference", "a cache of this very transformer, or an "
-                "empty one", "one that another transformer filled; clear() it")  # fmt: skip
+                "empty one", "one that another transformer filled; call clear() first")  # fmt: skip
         self._model = weakref.ref(model)
 
     def find(self, key: Hashable) -> Snapshot | None:
@@ -199,17 +199,18 @@ class ReferenceCache:
         return self._snapshots.get(key)
 
     def put(self, key: Hashable, snapshot: Snapshot) -> Snapshot:
-        """Add a snapshot; layers of one that is there already under the same key are kept."""
+        """Add a snapshot. If there is one under the same key, add the layers to it."""
         known = self._snapshots.setdefault(key, snapshot)
         if known is not snapshot:
             known.layers.update(snapshot.layers)
         return known
 
-    def keep(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy of ``x`` where this cache keeps things, for runs in any mode."""
+    def store(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy of ``x`` on the device of the cache. It is no inference tensor, so that later runs in any mode can use
+        it."""
         with torch.inference_mode(False), torch.no_grad():
             if self.device is None or self.device == x.device:
                 return x.clone(memory_format=torch.contiguous_format)
             pin = self.device.type == "cpu" and x.device.type == "cuda"
-            kept = torch.empty(x.shape, dtype=x.dtype, device=self.device, pin_memory=pin)
-            return kept.copy_(x, non_blocking=True)
+            copy = torch.empty(x.shape, dtype=x.dtype, device=self.device, pin_memory=pin)
+            return copy.copy_(x, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Who is who in a joint sequence, and where in a run an attention call stands."""
+"""The spans of a joint sequence, and the place of an attention call in a run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TokenLayout:
     ``[target | padding | references | text]``. Spans are slices of the sequence.
 
     Args:
-        text: number of text tokens, filler tokens that the host counts as text included.
+        text: number of text tokens, including padding that the host counts as text.
         target: ``(rows, columns)`` of the target's token grid.
         references: ``(rows, columns)`` of each reference image, in sequence order.
         order: ``"text-first"`` or ``"text-last"``.
-        padding: filler tokens after the target that no span covers (Z-Image rounds an image up to 32 tokens).
-        shared: ``(rows, columns)`` of each reference image that is no part of the sequence (shared attention): the
-            target's queries see its tokens as further keys, behind the sequence.
+        padding: padding tokens after the target, which no span covers (Z-Image pads an image to 32 tokens).
+        shared: ``(rows, columns)`` of each reference image outside of the sequence (shared attention). Its tokens are
+            further keys of the target's queries, after the sequence.
 
     Raises:
         ValueError: counts that are not integers, an empty grid, an unknown order.
@@ -107,7 +107,7 @@ class TokenLayout:
 
     @property
     def num_keys(self) -> int:
-        """Keys that the target's queries see: the sequence and the tokens of all shared references."""
+        """Number of keys of the target's queries: the sequence and the tokens of all shared references."""
         return self.shared.stop
 
     @property
@@ -167,7 +167,7 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class Site:
-    """Where in a run an attention call stands: what a method is told, and all it may ask.
+    """The place of an attention call in a run. A method gets this and nothing else.
 
     Args:
         tokens: the spans of the sequence.
@@ -179,10 +179,10 @@ class Site:
         num_layers: attention calls of the model, 57 in FLUX.1.
         kind: of the block: ``"double"`` (text and image have weights of their own), ``"single"`` (one stream, after
             double blocks) or ``"joint"`` (one stream from the start).
-        kinds: those that the model has; empty where nobody says.
+        kinds: all kinds of block in the model; empty if unknown.
         theta: base of the RoPE's frequencies.
         temporal_axis: the axis that holds frames; None in models of single pictures.
-        sigma: noise level of the step, 1 for pure noise and 0 for none; None where nobody says.
+        sigma: noise level of the step, 1 for pure noise and 0 for none; None if unknown.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

@@ -1,8 +1,8 @@
-"""The one tolerance rule of the repository: tests, benchmarks and nothing else judge a result by it.
+"""The one tolerance rule of the repository, for tests and benchmarks.
 
-The rule is that of FlashAttention's and FlexAttention's tests: a result may be at most twice as wrong as the reference
-run in the same dtype, both measured against the reference in float64 on the same inputs (drawn in the low dtype, then
-promoted).
+It is the rule of FlashAttention's and FlexAttention's tests: the error of a result may be at most twice the error of
+the reference in the same dtype. Both are measured against the reference in float64 on the same inputs (drawn in the low
+dtype, then promoted).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ MAX_FACTOR, MEAN_FACTOR = 2.0, 1.1
 # Float64 has no wider oracle. 2**-40 leaves 12 bits for angles of hundreds of radians and for the sums; a wrong term
 # shows at 1e-3 or more.
 WIDE_BOUND = 2.0**-40
-# Fewer rows than this say nothing of a mean: one lucky rounding of the reference and the ratio is anything.
+# A mean over fewer rows is no measure: one lucky rounding of the reference, and the ratio can have any value.
 MEAN_ROWS = 16
-STANDARD_ERRORS = 4.0  # of a mean, where results are as exact as float32: see measure
+STANDARD_ERRORS = 4.0  # of a mean, for results in float32: see measure
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Errors:
 
     @property
     def passed(self) -> bool:
-        """True within the rule; what is not finite never passes."""
+        """True within the rule. A result that is not finite never passes."""
         within = self.max_out <= self.max_allowed and self.mean_out <= self.mean_allowed
         return within and math.isfinite(self.max_out)
 
@@ -49,24 +49,25 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
     """Compare ``out`` with the reference.
 
     ``max|out - exact| <= 2 max|low - exact| + 2 max|exact + 0.3 - 0.3 - exact|``, the last term computed in ``dtype``,
-    and ``mean|out - exact| <= 1.1 mean|low - exact|``, which fewer than 16 rows are too few to judge.
+    and, for at least 16 rows, ``mean|out - exact| <= 1.1 mean|low - exact|``.
 
     Args:
-        out: what a backend gave, ``(..., n)``.
-        exact: the reference in float64 on the same inputs. Where it is infinite (a log-sum-exp over no key), ``out``
-            must be so too.
+        out: the output of a backend, ``(..., n)``.
+        exact: the reference in float64 on the same inputs. If it is infinite (a log-sum-exp over no key), ``out`` must
+            be infinite, too.
         low: the reference in ``dtype``.
-        dtype: of the inputs; that of ``out`` unless given (a log-sum-exp is wider than the call it belongs to).
+        dtype: of the inputs; None: that of ``out`` (a log-sum-exp has a wider dtype than its call).
 
-    That is all for outputs of 16 bits. Two cases lie outside of what the rule was made for:
+    For outputs of 16 bits this is all. The rule was not made for two other cases, which are allowed more:
 
-    * Float32, where order of summation and the base of the exponential decide errors as small as the reference's own.
-      Torch's plain scaled_dot_product_attention breaks the rule there (300 random calls on a CPU: largest error up to
-      3.6 times the reference's, mean up to 1.23 times). Four roundings of the largest value more for the maximum; for
-      the mean an eighth of a rounding, and four standard errors, since it is that of a finite sample.
-    * A log-sum-exp (``dtype`` given), which is not rounded to ``dtype``: the formula of the floor is zero beyond 0.6,
-      and the reference may by luck round nothing. What float32 is allowed, and an eighth of a rounding of the largest
-      value in ``dtype`` for the maximum, the square of one for the mean (a product kept as two numbers).
+    * Float32: errors are as small as the reference's own, and depend on the order of summation and the base of the
+      exponential. Torch's plain scaled_dot_product_attention breaks the rule (300 random calls on a CPU: largest error
+      up to 3.6 times the reference's, mean up to 1.23 times). Allowed in addition: for the maximum, four roundings of
+      the largest value; for the mean, an eighth of a rounding and four standard errors, because the sample is finite.
+    * A log-sum-exp (``dtype`` given) is not rounded to ``dtype``. The formula of the floor is zero above 0.6, and the
+      reference may by luck have no rounding error. Allowed in addition: what float32 is allowed; for the maximum, an
+      eighth of a rounding of the largest value in ``dtype``; for the mean, the square of that rounding (a product held
+      as two numbers).
 
     Raises:
         ValueError: shapes that differ, or ``exact`` is not float64.
@@ -77,7 +78,7 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
         raise ValueError(f"exact: expected float64, received {exact.dtype}")
     dtype, out_dtype = dtype or out.dtype, out.dtype
     out, exact, low = (x.detach().double() for x in (out, exact, low))
-    agreed = exact.isinf() & (out == exact)  # infinite log-sum-exps say nothing of rounding
+    agreed = exact.isinf() & (out == exact)  # infinite log-sum-exps have no rounding
     out, exact, low = (x.masked_fill(agreed, 0) for x in (out, exact, low))
     error, error_low = (out - exact).abs(), (low - exact).abs()
     size = max(1.0, float(exact.abs().amax()))
@@ -88,7 +89,7 @@ def measure(out: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, dtype: to
     floor = (rounded + 0.3 - 0.3 - rounded).double().abs()
     max_allowed = MAX_FACTOR * float(error_low.amax()) + 2 * float(floor.amax())
     mean_allowed = MEAN_FACTOR * float(error_low.mean())
-    # One sample a query and head: its channels share the errors of its logits.
+    # One sample per query and head, because all channels share the errors of the logits.
     excess = error - MEAN_FACTOR * error_low
     samples = excess.mean(dim=-1).flatten() if excess.ndim == 4 else excess.flatten()
     if out_dtype == torch.float32:

@@ -150,7 +150,6 @@ def test_our_kernels_are_not_a_top_level_module():
 # Imports inside functions, or for type checkers alone: who, whom, and why not at the top of the file.
 LATE = {
     ("fastrope", "fastrope.bindings*"): "apply, remove, steer and prepare_reference need a host library, an extra",
-    ("fastrope.bindings", "fastrope.bindings.diffusers"): "diffusers is an extra",
     ("fastrope.bindings.diffusers.steering", "fastrope.bindings.transformers.judge"): "transformers is another extra",
     ("fastrope.commands.*", "fastrope.bindings.*"): "a command line is parsed without the extra it names as missing",
     ("fastrope.commands.*", "fastrope.demo.*"): "the same, for pictures",

@@ -198,9 +198,9 @@ def test_pixels_that_are_no_numbers_make_no_picture():
 
 def test_a_reference_is_turned_too(tmp_path):
     pytest.importorskip("diffusers")
-    from fastrope.bindings.diffusers import trajectories
+    from fastrope.bindings.diffusers import encoding
 
     photo = Image.open(turned(wedge(), tmp_path / "a.png", 8))
-    (found,) = trajectories._pictures(None, photo)
+    (found,) = encoding.as_pictures(photo)
     assert np.array_equal(np.asarray(found), np.asarray(ImageOps.exif_transpose(photo)))
     assert found.size == (8, 6)

@@ -1,4 +1,4 @@
-"""From a transformer's own arguments to what every layer is to do: the sequence, the step, the modulations."""
+"""From the arguments of a transformer's call to the work of every layer: sequence, step, modulations, plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..image.requests import LayerRequest
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work, structure_of
 from .checkpoints import follow
-from .fingerprints import Fingerprints, Readings
+from .fingerprints import Fingerprints, Memo
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .guided import GuidedKeys, GuidedWork
 from .hosts import Host
@@ -34,11 +34,11 @@ from .layer_op import Layer
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
 
-PLAN_BYTES = 1 << 30  # plans kept for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
-KNOWN_WORKS = 512  # those with numbers of their own in each of 60 layers, in two branches of guidance and four steps
+PLAN_BYTES = 1 << 30  # of plans held for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
+KNOWN_WORKS = 512  # enough for different numbers in each of 60 layers, in two branches of guidance and four steps
 KNOWN_SEQUENCES = 8
 
-Kept = TypeVar("Kept")
+Held = TypeVar("Held")
 
 
 class Identified(NamedTuple):
@@ -69,25 +69,25 @@ class Identified(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a forward is to do, and the arguments to call the transformer with, if others."""
+    """What a forward does, and the arguments to call the transformer with; None keeps those of the call."""
 
     forward: Forward
     arguments: dict[str, Any] | None = None
 
 
 class CallState:
-    """Of one handle: its hooks, which make a :class:`.forwards.Forward` for every call, and what calls have in common.
+    """Hooks of one handle, which make a :class:`.forwards.Forward` for every call, and what calls have in common.
 
-    Forwards are made one at a time, whatever thread they come from; their layers run side by side.
+    Forwards of several threads are made one at a time. Their layers run side by side.
 
     Args:
         host: the transformer's row of the table.
-        called, model: what is called, and the transformer itself, which a compiler may have wrapped.
+        called, model: the module that is called, and the transformer itself; they differ if a compiler wrapped it.
         methods: modulations and methods, flat.
         kinds: the kind of each layer's block, in order of execution.
         backend: as in :func:`fastrope.apply`.
-        applied: whether the host rotates queries and keys.
-        pipe: the pipeline the handle was made for, if any.
+        applied: True if the host rotates queries and keys.
+        pipe: the pipeline that the handle was made for, if any.
     """
 
     def __init__(
@@ -117,27 +117,27 @@ class CallState:
         self._warned = False
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
-        self._fingerprints, self._sigmas = Fingerprints(), Readings()
+        self._fingerprints, self._memo = Fingerprints(), Memo()
         self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
         self._works: OrderedDict[Hashable, Any] = OrderedDict()  # anything with plans
         self._alike: weakref.WeakValueDictionary[Hashable, Work] = weakref.WeakValueDictionary()
 
     @property
     def bound(self) -> bool:
-        """Whether the layers are."""
+        """True until the handle is removed."""
         return self.layers[0].handle is not None
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of the transformer; other arguments where a reference joins the batch."""
+        """Forward pre-hook of the transformer. Returns other arguments if a reference joins the batch."""
         refuse_tracing()
         with self.forwards.lock:
             self.forwards.admit()
-            if not self.bound:  # any more: the call waited here while the handle was removed
+            if not self.bound:  # the handle was removed while this call waited for the lock
                 return None
             for attn, processor in self.installed:
-                if attn.processor is not processor:  # by an IP-Adapter, say; the layer would go without its modulations
+                if attn.processor is not processor:  # an IP-Adapter's, say: the layer would lose its modulations
                     raise NotImplementedError(
                         f"attention processors: expected those that fastrope.apply installed, received "
                         f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
@@ -148,12 +148,12 @@ class CallState:
                 follow(self.model, self.forwards)
             forward = self.forwards.settled()
             forward, arguments = self._prepared(module, args, kwargs) if forward is None else (forward, None)
-            require(self.bound, "handle", "one that stays bound while its methods are asked", "one that was removed")
+            require(self.bound, "handle", "one that stays bound while its methods run", "a removed one")
             self.forwards.enter(call_frame(), forward)
         return None if arguments is None else ((), arguments)
 
     def after_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        """Forward hook, called after errors, too: the reference's rows are dropped from the output."""
+        """Forward hook, called after errors, too. It cuts the reference's rows from the output."""
         forward = self.forwards.leave(call_frame())
         if forward is None or not forward.appended or output is None:
             return None
@@ -171,10 +171,10 @@ class CallState:
 
     def _prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
         found, inspector, count = self.sequence_of(module, call), self.inspector, len(self.layers)
-        # One site per layer; none where nobody asks.
-        asked = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
-        sites = self._sites(call, methods, found.sequence.layout()) if asked else []
-        rescaling = rescaling_of(methods, sites[0]) if asked else None
+        # One site per layer. Modulations alone need none, so that the step and the layout may be unknown.
+        needed = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
+        sites = self._sites(call, methods, found.sequence.layout()) if needed else []
+        rescaling = rescaling_of(methods, sites[0]) if needed else None
         found = found.rescaled(rescaling)
         requests = [LayerRequest.of(methods, site) for site in sites] or [LayerRequest(methods)] * count
         guidances = [guidance_of(methods, site) for site in sites]
@@ -182,7 +182,7 @@ class CallState:
             return Prepared(Forward(self._guided(found, requests, guidances), rescaling=rescaling))
         works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
         for n, (modulations, sharings) in enumerate(requests):
-            if sharings:  # of a method that wants the statistics of a reference in the sequence itself
+            if sharings:  # a method takes the statistics of a reference in the sequence itself
                 base = self._work(found, self.digest(modulations), modulations)
                 works[n] = SharedWork(base, requests[n], sites[n].tokens)
         probes = [None] * count
@@ -203,15 +203,15 @@ class CallState:
         """Those of a call. Methods that rescale positions know its noise level, whose value is read for them alone."""
         step, sigma = self.step(call), None
         if rescales(methods):
-            sigma = find_sigma(step, self._sigmas.of, call.get(self.host.timestep), self.host.model_time)
+            sigma = find_sigma(step, self._memo, call.get(self.host.timestep), self.host.model_time)
         return self.sites(step, tokens, sigma)
 
     def tell(self, step: Step | None) -> None:
-        """The step of the calls to come of this thread, and of threads that told none; None: to be found out."""
+        """Set the step of the next calls of this thread, and of threads that set none. None: find it out again."""
         self._told.step = self._told_last = step
 
     def step(self, call: Call) -> Step:
-        """The step a call belongs to."""
+        """The step that a call belongs to."""
         return getattr(self._told, "step", self._told_last) or self._found_step(call) or self._first_step()
 
     def _found_step(self, call: Call) -> Step | None:
@@ -224,8 +224,8 @@ class CallState:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "fastrope: nothing tells the denoising step, so methods see step 0 in every call; apply to the "
-                "pipeline, or call handle.set_step(step, num_steps)",
+                "fastrope: the denoising step is unknown, so methods see step 0 in every call; apply to the pipeline, "
+                "or call handle.set_step(step, num_steps)",
                 stacklevel=2,
             )
         return Step(0, fr.Site.num_steps)
@@ -233,13 +233,13 @@ class CallState:
     # ---- sequences --------------------------------------------------------------------------------------------------
 
     def sequence_of(self, module: torch.nn.Module, call: Call) -> Identified:
-        """What a call is over."""
+        """The sequence of a call."""
         identified = self.host.identify(module, call)
         key = self._fingerprints.key((*identified, self.host.theta(module)))
         return Identified(key, *self._sequence(module, key, identified, device_of(call.get(self.host.hidden))))
 
     def digest(self, parts: Any) -> Hashable:
-        """The content of tensors, modulations and values as something to compare."""
+        """A hashable value for the content of tensors, modulations and plain values."""
         return self._fingerprints.key(parts)
 
     def _sequence(
@@ -259,7 +259,7 @@ class CallState:
     def _check_embedding(
         self, module: torch.nn.Module, sequence: JointSequence, rope: fr.RoPE, device: torch.device
     ) -> None:
-        """Modulated layers rotate by our angles: they must be the host's, whatever was done to its embedding."""
+        """Require that our angles are the host's, because modulated layers rotate by ours."""
         with torch.no_grad():
             gap = (self.host.cosines(module, sequence, device).cpu().double() - rope.angles.cos().double()).abs().max()
         if not gap < 1e-3:
@@ -273,7 +273,7 @@ class CallState:
     def _works_for(
         self, found: Identified, layers: list[tuple[Modulation, ...]], device: torch.device
     ) -> list[LayerWork | None]:
-        """The work of every layer; None where nothing is modulated."""
+        """The work of every layer; None for a layer without a modulation."""
         distinct: list[tuple[Modulation, ...]] = []
         index = []
         for modulations in layers:
@@ -319,28 +319,28 @@ class CallState:
         )
 
     def alike(self, key: Hashable, modulations: tuple, make: Callable[[Work | None], Work]) -> Work:
-        """``make(like)``, where ``like`` is the latest work under the same key that differs in numbers alone, if any:
-        schedules change them from layer to layer and step to step, a plan's tables do not depend on them."""
+        """``make(like)``. ``like`` is the latest work under the same key whose modulations differ in numbers alone, if
+        there is one. Schedules change numbers from layer to layer and step to step; tables of plans stay the same."""
         structure = key, self.digest(structure_of(modulations))
         work = make(self._alike.get(structure))
         self._alike[structure] = work
         return work
 
-    def remember(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """The work of an earlier call under the same key, or a new one."""
+    def remember(self, key: Hashable, make: Callable[[], Held]) -> Held:
+        """What an earlier call made under the same key, or something new."""
         if key not in self._works:
             self._works[key] = make()
         self._works.move_to_end(key)
         return self._works[key]
 
     def forget(self) -> None:
-        """Drop what was used longest ago, until the plans left are ``KNOWN_WORKS`` and fit into ``PLAN_BYTES``."""
+        """Drop what was used longest ago, until at most ``KNOWN_WORKS`` are left and fit into ``PLAN_BYTES``."""
         while len(self._works) > 1 and (len(self._works) > KNOWN_WORKS or self._nbytes > PLAN_BYTES):
             self._works.popitem(last=False)
 
     @property
     def _nbytes(self) -> int:
-        """Memory of the plans, bytes; they share tensors."""
+        """Memory of the plans, bytes. A tensor that several plans share counts once."""
         held = {id(t): t.nbytes for work in self._works.values() for plan in work.plans for t in plan.tensors}
         return sum(held.values())
 

@@ -1,7 +1,8 @@
-"""Gradient checkpointing: a block that runs again does what it did in its own forward.
+"""Gradient checkpointing: a block that runs a second time does what it did in its own forward.
 
-Later forwards, other threads and the removal of the handle lie between. diffusers' models hand their blocks to
-``_gradient_checkpointing_func``; while a handle is bound they hand it blocks that carry their forward.
+Later forwards, forwards of other threads and the removal of the handle may lie between the two runs. diffusers' models
+pass their blocks to ``_gradient_checkpointing_func``. While a handle is bound, they pass blocks that carry their
+forward with them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NAME = "_gradient_checkpointing_func"
 
 
 def follow(model: torch.nn.Module, forwards: Forwards) -> None:
-    """Let the model's blocks carry their forward, whichever function the user has set by now."""
+    """Let the model's blocks carry their forward, with any checkpointing function that the user has set."""
     function = getattr(model, NAME, None)
     if callable(function) and not isinstance(function, _Following):
         setattr(model, NAME, _Following(function, forwards))
@@ -41,13 +42,13 @@ class _Following:
         self._forwards = forwards
 
     def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # compiled layers refuse gradients
+        if not torch.compiler.is_compiling():  # compiled layers refuse gradients anyway
             block = _Carrying(block, self._forwards)
         return self.original(block, *args, **kwargs)
 
 
 class _Carrying:
-    """A block with the forward that it is part of now. It holds nothing else of the handle."""
+    """A block, together with the forward that it is part of now. It holds nothing else of the handle."""
 
     def __init__(self, block: torch.nn.Module, forwards: Forwards) -> None:
         self._block = block
@@ -74,8 +75,8 @@ class _Carrying:
             self._forwards.leave(frame)
 
     def _bound_block(self) -> torch.nn.Module:
-        """The block with the processors of its forward. Where they were taken away it stays as it is, for whoever runs
-        it meanwhile, and a copy with the same parameters has them."""
+        """The block with the processors of its forward. If they were removed since, the block itself stays as it is,
+        because others may run it meanwhile; a copy with the same parameters gets the processors."""
         block = self._block
         for name, processor in self._processors.items():
             if self._block.get_submodule(name).processor is not processor:
@@ -84,15 +85,15 @@ class _Carrying:
 
 
 def _with_processor(module: torch.nn.Module, path: list[str], processor: Any) -> torch.nn.Module:
-    """A copy that shares all but the modules on the path to a processor of its own.
+    """A copy with another processor. It shares all modules except those on the path to the processor.
 
     Raises:
-        NotImplementedError: a forward that was put into a module on the path, which would run the module itself.
+        NotImplementedError: something replaced ``forward`` of a module on the path. It would run the original module.
     """
     if "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None:
         raise NotImplementedError(
-            f"gradient checkpointing: expected backward() before handle.remove() where hooks of offloading or a "
-            f"compiler run a block, received a {type(module).__name__} with them after it"
+            f"gradient checkpointing: expected backward() before handle.remove() for blocks with hooks of offloading "
+            f"or of a compiler, received a {type(module).__name__} with such hooks after it"
         )
     twin = copy.copy(module)
     if path:

@@ -1,7 +1,7 @@
-"""The forwards of a bound transformer that are under way, and what every layer does in each of them.
+"""The forwards of a bound transformer that are running, and what every layer does in each of them.
 
-Several threads may run one transformer, and a block that was checkpointed runs again long after its forward. So nothing
-of a call is kept in the layers: a layer asks for the forward that it is part of.
+Several threads may run one transformer, and a checkpointed block runs again long after its forward. So layers store
+nothing of a call: a layer looks up the forward that it is part of.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ..image.work import LayerWork
 
 _CALL = torch.nn.Module.__call__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
-_POLL = 0.01  # seconds: nothing tells the end of a call that a KeyboardInterrupt broke off
+_POLL = 0.01  # seconds; torch runs no hook when a KeyboardInterrupt ends a call, so waiting needs polls
 
 
 class LayerState(NamedTuple):
-    """What a layer does in one forward: its ``work``, None where nothing is modulated; ``probe(q, k, work, applied)``,
-    if any, looks at the attention."""
+    """What a layer does in one forward: its ``work`` (None without a modulation), and ``probe(q, k, work, applied)``,
+    which measures the attention (None if nothing does)."""
 
     work: LayerWork | None = None
     probe: Callable | None = None
 
     @property
     def idle(self) -> bool:
-        """Whether the host's own processor can run unobserved."""
+        """True if the host's own processor can run."""
         return self.work is None and self.probe is None
 
 
@@ -46,8 +46,8 @@ class Forward:
     """One call of the transformer.
 
     Args:
-        layers: what each does, in order of execution.
-        appended: rows of a reference behind the target's, to be cut from the output.
+        layers: what each layer does, in order of execution.
+        appended: rows of a reference after the target's, to be cut from the output.
         rescaling: of the model's positions.
     """
 
@@ -56,7 +56,7 @@ class Forward:
     rescaling: Rescaling | None = None
 
     def unobserved(self) -> Forward:
-        """The same without probes, for blocks that run again."""
+        """The same without probes, for blocks that run a second time."""
         return replace(self, layers=tuple(LayerState(layer.work) for layer in self.layers))
 
 
@@ -67,15 +67,15 @@ class _Entry(NamedTuple):
 
 
 class Forwards:
-    """Of one handle, by thread.
+    """The running forwards of one handle, by thread.
 
     An entry belongs to a frame of its thread's call stack: the call of the transformer, or of a block that runs again.
-    torch runs no hook after a KeyboardInterrupt, so an entry may stay behind; its frame, which is over, tells it from
-    one that counts.
+    torch runs no hook after a KeyboardInterrupt, so an entry may stay behind. Its frame has then ended, which tells it
+    from a running one.
 
     Args:
-        called: the module that is called: the transformer, or what a compiler has wrapped it in.
-        count: of the layers.
+        called: the module that is called: the transformer, or the compiler's wrapper of it.
+        count: number of layers.
     """
 
     def __init__(self, called: torch.nn.Module, count: int) -> None:
@@ -88,9 +88,9 @@ class Forwards:
         self._settled: dict[int, Forward] = {}
 
     def enter(self, frame: FrameType, forward: Forward) -> None:
-        """From now on, layers that this frame calls are part of the forward. Whoever calls holds the lock."""
+        """From now on, layers that this frame calls are part of the forward. The caller holds the lock."""
         for thread, entries in list(self._entries.items()):
-            if not _any_runs(entries):  # they would keep their calls' tensors
+            if not _any_runs(entries):  # their calls' tensors would stay in memory
                 self._entries.pop(thread, None)
         entries = self._entries.setdefault(threading.get_ident(), [])
         while entries and not _search(frame, entries[-1].frame)[0]:
@@ -98,7 +98,7 @@ class Forwards:
         entries.append(_Entry(frame, forward, torch.is_grad_enabled()))
 
     def leave(self, frame: FrameType) -> Forward | None:
-        """The forward that this frame entered, which is over; None where it entered none."""
+        """End the forward that this frame entered, and return it; None if it entered none."""
         thread = threading.get_ident()
         entries = self._entries.get(thread, [])
         position = next((n for n, entry in enumerate(entries) if entry.frame is frame), None)
@@ -111,16 +111,16 @@ class Forwards:
         return forward
 
     def current(self) -> Forward:
-        """The forward that whoever calls is part of; an idle one in a call that began before the handle was bound.
+        """The forward that the caller is part of. A call that began before the handle was bound has an idle one.
 
         Raises:
-            ValueError: whoever calls is part of no call of the transformer.
-            NotImplementedError: a checkpoint in between, that would run the layer again without it.
+            ValueError: the caller is not part of a call of the transformer.
+            NotImplementedError: a checkpoint lies in between. It would run the layer again outside of the forward.
         """
         entries = self._entries.get(threading.get_ident(), [])
         while entries:
-            under_way, checkpointed = _search(sys._getframe(1), entries[-1].frame)
-            if under_way:
+            running, checkpointed = _search(sys._getframe(1), entries[-1].frame)
+            if running:
                 if checkpointed and entries[-1].differentiable:
                     refuse_checkpoint()
                 return entries[-1].forward
@@ -129,26 +129,26 @@ class Forwards:
             return self.idle
         raise ValueError(
             "transformer: expected a call of the object that fastrope.apply was given, received one that went round "
-            "it, so that the layout of the sequence is unknown"
+            "it; the layout of the sequence is unknown"
         )
 
     # ---- forwards of other threads ----------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Wait while calls are paused, unless this one is within another, which the pause waits for. Whoever calls
-        holds the lock."""
+        """Wait while calls are paused. A call within another one does not wait, because the pause waits for the outer
+        one. The caller holds the lock."""
         while self._pausing and not self._here():
             self.lock.wait()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """No forward is under way within the block: it waits for those that are, and those to come wait for its end.
+        """A block in which no forward runs. It first waits for those that run; new ones wait for its end.
 
         Raises:
-            ValueError: one is under way in this thread.
+            ValueError: a forward runs in this thread.
         """
         with self.lock:
-            require(not self._here(), "handle", "no call of the transformer under way in this thread", "one that is")
+            require(not self._here(), "handle", "no running call of the transformer in this thread", "one")
             self._pausing += 1
             try:
                 while any(map(_any_runs, list(self._entries.values()))):
@@ -159,13 +159,13 @@ class Forwards:
                 self.lock.notify_all()
 
     def _here(self) -> bool:
-        """Whether a forward is under way in this thread."""
+        """True if a forward runs in this thread."""
         return _any_runs(self._entries.get(threading.get_ident(), []))
 
-    # ---- a forward that is settled before its call ------------------------------------------------------------------
+    # ---- a forward that is made before its call ---------------------------------------------------------------------
 
     def run(self, forward: Forward, module: torch.nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Call a module whose hook takes this forward, from :meth:`settled`, instead of making one."""
+        """Call a module. Its hook takes this forward, from :meth:`settled`, and makes none."""
         thread = threading.get_ident()
         self._settled[thread] = forward
         try:
@@ -174,12 +174,12 @@ class Forwards:
             self._settled.pop(thread, None)
 
     def settled(self) -> Forward | None:
-        """What the call that begins in this thread is to do, if that is settled."""
+        """The forward that :meth:`run` gave to the call that begins in this thread, if any."""
         return self._settled.pop(threading.get_ident(), None)
 
 
 def call_frame() -> FrameType:
-    """Of the module's call that runs the hook which asks."""
+    """The frame of the module's call that runs the calling hook."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not _CALL:
         frame = frame.f_back
@@ -187,26 +187,26 @@ def call_frame() -> FrameType:
 
 
 def within_checkpoint() -> bool:
-    """Whether whoever calls is run by :mod:`torch.utils.checkpoint`."""
+    """True if :mod:`torch.utils.checkpoint` runs the caller."""
     return _search(sys._getframe(1), None)[1]
 
 
 def refuse_checkpoint() -> None:
     """Raise NotImplementedError."""
     raise NotImplementedError(
-        "gradient checkpointing: expected transformer.enable_gradient_checkpointing(), whose blocks run again as in "
-        "their own forward, received a transformer or a block within torch.utils.checkpoint"
+        "gradient checkpointing: expected transformer.enable_gradient_checkpointing(), received a transformer or a "
+        "block within torch.utils.checkpoint, which would run again without its forward"
     )
 
 
 def _any_runs(entries: list[_Entry]) -> bool:
-    """Whether the frame of any runs, in whatever thread; one that is over lets go of what it held."""
+    """True if the frame of any entry runs, in any thread. A frame that has ended frees what it held."""
     return any(_runs(entry.frame) for entry in list(entries))
 
 
 def _runs(frame: FrameType) -> bool:
-    # The stacks of other threads would tell, too, but asking for them can hang: sys._current_frames() collects garbage
-    # under a lock of the interpreter that threading.local objects among it want.
+    # sys._current_frames() is no way to look at other threads' stacks, because it can hang: it collects garbage under a
+    # lock of the interpreter, and threading.local objects in the garbage need that lock.
     try:
         frame.clear()
     except RuntimeError:  # it is executing
@@ -215,7 +215,7 @@ def _runs(frame: FrameType) -> bool:
 
 
 def _within_call(module: torch.nn.Module | None) -> bool:
-    """Whether whoever calls is run by a call of the module."""
+    """True if a call of the module runs the caller."""
     frame = sys._getframe(1)
     while frame is not None and not (frame.f_code is _CALL and frame.f_locals.get("self") is module):
         frame = frame.f_back
@@ -223,7 +223,7 @@ def _within_call(module: torch.nn.Module | None) -> bool:
 
 
 def _search(top: FrameType | None, wanted: FrameType | None) -> tuple[bool, bool]:
-    """Whether a frame is on the stack below ``top``, and whether a checkpoint is above it."""
+    """Whether the stack below ``top`` has the wanted frame, and whether it has a checkpoint above that frame."""
     frame, checkpointed = top, False
     while frame is not None and frame is not wanted:
         checkpointed = checkpointed or frame.f_code.co_filename == _CHECKPOINT

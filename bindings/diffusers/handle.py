@@ -28,14 +28,14 @@ from .steps import Step
 from .video import bind_video, unbind_video, video_host
 
 ROTATIONS = ("op", "host")
-_BINDING = threading.RLock()  # held from the look at the processors to their replacement
+_BINDING = threading.RLock()  # held while processors are checked and replaced
 
 
 class Handle:
     """Methods bound to a transformer. A context manager: leaving the block removes them."""
 
     def __init__(self, state: CallState) -> None:
-        self._state: CallState | None = state  # None once removed: with it go transformer, pipeline and plans
+        self._state: CallState | None = state  # None after removal, which frees transformer, pipeline and plans
         self._undo = contextlib.ExitStack()
         self._methods = state.methods
         self._tables: RescaledTables | None = None
@@ -48,29 +48,29 @@ class Handle:
 
     @property
     def methods(self) -> tuple:
-        """The modulations and methods bound, flat."""
+        """The bound modulations and methods, flat."""
         return self._methods
 
     @property
     def _bound(self) -> CallState:
-        """What is shared by all calls.
+        """The state that all calls share.
 
         Raises:
-            ValueError: a handle that was removed.
+            ValueError: a removed handle.
         """
         require(self.bound, "handle", "a bound handle", "one that was removed already")
         return cast(CallState, self._state)
 
     def update(self, *methods: Any) -> None:
-        """Replace all modulations and methods, from the next call of the transformer on: in the middle of a run, too.
-        Calls that are under way in other threads go on with those they began with.
+        """Replace all modulations and methods, from the next call of the transformer on, also in the middle of a run.
+        Running calls of other threads go on with those they began with.
 
-        Nothing is re-applied and nothing compiles again. Methods are frozen: a parameter is changed by
+        Nothing is applied again and nothing compiles again. Methods are frozen. Change a parameter with
         ``handle.update(dataclasses.replace(method, delta=1.2))``.
 
         Raises:
-            ValueError: something that is neither modulation nor method, or a handle that was removed.
-            NotImplementedError: methods that rescale positions where the handle cannot.
+            ValueError: something that is neither a modulation nor a method, or a removed handle.
+            NotImplementedError: methods that rescale positions, if this handle cannot.
         """
         flat = flat_methods(methods, "methods")
         self._rescale(flat)
@@ -82,21 +82,22 @@ class Handle:
         steps: Indices | None = None,
         queries: slice | torch.Tensor | None = None,
     ) -> Record:
-        """Look at the attention of the calls to come: its mass per group of tokens and the distance it spans.
+        """Measure the attention of the next calls: its mass per group of tokens, and the distance that it spans.
 
-        Every layer looked at computes its attention once more in float32, so look at few; the picture does not change.
-        With ``fr.apply(pipe)`` alone, it is the stock attention that is looked at.
+        Every inspected layer computes its attention once more, in float32. So inspect few layers; the picture does not
+        change. After ``fr.apply(pipe)`` without methods, this measures the stock attention.
 
         Args:
-            layers, steps: which, as in :class:`fastrope.At`; None: all.
-            queries: tokens to look from: a slice, bool mask or index tensor over the sequence; None: the target's.
+            layers, steps: those to inspect, as in :class:`fastrope.At`; None means all.
+            queries: the queries that count: a slice, bool mask or index tensor over the sequence; None means the
+                target's.
 
         Returns:
-            A :class:`fastrope.bindings.diffusers.Record`, empty at first. It looks until its ``stop()``, or until the
-            ``with`` block it opens is left, or until the handle is removed.
+            A :class:`fastrope.bindings.diffusers.Record`, empty at first. It records until ``stop()``, until the end of
+            its ``with`` block, or until the handle is removed.
 
         Raises:
-            ValueError: a handle that was removed, or that another record looks at.
+            ValueError: a removed handle, or one with another open record.
             NotImplementedError: a handle with a shared reference, whose keys are in no group of the sequence.
         """
         state = self._bound
@@ -112,13 +113,13 @@ class Handle:
             self._state.inspector = None
 
     def set_step(self, step: int | None, num_steps: int = 28) -> None:
-        """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out. It counts for
-        this thread's calls, and for those of threads that were told none of their own.
+        """Set the denoising step that methods see, for calls outside of a pipeline. ``None``: find it out again. It
+        counts for this thread's calls, and for calls of threads that set none.
 
-        Without a pipeline, and untold, methods see step 0, and a warning says so once.
+        Without a pipeline and without this call, methods see step 0, and a warning says so once.
 
         Raises:
-            ValueError: a step outside ``[0, num_steps)``, or a handle that was removed.
+            ValueError: a step outside ``[0, num_steps)``, or a removed handle.
         """
         if step is not None:
             ok = isinstance(step, int) and isinstance(num_steps, int) and 0 <= step < num_steps
@@ -126,13 +127,13 @@ class Handle:
         self._bound.tell(None if step is None else Step(step, num_steps))
 
     def remove(self) -> None:
-        """Put the previous processors back, the very same objects, and take the hooks away.
+        """Put the previous processors back, the very same objects, and remove the hooks.
 
-        Calls that are under way in other threads end first, with what they began with; those that begin meanwhile wait
-        and find nothing bound.
+        Running calls of other threads end first, with the methods they began with. Calls that begin meanwhile wait, and
+        then run without the handle.
 
         Raises:
-            ValueError: the handle was removed before, or a call of the transformer is under way in this thread.
+            ValueError: the handle was removed before, or a call of the transformer runs in this thread.
         """
         with self._bound.forwards.paused():
             state = self._bound
@@ -141,12 +142,12 @@ class Handle:
             self._state = None
         if replaced:
             warnings.warn(
-                f"{replaced} attention processors were replaced after fastrope.apply; they stay as they are",
+                f"{replaced} attention processors were replaced after fastrope.apply; the new ones stay in place",
                 stacklevel=2,
             )
 
     def _install(self, called: torch.nn.Module, attentions: Sequence[Any]) -> None:
-        """Bind; every change goes with what undoes it."""
+        """Bind. Every change is recorded together with its undoing, before it happens."""
         state, undo = self._state, self._undo
         undo.callback(unfollow, state.model)
         for attn, layer in zip(attentions, state.layers, strict=True):
@@ -156,7 +157,7 @@ class Handle:
             undo.callback(_put_back, attn, processor)
             state.installed.append((attn, processor))
             attn.set_processor(processor)
-        # Host work: traced, it would break the graph of a compiled transformer or be frozen into it.
+        # A compiler must not trace the hooks: they would break its graph, or become constants in it.
         disable: Any = partial(torch.compiler.disable, reason="to export a transformer, call handle.remove() first")
         before, after = disable(state.before_forward), disable(state.after_forward)
         undo.callback(_unhook, called, before)
@@ -200,7 +201,7 @@ class Handle:
 
 
 def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
-    """See :func:`fastrope.bindings.apply`. Everything is checked before anything changes."""
+    """See :func:`fastrope.apply`. Everything is checked before anything changes."""
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
     methods = flat_methods(methods, "methods")
@@ -232,12 +233,12 @@ def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = 
 
 
 def _put_back(attn: Any, processor: BoundProcessor) -> None:
-    if attn.processor is processor:  # and was not replaced meanwhile
+    if attn.processor is processor:  # not replaced meanwhile
         attn.set_processor(processor.original)
 
 
 def _unhook(module: torch.nn.Module, hook: Callable) -> None:
-    """Take a hook away, also one whose registration was broken off before it told what removes it."""
+    """Remove a hook, also if an interrupt came before torch returned the object that removes it."""
     flags = (
         module._forward_pre_hooks_with_kwargs,
         module._forward_hooks_with_kwargs,
@@ -250,10 +251,10 @@ def _unhook(module: torch.nn.Module, hook: Callable) -> None:
 
 
 def unbind(target: Any) -> None:
-    """Remove the handle that is bound to a pipeline's transformer, or to a transformer, wherever it is.
+    """Remove the handle that is bound to a pipeline's transformer, or to a transformer.
 
     Raises:
-        ValueError: there is none.
+        ValueError: none is bound.
     """
     _, model = _transformer_of(target)
     if unbind_video(model):
@@ -267,7 +268,7 @@ def unbind(target: Any) -> None:
 
 
 def _transformer_of(target: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """What is called, and the model itself, which ``torch.compile`` may have wrapped."""
+    """The module that is called, and the model itself. They differ if ``torch.compile`` wrapped the model."""
     called: Any = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
     require(isinstance(called, torch.nn.Module), "pipe", "a diffusers pipeline with a transformer, or a transformer",
             type(target).__name__)  # fmt: skip
@@ -292,19 +293,19 @@ def _find_layers(model: torch.nn.Module, host: Host) -> list[tuple[str, torch.nn
 def _check_processor(name: str, processor: Any, host: Host) -> None:
     kind = type(processor).__name__
     if isinstance(processor, BoundProcessor):
-        raise ValueError("pipe: expected a transformer that no handle is bound to, received one that is; "
-                         "call remove() on its handle first (fastrope.remove(pipe) where that is lost), or pass all "
-                         "methods to one apply")  # fmt: skip
+        raise ValueError("pipe: expected a transformer without a bound handle, received one with it; call remove() on "
+                         "its handle first (or fastrope.remove(pipe) if it is lost), or pass all methods to one "
+                         "apply")  # fmt: skip
     what = "IP-Adapter" if "IPAdapter" in kind else "PAG" if kind.startswith("PAG") else "custom attention processors"
-    own = kind in host.processors and type(processor).__module__.split(".")[0] == host.package
-    if not own:
+    if kind not in host.processors or type(processor).__module__.split(".")[0] != host.package:
         raise NotImplementedError(f"{what}: expected {' or '.join(host.processors)} at {name}, received {kind}")
     if getattr(processor, "_parallel_config", None) is not None:
         raise NotImplementedError(f"context parallelism: expected _parallel_config None at {name}, received one")
 
 
 def _refuse_parallel(model: torch.nn.Module) -> None:
-    """Tensor parallelism shards heads, which modulations do not mind; context parallelism shards the sequence."""
+    """Refuse context parallelism, which shards the sequence. Tensor parallelism shards heads, and modulations do not
+    depend on heads."""
     config = getattr(model, "_parallel_config", None)
     if getattr(config, "context_parallel_config", config) is not None:
         raise NotImplementedError("context parallelism: expected a model without it, received _parallel_config with it")

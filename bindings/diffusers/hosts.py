@@ -1,4 +1,4 @@
-"""The table of hosts: what must be known of a transformer class to modulate its attention."""
+"""The table of hosts: what the binding must know about a transformer class to modulate its attention."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class Host:
     """A transformer class.
 
     Args:
-        transformer: its name.
-        processors: its own processor classes, by name, and what stands in for each.
-        blocks: the lists of blocks that hold a joint attention layer, in order of execution, and the kind of each:
+        transformer: name of the class.
+        processors: the names of its processor classes, and the class that replaces each.
+        blocks: the lists of blocks with a joint attention layer, in order of execution, and the kind of each:
             ``"double"``, ``"single"`` or ``"joint"``.
-        identify: ``identify(model, call) -> tuple`` of what determines the sequence among the call's arguments: tensors
-            and hashable values. Reads no tensor.
+        identify: ``identify(model, call) -> tuple``: the arguments of the call that determine the sequence, tensors and
+            hashable values. It must not read values of tensors.
         describe: ``describe(*identified) -> JointSequence``.
-        axes_dim: reads the RoPE channels of each axis off the model.
-        theta: reads the base of the RoPE's frequencies off the model.
-        cosines: ``cosines(model, sequence, device)``, the model's own ``cos(phi)``, ``(S, D/2)`` or ``(B, S, D/2)``;
-            what ours is checked against.
+        axes_dim: reads the RoPE channels of each axis from the model.
+        theta: reads the base of the RoPE's frequencies from the model.
+        cosines: ``cosines(model, sequence, device)``, the model's own ``cos(phi)``, ``(S, D/2)`` or ``(B, S, D/2)``.
+            Ours are compared with it.
         pairing: of the RoPE.
         spatial_axes: the axes of rows and columns.
-        hidden: the argument that holds the image, whose device is that of the call.
-        timestep: the argument that holds the time.
-        model_time: the scheduler's timesteps as the model is given them.
-        skipped: lists of blocks with attention that is not over the joint sequence; it stays as it is.
+        hidden: name of the argument with the image. The call runs on its device.
+        timestep: name of the argument with the time.
+        model_time: turns the scheduler's timesteps into those that the model is given.
+        skipped: lists of blocks whose attention is not over the joint sequence. They are not bound.
         package: the top-level package that defines the transformer and its processors.
-        rows: how a shared reference is put into a call, see :mod:`.rows`; None where there can be none.
-        embedder: what makes the rotary table; None where positions cannot be rescaled.
+        rows: how a shared reference enters a call, see :mod:`.rows`; None if it cannot.
+        embedder: what makes the rotary table; None if positions cannot be rescaled.
     """
 
     transformer: str
@@ -73,7 +73,7 @@ class Host:
 
     def __post_init__(self) -> None:
         known = all(isinstance(c, type) and issubclass(c, BoundProcessor) for c in self.processors.values())
-        expected = "BoundProcessor classes by the name of the host's own"
+        expected = "BoundProcessor classes, by the name of the processor that each replaces"
         require(known and len(self.processors) > 0, "Host.processors", expected, self.processors)
         kinds = all(kind in KINDS for kind in self.blocks.values())
         expected = f"names of block lists and kinds of {KINDS}"
@@ -167,16 +167,16 @@ HOSTS: list[Host] = [
 
 
 def register_host(host: Host) -> Host:
-    """Add a row to the table, for transformers of other libraries or of one's own. Rows added later are found first.
+    """Add a row to the table, for a transformer of your own or of another library. The last row added is found first.
 
     Args:
-        host: the row; :class:`Host` says what it holds, docs/hosts.md has a complete one.
+        host: the row. docs/hosts.md has a complete one.
 
     Returns:
         The same row.
 
     Raises:
-        ValueError: not a :class:`Host`, or a name that the same package has in the table already.
+        ValueError: not a :class:`Host`, or a transformer of that package that is in the table already.
     """
     require(isinstance(host, Host), "host", "a fastrope.bindings.diffusers.Host", type(host).__name__)
     known = [(h.transformer, h.package) for h in HOSTS]
@@ -190,14 +190,14 @@ def find_host(model: torch.nn.Module) -> Host:
     """The row of a transformer.
 
     Raises:
-        ValueError: there is none.
-        NotImplementedError: nunchaku's transformers, whose kernels rotate inside.
+        ValueError: the table has none.
+        NotImplementedError: nunchaku's transformers, whose kernels do the rotation.
     """
     lineage = type(model).__mro__
     if any(cls.__module__.split(".")[0] == "nunchaku" for cls in lineage):
         raise NotImplementedError(
             f"nunchaku: expected a transformer of diffusers, received {type(model).__name__}, whose fused kernels "
-            "rotate queries and keys where no modulation can reach them"
+            "rotate queries and keys inside, so that no modulation can reach them"
         )
     names = {(cls.__name__, cls.__module__.split(".")[0]) for cls in lineage}
     host = next((h for h in HOSTS if (h.transformer, h.package) in names), None)

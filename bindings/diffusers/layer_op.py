@@ -1,7 +1,7 @@
-"""Where a layer's attention is decided, and the op that a compiler sees in its place.
+"""A layer of a bound transformer, and the op that a compiler sees in place of its attention.
 
-A compiler specialises on every Python number and object it meets, so a compiled layer meets neither plan nor
-modulation: it calls one opaque op with the layer's number in a tensor, and the op looks the layer up when it runs.
+A compiler specialises on every Python number and object in the code. So compiled code of a layer holds no plan and no
+modulation: it calls one opaque op with the layer's number in a tensor, and the op finds the layer when it runs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _NUMBERS = itertools.count()
 
 
 class Layer:
-    """One attention layer of a bound transformer. It holds nothing of a call: see :mod:`.forwards`.
+    """One attention layer of a bound transformer. It stores nothing of a call, see :mod:`.forwards`.
 
-    The host rotates queries and keys if ``applied``, and always in a layer that is ``compiled``.
+    The host rotates queries and keys if ``applied``, and always in a ``compiled`` layer.
 
     Args:
         forwards: of the handle.
@@ -39,7 +39,7 @@ class Layer:
         self.applied = applied
         self.compiled = False
         self.original: Any = None
-        self.handle: Any = None  # whose layer this is
+        self.handle: Any = None  # the handle of this layer
         self.number = next(_NUMBERS)
         self.address = torch.tensor([self.number], device="cpu")
         self._forwards = forwards
@@ -47,20 +47,20 @@ class Layer:
         _LAYERS[self.number] = self
 
     def close(self) -> None:
-        """Make the op refuse this layer from now on."""
+        """From now on, the op refuses this layer."""
         self.handle = None
         _LAYERS.pop(self.number, None)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """No handle would know of a copy."""
+        """Refuse a copy: no handle would manage it."""
         raise NotImplementedError(
-            "copy: expected a transformer that no fastrope handle is bound to; call handle.remove() before copying or "
-            "pickling it"
+            "copy: expected a transformer without a bound fastrope handle, received one with it; call handle.remove() "
+            "before copying or pickling it"
         )
 
     @property
     def state(self) -> LayerState:
-        """What the layer does in the forward that whoever asks is part of.
+        """What the layer does in the forward that the caller is part of.
 
         Raises:
             ValueError: the layer was called before the transformer was.
@@ -68,9 +68,11 @@ class Layer:
         return self._forwards.current().layers[self._index]
 
     def attend_streams(self, streams: list[fr.Stream | None], mask: Tensor | None) -> Tensor | None:
-        """Modulated attention ``(B, S, H, D)`` straight from the projections where the fused prologue is for it: on a
-        GPU, or where its backend was asked for. None elsewhere, for streams that the host's own steps bring to one
-        dtype, and under a probe, which looks at q and k."""
+        """Modulated attention ``(B, S, H, D)`` straight from the projections, through the fused prologue.
+
+        None if the host is to make q and k first: on a CPU (unless the backend ``"triton"`` was asked for), for
+        streams of several dtypes, under a probe, which needs q and k, and for other work than :class:`.work.Work`.
+        """
         work, probe = self.state
         known = [stream for stream in streams if stream is not None]
         if len(known) < len(streams) or probe is not None or type(work) is not Work:
@@ -82,20 +84,20 @@ class Layer:
         return work.attend_streams(known, self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
-        """Modulated attention ``(B, S, H, D)``, or None where the host's own is wanted."""
+        """Modulated attention ``(B, S, H, D)``, or None if the host's own attention is to run."""
         work, probe = self.state
         if mask is not None and work is not None and not work.masked:
             raise NotImplementedError(
-                "attention_mask: expected None in a modulated layer of this host, received a mask that is no part of "
-                "the transformer's own arguments"
+                "attention_mask: expected None in a modulated layer of this host, received a mask that is not among "
+                "the arguments of the transformer"
             )
         if probe is not None:
             probe(q, k, work, applied)
         return None if work is None else work.attend(q, k, v, applied, self.backend)
 
 
-# What the op does changes from call to call, so no CUDA graph may replay it. Where torch has no such tag, the tensor on
-# the CPU keeps inductor from capturing it.
+# What the op does changes from call to call, so no CUDA graph may replay it. If torch lacks this tag, the argument on
+# the CPU keeps inductor from capturing the op.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
@@ -107,11 +109,11 @@ def host_attention(
     mask: Tensor | None,
     layer: Tensor,
 ) -> Tensor:
-    """Attention of a bound layer, modulated or the host's own as the forward says that runs this.
+    """Attention of a bound layer: modulated, or the host's own, as the running forward says.
 
     Args:
         q, k, v: ``(B, S, H, D)``, rotated by the host.
-        mask: what the host masks with, for its own attention.
+        mask: the host's mask, for its own attention.
         layer: ``(1,)`` int64 on the CPU, the number of the layer.
 
     Returns:
@@ -119,7 +121,7 @@ def host_attention(
     """
     found = _LAYERS.get(int(layer))
     if found is None:
-        raise ValueError("handle: expected a bound handle, received compiled code of one that was removed")
+        raise ValueError("handle: expected a bound handle, received compiled code of a removed one")
     found.compiled = True
     out = found.attend(q, k, v, mask, applied=True)
     if out is None:

@@ -1,10 +1,10 @@
-"""Attention processors, one per shape of the hosts' own.
+"""Attention processors that replace those of the hosts, one class per signature.
 
-A processor is a plain object: a module would enter the host's ``state_dict``. It projects as the host does, hands the
-streams to :meth:`BoundProcessor.attend`, which normalises, joins and attends, and projects the result.
+A processor projects as the host does and passes the streams to :meth:`BoundProcessor.attend`, which normalises, joins
+and attends. Then it projects the result. It is a plain object, because a module would enter the host's ``state_dict``.
 
-Every ``__call__`` names the arguments of the host's own, because attention modules pass on what they find in its
-signature.
+Every ``__call__`` has the argument names of the processor that it replaces, because attention modules pass only the
+arguments that they find in its signature.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj
 
 
 class BoundProcessor:
-    """A processor that stands in for ``original``; diffusers' settings pass through to that."""
+    """A processor that replaces ``original``. diffusers' settings pass through to the original."""
 
     def __init__(self, original: Any = None, layer: Layer | None = None) -> None:
-        if original is None:  # loading an IP-Adapter makes the processors anew that it does not replace
+        if original is None:  # an IP-Adapter that is loaded creates the processors again that it does not replace
             raise NotImplementedError(
-                "IP-Adapter: expected a transformer that no fastrope handle is bound to, received one that is; call "
-                "handle.remove() before loading it"
+                "IP-Adapter: expected a transformer without a bound fastrope handle, received one with it; call "
+                "handle.remove() before loading the adapter"
             )
         register(type(self), type(original))
         self.original = original
@@ -55,13 +55,13 @@ class BoundProcessor:
         if config is not None:
             self._withdraw(config)
             raise NotImplementedError(
-                "context parallelism: expected a model that no fastrope handle is bound to, since modulations need the "
+                "context parallelism: expected a model without a bound fastrope handle, since modulations need the "
                 "whole sequence on one device; call handle.remove() first"
             )
 
     def _withdraw(self, config: Any) -> None:
-        """Take a configuration back from wherever diffusers has put it before it came to this processor: parallel in
-        name alone, the model could neither be bound nor made parallel again."""
+        """Remove a configuration from the modules where diffusers has put it before it reached this processor.
+        Otherwise the model would count as parallel, and could neither be bound nor be made parallel again."""
         handle = self.layer.handle
         modules = () if handle is None else handle._state.model.modules()
         for holder in [h for module in modules for h in (module, getattr(module, "processor", None))]:
@@ -69,8 +69,7 @@ class BoundProcessor:
                 holder._parallel_config = None
 
     def unmodulated(self) -> bool:
-        """True when the host's own processor is to run. Whether something modulates a compiled layer is decided later,
-        inside the op."""
+        """True if the host's own processor is to run. For a compiled layer the op decides this later."""
         return perturbed() or (not torch.compiler.is_compiling() and self.layer.state.idle)
 
     def attend(self, streams: list[Stream], table: Any, mask: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -78,10 +77,10 @@ class BoundProcessor:
 
         Args:
             table: the host's rotary table for the joint sequence.
-            mask: what the host masks with, as its attention backend takes it.
+            mask: the host's mask, as its attention backend takes it.
 
         Returns:
-            ``(B, S, heads * D)``, or None where the host's own processor is to run after all.
+            ``(B, S, heads * D)``, or None if the host's own processor is to run after all.
         """
         if table is None:
             raise NotImplementedError("rotary embedding: expected the host's table in a bound layer, received None")
@@ -95,28 +94,29 @@ class BoundProcessor:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 raise NotImplementedError(
                     "compiled transformer: expected torch.no_grad() while a fastrope handle is bound, received tensors "
-                    "that require grad; gradients flow in the transformer that is not compiled"
+                    "that require grad; use the transformer without torch.compile for gradients"
                 )
             return host_attention(q, k, v, mask, self.layer.address).flatten(2)
         out = self.layer.attend(q, k, v, mask, self.layer.applied)
         return None if out is None else out.flatten(2)
 
     def prepare(self, streams: list[Stream], table: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """QK norm, concatenation, and the host's rotation where there is a ``table``: ``q, k, v (B, S, heads, D)``."""
+        """QK norm, concatenation and, with a ``table``, the host's rotation: ``q, k, v (B, S, heads, D)``."""
         parts = [(q if nq is None else nq(q), k if nk is None else nk(k), v) for q, k, v, nq, nk in streams]
         q, k, v = parts[0] if len(parts) == 1 else (torch.cat(some, dim=1) for some in zip(*parts, strict=True))
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms return float32
         return (q, k, v) if table is None else (self.rotate(q, table), self.rotate(k, table), v)
 
     @staticmethod
     def rotate(x: torch.Tensor, table: Any) -> torch.Tensor:
-        """The host's rotation of ``x (B, S, H, D)``; here by ``(cos, sin)``, ``(S, D)`` each, pairs interleaved."""
+        """The host's rotation of ``x (B, S, H, D)``. Here the table is ``(cos, sin)``, ``(S, D)`` each, for interleaved
+        pairs."""
         return cast(torch.Tensor, apply_rotary_emb(x, table, sequence_dim=1))
 
 
 class FluxProcessor(BoundProcessor):
-    """FLUX.1 and its kin, FLUX.2's double-stream blocks: these project text and image apart and join them as
-    ``[text | image]``; single-stream blocks get the joint sequence."""
+    """FLUX.1 and related hosts, and FLUX.2's double-stream blocks. Double-stream blocks project text and image apart
+    and join them as ``[text | image]``. Single-stream blocks get the joint sequence."""
 
     def __call__(
         self,
@@ -143,8 +143,8 @@ class FluxProcessor(BoundProcessor):
 
 
 class Flux2SingleProcessor(BoundProcessor):
-    """FLUX.2's single-stream blocks: one projection makes queries, keys, values and the MLP's input, so that ``v`` is a
-    strided view; one projection takes attention and MLP back."""
+    """FLUX.2's single-stream blocks. One projection makes queries, keys, values and the input of the MLP, so ``v`` is a
+    strided view. One projection takes the outputs of attention and MLP."""
 
     def __call__(
         self,
@@ -158,7 +158,7 @@ class Flux2SingleProcessor(BoundProcessor):
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         joint = attn.to_qkv_mlp_proj(hidden_states)
         heads, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
-        width = joint.shape[-1] * heads // (heads + mlp)  # of a tensor-parallel shard, which keeps the proportion
+        width = joint.shape[-1] * heads // (heads + mlp)  # a tensor-parallel shard keeps the proportion
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in joint[..., :width].chunk(3, dim=-1))
         out = self.attend([Stream(q, k, v, attn.norm_q, attn.norm_k)], image_rotary_emb, attention_mask)
         if out is None:
@@ -167,7 +167,7 @@ class Flux2SingleProcessor(BoundProcessor):
 
 
 class QwenProcessor(BoundProcessor):
-    """Qwen-Image: joined as ``[text | image]`` in every block; complex rotary tables, one for each part."""
+    """Qwen-Image: every block joins ``[text | image]``. The rotary tables are complex, one for each part."""
 
     def __call__(
         self,
@@ -200,13 +200,13 @@ class QwenProcessor(BoundProcessor):
 
     @staticmethod
     def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """By unit complex numbers ``(S, D/2)`` or ``(B, S, D/2)``."""
+        """The table holds unit complex numbers, ``(S, D/2)`` or ``(B, S, D/2)``."""
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * table.unsqueeze(-2)).flatten(-2).type_as(x)
 
 
 class ZImageProcessor(BoundProcessor):
-    """Z-Image: one stream ``[image | text]`` with weights in common; tables and masks differ from row to row."""
+    """Z-Image: one stream ``[image | text]`` with common weights. Tables and masks differ from row to row."""
 
     rotate = staticmethod(QwenProcessor.rotate)
 
@@ -235,7 +235,7 @@ class ZImageProcessor(BoundProcessor):
 def _project(
     attn: Any, x: torch.Tensor, fused: str, separate: tuple[str, str, str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values ``(B, S, heads, D)``; the head count is what a tensor-parallel shard holds."""
+    """Queries, keys and values ``(B, S, heads, D)``. A tensor-parallel shard holds some of the heads."""
     if attn.fused_projections:
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in getattr(attn, fused)(x).chunk(3, dim=-1))
         return q, k, v
@@ -258,18 +258,18 @@ def _project_joint(attn: Any, out: torch.Tensor, text: int) -> tuple[torch.Tenso
 
 
 def _as_projected(stream: Stream) -> Stream | None:
-    """A stream for :func:`fastrope.joint_attention`, or None where a norm is more than an RMS norm of the head dim."""
+    """A stream for :func:`fastrope.joint_attention`, or None if a norm is not an RMS norm over the head dim."""
     norms = [_as_norm(norm, x) for norm, x in ((stream.norm_q, stream.q), (stream.norm_k, stream.k))]
     return None if None in norms else Stream(stream.q, stream.k, stream.v, *norms)
 
 
 def _as_norm(module: Any, x: torch.Tensor) -> fr.Norm | None:
-    """The norm a module computes. None for other kinds, and for one that offloading or an adapter has hooked."""
+    """The RMS norm that a module computes. None for other modules, and for one with hooks of offloading or adapters."""
     if type(module) not in (torch.nn.RMSNorm, RMSNorm) or getattr(module, "bias", None) is not None:
         return None
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
-    # Without an eps of its own, torch's norm takes one that depends on how it is computed.
+    # Without an eps, torch's norm takes a value that depends on how it is computed.
     if module.eps is None or tuple(getattr(module, "normalized_shape", x.shape[3:])) != tuple(x.shape[3:]):
         return None
     weight = module.weight

@@ -1,7 +1,7 @@
-"""What a transformer's own arguments say of its joint sequence, one reader per way of saying it.
+"""From a transformer's arguments to its joint sequence. There is one reader per form of the arguments.
 
-A reader has two halves. ``identify`` picks the arguments that determine the sequence, without reading a tensor;
-``describe`` turns them into a :class:`JointSequence`, once for every distinct content.
+A reader has two halves. ``identify`` picks the arguments that determine the sequence, without reading values of
+tensors. ``describe`` turns them into a :class:`JointSequence`, once for every distinct content.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Call = Mapping[str, Any]  # the arguments of a transformer's forward, by name
 
 
 def device_of(hidden: Any) -> torch.device:
-    """Of a tensor, or of the first in a list."""
+    """Device of a tensor, or of the first tensor in a list."""
     first: Any = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
     require(isinstance(first, torch.Tensor), "transformer", "a call with its image tokens", type(hidden).__name__)
     return first.device
 
 
 def refuse_tracing() -> None:
-    """What is exported or traced would hold the modulations of one call for good.
+    """Refuse export and tracing, because the result would contain the modulations of one call for good.
 
     Raises:
         NotImplementedError: under ``torch.export`` or ``torch.jit.trace``.
@@ -37,11 +37,11 @@ def refuse_tracing() -> None:
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (documented all the same)
     for name, on in (("torch.export", torch.compiler.is_exporting()), ("torch.jit.trace", tracing)):
         if on:
-            raise NotImplementedError(f"{name}: expected a transformer that no fastrope handle is bound to, received "
-                                      "one that is; call handle.remove() before exporting it")  # fmt: skip
+            raise NotImplementedError(f"{name}: expected a transformer without a bound fastrope handle, received one "
+                                      "with it; call handle.remove() before exporting it")  # fmt: skip
 
 
-# ---- position ids as arguments: FLUX.1 and its kin, FLUX.2 ---------------------------------------------------------
+# ---- position ids as arguments: FLUX.1 and related hosts, FLUX.2 ---------------------------------------------------
 
 
 def identify_ids(model: Any, call: Call) -> tuple:
@@ -66,8 +66,8 @@ def identify_masked_ids(model: Any, call: Call) -> tuple:
 
 def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | None = None) -> JointSequence:
     """Text first, then the grids that the image ids list, the first of them the target."""
-    # Through float64 before anything is computed: hosts hand ids over in the dtype of the model. Where rows have ids of
-    # their own, the host takes the first row's for all.
+    # Float64 before anything is computed, because hosts pass ids in the dtype of the model. If every row has ids, the
+    # host takes those of the first row for all.
     text, image = (x.detach().cpu().double().reshape(-1, *x.shape[-2:])[0] for x in (text, image))
 
     def layout() -> fr.TokenLayout:
@@ -77,10 +77,10 @@ def describe_ids(text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | N
     positions = torch.cat([text, image])
     if mask is None:
         return JointSequence(positions, layout)
-    held = mask.detach().to("cpu", torch.bool, copy=True)  # what the caller does to it must not matter
+    held = mask.detach().to("cpu", torch.bool, copy=True)  # the caller may write to the mask later
     if not mask.is_floating_point():
         return JointSequence(positions, layout, key_mask=held)
-    # Chroma's pipelines hand over zeros and ones in the dtype of the model, which torch adds to the logits.
+    # Chroma's pipelines pass zeros and ones in the dtype of the model, and torch adds these to the logits.
     require(torch.equal(held.to(mask.dtype), mask.detach().cpu()), "attention_mask", "zeros and ones", mask)
     return JointSequence(positions, layout, bonus=held)
 
@@ -116,7 +116,7 @@ def describe_shapes(images: tuple, text: int, mask: torch.Tensor | None) -> Join
 
 # ---- lists of pictures and captions as arguments: Z-Image ----------------------------------------------------------
 
-ROUNDED = 32  # the host fills captions and pictures up to a multiple of this
+ROUNDED = 32  # the host pads captions and pictures to a multiple of this
 
 
 def identify_lists(model: Any, call: Call) -> tuple:
@@ -130,8 +130,8 @@ def identify_lists(model: Any, call: Call) -> tuple:
 
 
 def describe_lists(pictures: tuple, captions: tuple, patch: tuple[int, int]) -> JointSequence:
-    """Target first, then the caption. Rows with shorter captions end in filler tokens that are masked; the layout
-    counts those as text."""
+    """Target first, then the caption. Rows with shorter captions end in masked padding, which the layout counts as
+    text."""
     if len(set(pictures)) > 1:
         raise NotImplementedError(f"x: expected pictures of one size in a modulated batch, received {set(pictures)}")
     _, frames, height, width = pictures[0]
@@ -155,9 +155,9 @@ def describe_lists(pictures: tuple, captions: tuple, patch: tuple[int, int]) -> 
 
 
 def read_grids(ids: torch.Tensor, spatial_axes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """``(rows, columns)`` of the raster grids that ``ids (tokens, axes)`` list one after another.
+    """``(rows, columns)`` of the raster grids in ``ids (tokens, axes)``, one after another.
 
-    A grid ends where the rows stop counting up, get another width, or an axis that is not spatial changes.
+    A grid ends where rows stop counting up, where their width changes, or where an axis changes that is not spatial.
 
     Raises:
         ValueError: ids that are not one raster grid after another.
@@ -169,13 +169,13 @@ def read_grids(ids: torch.Tensor, spatial_axes: tuple[int, ...]) -> list[tuple[i
     ends = (ids.diff(dim=0) != along).any(dim=1).nonzero().flatten() + 1
     bounds = [0, *ends.tolist(), len(ids)]
     grids: list[tuple[int, int]] = []
-    first = previous = 0  # tokens that open the grid and the row before
+    first = previous = 0  # first tokens of the current grid and of the row before
     for start, stop in itertools.pairwise(bounds):
         width = stop - start
         if grids and grids[-1][1] == width and torch.equal(ids[start] - ids[previous], down):
             grids[-1] = grids[-1][0] + 1, width
         else:
-            # Half precision tears grids of more than 256 tokens a side; pieces of one do not open where it does.
+            # Half precision breaks grids of more than 256 tokens a side into pieces, which do not begin at the origin.
             whole = not torch.equal(ids[start, frames], ids[first, frames]) or torch.equal(ids[start], ids[first])
             require(whole, "img_ids", "raster grids one after another, row by row", f"a break at token {start}")
             grids.append((1, width))

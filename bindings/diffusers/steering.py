@@ -1,4 +1,4 @@
-"""Steering a method by a judge who sees an early estimate of the result (LooseRoPE, arXiv 2601.05127)."""
+"""Steering a method by a judge that sees an early estimate of the result (LooseRoPE, arXiv 2601.05127)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any, cast
 import torch
 
 from fastrope import Site
-from fastrope.checks import require
+from fastrope.checks import is_whole, require
 from fastrope.methods.judges import CLASSES, MOVES, RegionJudge, Verdict, read_verdict
 from fastrope.methods.schedules import require_number
 from fastrope.pictures import to_picture
 
 from .handle import bind
+from .pipelines import require_euler, second_pipeline
 
 
 @dataclass(frozen=True)
 class Try:
-    """One start from the noise.
+    """One run from the noise.
 
     Args:
-        value: of the parameter that is moved.
-        verdict: None where nobody was asked.
-        estimate: the PIL picture that was judged, None likewise.
+        value: of the parameter that moves.
+        verdict: None if the judge was not asked.
+        estimate: the PIL picture that was judged; None if the judge was not asked.
     """
 
     value: float
@@ -36,7 +37,8 @@ class Try:
 
 @dataclass(frozen=True)
 class Steered:
-    """What :func:`steer` gives: the pipeline's ``output``, the ``method`` that made it, all ``tries`` in order."""
+    """The result of :func:`fastrope.steer`: the pipeline's ``output``, the ``method`` that made it, and all ``tries``
+    in order."""
 
     output: Any
     method: Any
@@ -44,7 +46,7 @@ class Steered:
 
     @property
     def images(self) -> Any:
-        """Of the output."""
+        """Images of the output."""
         return self.output[0] if isinstance(self.output, tuple) else self.output.images
 
 
@@ -67,17 +69,10 @@ def steer(
     require(ok, "method", f"a dataclass with a field {parameter!r}", repr(type(method).__name__))
     value = getattr(method, parameter)
     require_number(f"method.{parameter}", value)
-    for name, least in (("max_tries", 0), ("ask_after", 0)):
-        count = {"max_tries": max_tries, "ask_after": ask_after}[name]
-        ok = isinstance(count, int) and not isinstance(count, bool) and count >= least
-        require(ok, name, f"an integer of at least {least}", repr(count))
+    for name, count in (("max_tries", max_tries), ("ask_after", ask_after)):
+        require(is_whole(count) and count >= 0, name, "an integer of at least 0", repr(count))
     require(set(moves) == set(CLASSES) - {"success"}, "moves", "'neglect' and 'suppression'", sorted(moves))
-    scheduler = getattr(pipe, "scheduler", None)
-    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-        raise NotImplementedError(
-            "pipe.scheduler: expected FlowMatchEulerDiscreteScheduler, whose x0 is x - sigma v, received "
-            f"{type(scheduler).__name__}"
-        )
+    require_euler(pipe, "(the estimate is x - sigma v)")
     if not hasattr(type(pipe), "interrupt"):
         raise NotImplementedError(f"pipe: expected a pipeline that can be interrupted, received {type(pipe).__name__}")
     if composite is None:
@@ -96,19 +91,19 @@ def steer(
     try:
         for attempt in range(max_tries + 1):
             current.method = replace(cast(Any, method), **{parameter: value})
-            asked = _Asked(pipe, judge, composite, ask_after, {**call, "generator": generator})
-            output = asked.run() if attempt < max_tries else pipe(**call, generator=_copied(generator))
-            tries.append(Try(value, asked.verdict, asked.estimate))
-            if asked.verdict is None or asked.verdict.kind == "success":
+            run = _JudgedRun(pipe, judge, composite, ask_after, {**call, "generator": generator})
+            output = run.run() if attempt < max_tries else pipe(**call, generator=_copied(generator))
+            tries.append(Try(value, run.verdict, run.estimate))
+            if run.verdict is None or run.verdict.kind == "success":
                 break
-            value = max(0.0, value + moves[asked.verdict.kind])
+            value = max(0.0, value + moves[run.verdict.kind])
     finally:
         handle.remove()
     return Steered(output, current.method, tuple(tries))
 
 
 class _Current:
-    """The method of the try at hand, behind one handle: a compiled model sees the same processors all along."""
+    """The method of the current try. One handle serves all tries, so a compiled model keeps its processors."""
 
     def __init__(self, method: Any) -> None:
         self.method = method
@@ -117,8 +112,8 @@ class _Current:
         return self.method.modulations(site)
 
 
-class _Asked:
-    """One run, in the middle of which the judge is asked."""
+class _JudgedRun:
+    """One run of the pipeline. The judge is asked in the middle of it, and ends it unless the verdict is success."""
 
     def __init__(self, pipe: Any, judge: Callable, composite: Any, ask_after: int, call: dict) -> None:
         self.pipe, self.judge, self.composite, self.ask_after, self.call = pipe, judge, composite, ask_after, call
@@ -126,7 +121,7 @@ class _Asked:
         self.estimate = None
         self._clean: torch.Tensor | None = None
 
-    def run(self):
+    def run(self) -> Any:
         """The pipeline's output; of no use unless the verdict is success."""
         call = {**self.call, "generator": _copied(self.call["generator"])}
         call["callback_on_step_end"] = self._after_step
@@ -140,8 +135,8 @@ class _Asked:
             self._clean = (sample.float() - sigma * velocity.float()).to(sample.dtype)
 
     def _after_step(self, pipe: Any, index: int, timestep: Any, tensors: dict) -> dict:
-        theirs = self.call.get("callback_on_step_end")
-        answer = theirs(pipe, index, timestep, tensors) if theirs is not None else {}
+        callback = self.call.get("callback_on_step_end")
+        answer = callback(pipe, index, timestep, tensors) if callback is not None else {}
         if self._clean is not None and self.verdict is None:
             self.estimate = _decode(pipe, self._clean, self.call)
             self.verdict = read_verdict(self.judge(self.composite, self.estimate))
@@ -152,9 +147,9 @@ class _Asked:
 
 @contextlib.contextmanager
 def _watched(scheduler: Any, see: Callable[[torch.Tensor, torch.Tensor, int], None]) -> Iterator[None]:
-    """Show every step's velocity, sample and index to ``see``. The difference of two samples would not do: in half
-    precision a small step leaves little of the velocity in it."""
-    step, own = scheduler.step, scheduler.__dict__.get("step")
+    """Show velocity, sample and index of every step to ``see``. The difference of two samples would not do: in half
+    precision, a small step leaves little of the velocity in it."""
+    step, replaced = scheduler.step, scheduler.__dict__.get("step")
 
     def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any):
         stepped = step(model_output, timestep, sample, *args, **kwargs)
@@ -165,30 +160,19 @@ def _watched(scheduler: Any, see: Callable[[torch.Tensor, torch.Tensor, int], No
     try:
         yield
     finally:
-        if own is None:
+        if replaced is None:
             del scheduler.step
         else:
-            scheduler.step = own
+            scheduler.step = replaced
 
 
-def _decode(pipe: Any, latents: torch.Tensor, call: dict):
-    """Latents of the loop as a PIL picture: a second pipeline on the same models, whose loop is empty, does what the
-    pipeline does after its own."""
-
-    class Decoder(type(pipe)):
-        interrupt = property(lambda self: True)
-
-        def prepare_latents(self, *args: Any, **kwargs: Any):
-            prepared = super().prepare_latents(*args, **kwargs)
-            return (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
-
-        def maybe_free_model_hooks(self):
-            """The run that this one interrupts still needs them."""
-
-    decoder = object.__new__(Decoder)
-    decoder.__dict__.update(pipe.__dict__)
-    decoder.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
-    decoder.__dict__["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+def _decode(pipe: Any, latents: torch.Tensor, call: dict) -> Any:
+    """Latents of the loop as a PIL picture. A second pipeline with an empty loop does what the pipeline does after
+    its own loop."""
+    quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    scheduler = copy.deepcopy(pipe.scheduler)
+    decoder = second_pipeline(pipe, lambda *_: latents, scheduler=scheduler, _progress_bar_config=quiet)
+    type(decoder).interrupt = property(lambda self: True)  # its class serves this decoder alone
     unwanted = ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
     call = {name: value for name, value in call.items() if name not in unwanted}
     images = decoder(**{**call, "generator": _copied(call["generator"])}, output_type="pil").images
@@ -196,8 +180,8 @@ def _decode(pipe: Any, latents: torch.Tensor, call: dict):
     return images[0]
 
 
-def _copied(generator: Any):
-    """The same numbers again."""
+def _copied(generator: Any) -> Any:
+    """A generator, or a list of them, that draws the same numbers again."""
     if isinstance(generator, (list, tuple)):
         return [_copied(g) for g in generator]
     return None if generator is None else generator.clone_state()
@@ -212,5 +196,5 @@ def _find_judge(judge: Any, method: Any) -> Callable:
         from ..transformers.judge import ChatJudge
 
         return ChatJudge.from_pretrained(judge)
-    require(callable(judge), "judge", "a function of two pictures, the name of a model or None", repr(judge))
+    require(callable(judge), "judge", "a function of two pictures, the name of a model, or None", repr(judge))
     return judge

@@ -18,8 +18,8 @@ class Step(NamedTuple):
     """A step of a run.
 
     Args:
-        index, count: which, of how many.
-        scheduler: in whose timesteps ``index`` counts; None where it was told, or nothing tells.
+        index, count: number of the step, from 0, and number of steps.
+        scheduler: ``index`` counts in its timesteps; None if the user set the step, or nobody knows it.
     """
 
     index: int
@@ -28,8 +28,11 @@ class Step(NamedTuple):
 
 
 def running_pipeline(model: torch.nn.Module, name: str = "transformer") -> Any:
-    """The pipeline whose call runs the transformer, which it holds by this name, found on this thread's call stack;
-    None where there is none."""
+    """The pipeline whose call runs the transformer, from this thread's call stack; None if there is none.
+
+    Args:
+        name: of the pipeline's attribute that holds the transformer.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -46,8 +49,8 @@ def _owner(frame: FrameType):
     """The object whose method a frame runs."""
     values = frame.f_locals
     owner = values.get("self")
-    # Before Python 3.13 the frame keeps this dict, and with it tensors that the method is done with. It is another
-    # one's business only where the method itself has called locals().
+    # Before Python 3.13 the frame keeps this dict, and so tensors that the method no longer uses. Nobody else reads it
+    # unless the method itself has called locals().
     if type(values) is dict and sys.getrefcount(values) <= 3:
         values.clear()
     return owner
@@ -59,22 +62,22 @@ def find_sigma(
     timestep: torch.Tensor | None,
     model_time: Callable[[torch.Tensor], torch.Tensor],
 ) -> float:
-    """Noise level of a step: its scheduler's, or read off the timestep the model is given.
+    """Noise level of a step: the scheduler's, or the one that belongs to the model's timestep.
 
     Args:
         memo: remembers the scheduler's noise levels.
-        timestep: what the model was given.
-        model_time: the scheduler's timesteps as the model is given them, affine.
+        timestep: the timestep that the model was given.
+        model_time: turns the scheduler's timesteps into the model's; affine.
 
     Raises:
-        ValueError: neither says what it is.
+        ValueError: there is neither.
     """
     sigmas = getattr(step.scheduler, "sigmas", None)
     known = memo(values_of, sigmas) if isinstance(sigmas, torch.Tensor) else []
     if step.index < len(known):
         return known[step.index]
     told = isinstance(timestep, torch.Tensor) and timestep.numel() > 0
-    require(told, "timestep", "a tensor, as nothing else tells the noise level", type(timestep).__name__)
+    require(told, "timestep", "a tensor, since the noise level is unknown otherwise", type(timestep).__name__)
     ends = torch.tensor([0.0, 1000.0], dtype=torch.float64, device="cpu")
     clean, noise = model_time(ends).tolist()
     return (float(timestep.flatten()[0]) - clean) / (noise - clean)
@@ -85,14 +88,14 @@ def find_step(
 ) -> Step | None:
     """The current step among the scheduler's timesteps.
 
-    In its pipeline's call the scheduler knows the index, without a device synchronisation. Elsewhere (a loop of one's
-    own, the first step of pipelines that set no begin index) the timestep's value is looked up. None where both fail,
-    and where the scheduler was never given steps or has made all of them: whoever calls then goes by another one.
+    In its pipeline's call the scheduler knows the index, without a device synchronisation. Elsewhere (in a loop of the
+    user's, or in the first step of pipelines that set no begin index) the value of the timestep is looked up. None if
+    both fail, and if the scheduler has no steps yet or has done all of them: then another scheduler is at work.
 
     Args:
-        timestep: what the model was given.
-        model_time: the scheduler's timesteps as the model is given them.
-        running: whether the scheduler's pipeline runs the model.
+        timestep: the timestep that the model was given.
+        model_time: turns the scheduler's timesteps into the model's.
+        running: True if the scheduler's pipeline runs the model.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0:
@@ -103,17 +106,17 @@ def find_step(
     count = len(timesteps)
     if running and index is not None and index < count:
         return Step(int(index), count, scheduler)
-    # Before they are given steps, schedulers hold those of their training.
+    # Before set_timesteps, schedulers hold the steps of their training.
     never = index is None and getattr(scheduler, "num_inference_steps", None) is None
     if never or (index is not None and index >= count) or not isinstance(timestep, torch.Tensor):
         return None
     dtype = timestep.dtype if timestep.is_floating_point() else torch.float32
-    # The pipeline rounds to the model's dtype, then divides; the same here makes equal values equal.
+    # The pipeline rounds to the model's dtype and then divides. The same order here gives equal values.
     known = model_time(torch.as_tensor(timesteps, device="cpu").to(dtype)).double()
     distance = (known - timestep.flatten()[0].cpu().double()).abs()
     nearest = int(distance.argmin())
     if distance[nearest] > 1e-3:
         return None
     if index is not None and index < count and distance[index] == distance[nearest]:
-        nearest = int(index)  # neighbours that half precision rounds to one value
+        nearest = int(index)  # half precision rounds neighbours to one value
     return Step(nearest, count, scheduler)

@@ -18,7 +18,7 @@ from fastrope.checks import require
 from fastrope.rescaling import Rescaling, rescaling_of
 
 from .embedders import Embedder, RescaledTables
-from .fingerprints import Readings
+from .fingerprints import Memo
 from .steps import Step, find_sigma, find_step, running_pipeline
 
 
@@ -100,7 +100,7 @@ class PositionHandle:
 
     def __init__(self, models: list[torch.nn.Module], methods: tuple) -> None:
         self._undo = contextlib.ExitStack()
-        self._local, self._sigmas, self._told = threading.local(), Readings(), None
+        self._local, self._memo, self._told = threading.local(), Memo(), None
         self._methods = _checked(methods)
         for model in models:
             require(model not in _BOUND, "pipe", "a transformer that no handle is bound to", "one that is")
@@ -192,7 +192,7 @@ class PositionHandle:
         _, rows, columns = (n // p for n, p in zip(latents.shape[2:], host.patch(model), strict=True))
         site = fr.Site(
             fr.TokenLayout(0, (rows, columns)), step=step.index, num_steps=step.count, axes_dim=host.axes_dim(model),
-            theta=host.theta(model), temporal_axis=0, sigma=find_sigma(step, self._sigmas.of, time, _as_given),
+            theta=host.theta(model), temporal_axis=0, sigma=find_sigma(step, self._memo, time, _as_given),
         )  # fmt: skip
         return rescaling_of(self._methods, site)
 

@@ -53,8 +53,8 @@ def target_work(
 
 
 def over_sequence(m: Modulation, length: int, further: int) -> Modulation:
-    """A modulation over a sequence of ``length`` tokens, for a call where ``further`` keys follow the sequence: open and
-    negative bounds of its keys count from the end of the sequence, and a key bias adds nothing to the further keys.
+    """A modulation over a sequence of ``length`` tokens, for a call where ``further`` keys follow the sequence: open
+    and negative bounds of its keys count from the end of the sequence, and a key bias adds nothing to further keys.
 
     Raises:
         ValueError: a slice that begins or ends before the sequence does.

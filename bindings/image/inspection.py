@@ -1,7 +1,7 @@
-"""What attention does in a run: how much of it goes to each group of tokens, and how far it looks.
+"""What attention does in a run: how much of it goes to each group of tokens, and at which distance.
 
-Both come from the op's own output: attention is linear in the values, so values that indicate a group give the mass on
-it, and values that hold positions and their squares give the distance to it. No matrix of queries by keys is made.
+Both come from outputs of the op, because attention is linear in the values. Values that indicate a group give the mass
+on it; values that hold positions and their squares give the distance to it. No matrix of queries by keys is made.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Look:
 
 @dataclass(eq=False)
 class Record:
-    """What ``handle.inspect`` saw; a context manager that stops looking when it is left.
+    """What ``handle.inspect`` measured. A context manager, which stops recording at its end.
 
-    Groups are ``"text"``, ``"target"``, ``"reference 0"`` and so on; filler tokens of the host are in none.
+    Groups are ``"text"``, ``"target"``, ``"reference 0"`` and so on; the host's padding tokens are in none.
 
     * ``mass``: the share of attention on the group's keys, mean over queries, heads and batch rows.
-    * ``distance``: how far from the query those keys are, in units of the host's positions (tokens): the root of the
-      mean square over queries, heads and batch rows, weighted by attention. Not for text, which has no place.
+    * ``distance``: the distance from the query to those keys, in units of the host's positions (tokens): the root of
+      the mean square over queries, heads and batch rows, weighted by attention. Text has no place, so no distance.
     """
 
     _stop: Callable[[], None]
@@ -54,12 +54,12 @@ class Record:
         self.stop()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop recording."""
         self._stop()
 
     @property
     def looks(self) -> list[Look]:
-        """Everything seen, call by call, layer by layer. Both branches of guidance are calls of their own."""
+        """All measurements, in order of calls and layers. Each branch of guidance is a separate call."""
         found = []
         for call, site, names, sums in sorted(self._seen, key=lambda seen: (seen[0], seen[1].layer)):
             mass = {name: float(m) for name, m in zip(names, sums[0].tolist(), strict=True)}
@@ -72,8 +72,10 @@ class Record:
         return found
 
     def mean(self, what: str, by: str) -> dict[str, dict[int, float]]:
-        """``what`` (``"mass"`` or ``"distance"``) averaged over all but ``by`` (``"layer"`` or ``"step"``): group ->
-        index -> value.
+        """Mean of ``what`` (``"mass"`` or ``"distance"``) for every ``"layer"`` or ``"step"``, as ``by`` says.
+
+        Returns:
+            ``{group: {index: mean}}``.
 
         Raises:
             ValueError: another ``what`` or ``by``.
@@ -90,7 +92,7 @@ class Record:
         """Draw mass and distance over layers and over steps into a file; needs matplotlib (``fastrope[demo]``).
 
         Raises:
-            ValueError: nothing was seen.
+            ValueError: nothing was recorded.
             ImportError: matplotlib is not installed.
         """
         require(bool(self._seen), "record", "a run of the pipeline while it was open", "none")
@@ -117,9 +119,9 @@ class Inspector:
     """Makes the probes of one record.
 
     Args:
-        record: what to write to.
-        where: layers and steps to look at.
-        queries: a slice, bool mask or index tensor over the sequence; None looks from the target's tokens.
+        record: that the probes write to.
+        where: layers and steps to inspect.
+        queries: a slice, bool mask or index tensor over the sequence; None means the target's tokens.
     """
 
     def __init__(self, record: Record, where: Where, queries: slice | torch.Tensor | None) -> None:
@@ -131,7 +133,7 @@ class Inspector:
         self._calls = -1
 
     def probe(self, site: fr.Site, sequence: JointSequence, plain: Work) -> Callable | None:
-        """What a layer is to call with its queries and keys; None where nobody looks."""
+        """The function that a layer calls with its queries and keys; None for a layer that is not inspected."""
         if site.layer == 0:
             self._calls += 1
         if site not in self._where:
@@ -149,7 +151,7 @@ class Inspector:
         self, q: torch.Tensor, k: torch.Tensor, work: LayerWork, applied: bool, sequence: JointSequence, site: fr.Site
     ) -> torch.Tensor:
         """``(2, groups)``: means of the mass and of the mass times the squared distance."""
-        wide = torch.promote_types(q.dtype, torch.float32)  # squared positions are beyond half precision
+        wide = torch.promote_types(q.dtype, torch.float32)  # half precision cannot hold squared positions
         places = sequence.positions if sequence.positions.ndim == 2 else sequence.positions[0]
         places = places[:, list(site.spatial_axes)].to(q.device, wide)
         places = places - places[site.tokens.target].mean(dim=0)
@@ -175,14 +177,14 @@ def groups(tokens: fr.TokenLayout) -> dict[str, slice]:
 
 
 def moments(tokens: fr.TokenLayout, places: torch.Tensor) -> torch.Tensor:
-    """``(S, 4 * groups)``: per group, on its keys, 1, both coordinates and their squared length; 0 elsewhere.
+    """``(S, 4 * groups)``: per group, on its keys, 1, both coordinates and their squared length; 0 on other keys.
 
     Args:
         places: ``(S, 2)``.
     """
-    own = torch.cat([torch.ones_like(places[:, :1]), places, places.square().sum(dim=1, keepdim=True)], dim=1)
+    moments = torch.cat([torch.ones_like(places[:, :1]), places, places.square().sum(dim=1, keepdim=True)], dim=1)
     spans = groups(tokens).values()
     values = torch.zeros(len(places), len(spans), 4, dtype=places.dtype, device=places.device)
     for n, span in enumerate(spans):
-        values[span, n] = own[span]
+        values[span, n] = moments[span]
     return values.flatten(1)

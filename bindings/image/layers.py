@@ -166,12 +166,12 @@ class Recorder:
 
     Args:
         reference: the attention.
-        keep: makes the copy of a tensor that the cache holds.
+        store: makes the copy of a tensor that the cache holds.
         snapshot: where the keys go, under the number ``layer``.
     """
 
     reference: ReferenceWork
-    keep: Callable[[Tensor], Tensor]
+    store: Callable[[Tensor], Tensor]
     snapshot: Snapshot
     layer: int
 
@@ -181,5 +181,5 @@ class Recorder:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """See :meth:`.work.Work.attend`."""
         shared = self.reference.share(q, k, v, applied, statistics=True)
-        self.snapshot.layers[self.layer] = shared.map(self.keep)
+        self.snapshot.layers[self.layer] = shared.map(self.store)
         return self.reference.attend(q, k, v, applied, backend)

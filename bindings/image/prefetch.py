@@ -1,4 +1,4 @@
-"""Kept keys of a step on their way to the device that computes, one layer ahead of their use."""
+"""Copies of cached keys to the device that computes, one layer ahead of their use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from fastrope.sharing import SharedKeys
 
 
 class Prefetch:
-    """What the layers of one step share, in order of execution, each on the device when its layer asks for it.
+    """The shared keys of all layers of one step, in order of execution.
 
-    While a layer computes, the entry of the next one is copied, and no other: at most two are on the device besides
-    what is kept there anyway. Layers may be left out or asked for again; an entry that was copied for nothing is
-    dropped.
+    While a layer computes, the entry of the next layer is copied to the device. So the device holds at most two copies
+    at a time. Layers may be left out or may ask again; a copy that nobody asked for is dropped. The first copy starts
+    here, before the layers run.
 
     Args:
-        entries: what the layers share, wherever it is kept.
+        entries: the keys of each layer, on any device.
         device: of the computation.
-
-    The first copy starts here, before the layers run.
     """
 
     def __init__(self, entries: Sequence[SharedKeys], device: torch.device) -> None:
@@ -31,7 +29,7 @@ class Prefetch:
         self._start(0)
 
     def take(self, n: int) -> SharedKeys:
-        """Entry ``n`` on the device; the copy of the next one starts."""
+        """Entry ``n`` on the device. The copy of the next entry starts."""
         entry = self._entries[n]
         if self._moves(n):
             if self._ahead is None or self._ahead[0] != n:
@@ -41,7 +39,7 @@ class Prefetch:
         return entry
 
     def _start(self, n: int) -> None:
-        self._ahead = None  # before the next copy takes its memory
+        self._ahead = None  # first, so that the next copy can take its memory
         if self._moves(n):
             self._ahead = n, copy_of(self._entries[n], self._device)
 
@@ -50,13 +48,13 @@ class Prefetch:
 
 
 def copy_of(keys: SharedKeys, device: torch.device) -> Copy | StreamedCopy:
-    """A copy to the device: beside the computation where that is a CUDA device and the memory page-locked."""
+    """A copy to the device. From page-locked memory to a CUDA device it runs beside the computation."""
     beside = device.type == "cuda" and keys.k.device.type == "cpu" and keys.k.is_pinned()
     return StreamedCopy(keys, device) if beside else Copy(keys, device)
 
 
 class Copy:
-    """A copy that is made when it is asked for."""
+    """A copy that is made on demand."""
 
     def __init__(self, keys: SharedKeys, device: torch.device) -> None:
         self._keys, self._device = keys, device
@@ -67,10 +65,10 @@ class Copy:
 
 
 class StreamedCopy:
-    """A copy on a stream of its own, which :meth:`finish` makes the current stream wait for.
+    """A copy on a separate CUDA stream. :meth:`finish` makes the current stream wait for it.
 
-    Its memory belongs to the stream that was current at the start, so that freeing it needs no event of the copy's: the
-    copy waits for that stream when it starts, and that stream for the copy before anything else gets the memory.
+    The memory is allocated on the stream that is current at the start. The copy waits for that stream when it starts,
+    and that stream waits for the copy before the memory can have another use. So freeing it needs no further event.
     """
 
     def __init__(self, keys: SharedKeys, device: torch.device) -> None:
@@ -79,7 +77,7 @@ class StreamedCopy:
         with torch.cuda.device(device):
             self._moved = keys.map(lambda x: torch.empty_like(x, device=device))
             side = _side_stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))  # also for the copy to the host, if it is under way
+            side.wait_stream(torch.cuda.current_stream(device))  # also for an unfinished copy to the host
             with torch.cuda.stream(side):
                 for there, here in zip(self._moved.tensors(), keys.tensors(), strict=True):
                     there.copy_(here, non_blocking=True)
@@ -93,7 +91,7 @@ class StreamedCopy:
         return self._moved
 
     def __del__(self) -> None:
-        self.finish()  # a run that broke off: the memory must not be given away while it is written to
+        self.finish()  # after a broken run: the memory must not be reused while the copy writes to it
 
 
 _SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fastrope as fr
 from fastrope.activity import sharings_of
@@ -38,7 +38,7 @@ class LayerRequest(NamedTuple):
         return any(s.reference == SHARED for s in self.sharings)
 
 
-def _modulations_of(method: object, site: fr.Site) -> Sequence[Modulation]:
+def _modulations_of(method: Any, site: fr.Site) -> Sequence[Modulation]:
     if isinstance(method, MODULATIONS):
         return [method]
     found = method.modulations(site)

@@ -1,4 +1,4 @@
-"""Rotating queries and keys by angles that live on the CPU, and taking a rotation back."""
+"""Rotation of queries and keys by angles that come from the CPU, and its inverse."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastrope.rope import rotate
 
 
 class Rotation:
-    """The angles of some tokens, moved to the device of what they rotate, once.
+    """The angles of some tokens. They move once to the device of the tensors that they rotate.
 
     Args:
-        angles: ``(S, D/2)``, or ``(B, S, D/2)`` where rows differ, radians.
+        angles: ``(S, D/2)``, or ``(B, S, D/2)`` if rows differ, radians.
         pairing: as in :class:`fastrope.RoPE`.
     """
 
@@ -26,9 +26,9 @@ class Rotation:
         return rotate(x, self._of(span, x.device), self._pairing)
 
     def undo(self, x: Tensor, span: slice = slice(None)) -> Tensor:
-        """Take the rotation of ``x (B, tokens of the span, H, D)`` back."""
+        """Undo the rotation of ``x (B, tokens of the span, H, D)``."""
         return rotate(x, -self._of(span, x.device), self._pairing)
 
     def _of(self, span: slice, device: torch.device) -> Tensor:
-        self._angles = angles = on_device(self._angles, device)  # of another thread's device, the next moment
+        self._angles = angles = on_device(self._angles, device)  # another thread may replace the attribute
         return angles[..., span, :]

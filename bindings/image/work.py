@@ -1,4 +1,4 @@
-"""What modulated layers do: plans over a sequence, built when first asked for."""
+"""What modulated layers do: attention with plans over a sequence. Plans are built on first use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .sequence import JointSequence
 
 
 class LayerWork(Protocol):
-    """What a layer does in one forward: :class:`Work`, or what is made of it where a reference is shared."""
+    """What a layer does in one forward: :class:`Work`, or one of :mod:`.layers` for a shared reference."""
 
-    masked: bool  # whether the mask that the host hands to its attention is accounted for
+    masked: bool  # True if the host's mask is part of the work
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
@@ -28,13 +28,14 @@ class LayerWork(Protocol):
 
 
 class Work:
-    """The same modulations over the same sequence. Plans are built when first asked for.
+    """Attention with some modulations over some sequence.
 
     Args:
         sequence, rope: the tokens and their angles.
         modulations: over the keys.
-        key_rope: angles of the keys, where they are more than the sequence; its masks are over the keys, then.
-        like: work over the same tokens with modulations of the same :func:`structure_of`, whose plans serve again.
+        key_rope: angles of the keys, if there are more keys than the sequence has tokens. The masks of the sequence
+            then cover all keys.
+        like: work over the same tokens with modulations of the same :func:`structure_of`. Its plans are used again.
         gain: ``(D/2,)`` of rescaled positions. A host that rotates has multiplied queries and keys by it.
     """
 
@@ -47,7 +48,7 @@ class Work:
         like: Work | None = None,
         gain: Tensor | None = None,
     ) -> None:
-        # Copies: work outlives the call that it was made for, and plans are made of it later, too.
+        # Copies, because the work outlives its call, and some plans are built later.
         modulations = tuple(with_tensors(m, torch.clone) for m in modulations)
         self.masked = sequence.masked
         self._masks = {"seen": sequence.key_mask}
@@ -67,7 +68,7 @@ class Work:
 
     @property
     def plans(self) -> list[fr.Plan]:
-        """Those built so far."""
+        """The plans built so far."""
         return list(self._plans.values())
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
@@ -78,7 +79,8 @@ class Work:
         """Modulated attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
         if "raised" not in self._masks:
             return fr.attention(q, k, v, plan=self._plan("seen", applied, q.device), backend=backend)
-        # Keys with and without the bonus apart, joined by their log-sum-exp: the bonus is added after any gain.
+        # Keys with the bonus and keys without it run apart, and their log-sum-exps merge them: the bonus comes after
+        # any gain of a modulation.
         if q.device not in self._bonus:
             self._bonus[q.device] = self._masks["raised"].to(q.device)[:, : q.shape[1], None, None]
         outs, lses = [], []
@@ -91,8 +93,8 @@ class Work:
         return torch.lerp(outs[1].to(share.dtype), outs[0].to(share.dtype), share).to(q.dtype)
 
     def attend_streams(self, streams: list[fr.Stream], backend: str) -> Tensor | None:
-        """Modulated attention straight from the projections; None where a call takes more than that, or where nothing
-        is fused and the host's own steps do as well."""
+        """Modulated attention straight from the projections. None if the host is to make q and k first: for a mask that
+        is added to the logits, for further keys, and if none of our kernels would run."""
         if "raised" in self._masks or self.key_rope is not None:
             return None
         plan = self._plan("seen", False, streams[0].q.device)
@@ -119,7 +121,8 @@ class Work:
         return self._plans[key]
 
     def _fits(self, plan: fr.Plan) -> bool:
-        """True where a plan becomes ours with other numbers. What is neutral is to vanish, to the bit."""
+        """True if a plan of ``like`` becomes ours with other numbers. Neutral numbers need a plan without them, so that
+        the result has the bits of stock attention."""
         held = plan.resolved
         if len(held.groups) != len(self._groups) or (len(self._weights) == 1 and len(held.weights) != 1):
             return False
@@ -127,8 +130,8 @@ class Work:
 
 
 def structure_of(modulations: tuple) -> list:
-    """Modulations less the numbers that a plan takes others for: those of BiasDelta, and of a BandWeight if there is
-    one."""
+    """Modulations without the numbers that ``Plan.with_groups`` and ``Plan.with_weight`` can replace: those of all
+    BiasDelta, and those of a single BandWeight."""
     found = list(modulations)
     bands = sum(isinstance(m, fr.BandWeight) for m in modulations)
     for n, m in enumerate(modulations):
@@ -150,12 +153,12 @@ def _check_groups(modulations: tuple, bonus: Tensor) -> None:
             group = bonus[:, m.keys if isinstance(m.keys, slice) else m.keys.cpu()]
             if bool(group.any() & ~group.all()):
                 raise NotImplementedError(
-                    "BiasDelta.keys: expected tokens that the host's floating-point attention_mask treats alike, "
-                    "received some of both kinds; pass prompt_attention_mask.bool() to mask with it instead"
+                    "BiasDelta.keys: expected tokens with one value in the host's floating-point attention_mask, "
+                    "received tokens with both; pass prompt_attention_mask.bool(), which hides tokens instead"
                 )
 
 
 def with_tensors(m: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A modulation with its tensors changed."""
+    """A modulation with ``change`` applied to its tensors."""
     tensors = {f.name: getattr(m, f.name) for f in fields(m) if isinstance(getattr(m, f.name), torch.Tensor)}
     return replace(m, **{name: change(t) for name, t in tensors.items()})

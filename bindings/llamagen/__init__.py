@@ -1,11 +1,12 @@
-"""LlamaGen (arXiv 2406.06525), which no host library carries: the model, its tokenizer, and editing with anchors.
+"""LlamaGen (arXiv 2406.06525), which no host library has: the model, its tokenizer, and editing with anchors.
 
-Needs torch alone; prompts as text need transformers for the T5 encoder.
+It needs torch alone. Prompts as text need transformers, for the T5 encoder.
 """
 
 from .checkpoint import read_checkpoint
+from .config import SIZES, LlamaGenConfig
 from .generate import generate
-from .model import SIZES, LlamaGen, LlamaGenConfig
+from .model import LlamaGen
 from .text import encode_prompts
 from .vq import VQConfig, VQTokenizer
 

@@ -1,4 +1,4 @@
-"""Reading published checkpoints, and putting their tensors into a model without a second copy."""
+"""Published checkpoints: reading them, and loading their tensors into a model without a second copy."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import nn
 
 from fastrope.checks import require
 
-CONTAINERS = ("model", "module", "state_dict", "ema")  # where the published files keep the weights, in order of choice
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put in front of names
-# Tables and counters that some files carry and nothing reads.
+CONTAINERS = ("model", "module", "state_dict", "ema")  # keys of the weights in published files; the first one counts
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes from DistributedDataParallel and torch.compile
+# Tables and counters in some files that nothing reads.
 IGNORED = ("freqs_cis", "causal_mask", "quantize.codebook_used")
 
 
 def read_checkpoint(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint, names unwrapped.
+    """The state dict of a checkpoint, with names free of wrappers' prefixes.
 
     Args:
-        source: a ``.pt`` / ``.pth`` / ``.bin`` file, a ``.safetensors`` file, or what was loaded from one: a state
-            dict, or a dict that keeps it under "model", "module", "state_dict" or "ema".
+        source: a ``.pt`` / ``.pth`` / ``.bin`` file, a ``.safetensors`` file, or the content of one: a state dict, or a
+            dict with the state dict under "model", "module", "state_dict" or "ema".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no state dict in it, or objects that could run code on loading.
+        ValueError: the file has no state dict, or objects that could run code on loading.
     """
     if not isinstance(source, Mapping):
         source = _load(Path(source))
@@ -45,10 +45,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> Model:
-    """Make ``weights`` the parameters of ``model`` (which may be on the meta device); in evaluation mode.
+    """Make ``weights`` the parameters of ``model`` (which may be on the meta device), and set evaluation mode.
 
     Raises:
-        ValueError: missing or unknown names, or shapes that differ, listed.
+        ValueError: a list of missing names, unknown names and wrong shapes.
     """
     expected = model.state_dict()
     weights = {name: tensor for name, tensor in weights.items() if name not in IGNORED}
@@ -74,13 +74,13 @@ def _load(path: Path) -> Mapping:
         load = _load_pickle
     try:
         return load(path)
-    except Exception as error:  # readers of arbitrary bytes raise what comes
+    except Exception as error:  # a broken file can make a reader raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: expected a file of tensors, received {path} ({first})") from error
 
 
 def _load_pickle(path: Path) -> Mapping:
-    # Files written by the training script hold its command line besides tensors.
+    # Besides tensors, files of the training script hold its command line.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 

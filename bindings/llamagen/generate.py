@@ -37,16 +37,16 @@ def generate(
 
     Args:
         condition: text features ``(B, prefix, caption_dim)`` or class labels ``(B,)``.
-        mask: features that count, ``(B, prefix)`` of zeros, then ones; the others are set to zero and hidden.
+        mask: 1 for features that count, ``(B, prefix)``, zeros before ones. The others are set to zero and masked.
             :func:`encode_prompts` returns it.
         matcher: ``fr.ISLock(...).matcher(tokenizer.codebook, num_tokens=model.config.num_tokens)``; None samples.
-        anchors: codes of the original, ``(B, N)`` or ``(1, N)`` for all, -1 where anything may come; with a matcher,
-            and only then.
-        guidance: scale of ``u + (c - u) * scale``; None or 1 runs the condition alone. ``"published"`` is the authors':
-            7.5 for text, 4 for classes.
-        temperature, top_k, top_p: applied in this order, after guidance; top_k 0 and top_p 1 keep everything, top_k 1
-            is greedy. ``top_k="published"`` is the authors': 1000 for text, 2000 for classes.
-        generator: source of the seeds, one for the batch or one per row; None takes torch's own. A row's tokens depend
+        anchors: codes of the original, ``(B, N)``, or ``(1, N)`` for all rows; -1 leaves a position free. Required with
+            a matcher, and not allowed without one.
+        guidance: scale of ``u + (c - u) * scale``; None or 1 runs the condition alone. ``"published"`` is the authors'
+            value: 7.5 for text, 4 for classes.
+        temperature, top_k, top_p: applied in this order, after guidance; ``top_k=0`` and ``top_p=1`` keep everything,
+            ``top_k=1`` is greedy. ``top_k="published"`` is the authors' value: 1000 for text, 2000 for classes.
+        generator: source of the seeds, one for the batch or one per row; None means torch's own. A row's tokens depend
             on its seed alone, not on the rest of the batch.
         progress: wraps the range of positions (``tqdm``).
 
@@ -54,8 +54,8 @@ def generate(
         Tokens ``(B, N)`` long on the device of the model, and the record of matches (None without a matcher).
 
     Raises:
-        ValueError: shapes, dtypes or values that are not as above: features that are not finite, or padded on the
-            right, or padded without a mask; labels of no class; anchors that the matcher's codebook does not have.
+        ValueError: wrong shapes, dtypes or values: features that are not finite, or padded on the right, or padded
+            without a mask; labels without a class; anchors that are not in the matcher's codebook.
     """
     model.check_condition(condition, mask)
     require((matcher is None) == (anchors is None), "anchors", "a matcher and anchors, or neither", "one of them")
@@ -93,7 +93,7 @@ def generate(
 
 
 def _prefix(model: LlamaGen, condition: torch.Tensor, mask: torch.Tensor | None, guided: bool):
-    """Embedded condition ``(B or 2B, prefix, dim)``, the unconditional half second, and what is visible of all."""
+    """Embedded condition ``(B or 2B, prefix, dim)``, the unconditional half second, and the mask of visible tokens."""
     if condition.is_floating_point():
         condition = condition.to(model.dtype)
     visible = None
@@ -109,9 +109,9 @@ def _prefix(model: LlamaGen, condition: torch.Tensor, mask: torch.Tensor | None,
 
 
 def warp(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Temperature, then top-k, then top-p of logits ``(B, V)``; what is cut becomes -inf.
+    """Temperature, then top-k, then top-p of logits ``(B, V)``; removed logits become -inf.
 
-    Ties with the k-th logit all stay. Top-p keeps the smallest set of most probable tokens that reaches ``top_p``.
+    All logits equal to the k-th stay. Top-p keeps the smallest set of most probable tokens that reaches ``top_p``.
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,113 +14,15 @@ from fastrope.checks import require, require_finite, require_tensor
 
 from ..inputs import check_mask
 from .checkpoint import load_weights, read_checkpoint
-
-# Published sizes: dim, layers, heads. XL has text checkpoints; all have class checkpoints.
-SIZES = {
-    "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1280, 36, 20), "XXL": (1536, 48, 24), "3B": (3200, 24, 32),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LlamaGenConfig:
-    """Shapes of a LlamaGen transformer. A grid of ``grid x grid`` image tokens follows ``prefix`` condition tokens.
-
-    Args:
-        dim, layers, heads, kv_heads: of the transformer; ``kv_heads`` None means as many as ``heads``.
-        grid: image tokens per side: 16 for 256, 24 for 384, 32 for 512 pixels.
-        condition: "text" (``prefix`` T5 features of ``caption_dim`` channels) or "class" (one label of ``classes``).
-        vocabulary: image tokens.
-        hidden: width of the feed-forward; None rounds 8/3 dim up to a multiple of 256, as published.
-
-    Raises:
-        ValueError: a head dim that four does not divide (two axes of interleaved pairs), an unknown condition.
-    """
-
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None
-    grid: int = 32
-    condition: str = "text"
-    vocabulary: int = 16384
-    prefix: int = 120
-    caption_dim: int = 2048
-    classes: int = 1000
-    theta: float = 10_000.0
-    eps: float = 1e-5
-    hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.condition in ("text", "class"), "condition", '"text" or "class"', repr(self.condition))
-        require(self.grid >= 1, "grid", "an integer >= 1", self.grid)
-        ok = self.dim % self.heads == 0 and self.head_dim % 4 == 0
-        require(ok, "dim", f"a multiple of 4 * heads = {4 * self.heads}", self.dim)
-        require(self.heads % self.key_heads == 0, "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
-        require(self.condition == "text" or self.prefix == 1, "prefix", "1 for a class condition", self.prefix)
-
-    @classmethod
-    def published(cls, size: str, grid: int = 32, condition: str = "text") -> LlamaGenConfig:
-        """The configuration of a published size: "B", "L", "XL", "XXL", "3B"."""
-        require(size in SIZES, "size", f"one of {', '.join(SIZES)}", repr(size))
-        dim, layers, heads = SIZES[size]
-        return cls(dim, layers, heads, grid=grid, condition=condition, prefix=120 if condition == "text" else 1)
-
-    @classmethod
-    def of_weights(cls, weights: Mapping[str, torch.Tensor], grid: int, heads: int | None = None) -> LlamaGenConfig:
-        """Read the configuration off a state dict; heads off :data:`SIZES`, the grid cannot be seen and is told.
-
-        Raises:
-            ValueError: not LlamaGen's weights, or a size that is not published and no ``heads``.
-        """
-        expected = "a LlamaGen transformer's state dict"
-        needed = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight")
-        for name in needed:
-            require(name in weights, "weights", f"{expected} with {name}", f"{len(weights)} other names")
-        vocabulary, dim = weights["tok_embeddings.weight"].shape
-        layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
-        if heads is None:
-            heads = next((h for d, n, h in SIZES.values() if (d, n) == (dim, layers)), None)
-            received = f"dim {dim}, {layers} layers, and no heads"
-            require(heads is not None, "heads", "the number of heads of a size that is not published", received)
-        rows = weights["layers.0.attention.wqkv.weight"].shape[0]
-        heads = cast(int, heads)
-        shapes: dict[str, Any] = dict(dim=dim, layers=layers, heads=heads, grid=grid, vocabulary=vocabulary)
-        key_heads = (rows // (dim // heads) - heads) // 2
-        shapes["kv_heads"] = None if key_heads == heads else key_heads
-        hidden = weights["layers.0.feed_forward.w1.weight"].shape[0]
-        shapes["hidden"] = None if hidden == cls(dim, layers, heads).ffn_width else hidden
-        if "cls_embedding.cap_proj.fc1.weight" in weights:
-            prefix, caption_dim = weights["cls_embedding.uncond_embedding"].shape
-            return cls(**shapes, condition="text", prefix=prefix, caption_dim=caption_dim)
-        name = "cls_embedding.embedding_table.weight"
-        require(name in weights, "weights", f"{expected} with a caption or class embedding", "neither")
-        return cls(**shapes, condition="class", prefix=1, classes=weights[name].shape[0] - 1)
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def key_heads(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def ffn_width(self) -> int:
-        """Width of the SwiGLU feed-forward."""
-        return -(-int(2 * 4 * self.dim / 3) // 256) * 256 if self.hidden is None else self.hidden
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens, N."""
-        return self.grid * self.grid
+from .config import LlamaGenConfig
 
 
 def rotation_table(config: LlamaGenConfig, device: torch.device | None = None) -> torch.Tensor:
     """Cosines and sines ``(prefix + N, head_dim / 2, 2)`` float32 of the 2-D rotary embedding.
 
-    The first half of the pairs turns with the row, the second with the column, both from 0, by ``theta ** (-4c / D)``
-    per token. Condition tokens carry (0, 0), not (1, 0): the published models were trained with it, so queries and
-    keys of the condition vanish, every query sees all condition tokens with logit 0, and only their values count.
+    The first half of the pairs turns with the row, the second half with the column, both from 0, by
+    ``theta ** (-4c / D)`` per token. Condition tokens have (0, 0) and not (1, 0), as in the training of the published
+    models. So queries and keys of the condition are zero, and every query gives all condition tokens the logit 0.
     """
     half = config.head_dim // 2
     frequency = config.theta ** (-torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
@@ -134,7 +35,8 @@ def rotation_table(config: LlamaGenConfig, device: torch.device | None = None) -
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn interleaved pairs of ``x (B, S, H, D)`` by ``table (S, D/2, 2)`` in float32, back in the dtype of ``x``."""
+    """Rotate interleaved pairs of ``x (B, S, H, D)`` by ``table (S, D/2, 2)``, in float32; the result has the dtype of
+    ``x``."""
     pairs = x.float().unflatten(-1, (-1, 2))
     cos, sin = (part[None, :, None] for part in table.unbind(-1))
     first, second = pairs.unbind(-1)
@@ -151,7 +53,7 @@ class Cache:
     def extend(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``(B, key heads, n, D)`` at ``start``; everything up to there."""
+        """Store ``(B, key heads, n, D)`` at ``start``, and return everything up to its end."""
         end = start + keys.shape[2]
         self.keys[layer, :, :, start:end] = keys
         self.values[layer, :, :, start:end] = values
@@ -227,7 +129,7 @@ class CaptionProjection(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
-    """Text features to condition tokens; the learned features of no text."""
+    """From text features to condition tokens; also holds the learned features for no text."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -240,7 +142,7 @@ class CaptionEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """Labels to one condition token; the last row stands for no label."""
+    """From labels to one condition token each; the last row means no label."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -253,7 +155,7 @@ class ClassEmbedding(nn.Module):
 class LlamaGen(nn.Module):
     """A causal transformer over condition tokens, then image tokens in raster order.
 
-    Random weights unless loaded. ``embed`` and ``run`` are its two halves; ``forward`` is both over a whole image.
+    Weights are random until they are loaded. :meth:`run` is one step of generation, ``forward`` a whole image.
     """
 
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -279,10 +181,10 @@ class LlamaGen(nn.Module):
         """A published checkpoint (``t2i_XL_stage1_256.pt``: grid 16; ``t2i_XL_stage2_512.pt``: grid 32), ready to run.
 
         Args:
-            source: a file, or what is in it: see :func:`read_checkpoint`.
+            source: a file or its content, see :func:`read_checkpoint`.
             grid: image tokens per side.
-            heads: of a size that is not published.
-            device, dtype: to run in; None keeps those of the file.
+            heads: needed for a size that is not published.
+            device, dtype: to run in; None means those of the file.
 
         Raises:
             ValueError: names or shapes that are not LlamaGen's; the message lists them.
@@ -293,20 +195,24 @@ class LlamaGen(nn.Module):
         return load_weights(model, weights).to(device=device, dtype=dtype)
 
     def table(self, device: torch.device) -> torch.Tensor:
-        """:func:`rotation_table` on ``device``, made once."""
+        """:func:`rotation_table` on ``device``, computed once."""
         if self._table is None or self._table.device != device:
             self._table = rotation_table(self.config, device)
         return self._table
 
     def no_condition(self, batch: int) -> torch.Tensor:
-        """The condition of the unconditional branch: features ``(B, prefix, caption_dim)`` or labels ``(B,)``."""
+        """The condition of the unconditional branch: features ``(B, prefix, caption_dim)``, or labels ``(B,)``."""
         if self.config.condition == "text":
             return self.cls_embedding.uncond_embedding.expand(batch, -1, -1)
         device = self.tok_embeddings.weight.device
         return torch.full((batch,), self.config.classes, dtype=torch.long, device=device)
 
     def check_condition(self, condition: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Raise ``ValueError`` unless ``condition`` and ``mask`` are as :meth:`forward` takes them."""
+        """Require ``condition`` and ``mask`` as :meth:`forward` takes them.
+
+        Raises:
+            ValueError: naming the argument.
+        """
         c = self.config
         if c.condition == "class":
             require_tensor("condition", condition, (1,), "(B,) of labels")
@@ -372,5 +278,5 @@ class LlamaGen(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return self.tok_embeddings.weight.dtype

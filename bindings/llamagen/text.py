@@ -1,4 +1,4 @@
-"""Prompts to the features LlamaGen's text checkpoints were trained with: flan-t5-xl, 120 tokens, moved to the right."""
+"""From prompts to the features of LlamaGen's text checkpoints: flan-t5-xl, 120 tokens, padded on the left."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features ``(B, length, channels)`` and mask ``(B, length)`` bool of prompts, as ``generate`` takes them.
 
-    Prompts are lowercased and their white space is squeezed; the training's further cleaning (links, markup, brackets,
-    slashes, symbols) leaves prompts in plain words as they are and is not repeated here.
+    Prompts are lowercased, and runs of white space become one space. The training also removed links, markup, brackets,
+    slashes and symbols. That does not change prompts in plain words, and is not repeated here.
 
     Args:
         prompts: one per image.
         encoder: a T5 encoder of transformers, or the name or folder of one to load.
-        tokenizer: its tokenizer; None loads the one of the name.
+        tokenizer: its tokenizer; None loads the one with the encoder's name.
         length: tokens per prompt.
         device, dtype: of a loaded encoder.
 
@@ -56,7 +56,7 @@ def encode_prompts(
 
 
 def pad_left(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the tokens that count from the front of ``(B, T, C)`` to its end, zeros before them; the mask likewise."""
+    """Move the tokens that count from the front of ``(B, T, C)`` to its end, after zeros; the mask likewise."""
     require_tensor("features", features, (3,), "(B, T, C)")
     require(mask.shape == features.shape[:2], "mask", tuple(features.shape[:2]), tuple(mask.shape))
     length = mask.shape[1]

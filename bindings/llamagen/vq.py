@@ -1,4 +1,4 @@
-"""LlamaGen's VQ tokenizer: pixels to codes of a unit-norm codebook and back; names of the published checkpoints."""
+"""LlamaGen's VQ tokenizer: from pixels to codes of a unit-norm codebook and back, with the published names."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the sides; the padding is on the right and below alone."""
+    """Halve the sides. Padding is only on the right and below."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The blocks of one resolution, with attention after each at the lowest, then a change of resolution or none."""
+class Resolution(nn.Module):
+    """The blocks of one resolution, optionally with attention after each, then an optional change of resolution."""
 
     def __init__(self, channels: int, out: int, blocks: int, attention: bool, resample: dict[str, nn.Module]) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(channels if i == 0 else out, out) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(out) for _ in range(blocks if attention else 0))
-        for name, module in resample.items():  # published under the name of what it does
+        for name, module in resample.items():  # its name in checkpoints says what it does
             self.add_module(name, module)
         self._resample = tuple(resample)
 
@@ -125,11 +125,11 @@ class Level(nn.Module):
         return x
 
 
-def _levels(widths: list[int], blocks: int, attentive: int, name: str, resample: type[nn.Module]) -> nn.ModuleList:
-    """A level from each width to the next, the ``attentive``-th with attention; all but the last change resolution."""
+def _resolutions(widths: list[int], blocks: int, attentive: int, name: str, resample: type[nn.Module]) -> nn.ModuleList:
+    """One resolution from each width to the next. Number ``attentive`` has attention; the last does not resample."""
     last = len(widths) - 2
     return nn.ModuleList(
-        Level(channels, out, blocks, n == attentive, {} if n == last else {name: resample(out)})
+        Resolution(channels, out, blocks, n == attentive, {} if n == last else {name: resample(out)})
         for n, (channels, out) in enumerate(itertools.pairwise(widths))
     )
 
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels, *(config.channels * m for m in config.multipliers)]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.conv_blocks = _levels(widths, config.blocks, len(widths) - 2, "downsample", Downsample)
+        self.conv_blocks = _resolutions(widths, config.blocks, len(widths) - 2, "downsample", Downsample)
         self.mid = _middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in reversed(config.multipliers)]
         self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])
-        self.conv_blocks = _levels([widths[0], *widths], config.blocks + 1, 0, "upsample", Upsample)
+        self.conv_blocks = _resolutions([widths[0], *widths], config.blocks + 1, 0, "upsample", Upsample)
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -181,7 +181,8 @@ class Quantizer(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Pixels ``(B, 3, H, W)`` in -1..1 to codes ``(B, N)`` in raster order, and back. Random weights unless loaded."""
+    """From pixels ``(B, 3, H, W)`` in -1..1 to codes ``(B, N)`` in raster order, and back. Weights are random until
+    they are loaded."""
 
     def __init__(self, config: VQConfig | None = None) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ class VQTokenizer(nn.Module):
         """A published checkpoint (``vq_ds16_t2i.pt``, ``vq_ds16_c2i.pt``), ready to run.
 
         Raises:
-            ValueError: names or shapes that are not those of ``config``; the message lists them.
+            ValueError: names or shapes that differ from those of ``config``; the message lists them.
         """
         weights = read_checkpoint(source)
         with torch.device("meta"):
@@ -213,7 +214,7 @@ class VQTokenizer(nn.Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """Entries ``(codes, code_dim)`` float32 of norm 1: the space in which codes are near or far."""
+        """Entries ``(codes, code_dim)`` float32 of norm 1. Distances of codes are measured between them."""
         return F.normalize(self.quantize.embedding.weight.detach().float(), dim=-1)
 
     @torch.no_grad()
@@ -229,7 +230,7 @@ class VQTokenizer(nn.Module):
         ok = pixels.shape[1] == 3 and height % factor == 0 and width % factor == 0 and height > 0 and width > 0
         require(ok, "pixels", f"3 channels and sides that are multiples of {factor}", tuple(pixels.shape))
         latents = self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype)))
-        # The nearest of unit entries to the normalised latent is the one of the largest product, whatever its length.
+        # For unit entries, the nearest one has the largest product with the latent, whatever the latent's length.
         return (latents.float().flatten(2).transpose(1, 2) @ self.codebook.T).argmax(-1)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Emu3: rows end with an end-of-line token, image tokens are part of a larger vocabulary, the host guides first."""
+"""Emu3: rows end with an end-of-line token, image tokens are part of a larger vocabulary, the host does guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,7 @@ def codebook(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Vocabulary ids ``(B, N)`` long, no end-of-line tokens, of ``pixels (B, 3, H, W)`` as the host prepares them."""
+    """Vocabulary ids ``(B, N)`` long, without end-of-line tokens, of the processor's ``pixels (B, 3, H, W)``."""
     check_pixels(pixels)
     vq = model.model.vqmodel
     factor = vq.spatial_scale_factor
@@ -55,20 +55,6 @@ def decode(model: Any, tokens: torch.Tensor, height: int, width: int) -> torch.T
     require(tokens.shape[1] == height * width, "tokens", f"{height * width} per row", tokens.shape[1])
     mapping = model.model.vocabulary_mapping.bpe2img_mapping_tensor.to(tokens.device)
     return model.model.vqmodel.decode(mapping[tokens].view(-1, height, width).long())
-
-
-def prefix_function(model: Any, grid: Grid, prompt_length: int) -> Callable[[int, torch.Tensor], list[int]]:
-    """The host's way to force rows: a ``prefix_allowed_tokens_fn`` of image tokens and row ends.
-
-    :func:`generate` does without, as :class:`AnchorProcessor` forces rows itself in one operation.
-    """
-    image = model.model.vocabulary_mapping.image_tokens
-
-    def allowed(batch: int, ids: torch.Tensor) -> list[int]:
-        forced = grid.forced(len(ids) - prompt_length)
-        return image if forced is None else [forced]
-
-    return allowed
 
 
 def generate(
@@ -90,28 +76,28 @@ def generate(
 ) -> Generated:
     """Generate an image of ``height x width`` tokens with the host's own ``generate``; with anchors, edit.
 
-    Guidance is the host's (log-probabilities, before this package's processor), and needs ``negative``.
+    Guidance is the host's (on log-probabilities, before our processor), and needs ``negative``.
 
     Args:
         model: an ``Emu3ForConditionalGeneration``.
-        inputs: ``input_ids`` and ``attention_mask``, ``(B, S)`` each, that end where the image begins:
-            ``processor(text=..., return_for_image_generation=True)``, padded on the left. ``image_sizes``, which the
-            processor adds, is compared with ``height`` and ``width``.
+        inputs: ``input_ids`` and ``attention_mask``, ``(B, S)`` each, which end right before the image:
+            ``processor(text=..., return_for_image_generation=True)``, padded on the left. The processor adds
+            ``image_sizes``, which must be ``height`` and ``width``.
         negative: ``input_ids`` and ``attention_mask`` of the negative prompt, ``(B, S')`` or ``(1, S')`` each, prepared
-            alike.
+            in the same way.
         matcher: ``lock.matcher(entries, num_tokens=height * width, token_ids=ids)`` of :func:`codebook`; None samples.
         anchors: the original's image tokens, ``(B, N)`` vocabulary ids: from a run without matcher, or :func:`encode`.
-        guidance: the scale; None or 1 is the condition alone.
+        guidance: the scale; None or 1 means the condition alone.
         temperature, top_k, top_p: after guidance, among image tokens.
         generator: source of the seeds, one for the batch or one per row.
-        processors: further logits processors, which run after matching (a progress bar, say).
-        options: of the host's ``generate``: ``num_return_sequences`` and those that say how it runs
-            (:data:`fastrope.bindings.transformers.inputs.PASSED`).
+        processors: further logits processors, which run after matching (a progress bar, for example).
+        options: of the host's ``generate``: ``num_return_sequences``, and those in
+            :data:`fastrope.bindings.transformers.inputs.PASSED`, which do not choose tokens.
 
     Raises:
-        ValueError: as :class:`AnchorProcessor`; guidance without ``negative``; prompts padded on the right, of another
-            size, with pictures, or not made for image generation; other options, and a ``model.generation_config``,
-            that choose tokens; ``processors`` that change the choice.
+        ValueError: as :class:`AnchorProcessor`; guidance without ``negative``; prompts that are padded on the right, of
+            another size, with pictures, or not made for image generation; other options, or a
+            ``model.generation_config`` that chooses tokens; ``processors`` that change the choice.
     """
     check_options(model, options)
     ids, mask = _read(model, inputs, height, width)
@@ -144,7 +130,7 @@ def generate(
 
 
 def _read(model: Any, inputs: Any, height: int, width: int, label: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask of prompts that end where an image of ``height x width`` begins, without images before it."""
+    """Ids and mask of prompts that end right before an image of ``height x width``, and have no other image."""
     where = f"{label}." if label else ""
     ids, mask = read_prompts(model, inputs, MADE_BY, label, known=("image_sizes",))
     size = f"{height} x {width} tokens"
@@ -153,8 +139,8 @@ def _read(model: Any, inputs: Any, height: int, width: int, label: str = "") -> 
         how = f"{size} in every row, as ratio=... and image_area=... of the processor say"
         require(found == [[height, width]] * len(ids), where + "image_sizes", how, found)
     mapping = model.model.vocabulary_mapping
-    own = [*mapping.image_tokens, *(id for id in (mapping.eol_token_id, mapping.image_token_id) if id is not None)]
-    seen = (torch.isin(ids, torch.tensor(own, device=ids.device)) & mask.to(ids.device).bool()).any(1)
+    of_images = [*mapping.image_tokens, *(x for x in (mapping.eol_token_id, mapping.image_token_id) if x is not None)]
+    seen = (torch.isin(ids, torch.tensor(of_images, device=ids.device)) & mask.to(ids.device).bool()).any(1)
     rows = seen.nonzero().flatten().tolist()
     require(not rows, where + "input_ids", "prompts without image tokens", f"some in row(s) {rows}")
     names = mapping.vocab_map

@@ -1,4 +1,4 @@
-"""What goes into a host's ``generate()``, checked before it runs: what was made for another use is refused by name."""
+"""Checks of what goes into a host's ``generate()``. Inputs that were made for another use are refused by name."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fastrope.checks import require, require_tensor
 
 from ..inputs import check_mask
 
-# Options of generate() that leave the choice of tokens and what comes back to this package.
+# Options of generate() that change neither the choice of tokens nor the form of the result.
 PASSED = frozenset(
     ["num_return_sequences", "cache_implementation", "cache_config", "streamer", "synced_gpus", "compile_config",
      "disable_compile", "pad_token_id"]
 )  # fmt: skip
-# What to do instead of the options that people give most.
+# What to do instead of the options that are given most often.
 INSTEAD = {
-    "do_sample": "top_k=1, which takes the most probable token, or the sampling this function does",
+    "do_sample": "top_k=1 for the most probable token; otherwise this function samples",
     "guidance_scale": "guidance=...",
     "logits_processor": "processors=..., which run after matching",
     "generation_config": "the arguments of this function; for the rest set model.generation_config",
-    "max_new_tokens": "the grid alone, which says how many tokens there are",
-    "max_length": "the grid alone, which says how many tokens there are",
-    "num_beams": "one image per sequence: num_return_sequences=... draws several",
-    "past_key_values": "a call without a cache from elsewhere: every call fills its own",
-    "cache": "a call without a cache from elsewhere: every call fills its own",
+    "max_new_tokens": "no such option: the grid gives the number of tokens",
+    "max_length": "no such option: the grid gives the number of tokens",
+    "num_beams": "num_return_sequences=..., which draws several images",
+    "past_key_values": "no such option: every call makes its cache",
+    "cache": "no such option: every call makes its cache",
 }
 # Fields of a model's own generation config that choose or cut tokens, and the value at which they do not.
 NEUTRAL = dict(
@@ -40,7 +40,7 @@ NEUTRAL = dict(
 
 
 def check_options(model: Any, options: Mapping) -> None:
-    """Require options, and a generation config of the model, that do not interfere with the choice of tokens.
+    """Require options, and a generation config of the model, that do not choose tokens.
 
     Raises:
         ValueError: naming the option and what to do instead.
@@ -54,30 +54,30 @@ def check_options(model: Any, options: Mapping) -> None:
     for name, neutral in NEUTRAL.items():
         value = getattr(model.generation_config, name, None)
         free = value is None or value is False or value == neutral
-        require(free, f"model.generation_config.{name}", f"{neutral}: it would act beside the matching", repr(value))
+        require(free, f"model.generation_config.{name}", f"{neutral}, as it would change the choice", repr(value))
 
 
 def read_prompts(
     model: Any, inputs: Mapping, made_by: str, label: str = "", known: Sequence[str] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``input_ids`` and ``attention_mask``, ``(B, S)`` each, of what the host's processor returned.
+    """``input_ids`` and ``attention_mask``, ``(B, S)`` each, from the result of the host's processor.
 
     Args:
         model: of transformers; its config has the vocabulary and the padding token.
         made_by: the call that makes such prompts, for messages.
-        label: the argument that ``inputs`` came as, in front of names.
+        label: name of the argument, for messages; empty for ``inputs``.
         known: further entries that the caller reads itself.
 
     Raises:
-        ValueError: entries missing or of another use (pictures), other shapes, ids outside the vocabulary, padding
-            elsewhere than on the left, padding that the mask does not hide, rows of nothing else.
+        ValueError: missing entries, entries for another use (pictures), other shapes, ids outside the vocabulary,
+            padding that is not on the left, padding that the mask does not hide, rows of padding alone.
     """
     where = f"{label}." if label else ""
     require(isinstance(inputs, Mapping), label or "inputs", f"what {made_by} returns", type(inputs).__name__)
     for name in ("input_ids", "attention_mask"):
         require(name in inputs, where + name, f"one, from {made_by}", f"{sorted(map(str, inputs))} alone")
     for name, value in inputs.items():
-        types = name.endswith("token_type_ids") and not torch.as_tensor(value, device="cpu").any()  # zeros say: text
+        types = name.endswith("token_type_ids") and not torch.as_tensor(value, device="cpu").any()  # zeros mean text
         expected = f"a prompt of text alone, from {made_by}"
         require(name in ("input_ids", "attention_mask", *known) or types, where + name, expected, type(value).__name__)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -108,10 +108,10 @@ def check_result(tokens: torch.Tensor, chosen: torch.Tensor) -> None:
     """Require that the host returned the ``chosen`` tokens ``(B, N)``.
 
     Raises:
-        ValueError: something changed or dropped them.
+        ValueError: some are changed or missing.
     """
     whole = tokens.shape == chosen.shape and torch.equal(tokens, chosen)
-    expected = "ones that leave the tokens chosen before them as they are, all of them"
+    expected = "processors that do not change or drop the chosen tokens"
     require(whole, "processors", expected, f"other tokens ({tuple(tokens.shape)} of {tuple(chosen.shape)})")
 
 

@@ -1,8 +1,8 @@
 """Janus and Janus-Pro: one processor does guidance, warping and matching.
 
-In image mode the host's ``generate`` runs conditional and unconditional rows together, appends its own guidance
-*after* the processors it is given (which see 2B rows), and hands them an ``input_ids`` that never grows. With
-``guidance_scale=1`` it appends nothing, and :class:`AnchorProcessor` counts steps itself.
+In image mode, the host's ``generate`` runs conditional and unconditional rows together. It gives processors 2B rows of
+scores and an ``input_ids`` that never grows, and adds its own guidance *after* them. With ``guidance_scale=1`` it adds
+none, and :class:`AnchorProcessor` counts steps itself.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def codebook(model: Any) -> torch.Tensor:
 def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Codes ``(B, N)`` long of ``pixels (B, 3, H, W)`` in -1..1.
 
-    Latents and entries are normalised before they are compared, as in the training of this tokenizer; the host's own
-    ``vqmodel.encode`` compares them as they are, while its decoder normalises.
+    Latents and entries are normalised before they are compared, as in the training of this tokenizer. The host's own
+    ``vqmodel.encode`` compares them without this, although its decoder normalises.
     """
     check_pixels(pixels)
     vq = model.model.vqmodel
     pixels = pixels.to(device=vq.quant_conv.weight.device, dtype=vq.quant_conv.weight.dtype)
     latents = vq.quant_conv(vq.encoder(pixels)).float().flatten(2).transpose(1, 2)
-    codes = (latents @ codebook(model).T).argmax(-1)  # of unit entries; the latent's length changes nothing
+    codes = (latents @ codebook(model).T).argmax(-1)  # entries have norm 1, and the latent's norm does not matter
     expected = grid(model).num_tokens
     require(codes.shape[1] == expected, "pixels", f"a picture of {expected} codes", tuple(pixels.shape))
     return codes
@@ -91,27 +91,28 @@ def generate(
             ``generation_mode="image"``.
         matcher: ``lock.matcher(janus.codebook(model), num_tokens=janus.grid(model).num_tokens)``; None samples.
         anchors: image tokens of the original, ``(B, N)``: from a run without matcher, or :func:`encode`.
-        guidance: scale of ``u + (c - u) * scale``, 5 being the host's default; None or 1 is the condition alone.
+        guidance: scale of ``u + (c - u) * scale``; 5 is the host's default. None or 1 means the condition alone.
         temperature, top_k, top_p: after guidance.
         generator: source of the seeds, one for the batch or one per row.
-        image_start: id of the image-start token, ``processor.tokenizer.boi_token_id``; None reads it from the model's
-            generation config, where not every file has it.
-        processors: further logits processors, which run after matching (a progress bar, say).
-        options: of the host's ``generate``: ``num_return_sequences`` and those that say how it runs
-            (:data:`fastrope.bindings.transformers.inputs.PASSED`, without those of the cache).
+        image_start: id of the image-start token, ``processor.tokenizer.boi_token_id``. None reads it from the model's
+            generation config, which does not always have it.
+        processors: further logits processors, which run after matching (a progress bar, for example).
+        options: of the host's ``generate``: ``num_return_sequences``, and those in
+            :data:`fastrope.bindings.transformers.inputs.PASSED` except the two of the cache.
 
     Raises:
-        ValueError: as :class:`AnchorProcessor`; prompts padded on the right, with pictures, or of text mode; other
-            options, and a ``model.generation_config``, that choose tokens; ``processors`` that change the choice.
-        NotImplementedError: transformers 5.0 to 5.4, whose Janus does not see the tokens it has drawn.
+        ValueError: as :class:`AnchorProcessor`; prompts that are padded on the right, with pictures, or of text mode;
+            other options, or a ``model.generation_config`` that chooses tokens; ``processors`` that change the choice.
+        NotImplementedError: transformers 5.0 to 5.4, whose Janus does not attend to the tokens it has drawn.
     """
     if Version("5.0") <= Version(transformers.__version__) < Version("5.5"):
         found = transformers.__version__
         raise NotImplementedError(
-            f"Janus of transformers {found} does not see the tokens it has drawn; 5.5 or newer does"
+            f"transformers: expected 5.5 or newer (or 4) for Janus, received {found}, where Janus does not attend to "
+            "the tokens it has drawn"
         )
     for name in ("cache_implementation", "cache_config"):
-        require(name not in options, name, "no such option: this function hands the host a new cache", "it")
+        require(name not in options, name, "no such option: every call makes its cache", "one")
     check_options(model, options)
     ids, mask = read_prompts(model, inputs, MADE_BY)
     config = _generation_config(model, options, image_start)
@@ -128,7 +129,7 @@ def generate(
         guidance_scale=1.0,
         **ONE_TOKEN_LEFT,
         logits_processor=LogitsProcessorList([processor, *processors]),
-        **own_cache(model),
+        **new_cache(model),
         **options,
     )
     check_result(made, processor.tokens)
@@ -136,10 +137,9 @@ def generate(
 
 
 def _generation_config(model: Any, options: dict, image_start: int | None):
-    """The model's config with the three tokens that the host makes the unconditional prompt of.
+    """The model's generation config, with the three tokens that make up the host's unconditional prompt.
 
-    transformers 5 drops the image-start token on loading where a file says that it was derived from the model's
-    configuration.
+    transformers 5 drops the image-start token when it loads a file that says it was derived from the model's config.
     """
     config = copy.deepcopy(model.generation_config)
     given = getattr(config, "generation_kwargs", None) or {}
@@ -164,7 +164,7 @@ def _check_image_start(model: Any, ids: torch.Tensor, mask: torch.Tensor, start:
     require(not rows, "input_ids", "prompts without pictures or a second image start", f"some in row(s) {rows}")
 
 
-def own_cache(model: Any) -> dict:
-    """A new cache for the host's ``generate``, which fails to make one itself in transformers 5.13 to 5.17."""
+def new_cache(model: Any) -> dict:
+    """A new cache for the host's ``generate``. transformers 5.13 to 5.17 fail to make one."""
     parameters = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in parameters else "past_key_values": DynamicCache()}

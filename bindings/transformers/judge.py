@@ -13,7 +13,7 @@ from fastrope.checks import require
 from fastrope.extras import importing
 from fastrope.methods.judges import CLASSES, Verdict, read_verdict
 
-SIZE = 512  # pixels of the longer side of every picture the model sees
+SIZE = 512  # pixels of the longer side of every picture that the model sees
 
 SYSTEM = (
     "You are a visual analyst. You compare pairs of pictures with care, you describe what you actually see before you "
@@ -41,7 +41,7 @@ suppression>"}"""
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A pair of pictures with the answer it should get. The method's authors show two per class, which are not ours.
+    """A pair of pictures with the right answer. The method's authors show two per class; this package has none.
 
     Args:
         composite, estimate: PIL pictures.
@@ -62,15 +62,15 @@ class Example:
 
 
 class ChatJudge:
-    """Asks a chat model that sees pictures, Qwen-VL or its kin, for reasoning and a class.
+    """Asks a chat model that sees pictures (Qwen-VL or a similar one) for reasoning and a class.
 
     Args:
         model: with ``generate``, as ``AutoModelForImageTextToText`` loads it.
         processor: its ``AutoProcessor``, with a chat template.
         examples: worked examples, shown before the question; none by default.
-        max_new_tokens: length of the answer at most, 1024 as the authors have it.
+        max_new_tokens: largest length of the answer; 1024 in the authors' code.
 
-    The definitions of the classes are the authors', the words are ours. Pictures keep their proportions (the authors
+    The definitions of the classes are the authors'; the wording is ours. Pictures keep their proportions (the authors
     squash them to squares). Decoding is greedy, so the same pair gets the same verdict.
     """
 
@@ -96,8 +96,8 @@ class ChatJudge:
 
         Args:
             name: of the model; the default is the authors' choice.
-            device: CUDA where there is one, by default.
-            dtype: of the weights; ``"auto"`` is that of the checkpoint.
+            device: by default CUDA if there is one.
+            dtype: of the weights; ``"auto"`` means that of the checkpoint.
             kwargs: further arguments of :class:`ChatJudge`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A LogitsProcessor that chooses the token itself: guidance, warping, matching, then nothing left to change."""
+"""A LogitsProcessor that chooses the token itself, by guidance, warping and matching."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from fastrope.checks import require, require_tensor
 from ..anchors import Grid, Record, guide, plain_matcher, spread_anchors
 from ..inputs import check_sampling
 
-# Options of generate() behind an AnchorProcessor: sampling, which several sequences per prompt need, no warpers, and
-# the tokens alone.
+# Options of generate() with an AnchorProcessor: sampling (required for several sequences per prompt), no warpers, and
+# tokens as the result.
 ONE_TOKEN_LEFT = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, return_dict_in_generate=False)
 
 
 class AnchorProcessor(LogitsProcessor):
     """Anchor token matching (ISLock, arXiv 2504.10434) as a logits processor of ``generate()``.
 
-    At every image token the scores it returns are -inf but for the chosen token, so whatever ``generate`` does after
-    it (guidance has to come before) changes nothing, sampling included. Serves one call of ``generate``; afterwards
-    ``record`` says what happened. Greedy search and sampling are fine, beams and assisted decoding are not. Where
-    other tokens are appended than the chosen ones, ``tokens`` and ``record`` refuse to be read.
+    At every image token, the scores that it returns are -inf for all but the chosen token. So nothing that ``generate``
+    does afterwards, sampling included, changes the choice; guidance must come before. One processor serves one call of
+    ``generate``; afterwards ``record`` says what happened. Greedy search and sampling work, beams and assisted decoding
+    do not. If other tokens were appended than the chosen ones, reading ``tokens`` or ``record`` raises an error.
 
     Rows of the scores, B images:
 
-    * ``guidance`` None: scores ``(B, V)``, guided already or not to be guided (``guidance_scale`` of ``generate`` runs
-      before this processor, except in Janus).
-    * ``guidance`` a number: scores ``(2B, V)``, the conditional half first; ``u + (c - u) * guidance``. Where
-      ``input_ids`` has B rows (Janus), B rows of scores are returned; where it has 2B, both halves are, alike.
+    * ``guidance`` None: scores ``(B, V)``, which already have guidance or need none (``guidance_scale`` of ``generate``
+      runs before this processor, except in Janus).
+    * ``guidance`` a number: scores ``(2B, V)``, the conditional half first; ``u + (c - u) * guidance``. If
+      ``input_ids`` has B rows (Janus), B rows of scores are returned; if it has 2B rows, both halves with equal values.
 
     Args:
         grid: where image tokens stand among the generated ones.
         matcher: ``fr.ISLock(...).matcher(codebook, num_tokens=grid.num_tokens, token_ids=...)``; None samples.
-        anchors: the original's image tokens in raster order, ``(B, N)`` vocabulary ids, or fewer rows that divide B,
-            each repeated as ``num_return_sequences`` repeats prompts; -1 where anything may come. With a matcher, and
-            only then.
-        image_ids: ``(V_img,)`` vocabulary ids that an image token may take, all others being cut before warping; None
-            leaves that to the model.
+        anchors: the original's image tokens in raster order, ``(B, N)`` vocabulary ids, or fewer rows that divide B;
+            each is repeated as ``num_return_sequences`` repeats prompts. -1 leaves a position free. Required with a
+            matcher, and not allowed without one.
+        image_ids: ``(V_img,)`` vocabulary ids of image tokens; all others are removed before warping. None leaves that
+            to the model.
         guidance: see above.
         temperature, top_k, top_p: applied in this order after guidance, by transformers' own warpers; 1, 0 and 1 do
-            nothing. Those of ``generate`` come too late to matter.
+            nothing. Those of ``generate`` come later and have no effect.
         force_rows: write the grid's ``opening``, ``newline`` and ``end``; False leaves them to the model's own prefix
             function.
-        growing: ``input_ids`` grows by a token per step, which is checked; False where it stands still (Janus).
+        growing: ``input_ids`` grows by one token per step, which is checked; False if it does not grow (Janus).
         generator: source of the seeds, one for the batch or one per row.
 
     Raises:
-        ValueError: here and in calls, arguments or rows that are not as above, prompts that do not end where the grid's
-            image begins, a step skipped, more steps than tokens; on reading, tokens that were not followed.
+        ValueError: wrong arguments or rows, prompts that do not end right before the grid's image, a skipped step, more
+            steps than tokens; when ``tokens`` or ``record`` are read, other tokens than the chosen ones.
     """
 
     def __init__(
@@ -93,9 +93,7 @@ class AnchorProcessor(LogitsProcessor):
         self._step = 0
         self._first: torch.Size | None = None
         self._chosen: torch.Tensor | None = None  # the last tokens, one per row of input_ids
-        self._followed: torch.Tensor | None = (
-            None  # whether every choice so far was appended; read late, without a wait
-        )
+        self._followed: torch.Tensor | None = None  # bool: every choice was appended; read at the end, to avoid waits
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -104,7 +102,7 @@ class AnchorProcessor(LogitsProcessor):
 
     @property
     def record(self) -> Record | None:
-        """What matching did so far; None without a matcher."""
+        """The record of matching so far; None without a matcher."""
         matches = self._read()
         return None if self._sampled else Record.stack(matches, self._anchors)
 
@@ -128,10 +126,10 @@ class AnchorProcessor(LogitsProcessor):
         return torch.cat([chosen, chosen]) if both else chosen
 
     def _read(self) -> list:
-        """The matches so far, if they are what was appended."""
+        """The matches so far, if their tokens were appended."""
         require(len(self._matches) > 0, "processor", "one that has run", "no matched tokens")
         followed = self._followed is None or bool(self._followed)
-        how = "one whose tokens are appended as chosen: no assistants, and no processors that change the choice"
+        how = "a generate() that appends the chosen tokens, without assistants or processors that change the choice"
         require(followed, "processor", how, "other tokens in input_ids")
         return self._matches
 
@@ -156,7 +154,7 @@ class AnchorProcessor(LogitsProcessor):
         return step
 
     def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[bool, int]:
-        """Whether both halves are to be returned, and the number of images."""
+        """Whether to return both halves, and the number of images."""
         rows, ids = scores.shape[0], input_ids.shape[0]
         if self.guidance is None:
             hint = "; guidance=... where the model's unconditional rows come along"

@@ -1,4 +1,4 @@
-"""ISLock's settings, and the matcher they make of a codebook: it checks calls and makes tensors for the op."""
+"""ISLock's settings, and their matcher for a codebook, which checks calls and makes tensors for the op."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class ISLock:
     """Anchor token matching for autoregressive image models (ISLock, arXiv 2504.10434).
 
     At position i of N, the first ``|W_i| = floor(K (1 - alpha i / N))`` candidates of a draw without replacement are
-    compared with the original token, ``s_k = distance(e(z_k), e(z_org))``. The nearest is taken where ``s <= tau``,
-    the most probable token otherwise (AdaCR). The defaults are the paper's for LlamaGen; for Lumina-mGPT it gives
-    ``ISLock(candidates=100, tau=0.4, metric="cosine")``.
+    compared with the original token, ``s_k = distance(e(z_k), e(z_org))``. The nearest candidate is taken if
+    ``s <= tau``, the most probable token otherwise (AdaCR). The defaults are the paper's for LlamaGen. For Lumina-mGPT
+    the paper has ``ISLock(candidates=100, tau=0.4, metric="cosine")``.
 
     Args:
-        candidates: K, tokens drawn at the first position; 1 is plain sampling where tau is infinite.
-        alpha: how much of the window is gone at the last position, 0 to 1, read as the decimal it is written as.
-        tau: the largest distance accepted, from 0 to infinity; the larger, the closer to the original.
+        candidates: K, number of tokens drawn at the first position; 1 with an infinite tau is plain sampling.
+        alpha: share of the window that is gone at the last position, 0 to 1; read as a decimal number.
+        tau: the largest accepted distance, from 0 to infinity. A larger one gives a result closer to the original.
         metric: ``"l2"``, the squared Euclidean distance, or ``"cosine"``, the distance ``1 - cos``, from 0 to 2.
 
     Raises:
@@ -56,14 +56,14 @@ class ISLock:
         require(self.metric in METRICS, "ISLock.metric", f"one of {METRICS}", repr(self.metric))
 
     def window(self, i: int, n: int) -> int:
-        """``|W_i| = floor(K (1 - alpha i / n))``, at least 1: the candidates compared at position ``i`` of ``n``.
+        """``|W_i| = floor(K (1 - alpha i / n))``, at least 1: number of candidates at position ``i`` of ``n``.
 
         Raises:
             ValueError: ``n`` below 1, or ``i`` outside ``0 .. n - 1``.
         """
         require(is_whole(n) and n >= 1, "n", "a whole number from 1", repr(n))
         require(is_whole(i) and 0 <= i < n, "i", f"a position from 0 to {n - 1}", repr(i))
-        # As a fraction: the product of floats falls below whole numbers that it should reach.
+        # With fractions, because a product of floats can fall just below the whole number that it should be.
         return max(1, math.floor(self.candidates * (1 - Fraction(str(self.alpha)) * Fraction(int(i), int(n)))))
 
     def matcher(
@@ -79,7 +79,7 @@ class ISLock:
         Args:
             codebook: ``(V_img, d)``, floating point; the matcher lives on its device.
             num_tokens: N, the positions of one image.
-            token_ids: ``(V_img,)`` integers, the vocabulary id of each codebook row; None takes ``0 .. V_img - 1``.
+            token_ids: ``(V_img,)`` integers, the vocabulary id of each codebook row; None means ``0 .. V_img - 1``.
             backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
         Raises:
@@ -92,12 +92,12 @@ class Match(NamedTuple):
     """What happened at one position, row by row.
 
     * ``tokens`` ``(B,)`` int64: the vocabulary ids to append.
-    * ``distance`` ``(B,)`` float32: ``min s`` over the window, also where it was too far to accept; infinite where
-      nothing could be compared.
-    * ``window`` ``(B,)`` int32: candidates compared, the smaller of ``|W_i|`` and the tokens that have probability; 0
-      in rows drawn freely (not active, or an anchor without a codebook row).
-    * ``accepted`` ``(B,)`` bool: True, the nearest candidate was taken. False, the most probable token was, or, where
-      ``window`` is 0, the first of the draw.
+    * ``distance`` ``(B,)`` float32: ``min s`` over the window, accepted or not; infinite if there was nothing to
+      compare.
+    * ``window`` ``(B,)`` int32: number of candidates, the smaller of ``|W_i|`` and the number of tokens with a
+      probability above 0; 0 in rows drawn freely (not active, or an anchor without a codebook row).
+    * ``accepted`` ``(B,)`` bool. True: the nearest candidate was taken. False: the most probable token was taken, or,
+      if ``window`` is 0, the first token of the draw.
     """
 
     tokens: Tensor
@@ -131,15 +131,15 @@ class Matcher:
         self.rows = _rows(token_ids, codebook)
         windows = [lock.window(i, self.num_tokens) for i in range(self.num_tokens)]
         self.windows = torch.tensor(windows, dtype=torch.int32, device=device)
-        # A position given as an integer is a view of these: nothing is copied to the device per token.
+        # For an integer position, a view of this tensor saves a copy to the device per token.
         self.positions = torch.arange(self.num_tokens, device=device)
 
     def seeds(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """Seeds ``(batch,)`` int64 on the matcher's device, one per row.
 
         Args:
-            generator: one for all rows, or one per row; None draws from torch's default generator of the device. A
-                generator of another device costs a copy, which a CUDA graph cannot capture.
+            generator: one for all rows, or one per row; None means torch's default generator of the device. A generator
+                of another device costs a copy, which a CUDA graph cannot capture.
         """
         if isinstance(generator, Sequence):
             require(len(generator) == batch, "generator", f"one generator, or one for each of {batch} rows",
@@ -167,14 +167,14 @@ class Matcher:
 
         Args:
             logits: ``(B, V)``, floating point, any strides, after guidance, temperature, top-k and top-p; computed in
-                float32. Tokens at -inf, NaN or so far below the maximum that float32 gives them no probability are
-                never drawn; a row without any other gives token 0, not accepted.
+                float32. Tokens at -inf or NaN, or with probability 0 in float32, are never drawn. A row without any
+                other token gives token 0, not accepted.
             anchors: ``(B,)`` int32 or int64, the original tokens as vocabulary ids. A row whose anchor has no codebook
-                row (a text token, -1) is drawn freely: it takes the first of the draw, which is plain sampling.
+                row (a text token, -1) is drawn freely: it takes the first token of the draw, which is plain sampling.
             position: the raster index i of the image token, 0 to ``num_tokens - 1``: an int, or an integer tensor
-                ``()``, ``(1,)`` or ``(B,)`` on the device of the logits, whose values are clamped to that range for
-                the window rather than checked.
-            generator: source of fresh seeds; see :meth:`seeds`. A sequence holds one per row.
+                ``()``, ``(1,)`` or ``(B,)`` on the device of the logits. Values of a tensor are not checked, but
+                clamped to that range.
+            generator: source of new seeds, one or one per row; see :meth:`seeds`.
             active: ``(B,)`` bool; rows with False are drawn freely, as at the end-of-line tokens of a raster.
             seeds: ``(B,)`` int64, instead of ``generator``: drawn once per image, they save a launch per token.
 
@@ -183,7 +183,7 @@ class Matcher:
 
         Raises:
             ValueError: a wrong shape, dtype or device, a position out of range, or both a generator and seeds.
-            NotImplementedError: ``backend="triton"`` where no kernel runs.
+            NotImplementedError: ``backend="triton"``, and the kernel cannot run.
         """
         batch = self._check(logits, anchors, active)
         position = self._position(position, batch)
@@ -233,7 +233,7 @@ class Matcher:
 
 
 def _rows(token_ids: Tensor | None, codebook: Tensor) -> Tensor:
-    """Codebook row of every vocabulary id up to the largest that has one, int32, -1 for none."""
+    """Codebook row of every vocabulary id up to the largest one in the codebook, int32; -1 for ids without a row."""
     count, device = codebook.shape[0], codebook.device
     if token_ids is None:
         return torch.arange(count, dtype=torch.int32, device=device)

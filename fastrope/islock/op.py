@@ -14,8 +14,8 @@ from . import reference
 
 
 def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
-    """The backend of a call: ``auto`` is the kernel on GPUs it ships for and the reference anywhere else; the two give
-    the same tokens.
+    """The backend of a call. ``auto`` is the kernel on GPUs that have launch configurations, and the reference anywhere
+    else; both give the same tokens.
 
     Raises:
         NotImplementedError: ``triton`` was asked for and cannot run.
@@ -30,7 +30,7 @@ def choose(logits: Tensor, codebook: Tensor, backend: str) -> str:
 
 def _launch(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = kernels.select_match(devices.architecture(logits.device), call[4].shape[1])
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may not be the device of the tensors.
     guard = torch.cuda.device(logits.device) if logits.device.type == "cuda" else contextlib.nullcontext()
     with guard:
         return kernels.match_anchors(logits, *call, config)

@@ -1,8 +1,8 @@
 """The specification of anchor token matching, in plain torch on any device.
 
-Noise is counter-based, so that a kernel draws the same: token ``v`` of a row takes word ``v % 4`` of Philox 4x32-10
-(Salmon et al., SC 2011) at counter ``(v // 4, position, 0, 0)`` under the row's 64-bit seed. Every step from these
-bits to the perturbed logits is one rounded float32 operation, so they agree bit for bit between devices and backends.
+Noise is counter-based, so that a kernel draws the same numbers: token ``v`` of a row takes word ``v % 4`` of Philox
+4x32-10 (Salmon et al., SC 2011) at counter ``(v // 4, position, 0, 0)`` with the row's 64-bit seed. Every step from
+these bits to the perturbed logits is one rounded float32 operation, so all devices and backends agree bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
-# Further below the maximum a probability is zero in float32: hosts mask with -inf or the smallest float, both are out.
+# A logit further below the maximum has probability 0 in float32. Hosts mask with -inf or with the smallest float.
 LIMIT = 104.0
 EPS = 1e-8  # smallest norm of a cosine
 # (ln(1 + f) - f + f^2 / 2) / f^3 on [sqrt(1/2) - 1, sqrt(2) - 1], interpolated at Chebyshev points; the logarithm is
@@ -47,7 +47,7 @@ def uniform(words: Tensor) -> Tensor:
 
 
 def ln(x: Tensor) -> Tensor:
-    """Natural logarithm of positive normal float32, in operations that round alike everywhere."""
+    """Natural logarithm of positive normal float32, from operations that round in the same way on all devices."""
     bits = x.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
@@ -59,7 +59,7 @@ def ln(x: Tensor) -> Tensor:
 
 
 def gumbel(words: Tensor) -> Tensor:
-    """``g = -ln(-ln(1 - u))``; the inner logarithm keeps what ``w = 1 - u`` rounds away of a small ``u``."""
+    """``g = -ln(-ln(1 - u))``. The inner logarithm corrects for what ``w = 1 - u`` loses of a small ``u``."""
     u = uniform(words)
     w = 1.0 - u
     return -ln(-(ln(w) + ((1.0 - w) - u)))
@@ -75,13 +75,13 @@ def noise(seeds: Tensor, position: Tensor, vocab: int) -> Tensor:
 
 
 def rows_of(tokens: Tensor, rows: Tensor) -> Tensor:
-    """Codebook rows of vocabulary ids, -1 of those without one."""
+    """Codebook rows of vocabulary ids; -1 for ids without a row."""
     inside = (tokens >= 0) & (tokens < rows.shape[0])
     return torch.where(inside, rows[torch.where(inside, tokens, 0)].long(), -1)
 
 
 def distances(candidates: Tensor, anchor: Tensor, metric: str) -> Tensor:
-    """``s_k``, float32, of candidates ``(B, k, d)`` and anchors ``(B, d)``; infinite where it is not a number."""
+    """``s_k``, float32, of candidates ``(B, k, d)`` and anchors ``(B, d)``; infinite in place of NaN."""
     e, a = candidates.float(), anchor.float()[:, None, :]
     if metric == "l2":
         s = (e - a).square().sum(-1)
@@ -111,9 +111,9 @@ def match(
         anchors: ``(B,)`` int64, vocabulary ids.
         position: ``(B,)`` int64, clamped to the table of windows.
         seeds: ``(B,)`` int64.
-        active: ``(B,)`` bool, False draws freely; None is all True.
+        active: ``(B,)`` bool, False draws freely; None means True for all.
         codebook: ``(V_img, d)``.
-        rows: ``(T,)`` int32, ``T <= V``, the codebook row of each vocabulary id, -1 for none.
+        rows: ``(T,)`` int32, ``T <= V``, the codebook row of each vocabulary id; -1 for none.
         windows: ``(N,)`` int32, ``|W_i|`` of every position.
         candidates: K, no smaller than any window.
         tau, metric: see :class:`fastrope.ISLock`.
@@ -143,7 +143,7 @@ def match(
     drawn = order[:, :candidates]
     in_window = torch.arange(drawn.shape[1], device=logits.device) < window[:, None]
 
-    # The nearest of the window; the anchor is at distance 0 of itself and wins ties, then the lowest id does.
+    # The nearest of the window. The anchor itself has distance 0 and wins ties; after it, the lowest id wins.
     drawn_rows = rows_of(drawn, rows)
     s = distances(codebook[drawn_rows.clamp(min=0)], codebook[anchor_rows.clamp(min=0)], metric)
     is_anchor = drawn == anchors[:, None]
@@ -154,7 +154,7 @@ def match(
     rank = torch.where(s == distance[:, None], rank, vocab).amin(1)
     nearest = torch.where(rank < 0, anchors, rank)
 
-    # AdaCR: the nearest where it is near enough, argmax p where it is not.
+    # AdaCR: the nearest candidate if it is near enough, argmax p otherwise.
     accepted = (distance <= tau) & (distance < torch.inf)
     tokens = torch.where(free, order[:, 0], torch.where(accepted, nearest, likeliest))
     return tokens, distance, window.int(), accepted

@@ -1,4 +1,4 @@
-"""Methods: frozen descriptions that turn a :class:`fastrope.Site` into modulations. They compute no attention."""
+"""Methods: frozen descriptions that return the modulations for a :class:`fastrope.Site`. They compute no attention."""
 
 from .grag import GRAG
 from .looserope import Curve, LooseRoPE

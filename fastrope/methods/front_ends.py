@@ -1,4 +1,4 @@
-"""From pictures to the maps of :class:`fastrope.LooseRoPE`, the way its authors' code goes."""
+"""From pictures to the maps of :class:`fastrope.LooseRoPE`, in the way of the authors' code."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from .maps import blur, level_outside, mask_at_centres, normalise, resize_by_overlap
+from .maps import blur, fill_outside, mask_at_centres, normalise, resize_by_overlap
 from .saliency import Source, energy_of, input_size
 
 FRONT_ENDS = ("fastrope", "published")
-BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)  # OpenCV's 5-tap kernel where no deviation is given, over 16
-SHORTEST_EDGE = 800  # pixels, of the authors' detector
+BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)  # over 16: OpenCV's 5-tap kernel without a given deviation
+SHORTEST_EDGE = 800  # pixels, in the authors' detector
 
 
 @dataclass(frozen=True, eq=False)
 class PublishedSaliency:
-    """Saliency on a token grid, as the published code computes it; called with the grid, ``(rows, columns)``.
+    """Saliency on a token grid, as the published code computes it. It is called with the grid, ``(rows, columns)``.
 
-    1. The mask on the token grid: resized bilinearly, cut at one half.
-    2. The energy of the picture that this mask, cells repeated, cuts out. A detector sees the picture blackened outside
-       it and with a shortest edge of 800 pixels.
-    3. The energy's cells interpolated bilinearly, to the size that the detector saw (others: to the picture's).
-    4. Outside the mask the least of inside.
-    5. Averaged onto the token grid by covered area, cells at borders in part.
-    6. Blurred with the kernel (1, 4, 6, 4, 1) / 16 both ways, mirrored about the outermost cells.
-    7. Stretched to 0..1. The published code does so after 2 and 4 as well, which changes nothing at the end.
+    1. Put the mask on the token grid: resize it bilinearly and cut it at one half.
+    2. Take the energy of the picture inside this mask, with its cells repeated. A detector sees the picture black
+       outside the mask, resized to a shortest edge of 800 pixels.
+    3. Interpolate the energy bilinearly to the size that the detector saw (other sources: to the picture's size).
+    4. Outside the mask, set the smallest value of inside.
+    5. Average onto the token grid by covered area.
+    6. Blur with the kernel (1, 4, 6, 4, 1) / 16 in both directions, mirrored about the outermost cells.
+    7. Stretch to 0..1. The published code also does this after 2 and 4, which does not change the result.
 
     Args:
         images: ``(B, 3, H, W)`` in 0..1.
@@ -53,4 +53,4 @@ class PublishedSaliency:
         size = input_size(self.source, picture, SHORTEST_EDGE)
         energy = energy_of(self.source, self.images, inside, SHORTEST_EDGE, "bilinear", size)
         seen = F.interpolate(inside[:, None].double(), size=size, mode="nearest")[:, 0] > 0
-        return normalise(blur(resize_by_overlap(level_outside(energy, seen), grid), BINOMIAL, mirrored=True))
+        return normalise(blur(resize_by_overlap(fill_outside(energy, seen), grid), BINOMIAL, mirrored=True))

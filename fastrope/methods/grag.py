@@ -16,31 +16,30 @@ from .schedules import Activity, Schedule, Steps, check_schedule, value_at
 
 @dataclass(frozen=True)
 class GRAG:
-    """Keys of each reference picture re-weighted around their mean, ``k' = lambda mu + delta (k - mu)``.
+    """Moves the keys of each reference picture away from their mean, or towards it: ``k' = lambda mu + delta (k - mu)``
+    (GRAG, arXiv 2510.24657).
 
-    ``mu`` is the mean of the rotated keys of one picture, per batch row, head and channel, in the layer at hand. Every
-    reference is a group of its own, at any resolution and batch size; keys of the target, all queries and all values
-    stay as they are (GRAG, arXiv 2510.24657).
+    ``mu`` is the mean of the rotated keys of one picture, per batch row, head and channel, in each layer. Every
+    reference is a separate group, at any resolution and batch size. Keys of the target, queries and values do not
+    change.
 
     Args:
-        bias: lambda, dimensionless. It raises or lowers the mean logit of the picture, trading it against the text
-            and the target: above 1 the source weighs more. Useful from 0.8 to 1.7; 1 is neutral.
-        delta: dimensionless, a temperature inside the picture: above 1 (the demo's 1.1 is the default) the source is
-            kept, below 1 more is edited. Useful from 0.8 to 1.7; 1 is neutral. Alone it is the smoothest dial.
-        text_bias, text_delta: the same for the text tokens, one group; neutral as published.
-        references: the reference pictures that are groups, by index; None means all.
+        bias: lambda, dimensionless. It raises or lowers the mean logit of the picture against text and target: above 1
+            the source weighs more. Useful from 0.8 to 1.7; 1 is neutral.
+        delta: dimensionless, a temperature inside the picture. Above 1 the source is preserved, below 1 more is edited.
+            The default is the published demo's. Useful from 0.8 to 1.7; 1 is neutral. It is the smoothest single dial.
+        text_bias, text_delta: the same for the text tokens, as one group; neutral as published.
+        references: indices of the reference pictures that are groups; None means all.
         layers: indices of the attention layers where the method acts, as in :class:`fastrope.At`; None means all.
         steps: step indices likewise, or two floats ``(start, stop)``, fractions of the run; None means all.
 
     ``bias`` and ``delta`` are numbers, schedules (:mod:`fastrope.methods.schedules`), or a list with one of these per
-    reference. ``GRAG(1, 1)`` modulates nothing, to the same bits, on any sequence.
-
-    With ``text_bias`` or ``text_delta`` set and the other dials left alone (or neutral), it also serves sequences
-    without any reference.
+    reference. ``GRAG(1, 1)`` modulates nothing on any sequence, to the same bits. A sequence without a reference is
+    fine if only ``text_bias`` or ``text_delta`` is set, and the other dials have their defaults or are neutral.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; when asked for modulations that are not
-            neutral, also where the sequence holds no reference, or not those named.
+        ValueError: naming the argument, what was expected and what came; in :meth:`modulations` also, unless neutral, a
+            sequence without a reference, or without one of ``references``.
     """
 
     bias: Schedule | Sequence[Schedule] = 1.0
@@ -74,7 +73,7 @@ class GRAG:
         object.__setattr__(self, "_active", Activity(self.layers, self.steps))
 
     def modulations(self, site: Site) -> list[BiasDelta]:
-        """One :class:`fastrope.BiasDelta` per group that is not neutral here; the same objects for equal values."""
+        """One :class:`fastrope.BiasDelta` per group that is not neutral. Equal values give the same objects."""
         if site not in self._active:
             return []
         bias, delta = (self._values(name, site) for name in ("bias", "delta"))
@@ -84,7 +83,7 @@ class GRAG:
 
     @property
     def _text_only(self) -> bool:
-        """Whether nothing but the text's dials was set."""
+        """True if only the dials of the text are set."""
         default = (self.bias, self.delta, self.references) == (GRAG.bias, GRAG.delta, None)
         return default and (self.text_bias, self.text_delta) != (1.0, 1.0)
 
@@ -116,7 +115,7 @@ class GRAG:
 def _groups(
     tokens: TokenLayout, references: tuple[tuple[int, float, float], ...], text: tuple[float, float]
 ) -> tuple[BiasDelta, ...]:
-    """Groups that are not neutral. Cached, because a binding that meets the same objects again reuses its plan."""
+    """Groups that are not neutral. Cached, because a binding reuses its plan for the same objects."""
     spans = [(tokens.reference(i), bias, delta) for i, bias, delta in references]
     if tokens.text_tokens:
         spans.append((tokens.text, *text))

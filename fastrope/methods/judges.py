@@ -1,8 +1,8 @@
-"""Judges of an unfinished edit: does the paste belong to the scene, is it still the crop, or is it going away?
+"""Judges of an unfinished edit: does the paste belong to the scene, is it still the raw crop, or does it disappear?
 
-A judge is any function ``(composite, estimate) -> answer`` of two PIL pictures, the photo with the crop pasted in and a
-first estimate of the result; see :func:`fastrope.steer`. The answer is a :class:`Verdict`, or text that
-:func:`read_verdict` reads one from.
+A judge is any function ``(composite, estimate) -> answer`` of two PIL pictures: the photo with the crop pasted in, and
+a first estimate of the result; see :func:`fastrope.steer`. The answer is a :class:`Verdict`, or text for
+:func:`read_verdict`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CLASSES = ("success", "neglect", "suppression")
-MOVES = {"neglect": -0.045, "suppression": 0.05}  # of LooseRoPE's boost, as the authors' code has it
-READ, STARTS = 20_000, 64  # of an answer: an object that a model was asked for is far shorter
+MOVES = {"neglect": -0.045, "suppression": 0.05}  # of LooseRoPE's boost, as in the authors' code
+READ, STARTS = 20_000, 64  # characters and objects of an answer; the object that we ask for is far shorter
 LABEL = r"^[^\w\n]{0,20}(?:class|verdict|label)\b[^\w\n]{0,20}(\w{1,20})\b(?![^\S\n]*\w)"
 QUOTED = r'"[^"\n]*"|[\u201c\u2018][^\u2018-\u201d\n]*[\u201d\u2019]|(?<!\w)\'[^\'\n]*\'(?!\w)|`[^`\n]*`'
 NEGATED = r"\b(?:no|not|non|nor|never|neither|without|cannot|hardly|barely|un)\b|n['\u2019]t\b"
-SMALL = 0.05  # share of the paste below which an area is too small to be judged by itself: compression leaves specks
-RING = 4  # cells around the paste whose mean colour stands for a background nobody gave
+SMALL = 0.05  # areas with a smaller share of the paste are not judged: compression leaves specks
+RING = 4  # cells around the paste; their mean colour is the background if none is given
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Verdict:
     """A judge's answer.
 
     Args:
-        kind: ``"success"``: the scene's background stands where the crop's was; ``"neglect"``: the crop's own
-            background, its edge or filler that is foreign to the scene is still visible, in any pasted area;
-            ``"suppression"``: the object has lost its identity, or parts of it are missing.
+        kind: ``"success"``: the scene's background has replaced the crop's. ``"neglect"``: the crop's own background,
+            its edge or filler foreign to the scene is still visible in some pasted area. ``"suppression"``: the object
+            has lost its identity, or parts of it are missing.
         reasoning: why, for people.
-        readable: False where no class could be read from the answer, which then counts as success.
-        measures: numbers behind the verdict.
+        readable: False if the answer has no readable class; it then counts as success.
+        measures: the numbers behind the verdict.
     """
 
     kind: str
@@ -57,13 +57,13 @@ class Verdict:
 
 
 def read_verdict(answer: object) -> Verdict:
-    """A verdict from what a judge said; what cannot be read counts as success, with ``readable=False``.
+    """The verdict in a judge's answer. An unreadable answer counts as success, with ``readable=False``.
 
-    Of text, the last complete JSON object with the fields ``class`` and ``reasoning`` counts; failing that, in this
-    order: the last object with a ``class``, a ``class`` at the very end of a broken object, the last line that starts
-    with ``class:``, the only class that is named in a text without negations, quotations left out. ``verdict`` may
-    stand for ``class``. An object within another one is no answer: a model may quote what is written in a picture.
-    Reading takes bounded time: of a long answer the last :data:`READ` characters and :data:`STARTS` objects.
+    In a text, the last complete JSON object with the fields ``class`` and ``reasoning`` counts. If there is none, the
+    first of these counts: the last object with a ``class``; a ``class`` at the very end of a broken object; the last
+    line that starts with ``class:``; the only class that is named in a text without negations, outside of quotations.
+    ``verdict`` may replace ``class``. An object inside another one is no answer, because a model may quote text from a
+    picture. The time is bounded: only the last :data:`READ` characters and :data:`STARTS` objects are read.
     """
     if isinstance(answer, Verdict):
         return answer
@@ -80,21 +80,21 @@ def read_verdict(answer: object) -> Verdict:
 
 @dataclass(frozen=True, eq=False)
 class RegionJudge:
-    """Needs no model: how far pasted areas have moved away from the composite, and towards the background.
+    """Measures how far pasted areas have moved away from the composite and towards the background. Needs no model.
 
     All pictures are averaged onto ``size x size`` cells, because a first estimate has no fine detail. Over the cells of
     each connected area of the paste, with ``p`` the composite, ``b`` the background and ``x`` the estimate,
 
-    * ``change = |x - p| / |p - b|``: below ``unchanged`` in any area the verdict is neglect;
-    * ``kept = <x - b, p - b> / |p - b|^2``, 1 at the composite and 0 at the background: below ``erased`` in any area it
-      is suppression.
+    * ``change = |x - p| / |p - b|``. If it is below ``unchanged`` in any area, the verdict is neglect.
+    * ``kept = <x - b, p - b> / |p - b|^2``, 1 at the composite and 0 at the background. If it is below ``erased`` in
+      any area, the verdict is suppression.
 
-    This stands in for what the verdicts mean (see :class:`Verdict`): colours alone cannot tell the crop's background
-    from its object. The thresholds are plain defaults; no trained model was used to set them.
+    This only approximates the verdicts (see :class:`Verdict`), because colours alone cannot tell the crop's background
+    from its object. The thresholds are plain defaults; they were not set on a trained model.
 
     Args:
         mask: the paste, ``(h, w)``, of any size.
-        background: the photo before, any form of picture; None takes the mean colour around the paste.
+        background: the photo before, any form of picture; None means the mean colour around the paste.
         unchanged, erased: the thresholds, dimensionless.
         size: cells a side.
 
@@ -129,7 +129,7 @@ class RegionJudge:
                 behind = _around(paste, area, inside) if background is None else background[:, area[0]]
                 judged += _moved(paste[:, area[0]], found[:, area[0]], behind)
         if not judged:
-            return Verdict("success", "the paste looks like its background: nothing to judge", readable=False)
+            return Verdict("success", "nothing to judge, since the paste looks like its background", readable=False)
         change, kept = (min(values) for values in zip(*judged, strict=True))
         measures = {"change": change, "kept": kept}
         if change < self.unchanged:
@@ -146,14 +146,14 @@ class RegionJudge:
 
 
 def _around(paste: torch.Tensor, area: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """The mean colour ``(3, 1)`` of the cells around an area; of all cells where it fills the picture."""
+    """The mean colour ``(3, 1)`` of the cells around an area, or of all cells if the area fills the picture."""
     ring = dilate(area, RING) & ~inside
     ring = ring if bool(ring.any()) else torch.ones_like(inside)
     return paste[:, ring[0]].mean(dim=1)[:, None]
 
 
 def _moved(paste: torch.Tensor, found: torch.Tensor, behind: torch.Tensor) -> list[tuple[float, float]]:
-    """Change and kept share over the cells of an area, ``(3, cells)`` each; none where it looks like its background."""
+    """Change and kept share over the cells of an area, ``(3, cells)`` each; empty if it looks like its background."""
     contrast = paste - behind
     if float(contrast.abs().max()) < 1:  # of 255
         return []
@@ -162,13 +162,13 @@ def _moved(paste: torch.Tensor, found: torch.Tensor, behind: torch.Tensor) -> li
 
 
 def _from_json(text: str) -> tuple[str | None, str | None]:
-    """Class and reasoning of the last object of a text that holds both, else of the last one with a class."""
-    outer = [0] * (len(text) + 1)  # at every place: how many later braces close what was opened before it
+    """Class and reasoning of the last object of a text with both, else of the last object with a class."""
+    outer = [0] * (len(text) + 1)  # at every place: number of later braces that close something opened before it
     for place in range(len(text) - 1, -1, -1):
         step = {"}": 1, "{": -1}.get(text[place], 0)
         outer[place] = max(outer[place + 1] + step, 0)
     second = None, None
-    opened = [READ * (len(text) == READ)]  # how many earlier braces wait to be closed; of a text that was cut: many
+    opened = [READ * (len(text) == READ)]  # number of open braces; many if the beginning of the text was cut off
     for sign in text:
         opened.append(max(opened[-1] + {"{": 1, "}": -1}.get(sign, 0), 0))
     for start in [m.start() for m in re.finditer(r'\{\s*"', text)][: -STARTS - 1 : -1]:
@@ -190,13 +190,13 @@ def _from_json(text: str) -> tuple[str | None, str | None]:
 
 
 def _from_words(text: str) -> str | None:
-    """The class that a text without a readable object gives: its label's, or the only one named, if not denied."""
+    """The class in a text without a readable object: after a label, or the only class that is named and not denied."""
     if (alone := re.sub(r"\W+", "", text[:99]).lower()) in CLASSES and len(text) < 99:
         return alone
     labelled = [m[1].lower() for m in re.finditer(LABEL, text, re.IGNORECASE | re.MULTILINE)]
     labelled = [word for word in labelled if word in CLASSES]
     if labelled:
         return labelled[-1]
-    own = re.sub(QUOTED, "", text)
-    named = {word for word in re.findall(r"\w+", own.lower()) if word in CLASSES}
-    return named.pop() if len(named) == 1 and not re.search(NEGATED, own, re.IGNORECASE) else None
+    unquoted = re.sub(QUOTED, "", text)
+    named = {word for word in re.findall(r"\w+", unquoted.lower()) if word in CLASSES}
+    return named.pop() if len(named) == 1 and not re.search(NEGATED, unquoted, re.IGNORECASE) else None

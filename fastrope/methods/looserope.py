@@ -20,7 +20,7 @@ from .maps import (
     blur,
     crop_mask,
     dilate,
-    level_outside,
+    fill_outside,
     mask_at_centres,
     normalise,
     resize,
@@ -29,11 +29,11 @@ from .maps import (
 from .saliency import Source, energy_of
 from .schedules import Activity, Steps, first_step_at, require_number
 
-STEPS = 28  # of the published run; its cut-offs after steps 10, 18 and 22 are fractions of it
+STEPS = 28  # of the published run, whose cut-offs come after steps 10, 18 and 22
 TIMINGS = ("scaled", "absolute")
 MASK_RULES = ("area", "centre")
-WHITE = {"uint8": 255, "uint16": 65535}  # the value that tells a picture of a mask from a map of numbers
-KEPT = 32  # sets of modulations remembered: text lengths of a run times phases
+WHITE = {"uint8": 255, "uint16": 65535}  # a mask with this value is a picture, and no map of numbers
+KNOWN = 32  # sets of modulations to remember: text lengths of a run times phases
 
 
 class Curve(NamedTuple):
@@ -54,49 +54,53 @@ CROP = Curve(0.65, 1.345, 6.5)
 
 @dataclass(frozen=True, eq=False)
 class LooseRoPE:
-    """Positions and logits of a pasted crop loosened by how little salient it is (LooseRoPE, arXiv 2601.05127).
+    """Blends a pasted crop in. Less salient parts of it have looser positions and smaller logits (LooseRoPE,
+    arXiv 2601.05127).
 
-    Queries are the target's tokens inside the mask, dilated. Against all keys of the reference, rows and columns of
-    both sides are multiplied by a range factor ``r`` (:class:`fastrope.QueryScale`); against the reference's keys
-    inside the dilated mask the logit is multiplied by a crop factor ``g`` (:class:`fastrope.LogitGain`). All else stays
-    as it is.
+    It acts on queries of the target inside the dilated mask. Against all keys of the reference, rows and columns of
+    query and key are multiplied by a range factor ``r`` (:class:`fastrope.QueryScale`). Against the reference's keys
+    inside the dilated mask, logits are multiplied by a crop factor ``g`` (:class:`fastrope.LogitGain`).
 
-    ``sal = clip(boost S, 0, 1)``. With ``levels = N``, level i holds ``sal`` in ``[i/N, (i+1)/N)``, the last one closed
-    above, and both factors are their curve at ``x_i = linspace(-1, 1, N)``. With ``levels=None`` the paper's formula:
-    ``r = clip(lambda S, 0, 1)``, where lambda is ``boost``; ``g`` is its curve at ``x = 2 sal - 1``.
+    ``sal = clip(boost S, 0, 1)``. With ``levels = N``, level i is ``sal`` in ``[i/N, (i+1)/N)``, and the last level
+    includes 1. Both factors are the values of their curves at ``x_i = linspace(-1, 1, N)``. ``levels=None`` is the
+    paper's formula: ``r = clip(lambda S, 0, 1)``, where lambda is ``boost``, and ``g`` is its curve at
+    ``x = 2 sal - 1``.
 
     Over the run, in phase p = 0, 1, 2: ``r <- clip(range_growth ** p r, 0, 1)``, ``g <- 1 - (1 - g) crop_decay ** p``.
 
     Args:
-        saliency: S, ``(h, w)`` or ``(B, h, w)``, array or tensor in 0..1; of any size, averaged onto the token grid. Or
-            a function of the token grid ``(rows, columns)`` that gives S on it.
-        mask: where the paste is, ``(h, w)`` or ``(B, h, w)``, nonzero = inside; of any size.
-        boost: 0.83 as published. Lower loosens more: against a paste left raw. Higher keeps more: against one erased.
+        saliency: S, ``(h, w)`` or ``(B, h, w)``, array or tensor in 0..1, of any size; it is averaged onto the token
+            grid. Or a function of the token grid ``(rows, columns)`` that returns S on it.
+        mask: the paste, ``(h, w)`` or ``(B, h, w)``, nonzero = inside; of any size.
+        boost: 0.83 as published. A lower value loosens more, if the paste stays raw. A higher value keeps more, if the
+            paste is erased.
         levels: N, at least 2 (5 as published), or None or ``"continuous"`` for the paper's formula.
         range_curve: ``(low, high, slope)`` of the range factor; ``(1, 1, 0)`` leaves positions alone.
         crop_curve: ``(low, high, slope)`` of the crop factor; None leaves logits alone.
-        range_growth, crop_decay: how the factors fade from phase to phase; 1 keeps them.
-        cutoffs: where a phase ends, as fractions of the run, ascending; by default after step 10 and 18 of 28.
-        timing: ``"scaled"``: fractions are of the run, whatever its length; ``"absolute"``: of 28 steps, so that by
-            default phases end after step 10 and 18 and the method after step 22 of any run.
+        range_growth, crop_decay: how the factors fade from phase to phase; 1 means that they do not.
+        cutoffs: ends of the phases, as ascending fractions of the run; by default after steps 10 and 18 of 28.
+        timing: ``"scaled"``: fractions of the run at any length. ``"absolute"``: fractions of 28 steps, so by default
+            phases end after steps 10 and 18, and the method ends after step 22 of any run.
         steps: where the method acts: step indices as in :class:`fastrope.At`, or two floats ``(start, stop)``,
             fractions of the run; by default steps 0 to 22 of 28.
         layers: indices of the attention layers where the method acts, as in :class:`fastrope.At`; None means all.
-        reference: index of the reference picture that holds the paste. Its grid may differ from the target's: the mask
+        reference: index of the reference picture with the paste. Its grid may differ from the target's; the mask
             is put on both.
-        dilation: times the mask is grown on the token grid by a 4-connected cross.
+        dilation: how often the mask grows on the token grid by a 4-connected cross.
         smooth: blur the saliency on the token grid (5 x 5 Gaussian) and stretch it to 0..1, as :meth:`from_images`
             does.
-        mask_rule: which tokens are inside: ``"area"``, those that it covers a quarter of (or the most of, where it
-            covers no quarter of any); ``"centre"``, those whose centres it covers, taken bilinearly, as published.
+        mask_rule: which tokens are inside. ``"area"``: those of which the mask covers a quarter (if there are none,
+            those of which it covers the most). ``"centre"``: those whose centres it covers, interpolated bilinearly,
+            as published.
 
-    A step belongs to the fraction that its middle falls in. The published code counts steps: 10, 18 and 22 of 28 on
-    FLUX, and of 50 on Qwen-Image-Edit. ``timing="scaled"`` is the default on both, because what a step does depends on
-    its noise level, which goes with the fraction of the run; on FLUX at 28 steps the two timings are the same.
+    A step belongs to the fraction in which its middle lies. The published code counts steps: 10, 18 and 22 of 28 on
+    FLUX, and of 50 on Qwen-Image-Edit. ``timing="scaled"`` is the default for both, because the effect of a step
+    depends on its noise level, and the noise level depends on the fraction of the run. On FLUX at 28 steps the two
+    timings are the same.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; when asked for modulations also where the
-            sequence holds no such reference.
+        ValueError: naming the argument, what was expected and what came; in :meth:`modulations` also a sequence without
+            that reference.
     """
 
     saliency: torch.Tensor | Callable[[tuple[int, int]], torch.Tensor]
@@ -158,28 +162,28 @@ class LooseRoPE:
         front_end: str = "fastrope",
         **dials: Any,
     ) -> LooseRoPE:
-        """From pictures, on whatever token grid the pipeline turns out to have.
+        """From pictures, for any token grid of a pipeline.
 
-        Saliency: the source's energy of the crop, min-max; outside the mask the least of inside; averaged onto the
-        token grid, 5 x 5 Gaussian, min-max.
+        The saliency is the source's energy of the crop, stretched to 0..1, with the smallest value of inside for all
+        pixels outside of the mask. It is averaged onto the token grid, blurred (5 x 5 Gaussian) and stretched again.
 
         Args:
             composite: the photo with the crop pasted in: a PIL image, an array ``(H, W, 3)`` or a tensor ``(3, H, W)``,
                 with a leading ``B`` for a batch; integers in 0..255 or floating-point numbers in 0..1. A PIL image is
-                turned as its EXIF orientation says: give the pipeline one that is
+                turned by its EXIF orientation, so give the pipeline a turned one, too
                 (``PIL.ImageOps.exif_transpose``).
-            original: the photo before, of the same size: the mask is where any channel differs by over ``threshold``.
-            mask: or the mask itself, ``(H, W)`` or ``(B, H, W)``, an array or tensor (nonzero = inside) or a picture: a
-                PIL image, uint8 up to 255 or uint16 up to 65535 (inside = at least half of white, so that compression
-                draws no outline; a PIL image that is transparent somewhere: where it is opaque).
+            original: the photo before, of the same size. The mask is where any channel differs by over ``threshold``.
+            mask: the mask itself instead, ``(H, W)`` or ``(B, H, W)``. An array or tensor: nonzero = inside. A picture
+                (a PIL image, uint8 up to 255 or uint16 up to 65535): at least half of white = inside, so that
+                compression draws no outline. A PIL image with transparency: opaque = inside.
             saliency: ``"spectral_residual"`` (needs no model), ``"mask_rcnn"`` (torchvision's, downloads its weights),
                 any ``nn.Module`` (its finest feature map), a function ``(image (3, H, W) in 0..1, mask (H, W)) ->
                 energy (h, w)``, or the energy itself as an array.
             threshold: of 255.
-            front_end: ``"fastrope"``: all is computed in pixels, and a token counts as pasted when a quarter of it is.
-                ``"published"``, as the authors' code: the mask is cut at token centres first, and the saliency is that
-                of the tokens inside, see :class:`fastrope.methods.front_ends.PublishedSaliency`. The first is the
-                default, because it keeps pastes of less than a token and takes in the whole rim of others.
+            front_end: ``"fastrope"``: everything is computed in pixels, and a token is inside if a quarter of it is.
+                ``"published"``, as in the authors' code: the mask is cut at token centres first, and the saliency is
+                that of the tokens inside, see :class:`fastrope.methods.front_ends.PublishedSaliency`. The first is the
+                default, because it does not lose pastes smaller than a token or rims of larger ones.
             dials: further arguments of :class:`LooseRoPE`.
 
         Raises:
@@ -208,11 +212,11 @@ class LooseRoPE:
             on_grid = PublishedSaliency(pixels / 255, inside, saliency)
             return cls(saliency=on_grid, mask=inside, **{"mask_rule": "centre", **dials})
         energy = energy_of(saliency, pixels / 255, inside)
-        leveled = level_outside(normalise(energy), inside)
-        return cls(saliency=leveled, mask=inside, **{"smooth": True, **dials})
+        filled = fill_outside(normalise(energy), inside)
+        return cls(saliency=filled, mask=inside, **{"smooth": True, **dials})
 
     def phase(self, step: int, num_steps: int) -> int:
-        """How many cut-offs lie before a step; a run's first step is always in phase 0."""
+        """Number of cut-offs before a step. The first step of a run is always in phase 0."""
         num_steps = num_steps if self.timing == "scaled" else STEPS
         return sum(step >= max(first_step_at(cut, num_steps), 1) for cut in self.cutoffs)
 
@@ -251,13 +255,14 @@ class LooseRoPE:
         return dilate(inside, self.dilation)
 
     def modulations(self, site: Site) -> list[Modulation]:
-        """What is not neutral here, a QueryScale and a LogitGain per distinct mask; the same objects within a phase."""
+        """A QueryScale and, per distinct mask, a LogitGain, unless they are neutral. Calls within one phase return the
+        same objects."""
         if site not in self._active:
             return []
         tokens, phase = site.tokens, self.phase(site.step, site.num_steps)
         key = tokens, site.spatial_axes, phase
         if key not in self._known:
-            if len(self._known) >= KEPT:
+            if len(self._known) >= KNOWN:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = self._build(tokens, site.spatial_axes, phase)
         return list(self._known[key])
@@ -277,14 +282,14 @@ class LooseRoPE:
         found: list[Modulation] = []
         if bool((scale != 1).any()):
             found.append(QueryScale(_shared(scale), keys=reference, axes=axes))
-        # Keys of one modulation are those of all rows, so rows with masks of their own get a modulation each.
-        masks, owner = keys.flatten(1).expand(rows, -1).unique(dim=0, return_inverse=True)
+        # A modulation has the same keys in all rows, so every distinct mask needs a modulation.
+        masks, mask_of_row = keys.flatten(1).expand(rows, -1).unique(dim=0, return_inverse=True)
         for n, inside in enumerate(masks):
-            own = torch.where((owner == n)[:, None], gain, 1.0)
-            if bool(inside.any()) and bool((own != 1).any()):
+            gains = torch.where((mask_of_row == n)[:, None], gain, 1.0)
+            if bool(inside.any()) and bool((gains != 1).any()):
                 covered = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
                 covered[reference] = inside
-                found.append(LogitGain(_shared(own), keys=covered))
+                found.append(LogitGain(_shared(gains), keys=covered))
         return tuple(found)
 
 
@@ -298,7 +303,7 @@ def _checked_saliency(value: object, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _shared(x: torch.Tensor) -> torch.Tensor:
-    """``(S,)`` where there is one row, which then serves any batch."""
+    """``(S,)`` if there is one row, which then serves any batch."""
     return x[0] if len(x) == 1 else x
 
 

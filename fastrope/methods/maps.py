@@ -1,4 +1,4 @@
-"""Maps over an image or its token grid: ``(B, h, w)`` float64 or bool, ``B = 1`` where all batch rows share one."""
+"""Maps over an image or its token grid: ``(B, h, w)`` float64 or bool; ``B = 1`` if all batch rows share one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from ..checks import require
 from ..device import wide_on_cpu
 
-COVERAGE = 0.25  # share of a token's area from which on it counts as inside a mask
-SIGMA = 1.1  # of the 5 x 5 Gaussian: what image libraries derive from its width, 0.3 ((5 - 1) / 2 - 1) + 0.8
+COVERAGE = 0.25  # a token is inside a mask that covers at least this share of its area
+SIGMA = 1.1  # of the 5 x 5 Gaussian; image libraries derive it from the width: 0.3 ((5 - 1) / 2 - 1) + 0.8
 GAUSSIAN = tuple(math.exp(-0.5 * (n / SIGMA) ** 2) for n in range(-2, 3))
 
 
@@ -64,12 +64,13 @@ def areas(mask: torch.Tensor) -> list[torch.Tensor]:
 
 
 def resize(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A map averaged over the cells of ``grid = (rows, columns)``; the same numbers where it has that size."""
+    """A map averaged over the cells of ``grid = (rows, columns)``; a map of that size comes back as it is."""
     return x if tuple(x.shape[1:]) == tuple(grid) else F.interpolate(x[:, None], size=tuple(grid), mode="area")[:, 0]
 
 
 def resize_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Cells of ``grid`` of which a mask ``(B, h, w)`` covers a quarter; failing that, those it covers most of."""
+    """Cells of ``grid`` of which a mask ``(B, h, w)`` covers at least a quarter. If it covers no quarter of any cell,
+    those of which it covers the most."""
     share = resize(mask.double(), grid)
     most = share.amax(dim=(1, 2), keepdim=True)
     return (share >= most.clamp(max=COVERAGE) - 1e-9) & (share > 0)
@@ -78,27 +79,27 @@ def resize_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def mask_at_centres(name: str, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Cells of ``grid`` where a mask ``(B, h, w)``, interpolated bilinearly at their centres, is above one half.
 
-    No average is taken: of many pixels per cell the few around its centre decide.
+    This is no average: only the few pixels around the centre of a cell count.
 
     Raises:
-        ValueError: a row with a paste, but no centre inside.
+        ValueError: a row with a paste but without a centre inside.
     """
     share = F.interpolate(mask[:, None].double(), size=tuple(grid), mode="bilinear", align_corners=False)[:, 0]
-    inside = share > 128.5 / 255  # as an 8-bit picture of the mask is above 128
+    inside = share > 128.5 / 255  # values above 128 in an 8-bit picture of the mask
     found = inside.flatten(1).any(dim=1) | ~(mask != 0).flatten(1).any(dim=1)
-    require(bool(found.all()), name, f"a paste that holds the centre of a token, on a grid of {tuple(grid)} tokens",
-            "one that is too small, or thin")  # fmt: skip
+    require(bool(found.all()), name, f"a paste that covers the centre of a token, on a grid of {tuple(grid)} tokens",
+            "one that is too small or too thin")  # fmt: skip
     return inside
 
 
 def resize_by_overlap(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A map averaged over the cells of ``grid``; pixels that a border cuts count by their parts."""
+    """A map averaged over the cells of ``grid``. A pixel on a border counts in each cell by the area inside it."""
     rows, columns = (_overlaps(n, size).to(x) for n, size in zip(grid, x.shape[1:], strict=True))
     return rows @ x @ columns.T
 
 
 def _overlaps(cells: int, pixels: int) -> torch.Tensor:
-    """``(cells, pixels)``: the share of each cell that a pixel covers."""
+    """``(cells, pixels)``: the share of each cell that each pixel covers."""
     edges = torch.arange(cells + 1, dtype=torch.float64, device="cpu")[:, None] * pixels / cells
     at = torch.arange(pixels, dtype=torch.float64, device="cpu")
     covered = torch.minimum(edges[1:], at + 1) - torch.maximum(edges[:-1], at)
@@ -106,19 +107,19 @@ def _overlaps(cells: int, pixels: int) -> torch.Tensor:
 
 
 def blur(x: torch.Tensor, line: Sequence[float] = GAUSSIAN, mirrored: bool = False) -> torch.Tensor:
-    """A map under a square kernel, the product of ``line`` over its sum both ways.
+    """A map filtered in both directions with the kernel ``line``, divided by its sum.
 
-    Beyond the edges the outermost cells are repeated, or where ``mirrored`` the map goes back without repeating them.
+    Beyond the edges the outermost cells are repeated. With ``mirrored``, the map is mirrored about them instead.
     """
-    kernel, reach = torch.tensor(line, dtype=x.dtype, device=x.device) / sum(line), len(line) // 2
-    rows, columns = (_outwards(n, reach, mirrored) for n in x.shape[1:])
+    kernel, radius = torch.tensor(line, dtype=x.dtype, device=x.device) / sum(line), len(line) // 2
+    rows, columns = (_padded_index(n, radius, mirrored) for n in x.shape[1:])
     padded = x[:, rows][:, :, columns]
     return F.conv2d(padded[:, None], (kernel[:, None] * kernel)[None, None])[:, 0]
 
 
-def _outwards(cells: int, reach: int, mirrored: bool) -> torch.Tensor:
-    """Which cell stands at places from ``-reach`` to ``cells - 1 + reach``."""
-    at = torch.arange(-reach, cells + reach, device="cpu")
+def _padded_index(cells: int, radius: int, mirrored: bool) -> torch.Tensor:
+    """The cell that stands at each place from ``-radius`` to ``cells - 1 + radius``."""
+    at = torch.arange(-radius, cells + radius, device="cpu")
     if not mirrored or cells == 1:
         return at.clamp(0, cells - 1)
     at = at.abs() % (2 * (cells - 1))
@@ -126,14 +127,14 @@ def _outwards(cells: int, reach: int, mirrored: bool) -> torch.Tensor:
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Each row of a map stretched to 0..1 (min-max). A flat one becomes 0.5: nothing in it stands out."""
+    """Each row of a map, stretched to 0..1 (min-max). A flat row becomes 0.5, because nothing in it stands out."""
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     span = high - low
     flat = span <= 1e-12 * high.abs().clamp(min=1e-300)
     return torch.where(flat, 0.5, (x - low) / torch.where(flat, 1.0, span))
 
 
-def level_outside(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A map whose values outside a mask are the least of those inside, row by row."""
+def fill_outside(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A map with the smallest value inside a mask for all cells outside, row by row."""
     inside = torch.where(mask, x, math.inf).amin(dim=(1, 2), keepdim=True)
     return torch.where(mask, x, torch.where(inside.isinf(), x.amin(dim=(1, 2), keepdim=True), inside))

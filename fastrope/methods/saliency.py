@@ -1,4 +1,4 @@
-"""Where a picture holds the eye: sources of the energy maps that :class:`fastrope.LooseRoPE` grades a paste by."""
+"""Saliency of pictures: sources of the energy maps from which :class:`fastrope.LooseRoPE` takes its factors."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .maps import as_map
 
 Source = str | torch.nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | torch.Tensor | np.ndarray
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels backbones were trained on
-LONGEST_EDGE = 1333  # pixels, of the authors' detector
-WIDTH = 64  # pixels a side that the spectral residual is computed at: the scale of objects, not of texture
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of pixels in the training of backbones
+LONGEST_EDGE = 1333  # pixels, in the authors' detector
+WIDTH = 64  # pixels a side for the spectral residual: the scale of objects, not of texture
 SMOOTHING = 2.5  # standard deviation of its last Gaussian, in those pixels
 
 
 def spectral_residual(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What a spectrum holds beyond its own average: needs no model (Hou & Zhang, CVPR 2007).
+    """The spectral residual: what differs from the smoothed log spectrum. Needs no model (Hou & Zhang, CVPR 2007).
 
-    ``|ifft(exp(L - mean3x3(L) + i P))|^2`` under a Gaussian, with ``L`` the log amplitude and ``P`` the phase of the
-    grey picture at 64 pixels a side. Pixels outside the mask take the mean grey of those inside, so that the outline of
-    the mask itself is no event.
+    ``|ifft(exp(L - mean3x3(L) + i P))|^2``, blurred by a Gaussian, with ``L`` the log amplitude and ``P`` the phase of
+    the grey picture at 64 pixels a side. Pixels outside the mask get the mean grey of those inside, so that the outline
+    of the mask itself is not salient.
 
     Args:
         image: ``(3, H, W)`` in 0..1.
@@ -45,12 +45,11 @@ def spectral_residual(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     log = (spectrum.abs() + 1e-8).log()
     average = F.avg_pool2d(F.pad(log, (1, 1, 1, 1), mode="circular"), 3, stride=1)
     energy = torch.fft.ifft2(torch.polar((log - average).exp(), spectrum.angle())).abs().square()
-    reach = math.ceil(3 * SMOOTHING)
-    line = torch.exp(
-        -0.5 * (torch.arange(-reach, reach + 1, dtype=energy.dtype, device=energy.device) / SMOOTHING) ** 2
-    )
+    radius = math.ceil(3 * SMOOTHING)
+    places = torch.arange(-radius, radius + 1, dtype=energy.dtype, device=energy.device)
+    line = torch.exp(-0.5 * (places / SMOOTHING) ** 2)
     line = line / line.sum()
-    energy = F.conv2d(F.pad(energy, (reach,) * 4, mode="replicate"), (line[:, None] * line)[None, None])
+    energy = F.conv2d(F.pad(energy, (radius,) * 4, mode="replicate"), (line[:, None] * line)[None, None])
     found = torch.zeros_like(grey)
     found[box] = F.interpolate(energy, size=tuple(inside.shape), mode="bilinear", align_corners=False)[0, 0]
     return found
@@ -70,14 +69,14 @@ def feature_energy(
     Args:
         image: ``(3, H, W)`` in 0..1; masked to the crop before the backbone sees it.
         mask: ``(H, W)`` bool.
-        backbone: called with ``(1, 3, H, W)`` on its own device and in its own dtype. A detector of torchvision stands
-            for its ``backbone``.
-        layer: name of the submodule whose output is taken; None takes what the backbone returns. Of several maps (a
-            feature pyramid) the one with the most cells.
-        normalise: mean and standard deviation per channel, subtracted and divided by.
-        shortest_edge: None: the picture goes in as large as it is, and what is masked has the mean colour. Or, as the
-            authors' detector has it: the picture is black where it is masked, and resized so that its shorter side has
-            as many pixels, its longer one :data:`LONGEST_EDGE` at most.
+        backbone: called with ``(1, 3, H, W)`` on its own device and in its own dtype. For a detector of torchvision,
+            its ``backbone`` is called.
+        layer: name of the submodule whose output counts; None means the output of the backbone. If there are several
+            maps (a feature pyramid), the one with the most cells counts.
+        normalise: mean and standard deviation per channel, for the pixels.
+        shortest_edge: None: the picture keeps its size, and pixels outside the mask have the mean colour. A number, as
+            in the authors' detector: pixels outside the mask are black, and the picture is resized so that its shorter
+            side has that many pixels and its longer side at most :data:`LONGEST_EDGE`.
 
     Returns:
         ``(h, w)`` float64, the size of the feature map.
@@ -117,7 +116,7 @@ def feature_energy(
 
 
 def mask_rcnn() -> torch.nn.Module:
-    """Torchvision's Mask R-CNN R50-FPN, trained on COCO: what the authors' saliency is read from, at its level "0".
+    """Torchvision's Mask R-CNN R50-FPN, trained on COCO. The authors' saliency comes from its feature map "0".
 
     Raises:
         ImportError: torchvision is not installed.
@@ -145,15 +144,15 @@ def energy_of(
         images: ``(B, 3, H, W)`` in 0..1.
         masks: ``(B, H, W)`` or ``(1, H, W)`` bool.
         shortest_edge: of a module's input, see :func:`feature_energy`.
-        mode: ``"nearest"`` repeats cells, so that averaging them onto a token grid later gives what the coarse map
-            would have; ``"bilinear"`` blends them.
-        size: of the result; None is that of the pictures.
+        mode: ``"nearest"`` repeats cells, so that an average onto a token grid is that of the coarse map;
+            ``"bilinear"`` blends them.
+        size: of the result; None means that of the pictures.
 
     Returns:
         ``(B, *size)`` float64.
 
     Raises:
-        ValueError: an unknown source, or one that gave something else than a finite map.
+        ValueError: an unknown source, or one that returned something else than a finite map.
     """
     if size is None:
         height, width = images.shape[2:]
@@ -182,7 +181,7 @@ def energy_of(
 
 
 def input_size(source: Source, picture: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
-    """``(h, w)`` of what a source sees of a picture: detectors and other modules see it resized."""
+    """``(h, w)`` of the picture that a source sees: modules see it resized."""
     resized = isinstance(source, torch.nn.Module) or (isinstance(source, str) and source == "mask_rcnn")
     return _scaled(picture, shortest_edge) if resized else picture
 

@@ -1,6 +1,6 @@
-"""Numbers that may change over the run, and where in it a method acts.
+"""Numbers that may change during a run, and the part of the run where a method acts.
 
-Wherever a method takes a ``Schedule`` it takes a number, one of the three forms below, or any function of the site.
+A ``Schedule`` is a number, one of the three forms below, or any function of the site.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Steps = Indices | tuple[float, float] | None
 class Linear:
     """From ``start`` at the first step to ``end`` at the last: ``start + (end - start) * site.progress``.
 
-    Progress counts steps, never timestep values, so a shifted noise schedule does not bend the line.
+    Progress counts steps and not values of timesteps, so a shifted noise schedule does not bend the line.
     """
 
     start: float
@@ -40,7 +40,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class _Listed:
-    """Values one by one."""
+    """A list of values."""
 
     values: Sequence[float]
 
@@ -53,7 +53,7 @@ class PerStep(_Listed):
     """One value per denoising step, first step first.
 
     Raises:
-        ValueError: no values, values that are not finite numbers, or (when asked) a run of another number of steps.
+        ValueError: no values, values that are not finite numbers; in a call also a run with another number of steps.
     """
 
     def __call__(self, site: Site) -> float:
@@ -68,7 +68,7 @@ class PerLayer(_Listed):
     """One value per attention layer, in order of execution: on FLUX the double-stream blocks come first.
 
     Raises:
-        ValueError: no values, values that are not finite numbers, or (when asked) a layer beyond the last of them.
+        ValueError: no values, values that are not finite numbers; in a call also a layer beyond the last value.
     """
 
     def __call__(self, site: Site) -> float:
@@ -93,7 +93,7 @@ def value_at(name: str, schedule: Schedule, site: Site) -> float:
     """The value of a schedule at a site.
 
     Raises:
-        ValueError: the function gave something else than a finite number.
+        ValueError: the function returned something else than a finite number.
     """
     if not callable(schedule):
         return float(schedule)
@@ -104,12 +104,12 @@ def value_at(name: str, schedule: Schedule, site: Site) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """Where in a run a method acts: ``site in activity``.
+    """The part of a run where a method acts: ``site in activity``.
 
     Args:
         layers: indices of attention calls in order of execution, as in :class:`fastrope.At`; None means all.
-        steps: indices likewise, or two floats ``(start, stop)``, fractions of the run: a step belongs where its middle
-            falls, so that any number of steps is cut in proportion. None means all.
+        steps: indices likewise, or two floats ``(start, stop)``, fractions of the run. A step counts if its middle is
+            in between, so the cut is in proportion for any number of steps. None means all.
 
     Raises:
         ValueError: naming the argument.
@@ -146,13 +146,13 @@ class Activity:
         return cast(Activity, self._anywhere)
 
     def at_length(self, num_steps: int) -> Activity:
-        """The same with fractions of a run of ``num_steps`` steps, as step indices of any run."""
+        """The same activity, with fractions of a run of ``num_steps`` steps turned into step indices of any run."""
         if self._fractions is None:
             return self
         return Activity(self.layers, range(*(first_step_at(fraction, num_steps) for fraction in self._fractions)))
 
     def progress(self, site: Site) -> float:
-        """Where a site's step stands among the active ones: 0 at and before the first, 1 at and after the last."""
+        """Place of the site's step among the active steps: 0 at and before the first, 1 at and after the last."""
         active = [n for n in range(site.num_steps) if replace(site, step=n) in self.anywhere]
         if not active:
             return 0.0
@@ -161,19 +161,19 @@ class Activity:
 
 
 def rests(method: Any, site: Site) -> bool:
-    """Whether a method of this package is inactive in all layers of a site's step, so that none need ask it. False
-    where only asking tells."""
+    """True if a method of this package is certainly inactive in all layers of a site's step, so that calling it is not
+    needed."""
     active = getattr(method, "_active", None)
     return isinstance(active, Activity) and site not in active.anywhere
 
 
 def first_step_at(fraction: float, num_steps: int) -> int:
-    """The first step whose middle lies at or behind a fraction of the run: how many steps come before it."""
-    return math.ceil(fraction * num_steps - 0.5 - 1e-9)  # a middle that falls on the cut belongs behind it
+    """The first step whose middle lies at or after a fraction of the run."""
+    return math.ceil(fraction * num_steps - 0.5 - 1e-9)  # a middle exactly at the fraction counts as after it
 
 
 def require_number(name: str, value: Any, expected: str = "a finite number") -> None:
-    """Require a finite real number that is no bool."""
+    """Require a finite real number, and no bool."""
     ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     require(ok, name, expected, repr(value))
 

@@ -1,8 +1,8 @@
-"""What a reference is at each noise level: the mathematics of its trajectory, without any pipeline.
+"""Latents of a reference at each noise level: the mathematics of its trajectory, without any pipeline.
 
 Rectified flow: at noise level sigma a sample is ``z = (1 - sigma) x + sigma noise``, and the model's velocity
-``v = noise - x`` is what ``dz / dsigma`` is. All trajectories are called ``trajectory(step, sigma) -> latents``, as
-:class:`fastrope.Reference` wants them.
+``v = noise - x`` is ``dz / dsigma``. All trajectories are called as ``trajectory(step, sigma) -> latents``, which is
+what :class:`fastrope.Reference` takes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from ..checks import require
 from .schedules import require_number
 
-GAMMA = 0.5  # of RF inversion, as published runs have it
-SLACK = 1e-6  # of noise levels, which pass through single precision
-STEP_SLACK = 4e-3  # of those that are read off a timestep in bfloat16
+GAMMA = 0.5  # of RF inversion, as in published runs
+SLACK = 1e-6  # for noise levels, which pass through single precision
+STEP_SLACK = 4e-3  # for noise levels that come from a timestep in bfloat16
 
 
 class LinearTrajectory:
-    """``(1 - sigma) clean + sigma noise`` with one noise for all steps. No model is asked.
+    """``(1 - sigma) clean + sigma noise`` with one noise for all steps. No model runs.
 
     Args:
         clean, noise: of one shape and device.
-        dtype: of what comes out; None: that of ``clean``. Computed in float32, in float64 where an input is.
+        dtype: of the result; None: that of ``clean``. The computation is in float32, or in float64 if an input is.
 
     Raises:
         ValueError: shapes that differ.
@@ -49,12 +49,12 @@ class LinearTrajectory:
 
 
 class PathTrajectory:
-    """Points at given noise levels, straight in between, as Euler's method goes: the path of :func:`rf_inversion`.
+    """Points at given noise levels, with linear interpolation between them: the path of :func:`rf_inversion`.
 
     Args:
         sigmas: noise levels, rising.
         points: latents at each of them, all of one shape.
-        dtype: of what comes out; None: that of the points.
+        dtype: of the result; None: that of the points.
 
     Raises:
         ValueError: levels that do not rise, another number of points, points of different shape.
@@ -72,13 +72,13 @@ class PathTrajectory:
         self.dtype = dtype or self.points[0].dtype
 
     def __call__(self, step: int, sigma: float) -> torch.Tensor:
-        """The path at ``sigma``: the very point where it is one of the levels.
+        """The path at ``sigma``. At one of its noise levels this is the stored point itself.
 
         Raises:
-            ValueError: a sigma the path does not reach.
+            ValueError: a sigma outside of the path.
         """
         first, last = self.sigmas[0], self.sigmas[-1]
-        require(first - SLACK <= sigma <= last + SLACK, "sigma", f"a noise level that the inverted path reaches, in "
+        require(first - SLACK <= sigma <= last + SLACK, "sigma", f"a noise level of the inverted path, in "
                 f"{first:g}..{last:g}", sigma)  # fmt: skip
         above = min(bisect.bisect_left(self.sigmas, sigma), len(self.sigmas) - 1)
         if above == 0 or self.sigmas[above] <= sigma:
@@ -89,16 +89,16 @@ class PathTrajectory:
 
 
 class StepTrajectory:
-    """Latents of one's own, one tensor per denoising step, first step (most noise) first.
+    """Given latents, one tensor per denoising step, the first step (most noise) first.
 
     Args:
         latents: of all steps, of one shape.
-        dtype: of what comes out; None: that of the latents.
-        sigmas: the noise level that each of them has, held against the one asked for; None: not looked at.
+        dtype: of the result; None: that of the latents.
+        sigmas: the noise level of each; a call with another one is refused. None: noise levels are not compared.
 
     Raises:
-        ValueError: no latents, latents of different shape, another number of sigmas; when called also a step beyond the
-            last, or one of another noise level, as a run of more steps or another size has.
+        ValueError: no latents, latents of different shape, another number of sigmas. A call raises it for a step beyond
+            the last, or for another noise level, which a run with more steps or of another size has.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class StepTrajectory:
         """The latents of a step."""
         require(step < len(self.points), "latents", f"latents for step {step}", f"those of {len(self.points)} steps")
         if self.sigmas is not None:
-            own = self.sigmas[step]
-            expected = f"noise level {own:g} at step {step}, as the latents of the reference have"
-            require(abs(sigma - own) <= STEP_SLACK, "sigma", expected, f"{sigma:g}: another number of steps, or size")
+            known = self.sigmas[step]
+            expected = f"noise level {known:g} at step {step}, as the latents of the reference have"
+            require(abs(sigma - known) <= STEP_SLACK, "sigma", expected, f"{sigma:g}: another number of steps, or size")
         return self.points[step].to(self.dtype)
 
 
@@ -136,8 +136,8 @@ def rf_step(
     """One Euler step of RF inversion (arXiv 2410.10792), from ``sigma < 1`` to ``next_sigma``:
     ``v = gamma velocity + (1 - gamma) (noise - z) / (1 - sigma)``, ``z + (next_sigma - sigma) v``.
 
-    Written as a blend of the model's step and of a straight step to the noise, which ends on the noise to the last bit
-    at ``next_sigma = 1``.
+    It is computed as a blend of the model's step and a straight step to the noise. At ``next_sigma = 1`` the straight
+    step gives the noise itself, to the last bit.
     """
     step = next_sigma - sigma
     share = step / (1 - sigma)
@@ -151,16 +151,16 @@ def rf_inversion(
     sigmas: Sequence[float],
     gamma: float = GAMMA,
 ) -> PathTrajectory:
-    """Clean latents carried up a sampler's noise levels (RF inversion, arXiv 2410.10792, Euler).
+    """Clean latents, integrated upwards through a sampler's noise levels (RF inversion, arXiv 2410.10792, Euler).
 
     Args:
-        velocity: ``velocity(z, sigma)``: the model's, as its scheduler takes it.
+        velocity: ``velocity(z, sigma)`` of the model, as its scheduler takes it.
         clean, noise: latents at sigma 0 and 1.
-        sigmas: of the sampler, falling to 0 or rising from it.
+        sigmas: of the sampler, falling to 0 or rising from 0.
         gamma: 1 follows the model alone, 0 goes straight to the noise (:class:`LinearTrajectory`).
 
     Returns:
-        The path, in float32, or float64 where an input is; one call of ``velocity`` per step.
+        The path, in float32, or in float64 if an input is; one call of ``velocity`` per step.
 
     Raises:
         ValueError: naming the argument.

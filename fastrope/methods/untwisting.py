@@ -1,4 +1,4 @@
-"""Untwisting RoPE (arXiv 2602.05013): style from a reference image, without a copy of where things are in it."""
+"""Untwisting RoPE (arXiv 2602.05013): the style of a reference image without a copy of its layout."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Dial = Schedule | tuple[float, float]
 Weight = str | float  # of one axis: "low", "match" or a number
 Axes = Weight | Sequence[Weight] | Mapping[int, Sequence[Weight]]
 
-# Named after where the numbers come from, and when: the paper; the defaults of a ComfyUI node; the example workflows
-# beside it; version 0.2 of another node. Ports differ on axes without spatial meaning, too.
+# Each name says where the numbers come from, and when: the paper; the defaults of a ComfyUI node; the example workflows
+# of that node; version 0.2 of another node. Ports also differ on axes without spatial meaning.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"s_hf": (0.25, 0.75), "s_lf": (1.0, 1.4), "beta": 2.0, "adain": 0.5, "axis0": "low"},
     "bigstationw-2026-06": {
@@ -40,22 +40,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "axis0": {3: ("low", "match", "match"), 4: ("match", "match", "match", "match")},
     },
 }  # fmt: skip
-DEPRECATED = {"community": ("bigstationw-workflows-2026-06", {"axis0": "low"})}  # what it was: that preset, with these
+DEPRECATED = {"community": ("bigstationw-workflows-2026-06", {"axis0": "low"})}  # the same dials: a preset and changes
 
 
 @dataclass(frozen=True)
 class UntwistingRoPE:
-    """Keys of a reference image weighted per frequency band (Untwisting RoPE, arXiv 2602.05013).
+    """Weights the keys of a reference image per frequency band (Untwisting RoPE, arXiv 2602.05013).
 
     Pair d of an axis with n pairs, d = 0 the highest frequency, is multiplied by
-    ``s_d = s_hf + (s_lf - s_hf) (d / (n - 1)) ** beta``; d starts anew on every axis. High frequencies lock a query
-    onto the same place in the reference, which copies it; low ones find what looks alike, which carries its style.
-    Values, queries and the keys of text and target stay as they are.
+    ``s_d = s_hf + (s_lf - s_hf) (d / (n - 1)) ** beta``; d starts at 0 on every axis. High frequencies bind a query to
+    its own place in the reference, which copies it. Low frequencies find similar content, which carries its style.
+    Values, queries, and the keys of text and target do not change.
 
     Args:
         s_hf: weight of the highest frequency: ``(first step, last step)``, linear in between by step index (see
-            ``ramp``), or a number or schedule of :mod:`fastrope.methods`. Below 1 copies less.
-        s_lf: weight of the lowest frequency, likewise. Above 1 takes more style. Sweep 0.6 to 1.5.
+            ``ramp``), or a number or schedule of :mod:`fastrope.methods`. Below 1, less is copied.
+        s_lf: weight of the lowest frequency, likewise. Above 1, more style is taken. Try 0.6 to 1.5.
         beta: the curve's exponent, above 0.
         axis0: weights of axes without spatial meaning (axis 0; on FLUX.2 axes 0 and 3): ``"low"`` is flat
             ``s_lf``, ``"match"`` the curve of the other axes (Z-Image, where flat weights are too strong), a number is
@@ -63,22 +63,22 @@ class UntwistingRoPE:
             ``("low", "match", "match", "match")``; or such tuples by the number of axes, for more than one host.
         blocks: kinds of block, ``"double"``, ``"single"``, ``"joint"`` or several; None means all.
         layers, steps: where in the run, as in :class:`fastrope.GRAG`; None means all.
-        ramp: what ``(first step, last step)`` means where ``steps`` leaves some out: ``"run"``, those of the run, or
-            ``"active"``, the first and the last step that are active. Steps that :class:`fastrope.At` leaves out count
-            as active.
+        ramp: the meaning of ``(first step, last step)`` if ``steps`` leaves some out. ``"run"``: the first and last
+            step of the run. ``"active"``: the first and last active step; steps that :class:`fastrope.At` leaves out
+            count as active.
         adain: strength in 0..1 (or a schedule of it) with which queries and keys of the target's image tokens take on
-            the mean and deviation of the reference's in the same layer, see :func:`fastrope.sharing.adain`; 0 is none.
-        reference: ``"shared"``: the reference is given to ``fr.apply(..., reference=...)`` and is no part of the
-            sequence; the target's queries see its image keys as well, in one softmax. Or the index of one of the
-            host's own references (Kontext, FLUX.2, Qwen-Image-Edit).
+            the mean and deviation of the reference's in the same layer, see :func:`fastrope.sharing.adain`; 0 is off.
+        reference: ``"shared"``: the reference is given to ``fr.apply(..., reference=...)`` and is not in the sequence;
+            the target's queries also attend to its image keys, in one softmax. Or the index of one of the host's own
+            references (Kontext, FLUX.2, Qwen-Image-Edit).
 
-    The defaults are the paper's, with flat ``s_lf`` on FLUX.2's text axis, too (ports differ there, see
-    :meth:`from_preset`). Where it is inactive the target does not see a shared reference; with all weights 1 and
-    ``adain=0`` it is plain shared attention.
+    The defaults are the paper's, with flat ``s_lf`` also on FLUX.2's text axis (ports differ there, see
+    :meth:`from_preset`). Where the method is inactive, the target does not attend to a shared reference. With all
+    weights 1 and ``adain=0`` it is plain shared attention.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; when asked for modulations also where the site
-            has no such reference.
+        ValueError: naming the argument, what was expected and what came; in :meth:`modulations` also a site without
+            that reference.
     """
 
     s_hf: Dial = PRESETS["paper"]["s_hf"]
@@ -119,14 +119,14 @@ class UntwistingRoPE:
 
     @classmethod
     def from_preset(cls, name: str = "paper", **dials: Any) -> UntwistingRoPE:
-        """The dials of a source, ``dials`` overriding.
+        """Published dials; ``dials`` override them.
 
         Args:
             name: ``"paper"``; ``"bigstationw-2026-06"``, the defaults of the most used ComfyUI node (s_hf *falls*; axis
-                0 flat, the curve on all others; for Z-Image its author advises ``axis0="match"``);
-                ``"bigstationw-workflows-2026-06"``, the example workflows beside it (the curve on all axes);
+                0 is flat, all others have the curve; for Z-Image its author advises ``axis0="match"``);
+                ``"bigstationw-workflows-2026-06"``, the example workflows of that node (the curve on all axes);
                 ``"xmarre-0.2"``, a node for FLUX.1 and FLUX.2 with the paper's numbers (single-stream blocks, no
-                AdaIN, axis 0 flat where there are three axes, the curve on all four of FLUX.2, ``ramp="active"``).
+                AdaIN, axis 0 flat if there are three axes, the curve on all four of FLUX.2, ``ramp="active"``).
                 ``"community"`` is deprecated.
 
         Raises:
@@ -141,11 +141,11 @@ class UntwistingRoPE:
         return cls(**{**PRESETS[name], **dials})
 
     def weights(self, site: Site) -> torch.Tensor:
-        """``s_d`` of all pairs, ``(D/2,)`` float64, in the order of the RoPE's pairs; whether active here or not."""
+        """``s_d`` of all pairs, ``(D/2,)`` float64, in the order of the RoPE's pairs, also at inactive sites."""
         return torch.tensor(self._weights(site), dtype=torch.float64, device="cpu")
 
     def modulations(self, site: Site) -> list[BandWeight]:
-        """One :class:`fastrope.BandWeight` on the reference's keys, unless neutral; the same for equal values."""
+        """One :class:`fastrope.BandWeight` on the reference's keys, unless neutral. Equal values give one object."""
         if not self._acts(site):
             return []
         weights = self._weights(site)
@@ -156,7 +156,7 @@ class UntwistingRoPE:
         return [] if neutral else [_band_weight(weights, span.start, span.stop)]
 
     def sharings(self, site: Site) -> list[Sharing]:
-        """That the reference is shared, and how much of its statistics; see :mod:`fastrope.sharing`."""
+        """Which reference the layer shares, and the strength of AdaIN; see :mod:`fastrope.sharing`."""
         if not self._acts(site):
             return []
         strength = value_at("UntwistingRoPE.adain", self.adain, site)
@@ -198,7 +198,7 @@ def _require_strength(value: Any) -> None:
 
 
 def _checked_axes(axis0: Any) -> Any:
-    """``axis0`` with its tuples and mapping as copies of their own."""
+    """A copy of ``axis0``."""
     name = "UntwistingRoPE.axis0"
     if isinstance(axis0, Mapping):
         for count, weights in axis0.items():
@@ -220,10 +220,10 @@ def _checked_weight(name: str, weight: Any) -> Weight:
 
 
 def _per_axis(axis0: Axes, site: Site) -> tuple[Weight, ...]:
-    """What holds on every axis of a site.
+    """The weight of every axis of a site.
 
     Raises:
-        ValueError: no weights for a RoPE of so many axes.
+        ValueError: no weights for a RoPE with this number of axes.
     """
     count = len(site.axes_dim)
     if isinstance(axis0, Mapping):
@@ -239,7 +239,7 @@ def _per_axis(axis0: Axes, site: Site) -> tuple[Weight, ...]:
 def _curves(
     high: float, low: float, beta: float, per_axis: tuple[Weight, ...], axes_dim: tuple[int, ...]
 ) -> tuple[float, ...]:
-    """Weights of all pairs, axis after axis. Cached: every layer of a step asks for the same."""
+    """Weights of all pairs, axis after axis. Cached, because all layers of a step have the same."""
     weights: list[float] = []
     for weight, dim in zip(per_axis, axes_dim, strict=True):
         pairs = dim // 2
@@ -252,5 +252,5 @@ def _curves(
 
 @lru_cache(maxsize=512)
 def _band_weight(weights: tuple[float, ...], start: int, stop: int) -> BandWeight:
-    """Cached, because a binding that meets the same object again reuses its plan."""
+    """Cached, because a binding reuses its plan for the same object."""
     return BandWeight(torch.tensor(weights, dtype=torch.float64, device="cpu"), keys=slice(start, stop))

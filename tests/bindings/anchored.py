@@ -25,3 +25,14 @@ class Spy:
         self.logits.append(logits)
         self.positions.append(position)
         return self.inner(logits, anchors, position, **kwargs)
+
+
+def prefix_function(model, grid, prompt_length: int):
+    """The host's way to force rows: image tokens and row ends as ``prefix_allowed_tokens_fn``."""
+    image = model.model.vocabulary_mapping.image_tokens
+
+    def allowed(batch: int, ids: torch.Tensor) -> list[int]:
+        forced = grid.forced(len(ids) - prompt_length)
+        return image if forced is None else [forced]
+
+    return allowed

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))  # diffusers_hosts, diffusers_formul
 def _quiet():
     """Most tests call a transformer without its pipeline and have no use for steps."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fastrope: nothing tells the denoising step")
+        warnings.filterwarnings("ignore", message="fastrope: the denoising step is unknown")
         yield
 
 

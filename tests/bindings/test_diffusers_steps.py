@@ -147,7 +147,7 @@ def test_a_run_that_broke_off_leaves_no_step_behind(transformer):
         run(transformer, call)
         assert steps_of(method) == [(2, 4)]
         call["timestep"] = call["timestep"] - 0.05
-        with pytest.warns(UserWarning, match=r"^fastrope: nothing tells the denoising step"):
+        with pytest.warns(UserWarning, match=r"^fastrope: the denoising step is unknown"):
             run(transformer, call)
         assert steps_of(method) == [(0, 28)]
 
@@ -207,7 +207,7 @@ def test_methods_active_at_some_steps_only():
 def test_a_bare_transformer_is_told_its_step(transformer):
     method = Recorder()
     with fr.apply(transformer, method) as handle:
-        with pytest.warns(UserWarning, match=r"^fastrope: nothing tells the denoising step"):
+        with pytest.warns(UserWarning, match=r"^fastrope: the denoising step is unknown"):
             run(transformer, kontext_call())
         handle.set_step(7, 10)
         run(transformer, kontext_call())

@@ -153,7 +153,7 @@ def test_removing_within_a_call_is_refused():
         expected = run(model, one)
 
         def remove(*_):
-            with pytest.raises(ValueError, match=r"^handle: expected no call of the transformer under way in this thr"):
+            with pytest.raises(ValueError, match=r"^handle: expected no running call of the transformer in this thr"):
                 handle.remove()
 
         watch = model.transformer_blocks[1].register_forward_pre_hook(remove)
@@ -203,7 +203,7 @@ def test_two_threads_bind_one_transformer(monkeypatch):
         failed = [each.exception(60) for each in found]
     (refusal,) = filter(None, failed)
     assert isinstance(refusal, ValueError)
-    assert str(refusal).startswith("pipe: expected a transformer that no handle is bound to")
+    assert str(refusal).startswith("pipe: expected a transformer without a bound handle")
     next(each for each, error in zip(found, failed, strict=True) if error is None).result().remove()
     assert all(model.attn_processors[name] is p for name, p in before.items())
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from anchored import Spy, seeded
+from anchored import Spy, prefix_function, seeded
 from torch.nn import functional as F
 from transformers import Emu3Config, Emu3ForConditionalGeneration, GenerationConfig, LogitsProcessorList
 
@@ -124,7 +124,7 @@ def test_the_hosts_prefix_function_may_force_rows_instead(model, inputs, negativ
     out = model.generate(
         inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=grid.length, guidance_scale=3.0,
         negative_prompt_ids=negative["input_ids"], negative_prompt_attention_mask=negative["attention_mask"],
-        prefix_allowed_tokens_fn=emu3.prefix_function(model, grid, length),
+        prefix_allowed_tokens_fn=prefix_function(model, grid, length),
         logits_processor=LogitsProcessorList([processor]),
     )  # fmt: skip
     assert torch.equal(out[:, length:], stream(anchors))
@@ -136,7 +136,7 @@ def test_the_most_probable_tokens_are_those_of_the_host(model, inputs, negative)
         inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=grid.length, guidance_scale=3.0,
         do_sample=False, negative_prompt_ids=negative["input_ids"],
         negative_prompt_attention_mask=negative["attention_mask"],
-        prefix_allowed_tokens_fn=emu3.prefix_function(model, grid, length),
+        prefix_allowed_tokens_fn=prefix_function(model, grid, length),
     )  # fmt: skip
     ours = emu3.generate(model, inputs, HEIGHT, WIDTH, negative=negative, guidance=3.0, top_k=1)
     assert torch.equal(ours.tokens, grid.flatten(host[:, length:]))
@@ -311,14 +311,14 @@ def test_what_the_processor_adds_is_accepted(model, inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(num_beams=4), "num_beams: expected one image per sequence"),
+        (dict(num_beams=4), "num_beams: expected num_return_sequences"),
         (dict(do_sample=False), "do_sample: expected top_k=1"),
-        (dict(past_key_values=None), "past_key_values: expected a call without a cache from elsewhere"),
+        (dict(past_key_values=None), "past_key_values: expected no such option: every call"),
         (
             dict(generation_config=GenerationConfig(temperature=0.5)),
             "generation_config: expected the arguments of this",
         ),
-        (dict(max_new_tokens=3), "max_new_tokens: expected the grid alone"),
+        (dict(max_new_tokens=3), "max_new_tokens: expected no such option: the grid"),
         (dict(eos_token_id=EOL), "eos_token_id: expected no other options than"),
         (dict(assistant_model=None), "assistant_model: expected no other options than"),
         (dict(repetition_penalty=1.3), "repetition_penalty: expected no other options than"),

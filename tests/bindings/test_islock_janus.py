@@ -18,10 +18,10 @@ BOS, PAD, BOI, CODES, N = 1, 0, 3, 40, 16
 
 
 def host_generate(model, inputs, **options):
-    """The host's own image generation, which needs help in some versions: see :func:`janus.own_cache`."""
+    """The host's own image generation, which needs help in some versions: see :func:`janus.new_cache`."""
     return model.generate(
         inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_mode="image",
-        **janus.own_cache(model), **options,
+        **janus.new_cache(model), **options,
     )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_prompts_made_for_something_else_are_refused(model, inputs, change, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(num_beams=2), "num_beams: expected one image per sequence"),
+        (dict(num_beams=2), "num_beams: expected num_return_sequences"),
         (dict(generation_mode="text"), "generation_mode: expected no other options"),
         (dict(cache=None), "cache: expected a call without a cache from elsewhere"),
         (dict(cache_implementation="static"), "cache_implementation: expected no such option"),
@@ -211,7 +211,7 @@ def test_processors_that_change_the_choice_are_found_out(model, inputs):
     def first(ids, scores):
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([0]), 0.0)
 
-    with pytest.raises(ValueError, match="processors: expected ones that leave the tokens chosen before them"):
+    with pytest.raises(ValueError, match="processors: expected processors that do not change or drop"):
         janus.generate(model, inputs, processors=[first])
 
 
@@ -226,7 +226,7 @@ def test_pixels_and_tokens_of_something_else_are_refused(model):
 
 def test_a_host_that_does_not_see_its_tokens_is_refused(model, inputs, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.4.0")
-    with pytest.raises(NotImplementedError, match=r"Janus of transformers 5\.4\.0 .* 5\.5 or newer"):
+    with pytest.raises(NotImplementedError, match=r"transformers: expected 5\.5 or newer .* received 5\.4\.0"):
         janus.generate(model, inputs)
 
 

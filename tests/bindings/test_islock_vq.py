@@ -198,7 +198,7 @@ def test_pictures_that_do_not_fit_are_refused(tokenizer, shape):
     ("pixels", "message"),
     [
         (torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), "a floating dtype"),
-        (torch.full((1, 3, 8, 8), 200.0), "values about -1..1: pixels / 127.5 - 1 of 8 bits"),
+        (torch.full((1, 3, 8, 8), 200.0), "values about -1..1: pixels / 127.5 - 1 for 8 bits"),
         (torch.full((1, 3, 8, 8), torch.inf), "finite values"),
     ],
 )

@@ -146,9 +146,9 @@ def test_prompts_are_repeated_for_every_picture():
 @pytest.mark.parametrize(("given", "message"), [
     ({"trajectory": "ddim"}, r"trajectory: expected one of \('linear', 'rf_inversion', 'latents'\), received 'ddim'"),
     ({"gamma": 2}, "gamma: expected a number in 0..1, received 2"),
-    ({"image": None}, "image: expected something, for trajectory 'linear', received None"),
+    ({"image": None}, "image: expected a value, for trajectory 'linear', received None"),
     ({"latents": []}, "latents: expected None, for trajectory 'linear', received list"),
-    ({"trajectory": "latents"}, "latents: expected something, for trajectory 'latents', received None"),
+    ({"trajectory": "latents"}, "latents: expected a value, for trajectory 'latents', received None"),
     ({"trajectory": "latents", "latents": [0]}, "image: expected None, for trajectory 'latents', received Tensor"),
     ({"trajectory": "latents", "latents": [], "image": None}, "latents: expected one tensor per step"),
     ({"trajectory": "latents", "latents": [0], "image": None, "height": 6, "width": 10}, r"latents\[0\]: expected"),
@@ -160,7 +160,7 @@ def test_prompts_are_repeated_for_every_picture():
     ({"image": -pictures()}, "image: expected values in 0..1, received -"),
     ({"height": 0}, "height: expected a positive number of pixels, received 0"),
     ({"height": 6, "width": 10.0}, "width: expected a positive number of pixels, received 10.0"),
-    ({"strength": 1}, "call: expected arguments of FluxPipeline that say something of the reference, received 'streng"),
+    ({"strength": 1}, "call: expected arguments of FluxPipeline that describe the reference, received 'streng"),
     ({"output_type": "pil"}, "call: expected arguments of FluxPipeline"),
     ({"image": pictures(2)}, "prompt_embeds: expected 2 rows, one per picture, received 1"),
     ({"prompt": ["a", "b"], "prompt_embeds": None}, "prompt: expected 1 rows, one per picture, received 2"),
@@ -178,11 +178,11 @@ def test_what_cannot_run_is_named(flux):
         fr.prepare_reference(tiny_pipelines.flux_pipeline(), pictures())
     img2img = diffusers.FluxImg2ImgPipeline(**{n: p for n, p in pipe.components.items() if "image" not in n})
     for other in (tiny_pipelines.qwen_pipeline(), img2img):
-        with pytest.raises(NotImplementedError, match="^pipe: expected a pipeline that draws from a prompt alone"):
+        with pytest.raises(NotImplementedError, match="^pipe: expected a text-to-image pipeline"):
             fr.prepare_reference(other, pictures())
     with (
         fr.apply(pipe, fr.GRAG()),
-        pytest.raises(ValueError, match="^pipe: expected one that no method is bound to"),
+        pytest.raises(ValueError, match="^pipe: expected a pipeline without bound methods"),
     ):
         prepare(flux, "rf_inversion")
     before = pipe.scheduler

@@ -116,7 +116,7 @@ def test_results_are_rounded_once():
     (lambda: PathTrajectory((0.0, 0.0), [draw(1)] * 2), "sigmas: expected noise levels that rise"),
     (lambda: PathTrajectory((0.0, 1.0), [draw(1)]), "points: expected 2, one per sigma, received 1"),
     (lambda: PathTrajectory((0.0, 1.0), [draw(1), draw(2)]), "points: expected tensors of one shape"),
-    (lambda: PathTrajectory((0.0, 0.9), [draw(1)] * 2)(0, 0.95), "sigma: expected a noise level that the inverted "),
+    (lambda: PathTrajectory((0.0, 0.9), [draw(1)] * 2)(0, 0.95), "sigma: expected a noise level of the inverted "),
     (lambda: StepTrajectory([]), "latents: expected one tensor per step"),
     (lambda: StepTrajectory([draw(1), draw(2)]), "latents: expected one tensor per step, of one shape"),
     (lambda: StepTrajectory([draw(1)], sigmas=(1.0, 0.5)), "latents: expected 2, one per step, received 1"),

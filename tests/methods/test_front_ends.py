@@ -223,9 +223,11 @@ def test_a_paste_between_token_centres_is_named():
     mask = np.zeros((32, 32), dtype=bool)
     mask[1:5, 1:5] = True
     method = fr.LooseRoPE.from_images(np.zeros((32, 32, 3)), mask=mask, front_end="published")
-    with pytest.raises(ValueError, match=r"^original or mask: expected a paste that holds the centre of a token, on a"):
+    with pytest.raises(
+        ValueError, match=r"^original or mask: expected a paste that covers the centre of a token, on a"
+    ):
         method.on_grid((2, 2))
-    with pytest.raises(ValueError, match=r"^LooseRoPE\.mask: expected a paste that holds the centre of a token"):
+    with pytest.raises(ValueError, match=r"^LooseRoPE\.mask: expected a paste that covers the centre of a token"):
         fr.LooseRoPE(torch.ones(2, 2), torch.from_numpy(mask), mask_rule="centre").on_grid((2, 2))
     assert bool(fr.LooseRoPE.from_images(np.zeros((32, 32, 3)), mask=mask).on_grid((2, 2))[1].any())
 

@@ -101,7 +101,7 @@ def test_min_max():
 def test_outside_takes_the_least_of_inside():
     x = torch.tensor([[[0.0, 4.0], [3.0, 9.0]]])
     mask = torch.tensor([[[False, True], [True, False]]])
-    assert maps.level_outside(x, mask).tolist() == [[[3.0, 4.0], [3.0, 3.0]]]
+    assert maps.fill_outside(x, mask).tolist() == [[[3.0, 4.0], [3.0, 3.0]]]
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_every_sequence_of_verdicts(pipe, method, call, answers):
     assert method.boost == 0.83
 
 
-@pytest.mark.filterwarnings("ignore:fastrope. nothing tells the denoising step")
+@pytest.mark.filterwarnings("ignore:fastrope. the denoising step is unknown")
 def test_the_result_waits_for_a_call_of_another_thread(pipe, method, call):
     """Of the same transformer, that is under way when steering ends."""
     expected = plain(pipe, method, call)
