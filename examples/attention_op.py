@@ -28,7 +28,7 @@ tokens = len(positions)
 reference = slice(tokens - side * side, tokens)
 q, k, v = (torch.randn(1, tokens, heads, sum(axes), device=device, dtype=dtype) for _ in range(3))  # (B, S, H, D)
 scale = torch.ones(tokens)
-scale[text : text + side] = 0.8  # the target's first row sees the reference from nearer
+scale[text : text + side] = 0.8  # for the target's first row, the reference seems nearer
 
 plan = fr.plan(  # host work, once
     rope=rope,

@@ -1,4 +1,4 @@
-"""Look at the attention of a pipeline: how much of it goes to text, target and reference, and how far.
+"""Measure the attention of a pipeline: how much of it goes to text, target and reference, and at which distance.
 
 python examples/inspect_attention.py --image photo.png --prompt "make it a winter evening"
 python examples/inspect_attention.py --tiny
@@ -31,7 +31,7 @@ else:
     call = dict(image=load_image(options.image), prompt=options.prompt, guidance_scale=2.5, num_inference_steps=28)
 
 for name, methods in (("stock", []), ("grag", [fr.GRAG(bias=1.1)])):
-    with fr.apply(pipe, *methods) as handle, handle.inspect(steps={0, 3}) as record:  # looking costs time: look at few
+    with fr.apply(pipe, *methods) as handle, handle.inspect(steps={0, 3}) as record:  # inspect few steps: it takes time
         pipe(**call, generator=torch.Generator().manual_seed(0))
     shares = {group: sum(by_step.values()) / len(by_step) for group, by_step in record.mean("mass", "step").items()}
     print(name, ", ".join(f"{group} {share:.1%}" for group, share in shares.items()))

@@ -1,4 +1,4 @@
-"""Edit an autoregressive image by changing its prompt; its structure stays, token by token (ISLock).
+"""Edit an autoregressive image by changing its prompt, while its structure stays (ISLock).
 
 python examples/islock.py --prompt "a red boat on the sea" --edit "a green boat on the sea"
 python examples/islock.py --tiny
@@ -41,7 +41,7 @@ matcher = lock.matcher(tokenizer.codebook, num_tokens=model.config.num_tokens)
 edit = llamagen.generate(
     model, features[1:], mask=mask[1:], matcher=matcher, anchors=original.tokens, generator=generator
 )
-print(edit.record.counts())  # tokens kept, moved to a neighbour, and chosen anew
+print(edit.record.counts())  # tokens that were kept, moved to a near one, or chosen freely
 for name, result in (("original", original), ("edit", edit)):
     pixels = tokenizer.decode(result.tokens)[0].float().cpu() / 2 + 0.5
     to_picture(name, pixels.clamp(0, 1)).save(options.out / f"islock-{name}.png")

@@ -1,4 +1,4 @@
-"""Blend a pasted crop into a photo, without words for it (LooseRoPE).
+"""Blend a pasted crop into a photo (LooseRoPE).
 
 python examples/looserope.py --composite pasted.png --original photo.png
 python examples/looserope.py --tiny
@@ -35,7 +35,7 @@ else:
     composite, original = load_image(options.composite), load_image(options.original)
     call = dict(image=composite, prompt=PROMPT, width=composite.width, height=composite.height, guidance_scale=2.5)
 
-# Where the two pictures differ is the paste; its salient tokens hold on to their place, the others are let loose.
+# The paste is where the two pictures differ. Its salient tokens keep their place strictly, the others loosely.
 method = fr.LooseRoPE.from_images(composite, original, boost=options.boost)
 with fr.apply(pipe, method):
     image = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]

@@ -1,6 +1,6 @@
-"""What ``--tiny`` runs in the place of published models: random weights, no download, seconds on a CPU.
+"""Models for ``--tiny`` in place of published ones: random weights, no download, seconds on a CPU.
 
-The pictures show that the plumbing works, not taste.
+The pictures show that everything is connected; they say nothing about quality.
 """
 
 import torch
@@ -16,14 +16,14 @@ CPU, STEPS = torch.device("cpu"), 4
 
 
 def editor(prompt: str):
-    """A FLUX Kontext pipeline, and what it is called with beside a generator: a picture and a prompt."""
+    """A FLUX Kontext pipeline, and the arguments of its call except the generator: a picture and a prompt."""
     pipe = tiny.pipeline(0, CPU, torch.float32)
     call = arguments(pipe, "tiny", Settings(STEPS), [composite()[0]], prompt, seed=0)
     return pipe, {name: value for name, value in call.items() if name != "generator"}
 
 
 def text_to_image(prompt: str):
-    """A FLUX pipeline, and what it is called with beside a generator."""
+    """A FLUX pipeline, and the arguments of its call except the generator."""
     pipe = tiny.text_to_image(0, CPU, torch.float32)
     return pipe, dict(height=32, width=32, num_inference_steps=STEPS, guidance_scale=3.5, **tiny_words(pipe, prompt))
 

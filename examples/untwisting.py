@@ -34,7 +34,7 @@ else:
     size = dict(height=1024, width=1024, num_inference_steps=28, guidance_scale=3.5)
     call, about = dict(prompt=options.prompt, **size), dict(prompt=options.about, **size)
 
-# The model carries the reference up to every noise level of the run, once; another seed than the target's.
+# The model inverts the reference once, to every noise level of the run. Its seed differs from the target's.
 reference = fr.prepare_reference(pipe, picture, "rf_inversion", generator=torch.Generator().manual_seed(1), **about)
 with fr.apply(pipe, fr.UntwistingRoPE(blocks="single"), reference=fr.ReferenceCache(reference)):
     image = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]

@@ -17,7 +17,7 @@ PICTURES = {
     "looserope": ["looserope"],
     "untwisting": ["untwisting"],
     "islock": ["islock-original", "islock-edit"],
-    "own_method": ["own-method"],
+    "custom_method": ["custom-method"],
     "inspect_attention": ["attention-stock", "attention-grag"],
     "attention_op": [],
 }
@@ -48,7 +48,7 @@ def test_runs_anywhere(name, tmp_path, monkeypatch):
     assert not any(torch.equal(a, b) for n, a in enumerate(pictures) for b in pictures[:n])
 
 
-@pytest.mark.parametrize(("name", "picture"), [("looserope", "looserope"), ("own_method", "own-method")])
+@pytest.mark.parametrize(("name", "picture"), [("looserope", "looserope"), ("custom_method", "custom-method")])
 def test_the_method_changes_the_picture(name, picture, tmp_path, monkeypatch):
     """Against the same pipeline without one, which ``grag.py`` makes at a delta of 1."""
     run(name, monkeypatch, "--out", tmp_path)

@@ -1,9 +1,9 @@
-"""A method of your own: modulations for every layer and step, from where the call stands in the run.
+"""A custom method: it returns modulations for every layer and step of a run.
 
-This one turns the picture that is edited down, layer by layer, and lets its far tokens come nearer in the first half.
+This one weakens the edited picture from layer to layer. In the first half of the run it also brings tokens nearer.
 
-python examples/own_method.py --image photo.png --prompt "make it a winter evening"
-python examples/own_method.py --tiny
+python examples/custom_method.py --image photo.png --prompt "make it a winter evening"
+python examples/custom_method.py --tiny
 """
 
 import argparse
@@ -18,13 +18,13 @@ import fastrope as fr
 
 @dataclass(frozen=True)
 class Fade:
-    """The reference's logits times a gain that goes from 1 in the first layer to ``gain`` in the last."""
+    """Multiplies the reference's logits by a gain, from 1 in the first layer to ``gain`` in the last."""
 
     gain: float = 0.7
     nearer: float = 0.8
 
     def modulations(self, site: fr.Site) -> list:
-        """What is modulated at a site: a :class:`fastrope.Site` knows layer, step and where which tokens lie."""
+        """The modulations at a site. A :class:`fastrope.Site` has the layer, the step and the spans of tokens."""
         reference = site.tokens.reference(0)
         depth = site.layer / max(site.num_layers - 1, 1)
         ones = torch.ones(len(site.tokens))
@@ -52,7 +52,7 @@ else:
     pipe.enable_model_cpu_offload()
     call = dict(image=load_image(options.image), prompt=options.prompt, guidance_scale=2.5, num_inference_steps=28)
 
-late = fr.At(fr.GRAG(delta=1.1), layers=slice(-1, None))  # anything may be bound for some layers and steps alone
+late = fr.At(fr.GRAG(delta=1.1), layers=slice(-1, None))  # At confines a method to some layers and steps
 with fr.apply(pipe, Fade(), late):
     image = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]
-image.save(options.out / "own-method.png")
+image.save(options.out / "custom-method.png")
