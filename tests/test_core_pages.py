@@ -118,7 +118,11 @@ def test_grag_on_an_h100_is_as_the_architecture_says(monkeypatch):
 def test_every_path_of_the_architecture_exists():
     """Those in the table of folders; files in the second column lie in the folder of the first."""
     text = page("architecture.md")
-    table = text[text.index("## Folders") : text.index("## Where do I add a modulation?")]
+    inside = text.index("## Inside the diffusers binding")
+    binding = text[inside : text.index("## Where do I add a modulation?")]
+    named = set(re.findall(r"\b(\w+\.py)\b", binding))
+    assert named == {path.name for path in (ROOT / "bindings" / "diffusers").glob("*.py")} - {"__init__.py"}
+    table = text[text.index("## Folders") : inside]
     rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", table, re.MULTILINE)
     assert len(rows) > 15
     for first, second in rows:

@@ -111,7 +111,7 @@ class CallState:
         self.shares = False
         self.prepare: Callable[[torch.nn.Module, Call, tuple], Prepared] = self._prepare
         self.installed: list[tuple[torch.nn.Module, object]] = []  # attention modules and their processors
-        self._told, self._told_last = threading.local(), None
+        self._user_step, self._last_user_step = threading.local(), None
         self._kinds = tuple(kinds)
         self._known_kinds = tuple(dict.fromkeys(kinds))
         self._warned = False
@@ -208,11 +208,11 @@ class CallState:
 
     def tell(self, step: Step | None) -> None:
         """Set the step of the next calls of this thread, and of threads that set none. None: find it out again."""
-        self._told.step = self._told_last = step
+        self._user_step.step = self._last_user_step = step
 
     def step(self, call: Call) -> Step:
         """The step that a call belongs to."""
-        return getattr(self._told, "step", self._told_last) or self._found_step(call) or self._first_step()
+        return getattr(self._user_step, "step", self._last_user_step) or self._found_step(call) or self._first_step()
 
     def _found_step(self, call: Call) -> Step | None:
         running = running_pipeline(self.model)

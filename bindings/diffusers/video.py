@@ -100,7 +100,7 @@ class PositionHandle:
 
     def __init__(self, models: list[torch.nn.Module], methods: tuple) -> None:
         self._undo = contextlib.ExitStack()
-        self._local, self._memo, self._told = threading.local(), Memo(), None
+        self._local, self._memo, self._user_step = threading.local(), Memo(), None
         self._methods = _checked(methods)
         for model in models:
             require(model not in _BOUND, "pipe", "a transformer that no handle is bound to", "one that is")
@@ -135,7 +135,7 @@ class PositionHandle:
         self._require_bound()
         if step is not None:
             require(0 <= step < num_steps, "step", f"an integer in [0, {num_steps})", repr(step))
-        self._told = None if step is None else Step(step, num_steps)
+        self._user_step = None if step is None else Step(step, num_steps)
 
     def remove(self) -> None:
         """Take the hooks away.
@@ -187,7 +187,7 @@ class PositionHandle:
                 "latents (B, C, frames, rows, columns)", type(latents).__name__)  # fmt: skip
         time = timestep.flatten()[:1] if isinstance(timestep, Tensor) else None  # Wan 2.2: one per token
         pipe = running_pipeline(model) or _running_second(model)
-        step = self._told or find_step(getattr(pipe, "scheduler", None), time, _as_given, pipe is not None)
+        step = self._user_step or find_step(getattr(pipe, "scheduler", None), time, _as_given, pipe is not None)
         step = step or Step(0, fr.Site.num_steps)
         _, rows, columns = (n // p for n, p in zip(latents.shape[2:], host.patch(model), strict=True))
         site = fr.Site(
