@@ -114,7 +114,9 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _restricted(m: Modulation, part: slice, length: int) -> Modulation | None:
-    """A modulation over the keys of one part; None where it covers none of them."""
+    """A modulation over the keys of one part; None if it covers none of them."""
+    if isinstance(m, fr.KeyBias):
+        return replace(m, bias=m.bias[..., part])
     keys = torch.zeros(length, dtype=torch.bool, device="cpu")
     keys[m.keys if isinstance(m.keys, slice) else m.keys.cpu()] = True
     inside = keys[part]

@@ -181,3 +181,18 @@ def test_the_page_runs(monkeypatch, capsys):
     assert found["both"].shape == (1, 8, 32)
     assert found["image"].isfinite().all()
     assert len(seen) == 1
+
+
+def test_a_bias_per_key_counts_where_its_keys_are():
+    """On the keys of the prompt it equals a bias of their logits."""
+    host = TINY_HOSTS["flux"]
+    model = host.build()
+    joined, call, *_ = calls(host, (3, 4))
+    per_key = torch.zeros(len(joined))
+    per_key[:3] = 0.7
+    found = []
+    for modulation in (fr.KeyBias(per_key), fr.LogitBias(torch.full((len(joined),), 0.7), keys=slice(3)), []):
+        with fr.apply(model, fr.NAG(**DIALS, negative=4), modulation):
+            found.append(run(model, call))
+    assert_same(found[0], found[1], 1e-5)
+    assert_differ(found[0], found[2])

@@ -24,7 +24,7 @@ import diffusers_hosts as hosts  # noqa: E402
 import tiny_pipelines  # noqa: E402
 import tiny_transformers  # noqa: E402
 
-from fastrope.bindings.diffusers import trajectories  # noqa: E402
+from fastrope.bindings.diffusers import encoding  # noqa: E402
 from fastrope.bindings.diffusers.hosts import find_host  # noqa: E402
 
 
@@ -72,7 +72,7 @@ def test_sizes(flux):
 
 
 def test_large_pictures_are_made_smaller(flux, monkeypatch):
-    monkeypatch.setattr(trajectories, "AREA", 64)
+    monkeypatch.setattr(encoding, "AREA", 64)
     assert sized(flux, pictures(size=(32, 8))) == (8, 2)
     assert sized(flux, pictures(size=(32, 8)), height=32, width=8) == (16, 4)
 
