@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import shutil
 import subprocess
 from pathlib import Path
 
 import torch
+
+from fastrope.device import driver_version, triton_version
 
 
 def environment(device: torch.device, rev: str | None = None) -> dict:
@@ -18,18 +19,10 @@ def environment(device: torch.device, rev: str | None = None) -> dict:
         "gpu": torch.cuda.get_device_name(device) if cuda else "cpu",
         "torch": torch.__version__,
         "triton": triton_version(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "driver": driver_version() if cuda else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "rev": rev or revision(),
     }
-
-
-def triton_version() -> str | None:
-    """Whatever distribution it came with: ``triton-windows`` on Windows, another for ROCm."""
-    try:
-        return importlib.import_module("triton").__version__
-    except ImportError:
-        return None
 
 
 def revision(name: str = "HEAD", folder: Path | None = None) -> str | None:

@@ -22,12 +22,11 @@ from .planning import Plan, plan
 from .rope import RoPE
 from .sharing import Reference, ReferenceCache
 from .tokens import Site, TokenLayout
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .bindings.diffusers.handle import Handle
     from .bindings.diffusers.steering import Steered
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "KeyBias", "LogitBias", "LogitGain",

@@ -5,9 +5,12 @@ Tests replace these functions, so that every branch runs everywhere.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-from functools import lru_cache
+import shutil
+import subprocess
+from functools import cache, lru_cache
 
 import torch
 
@@ -65,11 +68,47 @@ def architecture(device: torch.device) -> str:
     some for it."""
     if interpreted():
         return INTERPRETED_ARCH
+    if torch.version.hip is not None:
+        name = capability(device)
+        return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
+    properties = torch.cuda.get_device_properties(device)
+    return config.arch_of(properties.major, properties.minor)
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> str:
+    """What a GPU itself is, such as ``sm_86`` or ``gfx90a``."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        name = getattr(properties, "gcnArchName", "").split(":")[0]
-        return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
-    return config.arch_of(properties.major, properties.minor)
+        return getattr(properties, "gcnArchName", "").split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer[0] if answer else None
+
+
+def triton_version() -> str | None:
+    """Whatever distribution it came with: ``triton-windows`` on Windows, another for ROCm."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def on_gpu(x: Projected) -> bool:
+    """Whether tensors like ``x`` are on a GPU."""
+    return x.device.type == "cuda"
 
 
 def kernel_obstacle(q: Projected) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import device as devices
+from . import rules
 from .backends import folded, fused, reference, sdpa, split_rows
 from .kernels.streams import Projected, Streams
 from .planning.lowered import Lowered
@@ -55,71 +55,6 @@ class Decision:
         return self.backend == "triton" or self.folded
 
 
-# ---- rules -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Calls that ``applies(lowered, dtype, return_lse)`` is true of go to ``backend``.
-
-    ``basis`` says what the rule rests on: ``measured``, with the rows under ``bench/results/``, or ``predicted`` until
-    such rows exist (``bench/NOTEBOOK.md`` has the reasoning).
-    """
-
-    calls: str
-    applies: Callable[[Lowered, torch.dtype, bool], bool]
-    backend: str
-    reason: str
-    against: str  # why not the other one
-    basis: str = "predicted"
-    split: bool = False
-
-
-def _plain(lowered: Lowered, dtype: torch.dtype, return_lse: bool) -> bool:
-    rotates = lowered.keys.rotation is not None or (
-        lowered.queries is not None and lowered.queries.rotation is not None
-    )
-    return not return_lse and (lowered.num_keys is None or not (lowered.modulated or rotates))
-
-
-MEASURED = "measured on an H200"
-
-# Which backend ``auto`` takes where both ``triton`` and ``sdpa`` could run a call on a GPU, read from the top.
-RULES = (
-    Rule(
-        "neither rotation nor modulation, no log-sum-exp", _plain,
-        "sdpa", "torch's own kernel is the fastest plain attention", "nothing to fuse: no rotation and no modulation",
-        MEASURED,
-    ),
-    Rule(
-        "rotation, weights and groups in 16 bits, no log-sum-exp",
-        lambda lowered, dtype, return_lse: dtype != torch.float32 and not return_lse and folded.folds(lowered),
-        "sdpa", "all of it folds into the keys, for torch's own kernel", "nothing is left for its loop to fuse",
-        MEASURED,
-    ),
-    Rule(
-        "most queries unmodulated, in 16 bits, no log-sum-exp",
-        lambda lowered, dtype, return_lse: dtype != torch.float32 and not return_lse and split_rows.splits(lowered),
-        "triton", "fused kernel for modulated queries, torch's own for the others",
-        "takes a call and a copy of the keys per scale", MEASURED, split=True,
-    ),
-    Rule(
-        "float32 without per-query scales",
-        lambda lowered, dtype, return_lse: dtype == torch.float32 and not lowered.num_per_query,
-        "sdpa", "torch's float32 kernels have larger tiles", "multiplies float32 on CUDA cores, in tiles of 16 queries",
-    ),
-    Rule(
-        "all other calls", lambda lowered, dtype, return_lse: True, "triton", "fused kernel, one pass",
-        "copies the keys per scale, and takes a second pass for a log-sum-exp",
-    ),
-)  # fmt: skip
-
-
-def rule_for(lowered: Lowered, dtype: torch.dtype, return_lse: bool = False) -> Rule:
-    """The first rule that applies to a call on a GPU that both ``triton`` and ``sdpa`` can run."""
-    return next(rule for rule in RULES if rule.applies(lowered, dtype, return_lse))
-
-
 # ---- decision --------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +70,18 @@ def decide(
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
     """
-    chosen = choose(lowered, q, k, v, backend, return_lse)
+    return _completed(choose(lowered, q, k, v, backend, return_lse), lowered, q, k, v)
+
+
+def by_route(route: str, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
+    """How a call on a GPU runs by a route of its family, see :mod:`fastrope.rules`; what measurements compare."""
+    backend, split = rules.ROUTES[route]
+    folds = backend == "sdpa" and not _not_yet(lowered) and folded.takes(q, lowered)
+    return _completed(Decision(backend, "asked for", split=split, folded=folds), lowered, q, k, v)
+
+
+def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
+    """The rest of a decision, which reads strides."""
     if chosen.folded:
         return replace(chosen, packs=folded.packs(q, k, v, lowered))
     if chosen.backend == "triton":
@@ -177,19 +123,19 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
         return Decision(backend, "asked for")
     never_eager = ("eager", "materialises the logits; runs only when asked for")
     if obstacle:
-        unexpected = q.device.type == "cuda" and q.dtype != torch.float64 and _not_yet(lowered) is None
+        unexpected = devices.on_gpu(q) and q.dtype != torch.float64 and _not_yet(lowered) is None
         warning = f"fastrope runs on backend 'sdpa': the fused kernel is unavailable ({obstacle})"
         rejected = (("triton", obstacle), never_eager)
         return Decision("sdpa", "runs on any device", rejected, warning if unexpected else None)
     if grad:
         return Decision("sdpa", "differentiable", (("triton", "inputs require grad; forward only"), never_eager))
-    if q.device.type != "cuda":
+    if not devices.on_gpu(q):
         why = "interpreted, for tests: it runs when asked for"
         return Decision("sdpa", "compiled code on this device", (("triton", why), never_eager))
-    rule = rule_for(lowered, q.dtype, return_lse)
-    other = "sdpa" if rule.backend == "triton" else "triton"
-    rejected = (other, rule.against), never_eager
-    return Decision(rule.backend, f"{rule.reason} ({rule.basis})", rejected, split=rule.split)
+    rule = rules.rule_for(lowered, q.dtype, return_lse, q.device)
+    chosen, split = rules.ROUTES[rule.route]
+    rejected = ("sdpa" if chosen == "triton" else "triton", rule.against), never_eager
+    return Decision(chosen, f"{rule.reason} ({rule.basis})", rejected, split=split)
 
 
 def differentiated(x: Tensor) -> bool:

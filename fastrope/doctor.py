@@ -7,8 +7,6 @@ import importlib
 import json
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 
 from . import __version__, debug
 from .api import attention
-from .device import kernel_obstacle
+from .device import capability, driver_version, kernel_obstacle
 from .dispatch import decide
 from .extras import MissingExtra
 from .modulations import BandWeight, BiasDelta, LogitGain, QueryScale
@@ -79,7 +77,7 @@ def report() -> dict:
         "packages": _versions(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "driver": _driver(),
+        "driver": driver_version(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in ("FASTROPE_DEBUG", "TRITON_INTERPRET")},
         "devices": _devices(),
         "backends": [_backends(device, dtype) for dtype in DTYPES],
@@ -177,25 +175,12 @@ def _versions() -> dict[str, str | None]:
     return {**found, "torch": str(torch.__version__)}  # with the build, which its metadata may lack
 
 
-def _driver() -> str | None:
-    """Version of the NVIDIA driver, None where there is none."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer[0] if answer else None
-
-
 def _devices() -> list[dict]:
     arch = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     devices = [{"device": "cpu", "name": f"{os.cpu_count()} cores", "arch": arch, "memory_gib": _host_memory()}]
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        arch = p.gcnArchName if torch.version.hip else f"sm_{p.major}{p.minor}"
+        arch = capability(torch.device("cuda", index))
         memory = round(p.total_memory / 2**30, 1)
         devices.append({"device": f"cuda:{index}", "name": p.name, "arch": arch, "memory_gib": memory})
     return devices

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import __version__
 from .checks import require
+from .version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image

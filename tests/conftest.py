@@ -37,6 +37,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _a_cache_folder_of_its_own(tmp_path_factory):
+    """What the user's holds decides nothing here, and nothing is written there."""
+    from fastrope import card
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(card, "folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """The same random numbers for a test whichever others ran before it."""

@@ -13,7 +13,7 @@ import torch
 from pages import DOCS, ROOT, offline_kontext, page, run_snippets
 
 import fastrope as fr
-from fastrope import api, dispatch
+from fastrope import api, dispatch, rules
 from fastrope import device as devices
 from fastrope.planning import scales, segments
 
@@ -56,10 +56,9 @@ def test_methods_of_your_own_run(tmp_path, monkeypatch, capsys):
 
 
 def table_of_rules() -> str:
-    lines = ["| calls | backend | reason | rests on |", "|---|---|---|---|"]
-    for rule in dispatch.RULES:
-        split = ", split rows" if rule.split else ""
-        lines.append(f"| {rule.calls} | `{rule.backend}`{split} | {rule.reason} | {rule.basis} |")
+    lines = ["| calls | route | reason | rests on |", "|---|---|---|---|"]
+    for family, rule in zip(rules.FAMILIES, rules.RULES, strict=True):
+        lines.append(f"| {family.calls} | {rule.route} | {rule.reason} | {rule.basis} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import fastrope as fr
+from fastrope import card, dispatch, rules
 from fastrope import device as devices
-from fastrope import dispatch
 
 ROPE = fr.RoPE.axial(torch.arange(12)[:, None], (16,))
 BUCKETS = fr.QueryScale(torch.where(torch.arange(12) < 6, 0.5, 1.0))
@@ -78,7 +80,7 @@ def test_rules(on_gpu, arguments, dtype, return_lse, expected):
     expected = {"folded": "sdpa", "split": "triton"}.get(expected, expected)
     assert found.backend == expected
     assert found.warning is None
-    rule = dispatch.rule_for(plan.lowered, dtype, return_lse)
+    rule = rules.rule_for(plan.lowered, dtype, return_lse, torch.device("cuda", 0))
     assert found.reason == f"{rule.reason} ({rule.basis})"
     assert dict(found.rejected).keys() == {"sdpa", "triton", "eager"} - {expected}
     assert dict(found.rejected)["triton" if expected == "sdpa" else "sdpa"] == rule.against
@@ -99,8 +101,75 @@ def test_gradients_go_to_sdpa_as_it_is(on_gpu, monkeypatch):
         assert (found.backend, found.folded) == ("sdpa", False)
 
 
-def test_the_last_rule_takes_what_is_left():
-    assert dispatch.RULES[-1].applies(fr.plan(rope=ROPE).lowered, torch.bfloat16, False)
-    for rule in dispatch.RULES:
-        assert rule.backend in ("sdpa", "triton")
+def test_every_family_has_one_rule_and_the_last_takes_what_is_left():
+    assert [family.name for family in rules.FAMILIES] == [rule.family for rule in rules.RULES]
+    assert rules.FAMILIES[-1].applies(fr.plan(rope=ROPE).lowered, torch.bfloat16, False)
+    for family, rule in zip(rules.FAMILIES, rules.RULES, strict=True):
+        assert rule.route in family.routes
+        assert set(family.routes) <= set(rules.ROUTES)
         assert rule.basis == "predicted" or rule.basis.startswith("measured")
+
+
+# ---- rules measured on the card --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(on_gpu, tmp_path, monkeypatch):
+    """Store rules as measured on a card of a name; versions are ours."""
+    monkeypatch.setattr(card, "folder", lambda: tmp_path)
+    monkeypatch.setattr(card, "name_of", lambda device: "NVIDIA GeForce RTX 4090 (sm_89)")
+    monkeypatch.setattr(card, "_WARNED", set())
+    for cached in (card.key, rules.local):
+        cached.cache_clear()
+    yield lambda *found: rules.store(list(found), torch.device("cuda", 0))
+    for cached in (card.key, rules.local):
+        cached.cache_clear()
+
+
+HERE = rules.Rule("levels", "loop", "the fastest: loop 1.50 ms, split 1.63 ms", "slower here", rules.HERE)
+LEVELS = fr.plan(rope=ROPE, modulations=[BUCKETS])
+
+
+def test_what_was_measured_here_wins(on_gpu, measured):
+    measured(HERE)
+    found = on_gpu(LEVELS)
+    assert (found.backend, found.split) == ("triton", False)
+    assert found.reason == "the fastest: loop 1.50 ms, split 1.63 ms (measured here)"
+    assert on_gpu(fr.plan(rope=ROPE)).folded  # a family that was not measured keeps its rule
+    assert on_gpu(fr.plan(rope=ROPE, modulations=[PER_QUERY]), torch.float16).backend == "triton"
+
+
+def test_another_measurement_replaces_the_first_and_leaves_other_cards(on_gpu, measured, monkeypatch):
+    measured(HERE)
+    monkeypatch.setattr(card, "name_of", lambda device: "NVIDIA L40S (sm_89)")
+    card.key.cache_clear()
+    measured()
+    assert on_gpu(LEVELS).split
+    monkeypatch.setattr(card, "name_of", lambda device: "NVIDIA GeForce RTX 4090 (sm_89)")
+    card.key.cache_clear()
+    rules.local.cache_clear()
+    assert not on_gpu(LEVELS).split
+    assert len(json.loads(card.path(rules.FILE).read_text())["cards"]) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"loop"', '"sdpa"'),  # which has not the result of these calls' family
+        lambda text: text.replace('"levels"', '"nobody"'),
+        lambda text: text.replace('"against"', '"because"'),
+        lambda text: text.replace("torch ", "torch 1."),  # as an update of torch leaves it
+    ],
+)
+def test_a_damaged_or_old_file_is_ignored_with_one_warning_that_names_it(on_gpu, measured, damage):
+    measured(HERE)
+    file = card.path(rules.FILE)
+    file.write_text(damage(file.read_text()))
+    with pytest.warns(UserWarning, match="rules.json") as warned:
+        assert on_gpu(LEVELS).split
+    rules.local.cache_clear()
+    assert on_gpu(LEVELS).split
+    assert len(warned) == 1

@@ -34,7 +34,7 @@ def folds(lowered: Lowered) -> bool:
 
 def takes(q: Projected, lowered: Lowered) -> bool:
     """Whether :func:`run` is for tensors like ``q`` under this plan."""
-    return folds(lowered) and q.device.type == "cuda" and devices.kernel_obstacle(q) is None
+    return folds(lowered) and devices.on_gpu(q) and devices.kernel_obstacle(q) is None
 
 
 def run(
