@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import debug as debugging
-from . import ops
+from . import ops, verification
 from .checks import require
 from .dispatch import Decision, choose, decide, execute
 from .modulations import Modulation
@@ -173,6 +173,7 @@ class Explanation:
         dropped: neutral modulations.
         plan_bytes: memory of the plan's tables.
         unmodulated: queries that torch's attention takes; 0 where it takes none apart.
+        trust: what is known of the kernels on this card, see :mod:`fastrope.verification`; None where none run unasked.
     """
 
     decision: Decision
@@ -183,6 +184,7 @@ class Explanation:
     dropped: int
     plan_bytes: int
     unmodulated: int = 0
+    trust: str | None = None
 
     @property
     def backend(self) -> str:
@@ -225,6 +227,8 @@ class Explanation:
             lines.append(f"unmodulated queries: {self.unmodulated}, through torch's attention")
         if decision.packs:
             lines.append(f"prologue: kernels over {', '.join(decision.packs)}")
+        if self.trust:
+            lines.append(f"trust in the kernels: {self.trust}")
         if self.passes > 1:
             lines.append(f"passes: {self.passes}, merged (more key signatures than one launch holds)")
         if self.dropped:
@@ -270,4 +274,5 @@ def explain(
         keys_reordered=lowered.keys.order is not None,
         dropped=max(len(modulations) - plan.resolved.modulations, 0), plan_bytes=plan.nbytes,
         unmodulated=len(lowered.unmodulated.rows) if decision.split else 0,
+        trust=verification.status(decision.kind, q.device) if decision.trusted else None,
     )  # fmt: skip

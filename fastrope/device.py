@@ -19,6 +19,7 @@ from .kernels.streams import Projected
 
 INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
 WITHOUT_FLOAT64 = ("mps",)  # device types; Metal has no double precision
+WITHOUT_KERNELS = "FASTROPE_KERNELS=0"  # an obstacle that a user wants
 SWITCHES = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
 
@@ -115,6 +116,8 @@ def kernel_obstacle(q: Projected) -> str | None:
     """Why the kernels cannot run on tensors like ``q``, or None."""
     if q.dtype == torch.float64:
         return "float64 inputs (use sdpa or eager)"
+    if not switched_on("FASTROPE_KERNELS", default=True):
+        return WITHOUT_KERNELS
     if not has_triton():
         return "triton is not installed"
     if interpreted():
@@ -122,3 +125,21 @@ def kernel_obstacle(q: Projected) -> str | None:
     if q.device.type != "cuda":
         return f"no kernel for device {q.device.type} (set TRITON_INTERPRET=1 before importing triton to interpret)"
     return config.unsupported(architecture(q.device))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU, and hear of what failed there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def recording() -> bool:
+    """Whether a graph or a trace records what runs now."""
+    # torch.jit.is_tracing is documented and left out of the module's __all__.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return traced or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def lost(error: str) -> bool:
+    """Whether an error of torch's or triton's leaves a GPU on which nothing runs any more in this process."""
+    return ("CUDA error" in error or "[CUDA]" in error) and "out of memory" not in error

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from . import rules
+from . import rules, verification
 from .backends import folded, fused, reference, sdpa, split_rows
 from .kernels.streams import Projected, Streams
 from .planning.lowered import Lowered
 from .planning.resolved import Resolved
+from .sample import Kind, disagreement, draw
 
 BACKENDS = ("triton", "sdpa", "eager")
 
@@ -37,6 +38,8 @@ class Decision:
         passes: runs over the keys, merged by their log-sum-exps.
         packs: those of ``"q"``, ``"k"``, ``"v"`` that take a pass of our kernels before attention.
         launch: how the fused loop runs; None where it does not.
+        trusted: kernels that nobody asked for by name run on a GPU; ``kind`` is what has to be verified before, None
+            where nothing has, see :mod:`fastrope.verification`.
     """
 
     backend: str
@@ -48,6 +51,8 @@ class Decision:
     passes: int = 1
     packs: tuple[str, ...] = ()
     launch: fused.Launch | None = None
+    trusted: bool = False
+    kind: Kind | None = None
 
     @property
     def kernels(self) -> bool:
@@ -70,7 +75,13 @@ def decide(
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
     """
-    return _completed(choose(lowered, q, k, v, backend, return_lse), lowered, q, k, v)
+    chosen = _completed(choose(lowered, q, k, v, backend, return_lse), lowered, q, k, v)
+    if backend == "triton" or not (chosen.kernels and devices.on_gpu(q)):  # who names the kernels has them
+        return chosen
+    kind = _kind(chosen, lowered, q, k) if verification.needed(q.device) else None
+    if kind is not None and verification.failed(kind, q.device):
+        return _without_kernels(chosen, lowered)
+    return replace(chosen, trusted=True, kind=kind)
 
 
 def by_route(route: str, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
@@ -78,6 +89,24 @@ def by_route(route: str, lowered: Lowered, q: Projected, k: Projected, v: Projec
     backend, split = rules.ROUTES[route]
     folds = backend == "sdpa" and not _not_yet(lowered) and folded.takes(q, lowered)
     return _completed(Decision(backend, "asked for", split=split, folded=folds), lowered, q, k, v)
+
+
+def _kind(decision: Decision, lowered: Lowered, q: Projected, k: Projected) -> Kind:
+    launch, per_query = decision.launch, ""
+    if launch is not None and lowered.num_per_query:
+        per_query = "polynomial" if launch.polynomial else "axis blocks"
+    return Kind(
+        "sdpa" if decision.folded else "split" if decision.split else "loop", lowered.features, per_query,
+        launch is not None and launch.descriptors, launch is not None and decision.passes > 1, isinstance(k, Streams),
+        q.shape[2] != k.shape[2], lowered.pairing, q.dtype, q.shape[3],
+    )  # fmt: skip
+
+
+def _without_kernels(decision: Decision, lowered: Lowered) -> Decision:
+    """The same call where the kernels that it would take are wrong."""
+    why = "fails its check against the reference on this card"
+    rejected = (("triton", why), decision.rejected[-1]) if decision.rejected else ()
+    return Decision("sdpa", f"our kernels: {why}", rejected, passes=len(sdpa.passes(lowered)))
 
 
 def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
@@ -123,10 +152,10 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
         return Decision(backend, "asked for")
     never_eager = ("eager", "materialises the logits; runs only when asked for")
     if obstacle:
-        unexpected = devices.on_gpu(q) and q.dtype != torch.float64 and _not_yet(lowered) is None
+        expected = q.dtype == torch.float64 or obstacle in (devices.WITHOUT_KERNELS, _not_yet(lowered))
         warning = f"fastrope runs on backend 'sdpa': the fused kernel is unavailable ({obstacle})"
         rejected = (("triton", obstacle), never_eager)
-        return Decision("sdpa", "runs on any device", rejected, warning if unexpected else None)
+        return Decision("sdpa", "runs on any device", rejected, warning if devices.on_gpu(q) and not expected else None)
     if grad:
         return Decision("sdpa", "differentiable", (("triton", "inputs require grad; forward only"), never_eager))
     if not devices.on_gpu(q):
@@ -161,19 +190,38 @@ def execute(
     if decision.warning and decision.warning not in _WARNED:
         _WARNED.add(decision.warning)
         warnings.warn(decision.warning, stacklevel=3)
-    tensors = cast(tuple[Tensor, Tensor, Tensor], (q, k, v))  # streams go to our kernels alone
     with no_autocast(q.device):
-        if decision.backend == "eager":
-            out, lse = reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
-        elif decision.folded:
-            out, lse = folded.run(q, k, v, lowered, scale), None
-        elif decision.launch is None:
-            out, lse = sdpa.run(*tensors, lowered, scale, return_lse)
-        elif decision.split:
-            out, lse = split_rows.run(q, k, v, lowered, scale, decision.launch), None
-        else:
-            out, lse = fused.run(q, k, v, lowered, scale, decision.launch)
+        kind, device = decision.kind, q.device
+        if kind is not None and not verification.holds(kind, device, lambda: _wrong(kind, device)):
+            decision = _without_kernels(decision, lowered)
+            q, k, v = (x.joined() if isinstance(x, Streams) else x for x in (q, k, v))
+        out, lse = _attend(decision, lowered, q, k, v, scale, return_lse, resolved)
     return out.contiguous(), lse if return_lse else None
+
+
+def _attend(
+    decision: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected, scale: float, return_lse: bool,
+    resolved: Resolved | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    tensors = cast(tuple[Tensor, Tensor, Tensor], (q, k, v))  # streams go to our kernels alone
+    if decision.backend == "eager":
+        return reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
+    if decision.folded:
+        return folded.run(q, k, v, lowered, scale), None
+    if decision.launch is None:
+        return sdpa.run(*tensors, lowered, scale, return_lse)
+    if decision.split:
+        return split_rows.run(q, k, v, lowered, scale, decision.launch), None
+    return fused.run(q, k, v, lowered, scale, decision.launch)
+
+
+def _wrong(kind: Kind, device: torch.device) -> str | None:
+    """How the kernels of a kind break the tolerance rule on a small call; None where they keep it."""
+    with torch.no_grad():
+        sample = draw(kind, device)
+        q, k, v, lowered = *sample[:3], sample.plan.lowered
+        decision = by_route(kind.route, lowered, q, k, v)
+        return disagreement(sample, *_attend(decision, lowered, q, k, v, kind.dim**-0.5, True, None))
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

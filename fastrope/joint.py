@@ -13,7 +13,7 @@ from . import ops
 from .api import attention
 from .checks import require, require_tensor
 from .dispatch import Decision, choose, decide, differentiated, execute
-from .kernels.streams import Projected, Streams
+from .kernels.streams import Projected, Streams, rms_norm
 from .planning import Lowered, Plan
 from .validation import check_plan, check_tensors, scale_of
 
@@ -26,9 +26,7 @@ class Norm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x (..., D)`` normalised in float32 (float64 for such inputs), rounded once to its dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide if self.weight is None else wide * self.weight.to(wide.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Stream(NamedTuple):

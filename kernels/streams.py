@@ -23,6 +23,12 @@ class Streams:
         batch, _, heads, dim = self.parts[0].shape
         return batch, sum(x.shape[1] for x in self.parts), heads, dim
 
+    def joined(self) -> torch.Tensor:
+        """``(B, S, H, D)`` by torch's operations."""
+        norms = zip(self.weights, self.eps, strict=True) if self.weights else ()
+        parts = [rms_norm(x, *norm) for x, norm in zip(self.parts, norms, strict=True)] if norms else self.parts
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the parts, which agree."""
@@ -32,6 +38,13 @@ class Streams:
     def device(self) -> torch.device:
         """Of the parts, which agree."""
         return self.parts[0].device
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``weight (D,) * x / sqrt(mean(x**2) + eps)`` in float32 (float64 for such), rounded once to its dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide if weight is None else wide * weight.to(wide.dtype)).to(x.dtype)
 
 
 Projected = torch.Tensor | Streams  # queries, keys or values (B, S, H, D), joined or not yet

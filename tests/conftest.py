@@ -38,14 +38,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _a_cache_folder_of_its_own(tmp_path_factory):
+def users_cache_folder(tmp_path_factory):
     """What the user's holds decides nothing here, and nothing is written there."""
     from fastrope import card
 
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
+        folder, original = tmp_path_factory.mktemp("cache"), card.folder
         patch.setattr(card, "folder", lambda: folder)
-        yield
+        yield original
 
 
 @pytest.fixture(autouse=True)

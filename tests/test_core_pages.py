@@ -13,7 +13,7 @@ import torch
 from pages import DOCS, ROOT, offline_kontext, page, run_snippets
 
 import fastrope as fr
-from fastrope import api, dispatch, rules
+from fastrope import api, dispatch, rules, verification
 from fastrope import device as devices
 from fastrope.planning import scales, segments
 
@@ -104,6 +104,8 @@ def test_grag_on_an_h100_is_as_the_architecture_says(monkeypatch):
     monkeypatch.setattr(dispatch, "differentiated", lambda x: False)
     monkeypatch.setattr(devices, "kernel_obstacle", lambda q: None)
     monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(devices, "capability", lambda device: "sm_90")
+    verification.needed.cache_clear()
     monkeypatch.setattr(api, "decide", lambda lowered, *qkv_and: dispatch.decide(
         lowered, *(OnGpu(x) for x in qkv_and[:3]), *qkv_and[3:]))  # fmt: skip
     tokens = fr.TokenLayout(text=512, target=(64, 64), references=[(64, 64)])

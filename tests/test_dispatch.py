@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope import card, dispatch, rules
+from fastrope import card, dispatch, rules, verification
 from fastrope import device as devices
 
 ROPE = fr.RoPE.axial(torch.arange(12)[:, None], (16,))
@@ -39,6 +39,8 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "differentiated", lambda x: False)
     monkeypatch.setattr(devices, "kernel_obstacle", lambda q: None)
     monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(devices, "capability", lambda device: "sm_90")
+    verification.needed.cache_clear()
 
     def decide(plan, dtype=torch.bfloat16, backend="auto", return_lse=False):
         x = OnGpu(torch.empty(1, 12, 2, 16, dtype=dtype))

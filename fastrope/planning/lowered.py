@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -304,6 +305,16 @@ class Lowered:
     def modulated(self) -> bool:
         """True when some key is modulated."""
         return any(s.modulated for s in self.segments)
+
+    @cached_property
+    def features(self) -> tuple[str, ...]:
+        """What kernels may have to do: rotation, a mask, and which modulations, by name."""
+        rotation = "applied" if self.queries_applied or self.keys_applied else "rotation"
+        held = {
+            rotation: self.pairs, "mask": self.keys.mask, "QueryScale": self.scales, "BandWeight": self.bands,
+            "BiasDelta": self.groups, "LogitGain": self.gains,
+        }  # fmt: skip
+        return tuple(name for name, x in held.items() if x is not None)
 
     @property
     def num_per_query(self) -> int:

@@ -1,0 +1,128 @@
+"""Kernels verified before they are trusted: on a GPU without rows in the repository, each kind is checked once.
+
+The check runs before the first call of its kind and compares the kernels with the reference on a small one. What passed
+is remembered for later processes, by card and versions. What fails is not used: torch's attention takes its calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+
+import torch
+
+from . import card
+from . import device as devices
+
+FILE = "verified"
+# Capabilities of GPUs with rows in the repository, and their folder under bench/results: trusted as they are.
+ROWS = {"sm_90": "nvidia-h200"}
+_LOCK = threading.Lock()
+_PASSED: set[tuple[torch.device, Hashable]] = set()
+_FAILED: set[tuple[torch.device, Hashable]] = set()
+_RECORDED: set[torch.device] = set()  # of whose unverified graphs a warning told
+
+
+@lru_cache(maxsize=64)
+def needed(device: torch.device) -> bool:
+    """Whether kernels on a GPU are checked before they are trusted."""
+    return devices.capability(device) not in ROWS
+
+
+def failed(kind: Hashable, device: torch.device) -> bool:
+    """Whether a kind is known to be wrong on a GPU."""
+    return (device, kind) in _FAILED
+
+
+def holds(kind: Hashable, device: torch.device, check: Callable[[], str | None]) -> bool:
+    """Whether kernels of a kind may run on a GPU, checked now if that is not known.
+
+    Args:
+        kind: what is checked; ``str`` of it is its name.
+        check: what is wrong, None where nothing is. An error is wrong, too; memory that runs out says nothing.
+    """
+    if (device, kind) in _PASSED:
+        return True
+    with _LOCK:  # one thread checks, others wait for what it finds
+        if (device, kind) in _PASSED or failed(kind, device):
+            return not failed(kind, device)
+        if not devices.switched_on("FASTROPE_VERIFY", default=True):
+            return True
+        known = _remembered(device).get(str(kind))
+        if known is None and devices.recording():
+            _warn_of_graph(kind, device)
+            return True
+        wrong = _run(check, device) if known is None else known
+        if wrong is None:
+            return True
+        (_FAILED if wrong else _PASSED).add((device, kind))
+        if wrong:
+            _warn(kind, device, wrong)
+        if known is None and (not wrong or devices.lost(wrong)):  # other failures may be mended: a missing compiler
+            _remember(kind, device, wrong)
+        return not wrong
+
+
+def status(kind: Hashable | None, device: torch.device) -> str:
+    """What is known of kernels on a GPU, in words; runs nothing.
+
+    Args:
+        kind: None where none is needed.
+    """
+    if kind is None:
+        return "rows in the repository"
+    if not devices.switched_on("FASTROPE_VERIFY", default=True):
+        return "not verified (FASTROPE_VERIFY=0)"
+    if (device, kind) in _PASSED or _remembered(device).get(str(kind)) == "":
+        return "verified on this card"
+    return "not verified yet: the first call checks it"
+
+
+def _run(check: Callable[[], str | None], device: torch.device) -> str | None:
+    """What a check found wrong, "" where nothing, None where it could not say."""
+    devices.synchronise(device)  # an error of work before this is not ours
+    try:
+        wrong = check()
+        devices.synchronise(device)
+        return wrong or ""
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _warn(kind: Hashable, device: torch.device, wrong: str) -> None:
+    warnings.warn(
+        f"fastrope does not use its kernels for these calls on {card.name_of(device)}: they fail the check against the "
+        f"reference ({wrong}; {kind}). Torch's attention takes them; FASTROPE_VERIFY=0 runs the kernels all the same, "
+        "unchecked. Please report it with the page that `fastrope doctor --gpu` writes",
+        stacklevel=5,
+    )
+
+
+def _warn_of_graph(kind: Hashable, device: torch.device) -> None:
+    if device not in _RECORDED:
+        _RECORDED.add(device)
+        warnings.warn(
+            f"fastrope: a graph records kernels that are not verified on {card.name_of(device)} ({kind}); call once "
+            "before, outside of the graph, to have them checked",
+            stacklevel=5,
+        )
+
+
+def _remembered(device: torch.device) -> dict[str, str]:
+    """Of each kind by its name, what was wrong; "" where nothing was."""
+    cards = card.read(FILE)
+    rows = cards.get(card.key(device), []) if cards else []
+    return {row["kind"]: row["wrong"] for row in rows if isinstance(row, dict) and {"kind", "wrong"} <= row.keys()}
+
+
+def _remember(kind: Hashable, device: torch.device, wrong: str) -> None:
+    """Beside what other processes found. A folder that cannot be written to remembers nothing."""
+    found = _remembered(device) | {str(kind): wrong}
+    try:
+        card.write(FILE, device, [{"kind": name, "wrong": wrong} for name, wrong in found.items()])
+    except (OSError, RuntimeError):
+        return
