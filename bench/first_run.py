@@ -13,28 +13,31 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 import fastrope as fr
+from fastrope import card, rules
+from fastrope import device as devices
+from fastrope.kernels.config import TMA_ARCHS
 from fastrope.outputs import check_files, check_folder
 
-from . import block, plots, report, timing
+from . import block, first_page, routes
 from .cases import CASES
-from .environment import environment
+from .first_page import read_rows
 from .problem import Problem
-from .rows import read
 from .workloads import WORKLOADS, Workload
 
-LIMITS = {"parity": 80, "kernels": 45, "attention": 35, "block": 35}  # seconds of each step
+LIMITS = {"parity": 70, "kernels": 40, "attention": 30, "block": 30}  # seconds of each step
 SWITCHES = ("FASTROPE_TMA", "FASTROPE_POLYNOMIAL")  # tried one after the other where a check fails
-HANGS = 25.0  # seconds without a row of the checks; the first call also compiles
+HANGS = 25.0  # seconds without a row of the checks: the call hangs. The first one also compiles
 LOST = 3  # exit code of a process whose device is lost
 POISON = {"cuda": 2**26, "cpu": 2**10}  # floats of NaN in the memory that outputs are taken from
-KERNELS_TOLD = 8
+ERRORS = "errors.txt"  # what steps wrote there
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def jobs(device: str) -> list[Job]:
                 for backend in ("triton", "auto")]  # fmt: skip
     big, masked = WORKLOADS["kontext"], WORKLOADS["qwen-edit"]
     small = replace(big, tokens=fr.TokenLayout(77, (24, 24), references=[(24, 24)]))
-    found = [Job(f"{case} {backend}", big, case, backend) for backend in ("triton", "auto") for case in CASES
-             if CASES[case].suits(big)]  # fmt: skip
+    found = [Job(f"{case} {backend}", big, case, backend) for case in CASES if CASES[case].suits(big)
+             for backend in ("triton", "auto")]  # fmt: skip
     found += [Job(f"{case} applied", big, case, applied=True) for case in ("plain", *edges)]
     found += [Job(f"{case} masked {backend}", masked, case, backend) for case in ("plain", "all")
               for backend in ("triton", "auto")]  # fmt: skip
@@ -79,8 +82,7 @@ def jobs(device: str) -> list[Job]:
 
 def check(job: Job, device: torch.device) -> tuple[bool, str]:
     """Whether a job's output is within the tolerance rule and the same twice, over poisoned memory; and by how much."""
-    kind = block.BlockProblem.of if job.joint else Problem.make
-    problem = kind(job.workload, CASES[job.case], device, job.dtype)
+    problem = _problem(job.joint, job.workload, job.case, device, job.dtype)
     problem = problem.applied if job.applied else problem
 
     def run() -> torch.Tensor:
@@ -100,6 +102,13 @@ def check(job: Job, device: torch.device) -> tuple[bool, str]:
     return errors.passed and same, said if same else f"{said}; NOT THE SAME TWICE"
 
 
+@lru_cache(maxsize=1)  # the next call is often another backend's on the same
+def _problem(
+    joint: bool, workload: Workload, case: str, device: torch.device, dtype: torch.dtype
+) -> Problem | block.BlockProblem:
+    return (block.BlockProblem.of if joint else Problem.make)(workload, CASES[case], device, dtype)
+
+
 # ---- steps, each in a process of its own -----------------------------------------------------------------------------
 
 
@@ -111,24 +120,35 @@ def parity(out: Path, device: torch.device, first: int) -> int:
             row = {"job": number, "name": job.name, "passed": None, "said": "did not return", "helps": None}
             file.write(json.dumps({"job": number, "name": job.name}) + "\n")  # so that a hang has a name
             file.flush()
-            for switch in (None, *SWITCHES):
+            for switch in (None, *_switches(job, device)):
                 _switch({**given, **job.switches, **({switch: "0"} if switch else {})})
                 try:
                     passed, said = check(job, device)
                 except Exception as error:  # one broken call must not hide the others
-                    passed, said = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    passed, said = False, _told(error)
                 _switch(given)
                 if switch is None:
                     row |= {"passed": passed, "said": said}
                 elif passed:
                     row["helps"] = f"{switch}=0"
-                if passed or _lost(said) or job.switches:
+                if passed or devices.lost(said):
                     break
             file.write(json.dumps(row) + "\n")
             file.flush()
-            if _lost(row["said"]):
+            if devices.lost(row["said"]):
                 return LOST
     return 0
+
+
+def _switches(job: Job, device: torch.device) -> tuple[str, ...]:
+    """Those that change what runs."""
+    if job.switches:
+        return ()
+    return SWITCHES if devices.architecture(device) in TMA_ARCHS or device.type == "cpu" else SWITCHES[1:]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _switch(values: dict[str, str | None]) -> None:
@@ -139,163 +159,136 @@ def _switch(values: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _lost(said: str) -> bool:
-    """Whether an error of torch's or triton's leaves a device on which nothing runs any more."""
-    return ("CUDA error" in said or "[CUDA]" in said) and "out of memory" not in said
-
-
 def kernels(out: Path, device: torch.device) -> int:
-    """Microseconds of every kernel of every case; one row each."""
-    workload = WORKLOADS["kontext" if device.type == "cuda" else "tiny"]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Every route of every family of calls, and microseconds of its kernels; one row each."""
     with out.open("a", encoding="utf-8") as file, torch.no_grad():
-        cases = ("plain", "all") if device.type == "cpu" else CASES
-        for case in (case for case in cases if CASES[case].suits(workload)):
-            problem = Problem.make(workload, CASES[case], device, dtype)
-            for backend in ("triton", "auto"):
-
-                def run(problem=problem, backend=backend):
-                    return fr.attention(
-                        problem.q, problem.k, problem.v, plan=problem.plan, backend=backend, debug=False,
-                    )  # fmt: skip
-
-                found = timing.interleaved({"call": run}, device, 10 if device.type == "cuda" else 1)["call"]
-                row = {"case": case, "backend": backend, "ms": found.median, "host_ms": found.host,
-                       "kernels": timing.by_kernel(run, device, 5)[:KERNELS_TOLD]}  # fmt: skip
+        for call in routes.calls(device.type):
+            try:
+                rows = routes.measure(call, device)
+            except Exception as error:  # one broken call must not hide the others
+                rows = [{"case": call.name, "error": _told(error)}]
+            for row in rows:
                 file.write(json.dumps(row) + "\n")
-                file.flush()
+            file.flush()
+            if devices.lost(rows[0].get("error", "")):
+                return LOST
     return 0
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, device: torch.device, force: bool = False, say: Callable = print) -> bool:
+def run(folder: Path, device: torch.device, force: bool = False, write: bool = False, say: Callable = print) -> bool:
     """All steps, then the page ``gpu.md`` in ``folder``. Returns whether every check passed.
+
+    Args:
+        write: store which routes were fastest, for ``auto``; not where a check failed or did not run.
 
     Raises:
         ValueError: ``folder`` cannot be written to, or holds results already, unless ``force``.
     """
     check_folder("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    mine = [folder / f"{name}.jsonl" for name in ("parity", "kernels", "attention", "block")]
+    start, problems = time.monotonic(), []
+    mine = [folder / f"{name}.jsonl" for name in ("parity", "kernels", "attention", "block")] + [folder / ERRORS]
     check_files("--out", (), [*mine, folder / "gpu.md"], force)
     for path in mine:
         path.unlink(missing_ok=True)
-    say(f"checks: {len(jobs(device.type))} calls against the reference")
-    deadline, first, problems = time.monotonic() + LIMITS["parity"], 0, []
-    while first < len(jobs(device.type)) and time.monotonic() < deadline:
-        step = ["parity", "--first", str(first)]
-        code = _step(step, folder, device, min(deadline - time.monotonic(), HANGS), folder / "parity.jsonl")
-        begun = [row["job"] for row in _rows(folder / "parity.jsonl")]
-        if code == 0 or not begun or begun[-1] < first:
-            break
-        first = begun[-1] + 1
-    if code not in (0, LOST):
-        problems.append(f"the checks ended early: {code}")
-    say("microseconds per kernel")
-    code = _step(["kernels"], folder, device, LIMITS["kernels"])
-    problems += [f"the profile ended early: {code}"] if code else []
+
+    def told(what: str, code: int | str) -> None:
+        problems.extend([f"{what} ended early: {code}; {_last_error(folder)}"] if code else [])
+
+    wanted = len(jobs(device.type))
+    say(f"checks: {wanted} calls against the reference (at most {LIMITS['parity']} s)")
+    told("the checks", _parity(folder, device, wanted))
+    say(f"microseconds per route and kernel (at most {LIMITS['kernels']} s)")
+    told("the profile", _step(["kernels"], folder, device, LIMITS["kernels"]))
     small = device.type == "cpu"
-    workload = "tiny" if small else "kontext"
     for suite, peers in (
         ("attention", ("fastrope-triton", "fastrope-auto", "cudnn", "flash")),
         ("block", ("fastrope-auto", "diffusers", "cudnn-alone")),
     ):
-        say(f"rows of {suite}")
-        arguments = ["--suite", suite, "--workload", workload, "--peer", *peers, "--case", "plain"]
-        arguments += [] if small else ["grag", "all"]
+        say(f"rows of {suite} (at most {LIMITS[suite]} s)")
+        arguments = ["--suite", suite, "--workload", "tiny" if small else "kontext", "--peer", *peers]
+        arguments += ["--case", "plain"] if small else ["--case", "plain", "grag", "all"]
         arguments += ["--repeats", "1" if small else "20", "--device", device.type, "--out", str(folder)]
-        code = _process(["from fastrope.cli import main", f"main({['bench', *arguments]!r})"], LIMITS[suite], device)
-        problems += [f"{suite} ended early: {code}"] if code else []
-    page, passed = _page(folder, device, problems, time.monotonic() - start)
+        lines = ["from fastrope.cli import main", f"main({['bench', *arguments]!r})"]
+        told(suite, _process(lines, LIMITS[suite], device, folder))
+    page, passed = first_page.render(folder, device, wanted, problems, time.monotonic() - start)
+    if write:
+        page += f"\n{_store(folder, device, passed)}\n"
+        say(page.splitlines()[-1])
     (folder / "gpu.md").write_text(page, encoding="utf-8")
-    say(f"{page.splitlines()[2]}\nthe page: {folder / 'gpu.md'}")
+    say(f"{page.splitlines()[2]}\nthe page, to paste into an issue: {folder / 'gpu.md'}")
     return passed
+
+
+def _parity(folder: Path, device: torch.device, wanted: int) -> int | str:
+    """The checks, in as many processes as it takes to come past calls that hang or lose the device."""
+    path, first, code = folder / "parity.jsonl", 0, 0
+    deadline = time.monotonic() + LIMITS["parity"]
+    while first < wanted and (left := deadline - time.monotonic()) > 0:
+        code = _step(["parity", "--first", str(first)], folder, device, left, path)
+        begun = [row["job"] for row in read_rows(path)]
+        if code == 0 or not begun or begun[-1] < first:
+            return code
+        first = begun[-1] + 1
+    return 0 if code == LOST and first >= wanted else code
+
+
+def _store(folder: Path, device: torch.device, passed: bool) -> str:
+    """Write the rules that were measured; says what came of it."""
+    found = routes.fastest(read_rows(folder / "kernels.jsonl"))
+    if not (passed and found):
+        return f"No rules written: {'a check failed or did not run' if not passed else 'no route was timed'}."
+    try:
+        rules.store(found, device)
+    except (OSError, RuntimeError) as error:
+        return f"No rules written: {error}."
+    return f"Rules written to {card.path(rules.FILE)}: {', '.join(f'{r.family} by {r.route}' for r in found)}."
 
 
 def _step(
     arguments: Sequence[str], folder: Path, device: torch.device, limit: float, grows: Path | None = None
 ) -> int | str:
     arguments = [*arguments, "--out", str(folder), "--device", device.type]
-    return _process(["from fastrope.bench.first_run import main", f"main({list(arguments)!r})"], limit, device, grows)
+    lines = ["from fastrope.bench.first_run import main", f"main({list(arguments)!r})"]
+    return _process(lines, limit, device, folder, grows)
 
 
-def _process(lines: Sequence[str], limit: float, device: torch.device, grows: Path | None = None) -> int | str:
-    """Run Python; its exit code, or why there is none. ``limit`` begins anew whenever the file ``grows`` does."""
+def _process(
+    lines: Sequence[str], limit: float, device: torch.device, folder: Path, grows: Path | None = None
+) -> int | str:
+    """Run Python; its exit code, or why there is none: it takes longer than ``limit``, or the file ``grows`` does not
+    for ``HANGS``. What it writes to its standard error is kept."""
     code = f"{lines[0]}; raise SystemExit({lines[1]})"
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", FASTROPE_VERIFY="0")  # kernels are checked here, not hidden
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    size, since = -1, time.monotonic()
+    with (folder / ERRORS).open("a", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
+    begin = since = time.monotonic()
+    size = -1
     while process.poll() is None:
-        now = grows.stat().st_size if grows is not None and grows.exists() else size
-        if now != size:
-            size, since = now, time.monotonic()
-        if time.monotonic() - since > max(limit, 1):
+        now, found = time.monotonic(), grows.stat().st_size if grows is not None and grows.exists() else size
+        if found != size:
+            size, since = found, now
+        if now - begin > max(limit, 1) or (grows is not None and now - since > HANGS):
             process.kill()
             process.wait()
-            return f"stopped after {limit:.0f} s"
+            return f"stopped after {now - begin:.0f} s"
         time.sleep(0.05)
     return process.returncode
 
 
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def _last_error(folder: Path) -> str:
+    lines = (folder / ERRORS).read_text(encoding="utf-8").split("\n") if (folder / ERRORS).exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "nothing was said")[:300]
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
-
-
-def _page(folder: Path, device: torch.device, problems: list[str], seconds: float) -> tuple[str, bool]:
-    facts = environment(device)
-    latest = {row["job"]: row for row in _rows(folder / "parity.jsonl")}  # of a job that did not return, its beginning
-    bad = [row for row in latest.values() if not row.get("passed")]
-    wanted = len(jobs(device.type))
-    passed = not bad and len(latest) == wanted
-    lines = [f"# fastrope {fr.__version__} on {facts['gpu']}", "", _verdict(bad, len(latest), wanted), ""]
-    lines += [f"torch {facts['torch']}, triton {facts['triton']}, driver {facts['driver']}, {facts['date']}, revision "
-              f"{facts['rev']}, {seconds:.0f} s"]  # fmt: skip
-    lines += [f"* {problem}" for problem in problems]
-    lines += [f"* check {row['name']}: {row.get('said', 'did not return')}" for row in bad]
-    lines += ["", *_kernel_table(folder / "kernels.jsonl")]
-    for suite in ("attention", "block"):
-        rows = read(folder / f"{suite}.jsonl") if (folder / f"{suite}.jsonl").exists() else []
-        if rows:
-            lines += ["", report.render(rows)]
-            lines += [f"![{suite}]({path.name})" for path in _pictures(rows, folder)]
-    return "\n".join(lines) + "\n", passed
-
-
-def _verdict(bad: Sequence[dict], ran: int, wanted: int) -> str:
-    if ran < wanted and not bad:
-        return f"{ran} of {wanted} checks ran and passed; the others did not run."
-    if not bad:
-        return f"All {wanted} checks passed."
-    helps = {row.get("helps") for row in bad}
-    advice = f"set {helps.pop()}" if len(helps) == 1 and None not in helps else 'use backend="sdpa"'
-    return f"{len(bad)} of {ran} checks FAILED: {advice}, and report this page."
-
-
-def _kernel_table(path: Path) -> Iterator[str]:
-    rows = _rows(path)
-    if rows:
-        yield from ("| call | ms | host ms | kernels, microseconds |", "|---|---:|---:|---|")
-    for row in rows:
-        told = ", ".join(f"{name[:60].removesuffix('_kernel')} {us:.0f}" + (f" ({n:g} launches)" if n != 1 else "")
-                         for name, us, n in row["kernels"])  # fmt: skip
-        yield f"| {row['case']}, {row['backend']} | {row['ms']:.3f} | {row['host_ms']:.2f} | {told} |"
-
-
-def _pictures(rows: Sequence[dict], folder: Path) -> list[Path]:
-    try:
-        return plots.draw(rows, folder, force=True)
-    except ImportError:  # no matplotlib, no picture
-        return []
+# ---- one step -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastrope.device import synchronise
+
 Run = Callable[[], object]
 
 FLUSH_MIB = 256  # several times the L2 of any GPU: a contestant must not find its inputs there
@@ -42,12 +44,6 @@ class Times:
             "ms_median": self.median, "ms_p20": self.p20, "ms_p80": self.p80, "rounds": self.rounds,
             "host_ms": self.host,
         }  # fmt: skip
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device; nothing to wait for on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def warm_up(run: Run, device: torch.device) -> float:
