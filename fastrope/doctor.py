@@ -46,8 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("fastrope-gpu"), help="folder of that page (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="with --gpu: tiny shapes on the CPU, to see it work")
+    parser.add_argument(
+        "--write", action="store_true", help="with --gpu: store which routes are fastest on this card; auto takes them"
+    )
     parser.add_argument("--force", action="store_true", help="with --gpu: replace the results of an earlier run")
     options = parser.parse_args(argv)
+    for name in ("write", "dry_run", "force"):
+        if getattr(options, name) and not options.gpu:
+            parser.error(f"--{name.replace('_', '-')}: expected --gpu beside it")
     if options.gpu:
         return _on_the_card(parser, options)
     found = report()
@@ -60,9 +66,11 @@ def _on_the_card(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("--gpu: expected a CUDA device, found none; --dry-run shows what it would do")
+    if options.dry_run and options.write:
+        parser.error("--write: expected times of a card, --dry-run takes none")
     device = torch.device("cpu" if options.dry_run else "cuda")
     try:
-        return 0 if first_run.run(options.out, device, options.force) else 1
+        return 0 if first_run.run(options.out, device, options.force, options.write) else 1
     except ValueError as error:
         parser.error(str(error))
 
@@ -78,7 +86,11 @@ def report() -> dict:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "driver": driver_version(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k in ("FASTROPE_DEBUG", "TRITON_INTERPRET")},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("FASTROPE_") or name == "TRITON_INTERPRET"
+        },
         "devices": _devices(),
         "backends": [_backends(device, dtype) for dtype in DTYPES],
         "bindings": {name: _importable(name) for name in BINDINGS},

@@ -67,7 +67,7 @@ FAMILIES = (
     Family("plain", "neither rotation nor modulation, no log-sum-exp", _plain, _WHOLE),
     Family(
         "masked", "rotation, weights and groups under a mask, in 16 bits, no log-sum-exp",
-        _short(lambda lowered: lowered.keys.mask is not None and folded.folds(lowered)), _WHOLE,
+        _short(lambda lowered: bool(lowered.keys.unmasked) and folded.folds(lowered)), _WHOLE,
     ),
     Family(
         "rotation", "rotation alone, in 16 bits, no log-sum-exp",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .backends import reference
 from .kernels.streams import Projected, Streams
-from .modulations import BandWeight, BiasDelta, LogitGain, Modulation, QueryScale
+from .modulations import BandWeight, BiasDelta, KeyBias, LogitBias, LogitGain, Modulation, QueryScale, ValueGain
 from .planning import Plan, plan
 from .rope import RoPE
 from .tolerance import measure
@@ -89,16 +89,15 @@ def disagreement(sample: Sample, out: Tensor, lse: Tensor | None) -> str | None:
     resolved, scale = sample.plan.resolved, out.shape[3] ** -0.5
     rows = torch.arange(0, TOKENS, EVERY, device=out.device)
     exact, low = (
-        reference.run(*(_joined(x, dtype) for x in sample[:3]), resolved, scale, return_lse=True, queries=rows)
-        for dtype in (torch.float64, out.dtype)
+        reference.run(q, k, v, resolved, scale, return_lse=True, queries=rows)
+        for q, k, v in (
+            (_joined(x, dtype) for x in (sample.q, sample.k, sample.v)) for dtype in (torch.float64, out.dtype)
+        )
     )
-    pairs = [(out[:, rows], exact[0], low[0], None)]
+    found = [measure(out[:, rows], exact[0], low[0])]
     if lse is not None:
-        pairs.append((lse[:, :, rows], exact[1], low[1], out.dtype))
-    for found in (measure(*pair) for pair in pairs):
-        if not found.passed:
-            return str(found)
-    return None
+        found.append(measure(lse[:, :, rows], cast(Tensor, exact[1]), cast(Tensor, low[1]), out.dtype))
+    return next((str(errors) for errors in found if not errors.passed), None)
 
 
 def _joined(x: Projected, dtype: torch.dtype) -> Tensor:
@@ -131,6 +130,7 @@ def _modulations(kind: Kind, device: torch.device) -> list[Modulation]:
     r, gain = torch.ones(2, TOKENS, device="cpu")
     r[:MODULATED] = ends[0] + (ends[1] - ends[0]) * (ramp if kind.per_query else ramp.round())
     gain[:MODULATED] = 0.8 + 0.5 * ramp
+    bias = torch.linspace(-0.5, 0.5, TOKENS, device="cpu")
     bands = torch.linspace(0.5, 1.2, kind.dim // 2, device="cpu")
     spans = [slice(n, n + 7) for n in range(0, 7 * PASSES, 7)] if kind.passes else [covered]
     modulations = {
@@ -138,6 +138,10 @@ def _modulations(kind: Kind, device: torch.device) -> list[Modulation]:
         "BandWeight": [BandWeight((bands + n / 10).to(device), keys=keys) for n, keys in enumerate(spans)],
         "BiasDelta": [BiasDelta(1.05, 1.1, keys=covered)],
         "LogitGain": [LogitGain(gain.to(device), keys=covered)],
+        "LogitBias": [LogitBias(gain.log().to(device), keys=covered)],
+        "KeyBias": [KeyBias(bias.to(device))],
+        "ValueGain": [ValueGain(0.7, keys=covered)],
+        "BiasDelta on values": [BiasDelta(1.05, 1.1, keys=covered, on="values")],
     }
     wanted = {*kind.features, *(("BandWeight",) if kind.passes else ())}
     return [m for name, each in modulations.items() if name in wanted for m in each]

@@ -126,9 +126,9 @@ def test_a_polynomial_and_streams_have_samples_too(a_card):
 def test_every_modulation_is_a_feature_with_a_sample():
     """One that is new has to say here how it is checked."""
     kind = sample.Kind("loop", (), "", False, False, False, False, "interleaved", torch.float16, 16)
-    for modulation in MODULATIONS:
-        plan = sample._plan(kind._replace(features=("rotation", modulation.__name__)), 1, CPU)
-        assert plan.lowered.features == ("rotation", modulation.__name__)
+    for name in [*(modulation.__name__ for modulation in MODULATIONS), "BiasDelta on values"]:
+        plan = sample._plan(kind._replace(features=("rotation", name)), 1, CPU)
+        assert plan.lowered.features == ("rotation", name)
 
 
 # ---- what is done with the answer ------------------------------------------------------------------------------------

@@ -310,9 +310,11 @@ class Lowered:
     def features(self) -> tuple[str, ...]:
         """What kernels may have to do: rotation, a mask, and which modulations, by name."""
         rotation = "applied" if self.queries_applied or self.keys_applied else "rotation"
+        values = "ValueGain" if self.values is None or self.values.groups is None else "BiasDelta on values"
         held = {
-            rotation: self.pairs, "mask": self.keys.mask, "QueryScale": self.scales, "BandWeight": self.bands,
-            "BiasDelta": self.groups, "LogitGain": self.gains,
+            rotation: self.pairs, "mask": self.keys.unmasked or None, "QueryScale": self.scales,
+            "BandWeight": self.bands, "BiasDelta": self.groups, "LogitGain": self.gains, "LogitBias": self.biases,
+            "KeyBias": self.keys.bias and self.keys.bias.finite, values: self.values,
         }  # fmt: skip
         return tuple(name for name, x in held.items() if x is not None)
 

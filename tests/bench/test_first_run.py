@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastrope import cli
-from fastrope.bench import first_run
+import fastrope as fr
+from fastrope import card, cli, rules
+from fastrope.bench import first_page, first_run, routes
+from fastrope.bench.cases import CASES
+from fastrope.bench.problem import Problem
+from fastrope.bench.workloads import WORKLOADS
 
 CPU = torch.device("cpu")
 
@@ -83,7 +88,7 @@ def test_it_goes_on_with_the_next_call_after_a_lost_device(tmp_path, here, monke
     passed, page, rows = run(tmp_path)
     assert not passed
     assert [row["job"] for row in rows] == list(range(6))
-    assert '1 of 6 checks FAILED: use backend="sdpa", and report this page.' in page
+    assert "1 of 6 checks FAILED: set FASTROPE_KERNELS=0 (torch's operations alone), and report this page." in page
 
 
 def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
@@ -103,14 +108,104 @@ def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
     assert f"* check {jobs[0]}: did not return" in page
 
 
-def test_a_process_that_takes_too_long_is_stopped():
-    assert first_run._process(["import time", "time.sleep(60)"], 1, CPU) == "stopped after 1 s"
+def test_a_process_that_takes_too_long_is_stopped(tmp_path):
+    assert first_run._process(["import time", "time.sleep(60)"], 1, CPU, tmp_path) == "stopped after 1 s"
 
 
-def test_a_file_that_grows_keeps_a_process_alive(tmp_path):
+@pytest.mark.parametrize(("limit", "hangs", "expected"), [(60, 1.0, 0), (1, 60, "stopped after 1 s")])
+def test_a_file_that_grows_is_no_hang_and_no_reason_to_go_on_for_ever(limit, hangs, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_run, "HANGS", hangs)
     out = tmp_path / "rows"
-    lines = ["import time", f"[open({str(out)!r}, 'a').write('x') and time.sleep(0.5) for _ in range(4)] and 0"]
-    assert first_run._process(lines, 1, CPU, out) == 0
+    lines = ["import time", f"[open({str(out)!r}, 'a').write('x') and time.sleep(0.4) for _ in range(4)] and 0"]
+    assert first_run._process(lines, limit, CPU, tmp_path, out) == expected
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    """And finds no kernels hidden from its checks."""
+    lines = ["import os", "1 / 0 if os.environ['FASTROPE_VERIFY'] == '0' else 3"]
+    assert first_run._process(lines, 60, CPU, tmp_path) == 1
+    assert first_run._last_error(tmp_path) == "ZeroDivisionError: division by zero"
+
+
+def test_the_whole_of_it_takes_less_than_three_minutes():
+    assert sum(first_run.LIMITS.values()) <= 170
+
+
+def test_switches_that_change_nothing_are_not_tried(monkeypatch):
+    job = first_run.jobs("cpu")[0]
+    for arch, expected in (("sm_89", ("FASTROPE_POLYNOMIAL",)), ("sm_90", first_run.SWITCHES)):
+        monkeypatch.setattr(first_run.devices, "architecture", lambda device, arch=arch: arch)
+        assert first_run._switches(job, torch.device("cuda", 0)) == expected
+    assert first_run._switches(replace(job, switches={"FASTROPE_TMA": "0"}), CPU) == ()
+
+
+# ---- routes and rules ------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_call_leaves_the_times_of_others(tmp_path, monkeypatch):
+    measure = routes.measure
+
+    def broken(call, device):
+        if call.case == "plain":
+            raise RuntimeError("PTXAS error\nmore")
+        return measure(call, device)
+
+    monkeypatch.setattr(routes, "measure", broken)
+    monkeypatch.setattr(routes.timing, "WARMUPS", 1)
+    first_run.kernels(tmp_path / "kernels.jsonl", CPU)
+    first, *others = first_page.read_rows(tmp_path / "kernels.jsonl")
+    assert first == {"case": "plain", "error": "RuntimeError: PTXAS error"}
+    assert {row["route"] for row in others} == {"sdpa", "loop"}
+    page = "\n".join(first_page._kernel_table([first, *others]))
+    assert "| plain | | | | RuntimeError: PTXAS error |" in page
+    assert "| all | sdpa, of `auto` |" in page
+
+
+def times(family: str, **ms: float) -> list[dict]:
+    rest = {"case": family, "family": family, "auto": False, "host_ms": 0.1, "kernels": []}
+    return [rest | {"route": route, "ms": t} for route, t in ms.items()]
+
+
+def test_the_fastest_route_of_a_family_over_its_calls():
+    rows = [*times("levels", split=1.0, loop=1.2), *times("levels", split=2.0, loop=1.4),
+            *times("keys", sdpa=1.01, loop=1.0), *times("rotation", sdpa=1.0),
+            {"case": "masked", "error": "failed"}]  # fmt: skip
+    found = {rule.family: rule for rule in routes.fastest(rows)}
+    assert {name: rule.route for name, rule in found.items()} == {"levels": "loop", "keys": "sdpa"}
+    assert found["levels"].reason == "the fastest of loop 1.3 ms, split 1.41 ms"
+    assert found["levels"].basis == "measured here"
+
+
+def test_every_family_that_has_routes_in_16_bits_is_measured():
+    problems = [(call, WORKLOADS[call.workload], call.case) for call in routes.calls("cuda")]
+    found = set()
+    for call, workload, case in problems:
+        small = replace(workload, tokens=fr.TokenLayout(4, (6, 6), references=[(6, 6)]))
+        small = replace(small, prompts=small.prompts and (4, 2))
+        problem = Problem.make(small, CASES[case], CPU, torch.bfloat16)
+        plan = (problem.applied if call.applied else problem).plan
+        found.add(rules.family_of(plan.lowered, torch.bfloat16).name)
+    assert found >= {family.name for family in rules.FAMILIES} - {"float32", "other"}
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_rules_are_written_where_all_checks_passed(passes, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(first_run, "check", lambda job, device: (passes, "fine"))
+    monkeypatch.setattr(
+        first_run, "kernels",
+        lambda out, device: out.write_text("\n".join(map(json.dumps, times("levels", split=1.2, loop=1.0)))) and 0,
+    )  # fmt: skip
+    monkeypatch.setattr(card, "key", lambda device: "this card")
+    monkeypatch.setattr(card, "folder", lambda: tmp_path / "cache")
+    first_run.run(tmp_path / "out", CPU, write=True, say=lambda _: None)
+    said = (tmp_path / "out" / "gpu.md").read_text().splitlines()[-1]
+    if passes:
+        assert said == f"Rules written to {tmp_path / 'cache' / 'rules.json'}: levels by loop."
+        (rule,) = card.read(rules.FILE)["this card"]
+        assert (rule["family"], rule["route"], rule["basis"]) == ("levels", "loop", "measured here")
+    else:
+        assert said == "No rules written: a check failed or did not run."
+        assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
@@ -119,7 +214,7 @@ def test_a_dry_run_goes_through_every_step(tmp_path, capsys):
     assert cli.main(["doctor", "--gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     assert "All 6 checks passed." in capsys.readouterr().out
     page = (tmp_path / "gpu.md").read_text()
-    for sign in ("| plain, triton |", "| all, auto |", "### attention: tiny", "### block: tiny"):
+    for sign in ("| plain | loop |", "| all | sdpa, of `auto` |", "### attention: tiny", "### block: tiny"):
         assert sign in page
 
 
