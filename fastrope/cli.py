@@ -1,4 +1,4 @@
-"""The command line: ``fastrope doctor | demo | bench | edit | style | sweep | ar-edit``."""
+"""The command line: ``fastrope doctor | demo | bench | edit | style | sweep | ar-edit | evidence``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ COMMANDS = {
     "sweep": Command("fastrope.commands.sweep", "a contact sheet of style over s_hf and s_lf"),
     "ar-edit": Command("fastrope.commands.ar_edit", "edit an autoregressive image by changing its prompt",
                        smaller="--dtype bfloat16, a smaller --size or fewer --edit-prompt"),
+    "evidence": Command("fastrope.commands.evidence", "measure the methods on small trained models, write it up",
+                        smaller="--quick"),
 }  # fmt: skip
 
 

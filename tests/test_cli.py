@@ -257,7 +257,7 @@ def test_streams_are_left_as_they_were(monkeypatch):
     assert cli.main(["demo"]) == 0
 
 
-@pytest.mark.parametrize("command", ["edit", "style", "sweep", "ar-edit", "demo", "bench"])
+@pytest.mark.parametrize("command", ["edit", "style", "sweep", "ar-edit", "evidence", "demo", "bench"])
 def test_tildes_are_the_home_folder(command, monkeypatch):
     """The shell leaves that of ``--out=~/a`` alone."""
     monkeypatch.setenv("HOME", "/home/somebody")

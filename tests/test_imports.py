@@ -156,6 +156,7 @@ LATE = {
     ("fastrope.commands.ar_edit", "fastrope.commands.ar_report"): "the same, for pictures",
     ("fastrope.demo", "fastrope.demo.build"): "the same, for pictures",
     ("fastrope.bench", "fastrope.bench.*"): "the same, for pictures and peers",
+    ("fastrope.commands.evidence", "fastrope.lab.*"): "the same, for hosts",
     ("fastrope.lab.*", "fastrope.bindings.*"): "hosts are extras",
     ("fastrope.doctor", "fastrope.bench.first_run"): "the benchmark is no part of the library",
     ("fastrope.bench.run", "fastrope.cli"): "a clone that is not installed is made importable before",

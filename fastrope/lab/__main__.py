@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -35,7 +34,8 @@ def _export(args) -> None:
 def _evaluate(args) -> None:
     models = {"classifier": load("classifier")} | {name: load(name, args.weights) for name in args.models}
     found = evaluate(models, args.count, args.steps, args.guidance)
-    print(json.dumps({name: round(value, 4) for name, value in found.items()}, indent=1))
+    for name, outcomes in found.items():
+        print(f"{name:20}", *(f"{what} {values.float().mean():.4f}" for what, values in outcomes.items()), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -64,17 +64,17 @@ def vivid(shown: scenes.Scenes, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(model, repeats: int = 4) -> float:
-    """Share of the held-out pictures recognised, in random colours and poses; each is shown ``repeats`` times."""
+def recognised(model, repeats: int = 4) -> torch.Tensor:
+    """Which of the held-out digits the model recognises, in random colours and poses, each ``repeats`` times: bool."""
     held_out = digits.load(held_out=True)
     generator = torch.Generator().manual_seed(1)
-    right = 0
+    right = []
     for _ in range(repeats):
         shown = scenes.draw(len(held_out.labels), generator, held_out=True)
         strokes = digits.strokes(held_out.greys, generator)
         shown = replace(shown, strokes=strokes, digit=held_out.labels)
-        right += int((model(shown.render()).argmax(1) == held_out.labels).sum())
-    return right / repeats / len(held_out.labels)
+        right.append(model(shown.render()).argmax(1) == held_out.labels)
+    return torch.cat(right)
 
 
 JOB = Job("classifier", Classifier, losses, samples=BATCH, decay=0.998)

@@ -8,8 +8,11 @@ from . import classifier, editor, judge, scenes, words
 from .codes import Codebook
 
 
-def evaluate(models: dict[str, torch.nn.Module], count: int = 500, steps: int = 16, guidance: float = 1.0) -> dict:
-    """Shares of success in 0..1, by name.
+def evaluate(
+    models: dict[str, torch.nn.Module], count: int = 500, steps: int = 16, guidance: float = 1.0
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Outcomes by what was asked for: of every picture whether its digit and its colours are right, and of edits the
+    distance to the right answer.
 
     Args:
         models: "classifier", and of "editor" and "author" what is to be judged.
@@ -17,22 +20,22 @@ def evaluate(models: dict[str, torch.nn.Module], count: int = 500, steps: int = 
         steps: of the editor.
         guidance: of both.
     """
-    see, found = models["classifier"], {}
-    found["real digits recognised"] = classifier.accuracy(see)
+    see = models["classifier"]
+    found = {"real digits": {"digit": classifier.recognised(see)}}
     generator = torch.Generator().manual_seed(2)
     drawn = scenes.to_draw(count, generator, held_out=True)
-    found["colours judged right on real pictures"] = _colours(drawn.target.render(), drawn.target)
+    found["real pictures"] = _judged(drawn.target.render(), drawn, see)
     if "editor" in models:
         pictures = editor.sample(models["editor"], drawn.prompt, generator, steps=steps, guidance=guidance)
-        found |= _judged("editor: draw", pictures, drawn, see)
+        found["editor: draw"] = _judged(pictures, drawn, see)
         for index, task in enumerate(scenes.TASKS[1:], 1):
             edits = scenes.to_edit(torch.full((count,), index), generator, held_out=True)
             pictures = editor.sample(models["editor"], edits.prompt, generator, edits.reference, steps, guidance)
-            found |= _judged(f"editor: {task}", pictures, edits, see)
-            distance = (pictures - edits.target.render()).abs().mean()
-            found[f"editor: {task}, mean distance to the target"] = distance.item()
+            distance = judge.distances(pictures, edits.target.render())
+            found[f"editor: {task}"] = _judged(pictures, edits, see) | {"distance": distance}
     if "author" in models:
-        found |= _judged("author: draw", write(models["author"], drawn.prompt, generator, guidance), drawn, see)
+        pictures = write(models["author"], drawn.prompt, generator, guidance)
+        found["author: draw"] = _judged(pictures, drawn, see)
     return found
 
 
@@ -45,14 +48,9 @@ def write(author, prompt: torch.Tensor, generator: torch.Generator, guidance: fl
     return Codebook(author.codebook).decode(made.tokens)
 
 
-def _judged(name: str, pictures: torch.Tensor, examples: scenes.Examples, see) -> dict[str, float]:
-    digit = judge.digits(see, pictures) == examples.target.digit
-    return {
-        f"{name}, digit": digit.float().mean().item(),
-        f"{name}, both colours": _colours(pictures, examples.target),
-    }
-
-
-def _colours(pictures: torch.Tensor, shown: scenes.Scenes) -> float:
+def _judged(pictures: torch.Tensor, examples: scenes.Examples, see) -> dict[str, torch.Tensor]:
     ink, ground = judge.colours(pictures)
-    return ((ink == shown.ink) & (ground == shown.ground)).float().mean().item()
+    return {
+        "digit": judge.digits(see, pictures) == examples.target.digit,
+        "colours": (ink == examples.target.ink) & (ground == examples.target.ground),
+    }

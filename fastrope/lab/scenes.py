@@ -52,10 +52,7 @@ class Scenes:
 
     def background(self) -> torch.Tensor:
         """The pictures without their digits, ``(B, 3, 16, 16)``."""
-        step = (torch.arange(SIZE) + self.phase[..., None]) // (PERIOD // 2) % 2 * 2 - 1  # (B, 2, 16) of -1, 1
-        rows, columns = step[:, 0, :, None].expand(-1, SIZE, SIZE), step[:, 1, None].expand(-1, SIZE, SIZE)
-        patterns = torch.stack([torch.zeros_like(rows), rows, columns, rows * columns])
-        relief = RELIEF * patterns[self.texture, torch.arange(len(self.texture))]
+        relief = RELIEF * patterns(self.phase)[torch.arange(len(self.texture)), self.texture]
         return self.colour("ground") + relief[:, None]
 
     def colour(self, part: str) -> torch.Tensor:
@@ -65,6 +62,13 @@ class Scenes:
     def render(self) -> torch.Tensor:
         """The pictures, ``(B, 3, 16, 16)`` in -1..1."""
         return torch.lerp(self.background(), self.colour("ink"), self.strokes).clamp(-1, 1)
+
+
+def patterns(phase: torch.Tensor) -> torch.Tensor:
+    """Every texture at ``phase (B, 2)`` in pixels: ``(B, textures, 16, 16)`` of -1, 0 and 1."""
+    step = (torch.arange(SIZE) + phase[..., None]) // (PERIOD // 2) % 2 * 2.0 - 1  # (B, 2, 16) of -1, 1
+    rows, columns = step[:, 0, :, None].expand(-1, SIZE, SIZE), step[:, 1, None].expand(-1, SIZE, SIZE)
+    return torch.stack([torch.zeros_like(rows), rows, columns, rows * columns], dim=1)
 
 
 def draw(batch: int, generator: torch.Generator, held_out: bool = False) -> Scenes:
@@ -123,7 +127,7 @@ def to_edit(task: torch.Tensor, generator: torch.Generator, held_out: bool = Fal
     for name, edited in edits.items():
         target = edited.where(task == TASKS.index(name), target)
     paste = replace(source, ground=colour, texture=other.texture, phase=other.phase).render()
-    pasted = (task == TASKS.index("blend")).view(-1, 1, 1, 1) & _box(source.strokes)
+    pasted = (task == TASKS.index("blend")).view(-1, 1, 1, 1) & box(source.strokes)
     reference = torch.where(pasted, paste, source.render())
     return Examples(describe(task, target), target, source, reference)
 
@@ -144,7 +148,7 @@ def shorten(examples: Examples, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([prompt[:, :1], prompt[:, 1:].masked_fill(left_open, ANY)], dim=1)
 
 
-def _box(strokes: torch.Tensor, margin: int = 1) -> torch.Tensor:
+def box(strokes: torch.Tensor, margin: int = 1) -> torch.Tensor:
     """The bounding boxes of ``strokes (B, 1, 16, 16)``, grown by ``margin``, bool."""
     touched = torch.nn.functional.max_pool2d((strokes > 0.05).float(), 2 * margin + 1, 1, margin) > 0
     rows, columns = touched.any(3, keepdim=True), touched.any(2, keepdim=True)

@@ -1,0 +1,126 @@
+"""GRAG: how much of the source is kept, against delta and lambda, beside a sweep of the guidance scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import fastrope as fr
+
+from .. import judge, scenes
+from .findings import Findings, Row, outcomes, strip
+from .studio import Studio, only
+from .telling import BLUE, ORANGE, curve, share, show_strips, table
+
+USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+DELTAS = (0.5, 0.75, 1.0, 1.25, 1.5)
+LAMBDAS = (0.5, 0.75, 1.0, 1.25, 1.5)
+SCALES = (1.0, 2.0, 3.0, 4.0, 5.0)
+ON_VALUES = (0.5, 1.0, 1.5)
+
+
+@dataclass(frozen=True)
+class ValueDelta:
+    """The rule of GRAG on the reference's values instead of its keys, as DCAG (arXiv 2602.18022) adds it."""
+
+    delta: float
+
+    def modulations(self, site: fr.Site) -> list[fr.BiasDelta]:
+        """One group."""
+        return [fr.BiasDelta(delta=self.delta, keys=site.tokens.reference(0), on="values")]
+
+
+def measure(studio: Studio, samples: int, each) -> Findings:
+    """Edits that ask for another digit, and for another colour, of held-out pictures."""
+    rows, pictures = [], {}
+    for task, slot in (("digit", "digit"), ("recolour", "ink")):
+        generator = torch.Generator().manual_seed(3)
+        edits = scenes.to_edit(torch.full((samples,), scenes.TASKS.index(task)), generator, held_out=True)
+        prompt = only(edits.prompt, slot)
+        settings = [(f"{slot}, delta", x, [fr.GRAG(delta=x)], 1.0) for x in DELTAS]
+        if slot == "digit":
+            settings += [(f"{slot}, lambda", x, [fr.GRAG(bias=x, delta=1)], 1.0) for x in LAMBDAS]
+            settings += [(f"{slot}, delta on values", x, [ValueDelta(x)], 1.0) for x in ON_VALUES]
+            settings += [(f"{slot}, guidance", x, [], x) for x in SCALES]
+            pictures["source"] = strip(edits.reference)
+        for sweep, value, methods, guidance in each(settings):
+            made = studio.edit(prompt, edits.reference, methods, guidance)
+            seen = judge.digits(studio.see, made) if slot == "digit" else judge.colours(made)[0]
+            rows.append(Row(sweep, value, outcomes(
+                asked=seen == getattr(edits.target, slot), source=seen == getattr(edits.source, slot),
+                distance=judge.distances(made, edits.reference), layout=judge.layouts(made, edits.reference),
+            )))  # fmt: skip
+            if sweep == "digit, delta":
+                pictures[f"delta {value:g}"] = strip(made)
+    return Findings("grag", rows, pictures)
+
+
+def evenness(rows: list[Row]) -> tuple[float, float]:
+    """Of a dial in even steps: the largest step's share of the way its mean distance goes (0.25 for four even steps),
+    and the share of single pictures' steps that go the way of the mean."""
+    distance = np.array([row.outcomes["distance"] for row in rows])  # (values, samples)
+    steps = np.diff(distance.mean(1))
+    way = distance[-1].mean() - distance[0].mean()
+    return float(np.abs(steps).max() / abs(way)), float((np.diff(distance, axis=0) * way > 0).mean())
+
+
+MAIN = ("digit, delta", "digit, lambda", "digit, delta on values")
+CAPTION = "GRAG: edits under delta, lambda and guidance, and samples for delta"
+
+
+def text(found: Findings) -> str:
+    """The section of the page."""
+    columns = {"asked": "digit asked for", "source": "source's digit", "distance": "distance to the source",
+               "layout": "layout like the source's"}  # fmt: skip
+    ink = {"asked": "ink asked for", "source": "source's ink", "distance": "distance to the source"}
+    low, one, high = (found.row("digit, delta", x) for x in (0.5, 1.0, 1.5))
+    even = {name: evenness(found.sweep(f"digit, {name}")) for name in ("delta", "guidance")}
+    return f"""## GRAG: how much of the source is kept
+
+The editor gets a picture and one word, another digit. `fr.GRAG(delta=...)` decides between the two. *Asked for*: the
+classifier finds the digit of the prompt; *source's*: it finds the one that was there.
+
+{table([r for r in found.rows if r.sweep in MAIN], columns)}
+
+*Delta on values* is the rule of DCAG (arXiv 2602.18022), which modulates values as well; here
+alone.
+
+As published: a higher delta keeps more. From delta 0.5 to 1.5 the source's digit goes from {share(low, "source")} of
+the outputs to {share(high, "source")}, the distance to the source from {low.mean("distance"):.3f} to
+{high.mean("distance"):.3f}. At delta 1 the edit succeeds in {share(one, "asked")}.
+
+The same in another edit, one word for the colour of the ink:
+
+{table(found.sweep("ink, delta"), ink, "delta")}
+
+Is delta an even dial, beside the guidance scale, the dial that users have without it?
+
+{table(found.sweep("digit, guidance"), columns, "guidance scale")}
+
+Delta moves the mean distance over {_way(found, "delta"):.3f}; its largest of four even steps is
+{100 * even["delta"][0]:.0f} % of that, and {100 * even["delta"][1]:.0f} % of all steps of single pictures go the right
+way. Guidance moves it over {_way(found, "guidance"):.3f}, {100 * even["guidance"][0]:.0f} % in its largest step, with
+{100 * even["guidance"][1]:.0f} % of the steps in the right direction."""
+
+
+def _way(found: Findings, dial: str) -> float:
+    rows = found.sweep(f"digit, {dial}")
+    return abs(rows[-1].mean("distance") - rows[0].mean("distance"))
+
+
+def draw(found: Findings, figure) -> None:
+    """Curves at the left, samples at the right."""
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    panels = left.subplots(1, 2, sharey=True)
+    for axes, dial in zip(panels, ("delta", "lambda"), strict=True):
+        rows = found.sweep(f"digit, {dial}")
+        curve(axes, rows, "asked", "digit asked for", BLUE)
+        curve(axes, rows, "source", "source's digit", ORANGE)
+        axes.set_xlabel(dial)
+        axes.set_ylim(-0.02, 1.02)
+    panels[0].set_title("another digit is asked for")
+    panels[0].set_ylabel("share of outputs")
+    panels[0].legend(loc="center left")
+    show_strips(right, found, {name: name for name in found.pictures})

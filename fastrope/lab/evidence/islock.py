@@ -1,0 +1,135 @@
+"""ISLock: pictures of the author edited by another prompt: does the edit come, does the structure stay."""
+
+from __future__ import annotations
+
+import torch
+
+import fastrope as fr
+
+from .. import judge, scenes
+from .findings import Findings, Row, outcomes, strip
+from .studio import TOKENS, Studio
+from .telling import BLUE, GREEN, curve, share, show_strips, table
+
+USES = ("author", "classifier")  # of the models, whose digests stand beside the numbers
+GUIDANCE = 2.0
+TAUS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+TAU, CANDIDATES, ALPHA = 4.0, 150, 0.6
+COUNTS = (1, 15, 50, 150, 500)
+ALPHAS = (0.0, 0.3, 0.6, 0.9)
+EDITS = ("digit", "ground")
+
+
+def settings() -> list[tuple[str, float | str, fr.ISLock | None]]:
+    """Sweeps, values and what is bound; None: the new prompt alone."""
+
+    def lock(candidates=CANDIDATES, alpha=ALPHA, tau=TAU):
+        return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau)
+
+    return [
+        ("whole", "prompt change", None),
+        *(("tau", x, lock(tau=x)) for x in TAUS),
+        *(("K", x, lock(candidates=x, alpha=0.0)) for x in COUNTS),
+        *(("alpha", x, lock(alpha=x)) for x in ALPHAS),
+    ]
+
+
+def measure(studio: Studio, samples: int, each) -> Findings:
+    """One word of the prompt is changed: the digit, or the colour of the ground."""
+    shown = scenes.draw(samples, torch.Generator().manual_seed(6), held_out=True)
+    prompt = scenes.describe(torch.zeros(samples, dtype=torch.long), shown)
+    original = studio.write(prompt, guidance=GUIDANCE).tokens
+    before = studio.codebook.decode(original)
+    rows, strips = [], {"original": strip(before)}
+    for slot, (sweep, value, lock) in each([(slot, setting) for slot in EDITS for setting in settings()]):
+        changed = prompt.clone()
+        changed[:, list(scenes.SLOTS).index(slot)] = _other(shown, slot)
+        told = {"guidance": GUIDANCE}
+        if lock is not None:
+            matcher = lock.matcher(studio.author.codebook, num_tokens=TOKENS)
+            told |= {"matcher": matcher, "anchors": original}
+        result = studio.write(changed, seed=1000, **told)
+        made = studio.codebook.decode(result.tokens)
+        ground = judge.colours(made)[1]
+        digit = judge.digits(studio.see, made)
+        wanted = changed[:, 1] if slot == "digit" else changed[:, 3]
+        rows.append(Row(f"{slot}, {sweep}", value, outcomes(
+            asked=(digit if slot == "digit" else ground) == wanted, digit=digit == judge.digits(studio.see, before),
+            layout=judge.layouts(made, before), distance=judge.distances(made, before),
+            kept=(result.tokens == original).float().mean(1),
+        )))  # fmt: skip
+        if sweep in ("whole", "tau"):
+            strips[f"{slot}, {value}" if sweep == "whole" else f"{slot}, tau {value:g}"] = strip(made)
+    return Findings("islock", rows, strips)
+
+
+def _other(shown: scenes.Scenes, slot: str) -> torch.Tensor:
+    """Another word for every picture: the next digit but two; the next colour that is not the ink's."""
+    if slot == "digit":
+        return (shown.digit + 3) % 10
+    colour = (shown.ground + 1) % len(scenes.COLOURS)
+    return torch.where(colour == shown.ink, (colour + 1) % len(scenes.COLOURS), colour)
+
+
+CAPTION = "ISLock: edit and structure against tau, and samples"
+COLUMNS = {"asked": "asked for", "layout": "layout like the original's", "distance": "distance to the original",
+           "kept": "tokens kept"}  # fmt: skip
+
+
+def text(found: Findings) -> str:
+    """The section of the page."""
+    plain = {slot: found.row(f"{slot}, whole", "prompt change") for slot in EDITS}
+    tight, loose = (found.row("ground, tau", x) for x in (TAUS[0], TAUS[-1]))
+    tables = {slot: [plain[slot], *found.sweep(f"{slot}, tau")] for slot in EDITS}
+    ground = COLUMNS | {"digit": "original's digit"}
+    windows = [row for row in found.rows if row.sweep in ("ground, K", "ground, alpha")]
+    return f"""## ISLock: another prompt, the same structure
+
+The author draws a picture, then one word of its prompt changes and it draws again, with other noise. With ISLock every
+token is the nearest of the K candidates to the original's, where that is within tau (squared distance of codes: here
+of patches of 12 numbers, so tau is on a scale of its own). K = {CANDIDATES} of 512 codes, alpha =
+{ALPHA}, guidance {GUIDANCE:g}.
+
+Another colour of the ground; the digit should stay:
+
+{table(tables["ground"], ground)}
+
+Another digit; now structure and edit contradict each other:
+
+{table(tables["digit"], COLUMNS)}
+
+{_told(plain["ground"], tight, loose)}
+
+The window: K candidates at every position (alpha = 0), and a window of {CANDIDATES} that shrinks (tau = {TAU:g}):
+
+{table(windows, ground)}"""
+
+
+def _told(plain: Row, tight: Row, loose: Row) -> str:
+    return (
+        f"From tau {tight.value:g} to {loose.value:g} the layout's likeness goes from {tight.mean('layout'):.3f} to "
+        f"{loose.mean('layout'):.3f}, where the prompt change alone has {plain.mean('layout'):.3f}; the new ground is "
+        f"found in {share(tight, 'asked')} and {share(loose, 'asked')}."
+    )
+
+
+def draw(found: Findings, figure) -> None:
+    """Curves at the left, samples at the right."""
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    panels = left.subplots(1, 2, sharey=True)
+    for axes, slot in zip(panels, EDITS, strict=True):
+        rows = found.sweep(f"{slot}, tau")
+        places = range(len(rows))
+        curve(axes, rows, "asked", f"{slot} asked for", BLUE, places)
+        curve(axes, rows, "layout", "layout like the original's", GREEN, places)
+        plain = found.row(f"{slot}, whole", "prompt change")
+        for outcome, colour in (("asked", BLUE), ("layout", GREEN)):
+            axes.axhline(plain.mean(outcome), color=colour, linestyle=":", linewidth=1.2)
+        axes.set_xticks(places, [f"{row.value:g}" for row in rows])
+        axes.set_xlabel("tau")
+        axes.set_title(f"another {slot}")
+        axes.set_ylim(-0.02, 1.02)
+        axes.legend(loc="lower right")
+    panels[0].set_title("another digit (dotted: prompt change)")
+    names = ["original", *(name for name in found.pictures if name.startswith("ground"))]
+    show_strips(right, found, {name: name.removeprefix("ground, ") for name in names})

@@ -1,0 +1,162 @@
+"""LooseRoPE: digits pasted in boxes of a foreign ground: what of the box stays, and what becomes of the digits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+import fastrope as fr
+
+from .. import judge, scenes, words
+from ..models import CALL
+from .findings import Findings, Row, outcomes, strip
+from .studio import STEPS, Studio, as_task, only
+from .telling import BLUE, ORANGE, curve, share, show_strips, table
+
+USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+FACTORS = (1.0, 0.5, 0.0)
+BOOSTS = (0.4, 0.83, 1.2)
+STEERED = 12  # of the samples: each runs alone
+
+
+def settings() -> list[tuple[str, str, float | str, dict | None]]:
+    """Tasks, sweeps, values and the dials behind them; None: no method."""
+    held = {"range_growth": 1.0, "crop_decay": 1.0}  # the same factor in every step and at every query
+    whole = [
+        ("whole", "no method", None),
+        ("whole", "as published", {}),
+        ("whole", "mask grown by two", {"dilation": 2}),
+        ("whole", "range factor alone", {"crop_curve": None}),
+        ("whole", "crop factor alone", {"range_curve": (1.0, 1.0, 0.0)}),
+    ]
+    sweeps = [
+        *(("boost, levels", x, {"boost": x}) for x in BOOSTS),
+        *(("boost, formula", x, {"boost": x, "levels": None}) for x in BOOSTS),
+        *(("range", x, {"range_curve": (x, x, 0.0), "crop_curve": None, **held}) for x in FACTORS),
+        *(("crop", x, {"range_curve": (1.0, 1.0, 0.0), "crop_curve": (x, x, 0.0), **held}) for x in FACTORS),
+    ]
+    return [*(("keep", *x) for x in whole + sweeps), *(("blend", *x) for x in whole[:2])]
+
+
+def measure(studio: Studio, samples: int, each) -> Findings:
+    """Held-out pictures with a paste, given to the editor with the word for blending, and with the one for keeping."""
+    generator = torch.Generator().manual_seed(5)
+    task = torch.full((samples,), scenes.TASKS.index("blend"))
+    edits = scenes.to_edit(task, generator, held_out=True)
+    clean, strokes = edits.target.render(), edits.source.strokes
+    box = scenes.box(strokes)[:, 0]
+    ring = box & (strokes[:, 0] < 0.05)
+    prompts = {name: only(as_task(edits.prompt, name)) for name in ("keep", "blend")}
+
+    def judged(made: torch.Tensor, count: int = samples) -> dict[str, list[float]]:
+        return outcomes(
+            ring=remaining(made, edits.reference[:count], clean[:count], ring[:count]),
+            digit=judge.digits(studio.see, made) == edits.source.digit[:count],
+            outside=judge.distances(made, clean[:count]),
+        )
+
+    def loose(dials: dict, rows: slice) -> list[fr.LooseRoPE]:
+        composite = (edits.reference[rows] + 1) / 2
+        return [fr.LooseRoPE.from_images(composite, mask=box[rows], **{"dilation": 0} | dials)]
+
+    rows = [Row("pictures", "with the paste", judged(edits.reference)), Row("pictures", "without", judged(clean))]
+    strips = {"with the paste": strip(edits.reference)}
+    for task, sweep, value, dials in each(settings()):
+        methods = [] if dials is None else partial(loose, dials)
+        made = studio.edit(prompts[task], edits.reference, methods)
+        rows.append(Row(f"{task}, {sweep}", value, judged(made)))
+        if task == "keep":
+            strips[value if sweep == "whole" else f"{sweep} {value:g}"] = strip(made)
+    steered = [steer(studio, prompts["keep"][n : n + 1], edits.reference[n], loose({}, slice(n, n + 1))[0], n)
+               for n in range(min(STEERED, samples))]  # fmt: skip
+    pictures, tries = zip(*steered, strict=True)
+    rows.append(Row("keep, whole", "steered", judged(torch.cat(pictures), len(pictures))))
+    return Findings("looserope", rows, strips, {"tries": tries})
+
+
+def steer(studio: Studio, prompt, composite, method, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """The picture ``(1, 3, 16, 16)`` of ``fr.steer`` with its own judge, and the verdicts on the way."""
+    from PIL import Image
+
+    tokens, pooled = words.embed(prompt)
+    call = CALL | {"output_type": "pt", "num_inference_steps": STEPS, "image": composite[None]}
+    shown = Image.fromarray(strip(composite[None])[0])
+    steered = fr.steer(
+        studio.editing, method, composite=shown, generator=torch.Generator().manual_seed(seed), prompt_embeds=tokens,
+        pooled_prompt_embeds=pooled, **call,
+    )  # fmt: skip
+    return steered.images * 2 - 1, [t.verdict.kind if t.verdict else "last try" for t in steered.tries]
+
+
+def remaining(made, composite, clean, ring) -> torch.Tensor:
+    """Share of the paste's own ground left in ``ring (B, 16, 16)``: 1 as in ``composite``, 0 as in ``clean``."""
+    way = (composite - clean) * ring[:, None]
+    return ((made - clean) * way).sum((1, 2, 3)) / way.square().sum((1, 2, 3)).clamp(min=1e-6)
+
+
+CAPTION = "LooseRoPE: the paste's own ground and its digit against the factors, and samples"
+COLUMNS = {"ring": "paste's ground left in the ring", "digit": "digit recognised",
+           "outside": "distance to the picture without the paste"}  # fmt: skip
+
+
+def text(found: Findings) -> str:
+    """The section of the page."""
+    none, published = (found.row("keep, whole", name) for name in ("no method", "as published"))
+    blend = [replace(row, value=f"told to blend, {row.value}") for row in found.sweep("blend, whole")]
+    wide, narrow = (found.row("keep, range", x) for x in (0.0, 1.0))
+    soft = found.row("keep, crop", 0.0)
+    dials = [row for row in found.rows if row.sweep in ("keep, range", "keep, crop")]
+    boosts = [row for row in found.rows if row.sweep.startswith("keep, boost")]
+    asked = [len(tries) for tries in found.facts["tries"]]
+    verdicts = Counter(kind for tries in found.facts["tries"] for kind in tries)
+    return f"""## LooseRoPE: pasted boxes
+
+A digit in a box of a foreign ground is pasted over a picture; the editor gets it as reference. The *ring* is the box
+around the strokes: 1 means that it still has the paste's ground (neglect), 0 that it has the scene's. A digit that is
+no longer recognised is suppression. The editor was trained to blend boxes away when it is told to, so neglect has to
+be provoked: it is told to keep the picture. Masks are not grown (`dilation=0`) unless a row says so: two of 64 tokens
+are a quarter of a token here.
+
+{table([*found.sweep("pictures"), *found.sweep("keep, whole"), *blend], COLUMNS)}
+
+One factor for all queries of the paste in all steps of the method: the range factor r on positions, the crop factor
+g on logits.
+
+{table(dials, COLUMNS)}
+
+{_verdict(none, published, wide, narrow, soft)}
+
+Boost, with five levels and with the continuous formula (lower loosens more):
+
+{table(boosts, COLUMNS)}
+
+`fr.steer` with the built-in judge ran on {len(asked)} of the pictures: {sum(asked) / len(asked):.1f} starts on average;
+verdicts: {", ".join(f"{kind} {count}" for kind, count in verdicts.most_common())}."""
+
+
+def _verdict(none: Row, published: Row, wide: Row, narrow: Row, soft: Row) -> str:
+    return (
+        f"With r from 1 to 0 the ring goes from {narrow.mean('ring'):.2f} to {wide.mean('ring'):.2f}, the digit from "
+        f"{share(narrow, 'digit')} to {share(wide, 'digit')}; with g = 0 they are {soft.mean('ring'):.2f} and "
+        f"{share(soft, 'digit')}. The published curves move the ring from {none.mean('ring'):.2f} to "
+        f"{published.mean('ring'):.2f}."
+    )
+
+
+def draw(found: Findings, figure) -> None:
+    """Curves at the left, samples at the right."""
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    panels = left.subplots(1, 2, sharey=True)
+    for axes, dial, title in zip(panels, ("range", "crop"), ("range factor r", "crop factor g"), strict=True):
+        rows = found.sweep(f"keep, {dial}")
+        curve(axes, rows, "ring", "paste's ground left in the ring", ORANGE)
+        curve(axes, rows, "digit", "digit recognised (share)", BLUE)
+        axes.set_xlabel(title)
+        axes.set_title(f"{title}, told to keep")
+        axes.set_ylim(-0.05, 1.05)
+    panels[0].legend(loc="lower right")
+    names = ["with the paste", "no method", "as published", "range 0.5", "range 0", "crop 0"]
+    show_strips(right, found, {name: name for name in names})

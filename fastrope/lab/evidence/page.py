@@ -1,0 +1,87 @@
+"""The page of the evidence and its pictures, from stored findings and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from .findings import Findings, digest
+
+PARTS = ("models", "grag", "untwisting", "looserope", "islock", "attention")
+PAGE, FOLDER = "evidence.md", "evidence"
+SIZE = {"models": (7.5, 3.2)}  # of pictures in inches, where it is another than 10 x 4.2
+DPI = 110
+
+HEAD = """# Evidence: what the methods do on trained models
+
+Published models cannot be shipped with a package, but small ones can be trained by it. `fastrope.lab` holds three that
+this project trained on handwritten digits ([how](../fastrope/lab/README.md)): a FLUX-shaped editor and a
+LlamaGen-shaped autoregressive model, of about a million weights each, and a classifier that judges what they draw. On
+them every method runs through the public interface, and its effect is counted. **These are not published models.**
+Pictures have 16 x 16 pixels and 8 x 8 tokens, so dials that were tuned for 64 x 64 tokens have other best values here.
+What can be seen is whether an effect is there, in which direction, and how large it is beside the noise.
+
+`fastrope evidence` measures all of it again; `--quick` takes fewer samples. This page is written from the numbers in
+[evidence/](evidence), one file per section with the outcome of every sample, and a test holds it to them. Square
+brackets are 95 % bootstrap intervals over samples. Prompts, digits and colours are held out from training; every
+setting of a dial gets the same samples and the same noise."""
+
+
+def module(part: str):
+    """The module of a section."""
+    return import_module(f"{__package__}.{part}")
+
+
+def text(folder: Path) -> str:
+    """The page for the findings stored in ``folder``, as Markdown."""
+    sections = [HEAD]
+    for part in PARTS:
+        path = folder / f"{part}.json"
+        if path.exists():
+            found = Findings.load(path)
+            sections += [module(part).text(found), _picture(part, found), _conditions(found)]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def write(out: Path) -> list[Path]:
+    """Write ``evidence.md`` and the pictures beside the numbers in ``out / "evidence"``."""
+    folder = out / FOLDER
+    page = out / PAGE
+    page.write_text(text(folder), encoding="utf-8")
+    return [page, *(draw(folder, part) for part in PARTS if (folder / f"{part}.json").exists() and _drawn(part))]
+
+
+def draw(folder: Path, part: str) -> Path:
+    """The picture of a section; it names the digest of the numbers it shows."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    numbers, path = folder / f"{part}.json", folder / f"{part}.png"
+    settings = {
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#d9dee4",
+        "axes.axisbelow": True, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
+        "legend.frameon": False, "legend.fontsize": 8,
+    }  # fmt: skip
+    with rc_context(settings):
+        figure = Figure(figsize=SIZE.get(part, (10, 4.2)), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        module(part).draw(Findings.load(numbers), figure)
+        figure.savefig(path, metadata={"Source": digest(numbers)})
+    return path
+
+
+def _drawn(part: str) -> bool:
+    return hasattr(module(part), "draw")
+
+
+def _picture(part: str, found: Findings) -> str:
+    return f"![{module(part).CAPTION}]({FOLDER}/{part}.png)" if _drawn(part) else ""
+
+
+def _conditions(found: Findings) -> str:
+    made = found.made
+    return (
+        f"*n = {made['samples']}. {made['steps']} steps, CPU, float32, torch {made['torch']}. Measured in "
+        f"{made['seconds']} s.*"
+    )

@@ -1,0 +1,146 @@
+"""Untwisting RoPE: a digit drawn beside a reference picture of another one: what is copied, and what style is taken."""
+
+from __future__ import annotations
+
+import torch
+
+import fastrope as fr
+
+from .. import judge, scenes, words
+from ..digits import SIZE
+from .findings import Findings, Row, outcomes, strip
+from .studio import STEPS, Studio, only
+from .telling import BLUE, GREEN, ORANGE, curve, share, show_strips, table
+
+USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+TARGETS = 8  # drawn beside each reference
+HIGH = (1.0, 0.75, 0.5, 0.25, 0.0)
+LOW = (0.6, 1.0, 1.4)
+BETAS = (1.0, 2.0, 4.0)
+
+
+def methods() -> list[tuple[str, float | str, fr.UntwistingRoPE | None]]:
+    """Sweeps, values and what is bound; None: the reference is not seen."""
+
+    def flat(**dials):
+        return fr.UntwistingRoPE(**{"s_hf": 0.25, "s_lf": 1.0, "beta": 2.0, "adain": 0.0} | dials)
+
+    return [
+        ("whole", "no sharing", None),
+        ("whole", "plain sharing", flat(s_hf=1.0)),
+        ("whole", "the paper's schedule", fr.UntwistingRoPE(adain=0.0)),
+        ("whole", "the paper's schedule, AdaIN 0.5", fr.UntwistingRoPE()),
+        *(("s_hf", x, flat(s_hf=x)) for x in HIGH),
+        *(("s_lf", x, flat(s_lf=x)) for x in LOW),
+        *(("s_lf alone", x, flat(s_hf=1.0, s_lf=x)) for x in LOW),
+        *(("beta", x, flat(beta=x)) for x in BETAS),
+    ]
+
+
+def measure(studio: Studio, samples: int, each) -> Findings:
+    """Digits drawn with their colours left open, beside references of other digits by linear noising."""
+    count = max(samples // TARGETS, 1)
+    generator = torch.Generator().manual_seed(4)
+    shown = scenes.draw(count, generator, held_out=True)
+    pictures = shown.render()
+    asked = (shown.digit[:, None] + 1 + torch.randint(9, (count, TARGETS), generator=generator)) % 10
+    blank = torch.zeros(count * TARGETS, dtype=torch.long)
+    full = torch.stack([blank, asked.flatten(), blank, blank, blank], 1)
+    prompts = only(full, "digit").view(count, TARGETS, -1)
+    references = [reference(studio, picture, n) for n, picture in enumerate(pictures)]
+    beside = pictures.repeat_interleave(TARGETS, 0)
+    rows, strips, known = [], {"reference": strip(beside[:: TARGETS + 1])}, {}
+    for sweep, value, method in each(methods()):
+        if method not in known:
+            known[method] = torch.cat([
+                studio.draw(prompts[n], *(([], None) if method is None else ([method], cache)), seed=n)
+                for n, cache in enumerate(references)
+            ])  # fmt: skip
+        made = known[method]
+        ground, theirs = (judge.palette(p)[1] for p in (made, beside))
+        seen = judge.digits(studio.see, made)
+        rows.append(Row(sweep, value, outcomes(
+            copied=seen == shown.digit.repeat_interleave(TARGETS), asked=seen == asked.flatten(),
+            layout=judge.layouts(made, beside), ground=(ground - theirs).abs().mean(1) / 2,
+            texture=judge.textures(made) == shown.texture.repeat_interleave(TARGETS),
+        )))  # fmt: skip
+        strips[str(value) if sweep == "whole" else f"{sweep} {value:g}"] = strip(made[:: TARGETS + 1])
+    return Findings("untwisting", rows, strips, {"references": count, "targets": TARGETS})
+
+
+def reference(studio: Studio, picture: torch.Tensor, seed: int) -> fr.ReferenceCache:
+    """``picture (3, 16, 16)`` for ``studio.draw``, by linear noising; its own prompt says to draw, and no more."""
+    prompt = torch.full((1, len(scenes.SLOTS)), scenes.ANY)
+    prompt[:, 0] = scenes.TASKS.index("draw")
+    tokens, pooled = words.embed(prompt)
+    return fr.ReferenceCache(fr.prepare_reference(
+        studio.drawing, (picture + 1) / 2, generator=torch.Generator().manual_seed(seed), num_inference_steps=STEPS,
+        guidance_scale=1.0, height=SIZE, width=SIZE, prompt_embeds=tokens, pooled_prompt_embeds=pooled,
+    ))  # fmt: skip
+
+
+CAPTION = "Untwisting RoPE: copying and style against s_hf, and samples"
+COLUMNS = {"copied": "reference's digit", "asked": "digit asked for", "layout": "layout like the reference's",
+           "ground": "distance of the grounds' colours", "texture": "same texture"}  # fmt: skip
+
+
+def text(found: Findings) -> str:
+    """The section of the page."""
+    none, plain = (found.row("whole", name) for name in ("no sharing", "plain sharing"))
+    half, low, zero = (found.row("s_hf", x) for x in (0.5, 0.25, 0.0))
+    paper = found.row("whole", "the paper's schedule, AdaIN 0.5")
+
+    def taken(row: Row) -> str:
+        """Of the style that plain sharing brings over none."""
+        way = none.mean("ground") - plain.mean("ground")
+        return f"{100 * (none.mean('ground') - row.mean('ground')) / way:.0f} %"
+
+    return f"""## Untwisting RoPE: style without the copy
+
+Text to image of one digit with its colours left open, beside a reference picture of another digit (shared attention,
+linear noising). {found.facts["references"]} references with {found.facts["targets"]} targets each. *Copying* is the
+reference's digit in the output, and its layout; *style* is the colour of the ground (lower is nearer) and its texture.
+
+{table(found.sweep("whole"), COLUMNS, "sharing")}
+
+{table(found.sweep("s_hf"), COLUMNS, "s_hf, with s_lf = 1 and beta = 2")}
+
+As published: plain sharing copies. {share(plain, "copied")} of the outputs show the reference's digit, {
+        share(none, "copied")
+    } without sharing. A lower s_hf takes the copying away: {share(half, "copied")} at 0.5, {share(low, "copied")}
+at 0.25, {share(zero, "copied")} at 0. It takes a part of the style with it: of what plain sharing brings to the colour
+of the ground, {taken(half)} is left at 0.5, {taken(low)} at 0.25 and {taken(zero)} at 0; the texture is the same in
+{share(half, "texture")}, {share(low, "texture")} and {share(zero, "texture")}, by chance in {share(none, "texture")}.
+The paper's schedule with AdaIN copies in {share(paper, "copied")}, keeps {taken(paper)} of the colour, and the same
+texture in {share(paper, "texture")}.
+
+The other dials, with s_hf = 0.25 where they do not say otherwise:
+
+{table([r for r in found.rows if r.sweep in ("s_lf", "beta")], COLUMNS)}
+
+The low frequencies alone, with s_hf = 1; the project page says that this does not help:
+
+{table(found.sweep("s_lf alone"), COLUMNS, "s_lf, with s_hf = 1")}"""
+
+
+def draw(found: Findings, figure) -> None:
+    """Curves at the left, samples at the right."""
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    copying, style = left.subplots(1, 2)
+    rows, none = found.sweep("s_hf"), found.row("whole", "no sharing")
+    curve(copying, rows, "copied", "reference's digit", ORANGE)
+    curve(copying, rows, "asked", "digit asked for", BLUE)
+    copying.set_title("copying")
+    copying.set_ylabel("share of outputs")
+    copying.set_ylim(-0.02, 1.02)
+    curve(style, rows, "texture", "same texture (share)", GREEN)
+    curve(style, rows, "ground", "distance of the grounds' colours", ORANGE)
+    for outcome, colour in (("texture", GREEN), ("ground", ORANGE)):
+        style.axhline(none.mean(outcome), color=colour, linestyle=":", linewidth=1.2)
+    style.set_title("style (dotted: no sharing)")
+    style.set_ylim(-0.02, 1.02)
+    for axes in (copying, style):
+        axes.set_xlabel("s_hf")
+        axes.legend()
+    names = ("reference", "no sharing", "plain sharing", "s_hf 0.5", "s_hf 0.25", "the paper's schedule, AdaIN 0.5")
+    show_strips(right, found, {name: name.replace("the paper's schedule, AdaIN 0.5", "paper") for name in names})
