@@ -112,6 +112,15 @@ def test_calls_of_one_kind_share_kernels(folder):
     assert sum(compiled.values()) < 100
 
 
+def test_a_check_compiles_nothing_that_its_call_does_not(folder):
+    """Of kernels on a card without rows: it comes before the call, and costs some launches of the same kernels."""
+    found = {row["case"]: row for row in rows("sm_90", folder)}
+    for case in ("plain", "grag", "bands", "loose-levels", "loose-per-query", "crop-gain", "all", "all-per-query"):
+        check, call = found[f"{case} verified"], found[f"{case} auto"]
+        assert check["compiled"] == 0
+        assert set(names(check)) == set(names(call))
+
+
 def test_what_a_device_refuses_is_refused(folder):
     """The same calls where a block has less shared memory than the loops were made for."""
     rows("sm_90", folder)

@@ -91,6 +91,7 @@ def calls():
     import torch
 
     import fastrope as fr
+    from fastrope import dispatch, sample
     from fastrope.bench import block, match
     from fastrope.bench.cases import CASES
     from fastrope.bench.problem import Problem
@@ -123,9 +124,20 @@ def calls():
     def padded(problem):  # rows that 16 bytes do not divide
         return tuple(torch.nn.functional.pad(x, (0, 2))[..., :-2] for x in (problem.q, problem.k, problem.v))
 
+    def verified(case):
+        """The small call by which the kernels of a case are verified on a card without rows."""
+        problem = Problem.make(small, CASES[case], cpu, torch.bfloat16)
+        call = problem.plan.lowered, *problem.inputs()
+        kind = dispatch._kind(dispatch.decide(*call, "auto"), *call[:3])
+        drawn = sample.draw(kind, cpu)
+        lowered = drawn.plan.lowered
+        decision = dispatch.by_route(kind.route, lowered, *drawn[:3])
+        dispatch._attend(decision, lowered, *drawn[:3], 0.1, True, None)
+
     for case in cases:
         for backend in ("triton", "auto"):
             yield f"{case} {backend}", attend(small, case, backend)
+        yield f"{case} verified", lambda case=case: verified(case)
     for case in ("plain", *edges):
         yield f"{case} applied", attend(small, case, applied=True)
         yield f"{case} lse", attend(small, case, "auto", return_lse=True)
