@@ -35,9 +35,9 @@ def render(folder: Path, device: torch.device, wanted: int, problems: list[str],
         seconds: that the run took.
     """
     facts = environment(device)
-    latest = {
-        row["job"]: row for row in read_rows(folder / "parity.jsonl")
-    }  # of a job that did not return, its beginning
+    # Of a check that did not return, its beginning; one that was cut off did not run.
+    latest = {row["job"]: row for row in read_rows(folder / "parity.jsonl")}
+    latest = {job: row for job, row in latest.items() if not row.get("cut")}
     bad = [row for row in latest.values() if not row.get("passed")]
     passed = not bad and len(latest) == wanted
     lines = [f"# fastrope {fr.__version__} on {facts['gpu']}", "", _verdict(bad, len(latest), wanted), ""]

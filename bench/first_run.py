@@ -32,9 +32,11 @@ from .first_page import read_rows
 from .problem import Problem
 from .workloads import WORKLOADS, Workload
 
+PATIENCE = {"cuda": 1, "cpu": 10}  # times the limits: interpreted kernels are slow
 LIMITS = {"parity": 70, "kernels": 40, "attention": 30, "block": 30}  # seconds of each step
 SWITCHES = ("FASTROPE_TMA", "FASTROPE_POLYNOMIAL")  # tried one after the other where a check fails
 HANGS = 25.0  # seconds without a row of the checks: the call hangs. The first one also compiles
+TIME_IS_UP = "its time was up"
 LOST = 3  # exit code of a process whose device is lost
 POISON = {"cuda": 2**26, "cpu": 2**10}  # floats of NaN in the memory that outputs are taken from
 ERRORS = "errors.txt"  # what steps wrote there
@@ -196,13 +198,14 @@ def run(folder: Path, device: torch.device, force: bool = False, write: bool = F
         path.unlink(missing_ok=True)
 
     def told(what: str, code: int | str) -> None:
-        problems.extend([f"{what} ended early: {code}; {_last_error(folder)}"] if code else [])
+        if code:
+            problems.append(f"{what} ended early: {code if isinstance(code, str) else _last_error(folder)}")
 
     wanted = len(jobs(device.type))
     say(f"checks: {wanted} calls against the reference (at most {LIMITS['parity']} s)")
     told("the checks", _parity(folder, device, wanted))
     say(f"microseconds per route and kernel (at most {LIMITS['kernels']} s)")
-    told("the profile", _step(["kernels"], folder, device, LIMITS["kernels"]))
+    told("the profile", _step(["kernels"], folder, device, LIMITS["kernels"] * PATIENCE[device.type]))
     small = device.type == "cpu"
     for suite, peers in (
         ("attention", ("fastrope-triton", "fastrope-auto", "cudnn", "flash")),
@@ -213,7 +216,7 @@ def run(folder: Path, device: torch.device, force: bool = False, write: bool = F
         arguments += ["--case", "plain"] if small else ["--case", "plain", "grag", "all"]
         arguments += ["--repeats", "1" if small else "20", "--device", device.type, "--out", str(folder)]
         lines = ["from fastrope.cli import main", f"main({['bench', *arguments]!r})"]
-        told(suite, _process(lines, LIMITS[suite], device, folder))
+        told(suite, _process(lines, LIMITS[suite] * PATIENCE[device.type], device, folder))
     page, passed = first_page.render(folder, device, wanted, problems, time.monotonic() - start)
     if write:
         page += f"\n{_store(folder, device, passed)}\n"
@@ -226,13 +229,17 @@ def run(folder: Path, device: torch.device, force: bool = False, write: bool = F
 def _parity(folder: Path, device: torch.device, wanted: int) -> int | str:
     """The checks, in as many processes as it takes to come past calls that hang or lose the device."""
     path, first, code = folder / "parity.jsonl", 0, 0
-    deadline = time.monotonic() + LIMITS["parity"]
+    deadline = time.monotonic() + LIMITS["parity"] * PATIENCE[device.type]
     while first < wanted and (left := deadline - time.monotonic()) > 0:
         code = _step(["parity", "--first", str(first)], folder, device, left, path)
-        begun = [row["job"] for row in read_rows(path)]
-        if code == 0 or not begun or begun[-1] < first:
+        rows = read_rows(path)
+        if code == 0 or not rows or rows[-1]["job"] < first:
             return code
-        first = begun[-1] + 1
+        if code == TIME_IS_UP and "passed" not in rows[-1]:  # which says nothing of the call that was running
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1] | {"cut": True}) + "\n")
+            return code
+        first = rows[-1]["job"] + 1
     return 0 if code == LOST and first >= wanted else code
 
 
@@ -260,7 +267,7 @@ def _process(
     lines: Sequence[str], limit: float, device: torch.device, folder: Path, grows: Path | None = None
 ) -> int | str:
     """Run Python; its exit code, or why there is none: it takes longer than ``limit``, or the file ``grows`` does not
-    for ``HANGS``. What it writes to its standard error is kept."""
+    for ``HANGS`` seconds. What it writes to its standard error is kept."""
     code = f"{lines[0]}; raise SystemExit({lines[1]})"
     environment = dict(os.environ, PYTHONUNBUFFERED="1", FASTROPE_VERIFY="0")  # kernels are checked here, not hidden
     if device.type == "cpu":
@@ -275,10 +282,11 @@ def _process(
         now, found = time.monotonic(), grows.stat().st_size if grows is not None and grows.exists() else size
         if found != size:
             size, since = found, now
-        if now - begin > max(limit, 1) or (grows is not None and now - since > HANGS):
+        up = now - begin > max(limit, 1)
+        if up or (grows is not None and now - since > HANGS * PATIENCE[device.type]):
             process.kill()
             process.wait()
-            return f"stopped after {now - begin:.0f} s"
+            return TIME_IS_UP if up else "it hung"
         time.sleep(0.05)
     return process.returncode
 

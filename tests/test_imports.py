@@ -202,7 +202,7 @@ def test_only_optional_packages_are_imported_late(name):
 def test_islock_is_closed():
     """It samples tokens and touches no attention: it knows nothing of that, and others come in by its front door."""
     inside = {name for name in MODULES if within(name, "fastrope.islock")}
-    shared = {"fastrope.checks", "fastrope.device", "fastrope.kernels"}
+    shared = {"fastrope.checks", "fastrope.device", "fastrope.kernels", "fastrope.verification"}
     for name in MODULES:
         crossed = {x for x in dependencies(name) if (x in inside) != (name in inside)}
         assert crossed <= (shared if name in inside else {"fastrope.islock"}), f"{name} imports {sorted(crossed)}"

@@ -98,7 +98,7 @@ def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
     def hangs(arguments, folder, device, *more):
         if arguments[0] == "parity" and arguments[-1] == "0":
             (folder / "parity.jsonl").write_text(json.dumps({"job": 0, "name": jobs[0]}) + "\n")
-            return "stopped after 1 s"
+            return "it hung"
         return step(arguments, folder, device, *more)
 
     monkeypatch.setattr(first_run, "_step", hangs)
@@ -109,15 +109,34 @@ def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
 
 
 def test_a_process_that_takes_too_long_is_stopped(tmp_path):
-    assert first_run._process(["import time", "time.sleep(60)"], 1, CPU, tmp_path) == "stopped after 1 s"
+    assert first_run._process(["import time", "time.sleep(60)"], 1, CPU, tmp_path) == first_run.TIME_IS_UP
 
 
-@pytest.mark.parametrize(("limit", "hangs", "expected"), [(60, 1.0, 0), (1, 60, "stopped after 1 s")])
+@pytest.mark.parametrize(
+    ("limit", "hangs", "expected"), [(60, 1.0, 0), (1, 60, "its time was up"), (60, 0.01, "it hung")]
+)
 def test_a_file_that_grows_is_no_hang_and_no_reason_to_go_on_for_ever(limit, hangs, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(first_run, "HANGS", hangs)
+    monkeypatch.setitem(first_run.PATIENCE, "cpu", 1)
     out = tmp_path / "rows"
     lines = ["import time", f"[open({str(out)!r}, 'a').write('x') and time.sleep(0.4) for _ in range(4)] and 0"]
     assert first_run._process(lines, limit, CPU, tmp_path, out) == expected
+
+
+def test_a_check_that_time_cuts_off_did_not_fail(tmp_path, here, monkeypatch):
+    jobs = [job.name for job in first_run.jobs("cpu")]
+
+    def slow(arguments, folder, device, *more):
+        if arguments[0] == "parity":
+            rows = [{"job": 0, "name": jobs[0], "passed": True}, {"job": 1, "name": jobs[1]}]
+            (folder / "parity.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return first_run.TIME_IS_UP
+
+    monkeypatch.setattr(first_run, "_step", slow)
+    passed, page, _ = run(tmp_path)
+    assert not passed
+    assert "1 of 6 checks ran and passed; the others did not run." in page
+    assert "* the checks ended early: its time was up" in page
 
 
 def test_a_process_that_fails_says_why(tmp_path):
@@ -146,19 +165,19 @@ def test_a_broken_call_leaves_the_times_of_others(tmp_path, monkeypatch):
     measure = routes.measure
 
     def broken(call, device):
-        if call.case == "plain":
+        if call.case == "all":
             raise RuntimeError("PTXAS error\nmore")
         return measure(call, device)
 
     monkeypatch.setattr(routes, "measure", broken)
     monkeypatch.setattr(routes.timing, "WARMUPS", 1)
     first_run.kernels(tmp_path / "kernels.jsonl", CPU)
-    first, *others = first_page.read_rows(tmp_path / "kernels.jsonl")
-    assert first == {"case": "plain", "error": "RuntimeError: PTXAS error"}
+    *others, last = first_page.read_rows(tmp_path / "kernels.jsonl")
+    assert last == {"case": "all", "error": "RuntimeError: PTXAS error"}
     assert {row["route"] for row in others} == {"sdpa", "loop"}
-    page = "\n".join(first_page._kernel_table([first, *others]))
-    assert "| plain | | | | RuntimeError: PTXAS error |" in page
-    assert "| all | sdpa, of `auto` |" in page
+    page = "\n".join(first_page._kernel_table([last, *others]))
+    assert "| all | | | | RuntimeError: PTXAS error |" in page
+    assert "| plain | sdpa, of `auto` |" in page
 
 
 def times(family: str, **ms: float) -> list[dict]:

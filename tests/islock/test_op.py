@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrope import ISLock
+from fastrope import ISLock, verification
 from fastrope import device as devices
 from fastrope.islock import op
 
@@ -167,3 +167,30 @@ for name, call in {
 """
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the interpreter")
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_on_a_card_without_rows_the_kernel_is_checked_before_it_is_trusted(metric, monkeypatch, tmp_path):
+    """Right, it runs; wrong, it does not, and a warning says so."""
+    monkeypatch.setattr(devices, "on_gpu", lambda x: True)
+    monkeypatch.setattr(verification, "needed", lambda device: True)
+    monkeypatch.setattr(verification.card, "key", lambda device: "a card")
+    monkeypatch.setattr(verification.card, "name_of", lambda device: "a card")
+    monkeypatch.setattr(verification.card, "folder", lambda: tmp_path)
+    for name in ("_PASSED", "_FAILED"):
+        monkeypatch.setattr(verification, name, set())
+    call = (*arguments("auto", True)[:-2], metric)
+    expected = op.match_anchors(*call, "eager")
+    runs, launch = [], op._launch
+    monkeypatch.setattr(op, "_launch", lambda *call: runs.append(call) or launch(*call))
+    op.match_anchors(*call, "auto")
+    op.match_anchors(*call, "auto")
+    assert len(runs) == 3  # the check, and both
+    monkeypatch.setattr(op, "_launch", lambda *call: (launch(*call)[0] + 1, *launch(*call)[1:]))
+    monkeypatch.setattr(verification, "_PASSED", set())
+    (tmp_path / "verified.json").unlink()
+    with pytest.warns(UserWarning, match="match: .*FASTROPE_VERIFY=0"):
+        found = op.match_anchors(*call, "auto")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(op.match_anchors(*call, "triton")[0], expected[0] + 1)
