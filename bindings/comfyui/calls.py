@@ -83,8 +83,12 @@ class ModelCall:
         """The host's options for this call, with both doors open: behind all patches, around any override."""
         patches = dict(given.get("patches") or {})
         patches[PATCH] = [*patches.get(PATCH, ()), self.patch]
-        self._others = given.get(OVERRIDE)
+        self.surround(given)
         return {**given, "patches": patches, OVERRIDE: self.override}
+
+    def surround(self, given: Mapping[str, Any]) -> None:
+        """Take in the override that is there already."""
+        self._others = given.get(OVERRIDE)
 
     def finish(self) -> None:
         """After the call.
@@ -142,6 +146,17 @@ class ModelCall:
 
     def _idle(self, layer: int) -> bool:
         return self._works[layer] is None and self._probes[layer] is None
+
+    def opaque(self, layer: int, host: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """In compiled code, where the host has rotated: ``(B, H, S, D)``, through the host's attention ``host`` and any
+        override but ours."""
+
+        def func(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+            return host(q, k, v, heads, *args, **{**kwargs, "transformer_options": {}, "_inside_attn_wrapper": True})
+
+        options = self._family.options(self._transformer, layer)
+        given = dict(mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options)
+        return self.override(func, q, k, v, q.shape[1], **given)
 
     # ---- attention ---------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,15 @@ class Family:
             first += len(getattr(transformer, name))
         return None
 
+    def options(self, transformer: Any, layer: int) -> dict[str, Any]:
+        """The host's options by which :meth:`layer` finds a block."""
+        for name, host, _ in self.blocks:
+            count = len(getattr(transformer, name))
+            if layer < count:
+                return {"block_type": host, "block_index": layer}
+            layer -= count
+        raise IndexError(layer)
+
     def own_angles(self, transformer: Any) -> bool:
         """Whether angles are the host's own: its embedder, and no other node's."""
         return type(getattr(transformer, self.embedder)).__name__ == "EmbedND"

@@ -23,6 +23,7 @@ from ..image.requests import LayerRequest
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
 from .calls import ModelCall, Positions
+from .compiled import COMPILED, CompiledDoor
 from .models import Call, Family, family_of
 from .steps import Step, Steps
 
@@ -61,6 +62,7 @@ class Steering:
         flat_methods([each.method for each in self.bound], "method")
         self._lock = threading.RLock()  # guidance may run its branches on several devices, each in a thread
         self._steps = Steps()
+        self._doors: dict[int, CompiledDoor] = {}  # by the transformer, which compiled code holds as well
         self.forget()
 
     def forget(self, *_: Any) -> None:
@@ -79,13 +81,21 @@ class Steering:
         arguments = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         with self._lock:
             call = self.prepare(executor.class_obj, arguments)
+        given = arguments.get("transformer_options") or {}
+        if COMPILED in given.get("wrappers", {}).get("apply_model", {}):
+            call.surround(given)
+            return self._door(executor.class_obj).run(
+                call, given, lambda options: _called(executor, arguments, options)
+            )
         if call.idle:
             return executor(*args, **kwargs)
-        arguments["transformer_options"] = call.options(arguments.get("transformer_options") or {})
-        in_order = [arguments.pop(name, None) for name in ARGUMENTS]
-        out = executor(*in_order, **arguments)
+        out = _called(executor, arguments, call.options(given))
         call.finish()
         return out
+
+    def _door(self, model: Any) -> CompiledDoor:
+        family, transformer = family_of(model)
+        return self._doors.setdefault(id(transformer), CompiledDoor(family, transformer))
 
     # ---- preparing a call --------------------------------------------------------------------------------------------
 
@@ -105,7 +115,8 @@ class Steering:
         step, kinds = self._steps.find(options), family.kinds(transformer)
         sites = _Sites(layout, step, family.axes_dim(transformer), kinds)
         requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
-        applied = not (family.rotates_last and positions.trusted)
+        compiled = COMPILED in options.get("wrappers", {}).get("apply_model", {})
+        applied = compiled or not (family.rotates_last and positions.trusted)
         works = [self._work(key, positions, request, layout, applied, device) for request in requests]
         probes = self._probes(sites, positions) if self.watchers else [None] * len(kinds)
         return ModelCall(family, transformer, positions, tuple(works), tuple(probes), self.backend)
@@ -235,6 +246,13 @@ def _bind(model: Any, steering: Steering) -> Any:
         clone.remove_callbacks_with_key(moment, KEY)
         clone.add_callback_with_key(moment, KEY, answer)
     return clone
+
+
+def _called(executor: Callable, arguments: Mapping[str, Any], options: dict) -> Any:
+    """The host's call with other options."""
+    arguments = {**arguments, "transformer_options": options}
+    in_order = [arguments.pop(name, None) for name in ARGUMENTS]
+    return executor(*in_order, **arguments)
 
 
 def _key_mask(mask: Any, arguments: Mapping[str, Any]) -> Tensor | None:

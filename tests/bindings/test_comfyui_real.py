@@ -17,7 +17,7 @@ if not os.environ.get("COMFYUI_PATH"):
 import comfyui_models as real
 import comfyui_oracle as oracle
 
-from fastrope.bindings.comfyui.steering import steer
+from fastrope.bindings.comfyui.steering import steer, steering_of
 
 NEAR = dict(rtol=0, atol=2e-5)
 
@@ -97,3 +97,93 @@ def test_looserope_equals_an_independent_computation(name, placed, capsys):
     report(capsys, f"LooseRoPE, {name}, references placed by {placed}", found, expected)
     assert not torch.allclose(found, real.sample(model, name, **run), rtol=0, atol=1e-4)
     torch.testing.assert_close(found, expected, **NEAR)
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", real.MODELS)
+@pytest.mark.parametrize("placed", [None, "offset", "uxo", "negative_index", "index"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "ScaleROPE"])
+def test_tokens_stand_where_the_host_puts_them(name, placed, scaled):
+    """Three references of different shapes; the host's own rotary table is compared, rotation by rotation."""
+    model, tables = real.patcher(name), []
+    dit = model.model.diffusion_model
+    sizes = [(4, 6), (8, 4), (6, 10)] if name in real.EDITS else []
+    options = {"reference_latents_method": placed} if placed else {}
+    positive = real.conditioning(name, references=[real.latent(name, *size) for size in sizes], **options)
+    if scaled:
+        model = model.clone()
+        model.set_model_rope_options(1.5, 3.0, 0.75, -2.0, 1.0, 0.5)
+    embedder = dit.rope_embedder if name == "z-image" else dit.pe_embedder
+    handle = embedder.register_forward_hook(lambda module, given, out: tables.append(given[0][0].double()))
+    steered = steer(model, fr.At(fr.GRAG(text_delta=2.0), steps={0}))
+    seen = []
+    prepare = steering_of(steered).prepare
+    steering_of(steered).prepare = lambda *given: seen.append(prepare(*given)) or seen[-1]
+    real.sample(steered, name, positive, steps=1)
+    handle.remove()
+    ours = seen[0]._positions.sequence.positions
+    theirs = torch.cat(tables) if name == "z-image" else tables[-1]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert seen[0]._positions.trusted
+
+
+# ---- others ---------------------------------------------------------------------------------------------------------
+
+
+def foreign(model):
+    """A clone with another node's override, chained as the host's own nodes chain."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    before = options.get("optimized_attention_override")
+
+    def louder(func, *args, **kwargs):
+        out = func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+        return out + 0.5 * out.roll(1, dims=-1)
+
+    options["optimized_attention_override"] = louder
+    return clone
+
+
+@pytest.mark.parametrize("name", real.MODELS)
+def test_two_nodes_and_a_foreign_override_in_any_order(name, capsys):
+    positive, negative = edit(name)
+    keep, text = fr.GRAG(0.9, 1.4), fr.GRAG(1.0, 1.0, 1.2, 0.8)
+    if name not in real.EDITS:
+        keep = fr.At(fr.GRAG(1.0, 1.0, 0.9, 1.1), layers={0, 1})
+        text = fr.At(text, layers={2})
+    nodes = (lambda m: steer(m, keep), lambda m: steer(m, text), foreign)
+    found = []
+    for order in [(0, 1, 2), (2, 1, 0), (1, 2, 0)]:
+        model = real.patcher(name)
+        for n in order:
+            model = nodes[n](model)
+        found.append(real.sample(model, name, positive, negative, cfg=2.0))
+    report(capsys, f"orders of three nodes, {name}", found[1], found[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=2e-6)
+    alone = real.sample(steer(steer(real.patcher(name), keep), text), name, positive, negative, cfg=2.0)
+    assert not torch.allclose(alone, found[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", real.MODELS)
+def test_the_hosts_compile_node_goes_with_every_step(name, backend, capsys):
+    """Steps differ in what acts; the node's compiled code is made once."""
+    if backend == "inductor" and name != "flux":
+        pytest.skip("one model is enough for the compiler itself")
+    real.comfy()
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    positive, _ = edit(name)
+    dials = dict(delta=1.5) if name in real.EDITS else dict(text_delta=1.5)
+    steered = steer(real.patcher(name), fr.At(fr.GRAG(**dials), steps={1, 2}))
+    stock, expected = (real.sample(m, name, positive, steps=4) for m in (real.patcher(name), steered))
+    compiled = steered.clone()
+    set_torch_compile_wrapper(model=compiled, backend=backend, options={"guard_filter_fn": skip_torch_compile_dict})
+    found = real.sample(compiled, name, positive, steps=4)
+    report(capsys, f"compiled, {name}, {backend}", found, expected)
+    assert not torch.allclose(found, stock, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
