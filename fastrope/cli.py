@@ -1,4 +1,4 @@
-"""The command line: ``fastrope doctor | demo | bench | edit | style | sweep | ar-edit | evidence``."""
+"""The command line: ``fastrope doctor | demo | bench | edit | style | sweep | comfyui | ar-edit | evidence``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ COMMANDS = {
     "edit": Command("fastrope.commands.edit", "edit a picture with LooseRoPE or GRAG on a diffusers pipeline"),
     "style": Command("fastrope.commands.style", "draw in the style of a picture (Untwisting RoPE)"),
     "sweep": Command("fastrope.commands.sweep", "a contact sheet of style over s_hf and s_lf"),
+    "comfyui": Command("fastrope.commands.comfyui", "put the nodes into a ComfyUI, or into a zip"),
     "ar-edit": Command("fastrope.commands.ar_edit", "edit an autoregressive image by changing its prompt",
                        smaller="--dtype bfloat16, a smaller --size or fewer --edit-prompt"),
     "evidence": Command("fastrope.commands.evidence", "measure the methods on small trained models, write it up",

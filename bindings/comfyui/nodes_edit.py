@@ -223,9 +223,15 @@ class LooseRoPE(io.ComfyNode):
 
 
 def _as_large_as(mask: Tensor, picture: Tensor) -> Tensor:
-    size = tuple(picture.shape[1:])
-    require(tuple(mask.shape) == size, "mask", f"the size of the composite, {size}", tuple(mask.shape))
-    return mask
+    """A mask in the proportions of the picture, at its size.
+
+    Raises:
+        ValueError: other proportions, which would put it somewhere else.
+    """
+    (height, width), (rows, columns) = picture.shape[1:], mask.shape
+    alike = abs(rows * width - columns * height) <= 0.02 * rows * width
+    require(alike, "mask", f"the proportions of the composite, {width} x {height}", f"{columns} x {rows}")
+    return torch.nn.functional.interpolate(mask[None, None].float(), size=(height, width), mode="nearest")[0, 0] > 0.5
 
 
 def _seen(picture: Tensor, method: fr.LooseRoPE) -> Tensor:

@@ -68,7 +68,7 @@ def patcher(name: str, dtype: torch.dtype = DTYPE):
         "krea": kinds.Krea2,
     }
     config = kind[name]({**MODELS[name], "dtype": dtype})
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, None if dtype == DTYPE else DTYPE)
     model = config.get_model({}, "")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ import comfyui_oracle as oracle
 from fastrope.bindings.comfyui.steering import steer, steering_of
 
 NEAR = dict(rtol=0, atol=2e-5)
+PACK = Path(__file__).resolve().parents[2] / "bindings" / "comfyui" / "pack"
 
 
 def edit(name: str, **options):
@@ -187,3 +189,84 @@ def test_the_hosts_compile_node_goes_with_every_step(name, backend, capsys):
     report(capsys, f"compiled, {name}, {backend}", found, expected)
     assert not torch.allclose(found, stock, rtol=0, atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_lora_fp8_weights_and_previews_go_with_it(capsys):
+    """Weights of 8 bits, cast by the host, under a patch of weights, with a preview at every step."""
+    model, (positive, negative) = real.patcher("flux", torch.float8_e4m3fn), edit("flux")
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    assert model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
+    model.add_patches({key: ("diff", (0.3 * torch.randn(96, 32, generator=torch.Generator().manual_seed(5)),))})
+    previews = []
+    run = dict(positive=positive, negative=negative, cfg=2.0, callback=lambda step, x0, x, total: previews.append(step))
+    found = real.sample(steer(model, fr.GRAG(0.8, 1.5)), "flux", **run)
+    expected = real.sample(oracle.patched(model, oracle.grag(0.8, 1.5)), "flux", **run)
+    report(capsys, "GRAG under a LoRA on fp8 weights, flux", found, expected)
+    torch.testing.assert_close(found, expected, **NEAR)
+    assert previews == [0, 1, 2] * 2
+    plain = real.sample(steer(real.patcher("flux", torch.float8_e4m3fn), fr.GRAG(0.8, 1.5)), "flux", **run)
+    assert not torch.allclose(found, plain, rtol=0, atol=1e-3)
+
+
+# ---- the node pack --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """All classes of the host that the workflows use, and ours, loaded by the host's own loader."""
+    real.comfy()
+    import nodes as host
+
+    from fastrope.commands.comfyui import install_into
+
+    (tmp_path_factory.getbasetemp() / "custom_nodes").mkdir(exist_ok=True)
+    place, _ = install_into(tmp_path_factory.getbasetemp(), copy=True)
+    extras = Path(os.environ["COMFYUI_PATH"]) / "comfy_extras"
+    for path in (place, *(extras / f"nodes_{name}.py" for name in ("flux", "edit_model", "sd3", "qwen", "mask"))):
+        assert asyncio.run(host.load_custom_node(str(path))), path
+    return host.NODE_CLASS_MAPPINGS
+
+
+def test_the_host_loads_the_nodes(classes):
+    ours = [name for name in classes if name.startswith("FastRoPE_")]
+    assert len(ours) >= 5
+    for name in ours:
+        assert classes[name].INPUT_TYPES()["required"]["model" if "Chart" not in name else "record"]
+
+
+@pytest.mark.parametrize("path", sorted((PACK / "example_workflows" / "api").glob("*.json")), ids=lambda p: p.stem)
+def test_workflows_name_what_the_host_has(classes, path):
+    """Every input is one of its class, none that is required is missing, links join equal types, choices exist."""
+    prompt = json.loads(path.read_text())
+    for node in prompt.values():
+        cls = classes[node["class_type"]]
+        told = cls.INPUT_TYPES()
+        known = {**told.get("required", {}), **told.get("optional", {})}
+        assert set(told.get("required", {})) <= set(node["inputs"]) <= set(known), node["class_type"]
+        for name, value in node["inputs"].items():
+            kind = known[name][0]
+            if isinstance(value, list):
+                source = classes[prompt[value[0]]["class_type"]]
+                assert source.RETURN_TYPES[value[1]] == kind
+            elif kind in ("FLOAT", "INT"):
+                assert known[name][1].get("min", value) <= value <= known[name][1].get("max", value)
+            elif name in ("type", "sampler_name", "scheduler", "weight_dtype", "preset", "timing", "channel"):
+                choices = kind if isinstance(kind, (list, tuple)) else known[name][1]["options"]
+                assert value in choices
+
+
+def test_nodes_run_in_the_host(classes):
+    """The classes as the host made them, on its model, through its sampler."""
+    model, (positive, negative) = real.patcher("flux"), edit("flux")
+    picture, mask = torch.rand(1, 64, 96, 3), torch.zeros(1, 64, 96)
+    mask[:, 16:48, 16:64] = 1
+    loose, preview = classes["FastRoPE_LooseRoPE"].execute(model, picture, 0.83, mask=mask).args
+    kept = classes["FastRoPE_GRAG"].execute(loose, 1.3, 1.0).args[0]
+    watched, record = classes["FastRoPE_Inspect"].execute(kept).args
+    run = dict(positive=positive, negative=negative, cfg=2.0)
+    found = real.sample(watched, "flux", **run)
+    assert torch.equal(found, real.sample(kept, "flux", **run))
+    assert not torch.allclose(found, real.sample(model, "flux", **run), rtol=0, atol=1e-3)
+    chart, _ = classes["FastRoPE_AttentionChart"].execute(record, {"samples": found}).args
+    assert chart.shape[-1] == preview.shape[-1] == 3
+    assert {look.step for look in record.looks} == {0, 1, 2}
