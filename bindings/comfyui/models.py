@@ -101,7 +101,7 @@ class Family:
         return None
 
     def options(self, transformer: Any, layer: int) -> dict[str, Any]:
-        """The host's options by which :meth:`layer` finds a block."""
+        """The host's options by which ``layer`` finds a block."""
         for name, host, _ in self.blocks:
             count = len(getattr(transformer, name))
             if layer < count:
