@@ -71,7 +71,8 @@ class Layer:
         """Modulated attention ``(B, S, H, D)`` straight from the projections, through the fused prologue.
 
         None if the host is to make q and k first: on a CPU (unless the backend ``"triton"`` was asked for), for
-        streams of several dtypes, under a probe, which needs q and k, and for other work than :class:`fastrope.bindings.image.work.Work`.
+        streams of several dtypes, under a probe, which needs q and k, and for other work
+        than :class:`fastrope.bindings.image.work.Work`.
         """
         work, probe = self.state
         known = [stream for stream in streams if stream is not None]
