@@ -128,8 +128,14 @@ def write_picture(path: Path, picture: Image) -> Path:
 
 
 def write_record(path: Path, record: dict) -> Path:
-    """Write a record of how something was made, and with which versions, as JSON, by :func:`write`."""
-    return write_text(path, json.dumps(record | {"torch": torch.__version__, "fastrope": __version__}, indent=1))
+    """Write how something was made, with the versions it was made with, as JSON, by :func:`write`. A range is written
+    as its ends, and what JSON does not know as text."""
+    versions = {"torch": torch.__version__, "fastrope": __version__}
+    return write_text(path, json.dumps(record | versions, indent=1, default=_as_json))
+
+
+def _as_json(value: object) -> object:
+    return [value[0], value[-1]] if isinstance(value, range) else str(value).removeprefix("torch.")
 
 
 def _look(option: str, path: Path) -> os.stat_result | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checks import require
-from . import ar_tiny
 from .running import Missing
+from .words import understand
 
 JANUS, EMU3 = "deepseek-community/Janus-Pro-1B", "BAAI/Emu3-Gen-hf"
 LLAMAGEN_FILES = (
@@ -23,7 +25,7 @@ LLAMAGEN_FILES = (
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model takes where the command line says nothing."""
+    """What a model takes where the command line says nothing; ``size`` is in tokens per side."""
 
     candidates: int
     tau: float
@@ -36,191 +38,62 @@ DEFAULTS = {
     "llamagen": Defaults(150, 1.0, 7.5, 1000, 32),  # the paper's
     "emu3": Defaults(150, 1.0, 3.0, 2048, 90),
     "janus": Defaults(150, 1.0, 5.0, 0, 24),
-    "tiny": Defaults(24, 1.0, 3.0, 0, 12),
+    "tiny": Defaults(64, 1.0, 2.0, 0, 8),
 }
 
 
+@dataclass(frozen=True)
 class Host:
     """A model with what surrounds it.
 
     Args:
         name: for people.
         grid: (height, width) in tokens.
-        settings: ``guidance``, ``temperature``, ``top_k``, ``top_p`` of generation.
+        patch: pixels per token and side.
+        codebook: entries ``(V, d)``.
+        ids: the vocabulary id of each entry, None for 0 .. V - 1.
+        encoder: normalised pixels ``(1, 3, H, W)`` to vocabulary ids ``(1, N)``.
+        decoder: vocabulary ids ``(B, N)`` to normalised pixels.
+        run: ``(prompts, label, **matching)`` to a :class:`fastrope.bindings.anchors.Generated` of one image per prompt.
+        mean, std: of the normalisation, of pixels in 0..1.
+        shown: pixels that each is enlarged to.
     """
 
-    def __init__(self, name: str, grid: tuple[int, int], settings: dict) -> None:
-        self.name, self.grid, self.settings = name, grid, settings
-        self.sampling = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+    name: str
+    grid: tuple[int, int]
+    patch: int
+    codebook: torch.Tensor
+    ids: torch.Tensor | None
+    encoder: Callable[[torch.Tensor], torch.Tensor]
+    decoder: Callable[[torch.Tensor], torch.Tensor]
+    run: Callable[..., Any]
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+    shown: int = 1
 
-    def codebook(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Entries ``(V_img, d)`` and the vocabulary id of each, None for 0 .. V_img - 1."""
-        raise NotImplementedError
+    def _normalisation(self) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
 
     def encode(self, picture) -> torch.Tensor:
-        """Vocabulary ids ``(1, N)`` of a PIL picture, cut to the aspect of the grid."""
-        raise NotImplementedError
+        """Vocabulary ids ``(1, N)`` of a PIL picture, of which the largest centred part of the grid's aspect counts."""
+        mean, std = self._normalisation()
+        pixels = to_pixels(picture, *(side * self.patch for side in self.grid))
+        return self.encoder(((pixels - mean) / std).to(self.codebook.device))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Pixels ``(B, 3, H, W)`` in 0..1, float32 on the CPU."""
-        raise NotImplementedError
-
-    def generate(self, prompts: Sequence[str], generator, *, matcher=None, anchors=None, label: str):
-        """A :class:`fastrope.bindings.anchors.Generated` of one image per prompt."""
-        raise NotImplementedError
+        mean, std = self._normalisation()
+        pixels = (self.decoder(tokens).float().cpu() * std + mean).clamp(0, 1)
+        return pixels.repeat_interleave(self.shown, 2).repeat_interleave(self.shown, 3)
 
 
-class LlamaGenHost(Host):
-    """LlamaGen, and the tiny random model: ``describe(prompts)`` gives features and mask, ``patch`` is in pixels."""
+def to_pixels(picture, height: int, width: int) -> torch.Tensor:
+    """``(1, 3, height, width)`` float32 in 0..1 of an RGB picture: the largest centred part of that aspect, resized."""
+    from PIL import Image, ImageOps
 
-    def __init__(self, name, model, tokenizer, describe: Callable, patch: int, settings: dict) -> None:
-        super().__init__(name, (model.config.grid, model.config.grid), settings)
-        self.model, self.tokenizer, self.describe, self.patch = model, tokenizer, describe, patch
-        self.device = model.tok_embeddings.weight.device
-
-    def codebook(self):
-        return self.tokenizer.codebook, None
-
-    def encode(self, picture):
-        pixels = to_pixels(picture, self.grid[0] * self.patch, self.grid[1] * self.patch)
-        return self.tokenizer.encode(pixels.to(self.device) * 2 - 1)
-
-    def decode(self, tokens):
-        return shown(self.tokenizer.decode(tokens))
-
-    def generate(self, prompts, generator, *, matcher=None, anchors=None, label):
-        from tqdm import tqdm
-
-        from ..bindings.llamagen import generate
-
-        features, mask = self.describe(prompts)
-
-        def progress(positions: Iterable[int]) -> Iterable[int]:
-            return tqdm(positions, desc=label, unit="token")
-
-        return generate(
-            self.model, features.to(self.device), mask=mask.to(self.device), matcher=matcher, anchors=anchors,
-            generator=generator, progress=progress, **self.settings,
-        )  # fmt: skip
-
-
-class JanusHost(Host):
-    """Janus-Pro of transformers: a square grid of the model's own size, pixels in -1..1, prompts as chats.
-
-    Args:
-        model: a ``JanusForConditionalGeneration``.
-        processor: its ``JanusProcessor``.
-    """
-
-    def __init__(self, name, model, processor, settings: dict) -> None:
-        from ..bindings.transformers import janus
-
-        raster = janus.grid(model)
-        super().__init__(name, (raster.height, raster.width), settings)
-        self.model, self.processor = model, processor
-        config = model.config.vq_config
-        self.patch = 2 ** (len(config.channel_multiplier) - 1)
-
-    def codebook(self):
-        from ..bindings.transformers import janus
-
-        return janus.codebook(self.model), None
-
-    def encode(self, picture):
-        from ..bindings.transformers import janus
-
-        return janus.encode(self.model, to_pixels(picture, *(side * self.patch for side in self.grid)) * 2 - 1)
-
-    def decode(self, tokens):
-        from ..bindings.transformers import janus
-
-        return shown(janus.decode(self.model, tokens))
-
-    def generate(self, prompts, generator, *, matcher=None, anchors=None, label):
-        from ..bindings.transformers import janus
-
-        chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
-        text = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        inputs = self.processor(text=text, generation_mode="image", padding=True, return_tensors="pt")
-        with _ticks(self.grid[0] * self.grid[1], label) as tick:
-            return janus.generate(
-                self.model, inputs.to(self.model.device), matcher=matcher, anchors=anchors, generator=generator,
-                image_start=self.processor.tokenizer.boi_token_id, processors=[tick], **self.settings,
-            )  # fmt: skip
-
-
-class Emu3Host(Host):
-    """Emu3-Gen of transformers: a square grid of any size, pixels normalised as the processor says.
-
-    Args:
-        model: an ``Emu3ForConditionalGeneration``.
-        processor: its ``Emu3Processor``, which is told to pad on the left.
-        size: tokens per side.
-        negative: the prompt of the other branch of guidance.
-    """
-
-    def __init__(self, name, model, processor, size: int, negative: str, settings: dict) -> None:
-        super().__init__(name, (size, size), settings)
-        self.model, self.processor, self.negative = model, processor, negative
-        self.patch = model.model.vqmodel.spatial_scale_factor
-        scale = processor.image_processor
-        self.mean, self.std = (torch.tensor(v).view(1, -1, 1, 1) for v in (scale.image_mean, scale.image_std))
-        processor.tokenizer.padding_side = "left"
-
-    def codebook(self):
-        from ..bindings.transformers import emu3
-
-        return emu3.codebook(self.model)
-
-    def encode(self, picture):
-        from ..bindings.transformers import emu3
-
-        pixels = to_pixels(picture, *(side * self.patch for side in self.grid))
-        return emu3.encode(self.model, (pixels - self.mean) / self.std)
-
-    def decode(self, tokens):
-        from ..bindings.transformers import emu3
-
-        pixels = emu3.decode(self.model, tokens, *self.grid).float().cpu()
-        return (pixels * self.std + self.mean).clamp(0, 1)
-
-    def generate(self, prompts, generator, *, matcher=None, anchors=None, label):
-        from ..bindings.transformers import emu3
-
-        height, width = self.grid
-        area = height * width * self.processor.downsample_ratio**2
-        options = dict(
-            return_for_image_generation=True, ratio=f"{width}:{height}", image_area=area, padding=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        # The negative prompt, too, ends where an image begins.
-        inputs, negative = (
-            self.processor(text=texts, **options) for texts in (list(prompts), [self.negative] * len(prompts))
-        )
-        with _ticks(emu3.grid(self.model, height, width).length, label) as tick:
-            return emu3.generate(
-                self.model, inputs.to(self.model.device), height, width, negative=negative.to(self.model.device),
-                matcher=matcher, anchors=anchors, generator=generator, processors=[tick], **self.settings,
-            )  # fmt: skip
-
-
-class _ticks:
-    """A progress bar that is a logits processor: every call of it is a token."""
-
-    def __init__(self, total: int, label: str) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, desc=label, unit="token")
-
-    def __call__(self, input_ids, scores):
-        self.bar.update()
-        return scores
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    data = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return data.view(height, width, 3).permute(2, 0, 1)[None].float() / 255
 
 
 def default_size(model: str, weights: str | None) -> int:
@@ -230,48 +103,46 @@ def default_size(model: str, weights: str | None) -> int:
     return int(found[1]) // 16 if found else DEFAULTS[model].size
 
 
-def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Host:
+def build(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Host:
     """The host that the command line asks for, its weights loaded.
 
     Raises:
         Missing: weights that are not there.
         MissingExtra: transformers is not installed.
     """
-    model, defaults = arguments.model, DEFAULTS[arguments.model]
-    size = default_size(model, arguments.weights) if arguments.size is None else arguments.size
-    require(size >= 1, "--size", "a whole number from 1", size)
-    settings = {
-        "guidance": defaults.guidance if arguments.guidance is None else arguments.guidance,
-        "temperature": arguments.temperature,
-        "top_k": defaults.top_k if arguments.top_k is None else arguments.top_k,
-        "top_p": arguments.top_p,
-    }
     from ..bindings.inputs import check_sampling
 
+    name, defaults = options.model, DEFAULTS[options.model]
+    size = default_size(name, options.weights) if options.size is None else options.size
+    require(size >= 1, "--size", "a whole number from 1", size)
+    fixed = name in ("janus", "tiny") and options.size not in (None, defaults.size)
+    require(not fixed, "--size", f"nothing else than {defaults.size} with {name}", options.size)
+    told = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    settings = {name: getattr(defaults, name) if value is None else value for name, value in told.items()}
     check_sampling(**settings)
-    if model == "tiny":
-        tiny = ar_tiny.tiny_model(size, device, dtype), ar_tiny.Mosaic(size, device)
-        return LlamaGenHost("tiny (random weights)", *tiny, ar_tiny.describe, ar_tiny.PATCH, settings)
-    if model == "llamagen":
-        return _llamagen(arguments, size, settings, device, dtype)
-    if model == "janus":
-        from transformers import JanusForConditionalGeneration as Model
-        from transformers import JanusProcessor as Processor
-
-        name = arguments.weights or JANUS
-        require(arguments.size in (None, defaults.size), "--size", "nothing else than 24 with janus", arguments.size)
-        return JanusHost(name, *_pretrained(Model, Processor, name, device, dtype), settings)
-    from transformers import Emu3ForConditionalGeneration as Model
-    from transformers import Emu3Processor as Processor
-
-    name = arguments.weights or EMU3
-    loaded = _pretrained(Model, Processor, name, device, dtype)
-    return Emu3Host(name, *loaded, size, arguments.negative_prompt, settings)
+    makers = {"tiny": _tiny, "llamagen": _llamagen, "janus": _janus, "emu3": _emu3}
+    return makers[name](options, size, settings, device, dtype)
 
 
-def _llamagen(arguments, size: int, settings: dict, device, dtype) -> LlamaGenHost:
+def _tiny(options, size: int, settings: dict, device, dtype) -> Host:
+    from .. import lab
+    from ..lab.codes import PATCH, Codebook
+
+    author = lab.load("author").to(device)
+    book = Codebook(author.codebook)
+
+    def describe(prompts: Sequence[str]) -> tuple:
+        named = [understand("prompt", prompt, editing=False) for prompt in prompts]
+        return torch.cat([lab.prompt(**slots)["prompt_embeds"] for slots in named]), None
+
+    run = _llamagen_run(author.transformer.to(dtype), describe, settings)
+    title = "tiny (trained on handwritten digits)"
+    return Host(title, (size, size), PATCH, book.codebook, None, book.encode, book.decode, run, shown=16)
+
+
+def _llamagen(options, size: int, settings: dict, device, dtype) -> Host:
     for option in ("weights", "tokenizer"):
-        path = getattr(arguments, option)
+        path = getattr(options, option)
         if path is None or not Path(path).is_file():
             where = "is needed" if path is None else f"names no file: {path}"
             raise Missing(f"--{option} {where}; LlamaGen takes {LLAMAGEN_FILES}")
@@ -280,21 +151,103 @@ def _llamagen(arguments, size: int, settings: dict, device, dtype) -> LlamaGenHo
     from ..bindings.llamagen import LlamaGen, VQTokenizer, encode_prompts
     from ..bindings.llamagen.text import ENCODER
 
-    name = arguments.text_encoder or ENCODER
-    # T5's activations overflow float16.
-    wide = torch.float32 if dtype == torch.float16 else dtype
+    name = options.text_encoder or ENCODER
+    wide = torch.float32 if dtype == torch.float16 else dtype  # T5's activations overflow float16
     encoder, words = _pretrained(T5EncoderModel, AutoTokenizer, name, device, wide)
-    model = LlamaGen.from_checkpoint(arguments.weights, grid=size, device=device, dtype=dtype)
-    require(
-        model.config.condition == "text", "--weights", "a text-conditional (t2i) checkpoint", "a class-conditional one"
-    )
-    tokenizer = VQTokenizer.from_checkpoint(arguments.tokenizer, device=device, dtype=torch.float32)
+    model = LlamaGen.from_checkpoint(options.weights, grid=size, device=device, dtype=dtype)
+    fits = model.config.condition == "text"
+    require(fits, "--weights", "a text-conditional (t2i) checkpoint", "a class-conditional one")
+    book = VQTokenizer.from_checkpoint(options.tokenizer, device=device, dtype=torch.float32)
 
-    def describe(prompts):
+    def describe(prompts: Sequence[str]) -> tuple:
         return encode_prompts(prompts, encoder=encoder, tokenizer=words, length=model.config.prefix)
 
-    title = f"LlamaGen ({Path(arguments.weights).name})"
-    return LlamaGenHost(title, model, tokenizer, describe, tokenizer.config.factor, settings)
+    run, title = _llamagen_run(model, describe, settings), f"LlamaGen ({Path(options.weights).name})"
+    return Host(title, (size, size), book.config.factor, book.codebook, None, book.encode, book.decode, run)
+
+
+def _llamagen_run(model, describe: Callable, settings: dict) -> Callable:
+    """``describe(prompts)`` gives features, and the mask of those that count or None."""
+    from tqdm import tqdm
+
+    from ..bindings.llamagen import generate
+
+    device = model.tok_embeddings.weight.device
+
+    def run(prompts: Sequence[str], label: str, **matching):
+        features, mask = describe(prompts)
+        return generate(
+            model, features.to(device), mask=None if mask is None else mask.to(device),
+            progress=lambda positions: tqdm(positions, desc=label, unit="token"), **matching, **settings,
+        )  # fmt: skip
+
+    return run
+
+
+def _janus(options, size: int, settings: dict, device, dtype) -> Host:
+    from transformers import JanusForConditionalGeneration, JanusProcessor
+
+    from ..bindings.transformers import janus
+
+    name = options.weights or JANUS
+    model, processor = _pretrained(JanusForConditionalGeneration, JanusProcessor, name, device, dtype)
+    raster = janus.grid(model)
+
+    def run(prompts: Sequence[str], label: str, **matching):
+        chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+        text = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        inputs = processor(text=text, generation_mode="image", padding=True, return_tensors="pt").to(model.device)
+        with _ticks(raster.num_tokens, label) as tick:
+            return janus.generate(model, inputs, image_start=processor.tokenizer.boi_token_id, processors=[tick],
+                                  **matching, **settings)  # fmt: skip
+
+    return Host(
+        name, (raster.height, raster.width), 2 ** (len(model.config.vq_config.channel_multiplier) - 1),
+        janus.codebook(model), None, lambda pixels: janus.encode(model, pixels), lambda x: janus.decode(model, x), run,
+    )  # fmt: skip
+
+
+def _emu3(options, size: int, settings: dict, device, dtype) -> Host:
+    from transformers import Emu3ForConditionalGeneration, Emu3Processor
+
+    from ..bindings.transformers import emu3
+
+    name = options.weights or EMU3
+    model, processor = _pretrained(Emu3ForConditionalGeneration, Emu3Processor, name, device, dtype)
+    processor.tokenizer.padding_side = "left"
+    options_of_text = dict(
+        return_for_image_generation=True, ratio="1:1", image_area=(size * processor.downsample_ratio) ** 2,
+        padding=True, return_tensors="pt",
+    )  # fmt: skip
+
+    def run(prompts: Sequence[str], label: str, **matching):
+        # The negative prompt, too, ends where an image begins.
+        texts = list(prompts), [options.negative_prompt] * len(prompts)
+        inputs, negative = (processor(text=text, **options_of_text).to(model.device) for text in texts)
+        with _ticks(emu3.grid(model, size, size).length, label) as tick:
+            return emu3.generate(model, inputs, size, size, negative=negative, processors=[tick], **matching,
+                                 **settings)  # fmt: skip
+
+    scale = processor.image_processor
+    return Host(
+        name, (size, size), model.model.vqmodel.spatial_scale_factor, *emu3.codebook(model),
+        lambda pixels: emu3.encode(model, pixels), lambda x: emu3.decode(model, x, size, size), run,
+        scale.image_mean, scale.image_std,
+    )  # fmt: skip
+
+
+@contextmanager
+def _ticks(total: int, label: str) -> Iterator[Callable]:
+    """A progress bar that is a logits processor: every call of it is a token."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="token") as bar:
+
+        def tick(input_ids, scores):
+            bar.update()
+            return scores
+
+        yield tick
 
 
 def _pretrained(model, processor, name: str, device, dtype):
@@ -307,17 +260,3 @@ def _pretrained(model, processor, name: str, device, dtype):
         raise Missing(
             f"cannot load {name} ({first}); download it, or name a folder that has it with {option}"
         ) from error
-
-
-def to_pixels(picture, height: int, width: int) -> torch.Tensor:
-    """``(1, 3, height, width)`` float32 in 0..1 of an RGB picture: the largest centred part of that aspect, resized."""
-    from PIL import Image, ImageOps
-
-    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    data = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-    return data.view(height, width, 3).permute(2, 0, 1)[None].float() / 255
-
-
-def shown(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels of -1..1 as float32 in 0..1 on the CPU."""
-    return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)

@@ -1,9 +1,8 @@
-"""What the commands have in common: how one runs and fails, options of a run, where and in what it is computed."""
+"""What the commands have in common: how one runs, options of a run, where and in what it is computed, its record."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -12,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ..checks import require
-from ..outputs import check_files, check_format
+from ..outputs import check_files, check_format, write_record
 
-TINY = "tiny"  # the model with random weights that needs no download
+TINY = "tiny"  # the trained models that come with the package
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,8 +44,13 @@ def command(
         if check is not None:
             check(parser, options)
         check_numbers(options)
-        with few_threads(options.model == TINY):
+        threads = torch.get_num_threads()
+        if options.model == TINY:  # tensors so small lose more to waiting threads than they gain
+            torch.set_num_threads(1)
+        try:
             written = list(run(options))
+        finally:
+            torch.set_num_threads(threads)
         for path in written:
             print(path)
         return 0
@@ -54,18 +58,17 @@ def command(
     return main
 
 
-@contextlib.contextmanager
-def few_threads(few: bool):
-    """Tensors as small as the tiny model's lose more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if few else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 # ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def flag(name: str) -> str:
+    """The option of an attribute of the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
+def given(options: argparse.Namespace, *names: str) -> dict[str, object]:
+    """Those of the named options that the user gave."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def file_path(text: str) -> Path:
@@ -88,10 +91,8 @@ def result(options: argparse.Namespace, default: str) -> Path:
     out = options.out or Path(default)
     check_format("--out", out)
     beside = [out.with_suffix(".json"), *([plain_path(out)] if getattr(options, "plain", False) else [])]
-    if options.out is None:
-        check_files("--out", (), [out, *beside], options.force)
-    else:
-        check_files("--out", [out], beside, options.force)
+    named = [] if options.out is None else [out]
+    check_files("--out", named, beside if named else [out, *beside], options.force)
     return out
 
 
@@ -103,7 +104,7 @@ def plain_path(path: Path) -> Path:
 def add_run_options(add: Callable, steps: str, guidance: str) -> None:
     """Options of a run of a pipeline; ``steps`` and ``guidance`` say their defaults."""
     add("--seed", type=int, default=0, help="(default: 0)")
-    add("--steps", type=int, help=f"(default: {steps})")
+    add("--steps", type=int, help=f"(default: {steps}, tiny 16)")
     add("--guidance", type=float, help=f"(default: {guidance})")
     add("--negative-prompt", help="(default: one space on Qwen, else none)")
     add("--layers", type=layer_range, metavar="FIRST-LAST", help="attention layers the method acts in (default: all)")
@@ -129,26 +130,24 @@ def layer_range(text: str) -> range:
     return found
 
 
-def ends(layers: range | None) -> list[int] | None:
-    """First and last, for a record."""
-    return None if layers is None else [layers[0], layers[-1]]
-
-
 def check_numbers(options: argparse.Namespace) -> None:
     """Require numbers that a run can be made with, of the options there are.
 
     Raises:
         ValueError: naming the option.
     """
-    for name in ("seed", "reference_seed"):
-        seed = getattr(options, name, None)
-        fits = seed is None or -(2**63) <= seed < 2**64
-        require(fits, f"--{name.replace('_', '-')}", "a number of 64 bits", seed)
-    for name in ("steps", "height", "width"):
-        count = getattr(options, name, None)
-        require(count is None or count >= 1, f"--{name}", "at least 1", count)
-    guidance = getattr(options, "guidance", None)
-    require(guidance is None or math.isfinite(guidance), "--guidance", "a finite number", guidance)
+    rules = {
+        ("seed", "reference_seed"): (lambda x: -(2**63) <= x < 2**64, "a number of 64 bits"),
+        ("steps", "height", "width"): (lambda x: x >= 1, "at least 1"),
+        ("guidance",): (math.isfinite, "a finite number"),
+    }
+    for names, (fits, expected) in rules.items():
+        for name in names:
+            value = getattr(options, name, None)
+            require(value is None or fits(value), flag(name), expected, value)
+
+
+# ---- machine and record ----------------------------------------------------------------------------------------------
 
 
 def machine(options: argparse.Namespace, kinds: Sequence[str] | None = None) -> tuple[torch.device, torch.dtype]:
@@ -181,3 +180,9 @@ def find_device(name: str | None, kinds: Sequence[str] | None = None) -> torch.d
 def name_of(dtype: torch.dtype) -> str:
     """``"bfloat16"`` and the like."""
     return str(dtype).removeprefix("torch.")
+
+
+def record(path: Path, options: argparse.Namespace, **found: object) -> Path:
+    """Write, beside the result ``path``, how it was made: the options, and over them what a run ``found``."""
+    told = {name: value for name, value in vars(options).items() if name not in ("out", "force")}
+    return write_record(path.with_suffix(".json"), told | found)

@@ -1,0 +1,219 @@
+"""The diffusers pipelines of the commands: how to load one, and what to call it with."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..checks import require
+from ..pictures import to_picture
+from .running import TINY, Missing, machine
+from .words import understand
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHOWN = 256  # pixels per side that the tiny models' pictures are enlarged to
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a family of pipelines is run with, unless the user says otherwise.
+
+    Args:
+        steps: denoising steps.
+        guidance: value of the argument ``guidance_name`` of the pipeline; None leaves the pipeline's own.
+        guidance_name: ``"guidance_scale"`` (distilled guidance) or ``"true_cfg_scale"`` (two passes).
+        negative_prompt: for the latter.
+    """
+
+    steps: int
+    guidance: float | None = None
+    guidance_name: str = "guidance_scale"
+    negative_prompt: str | None = None
+
+
+# By the start of the pipeline's class name, as the models' own pages have it; Qwen-Image's 50 steps are shortened.
+SETTINGS = {
+    "FluxKontext": Settings(28, 2.5),
+    "Flux2Klein": Settings(4, 1.0),
+    "Flux2": Settings(28, 4.0),
+    "Flux": Settings(28, 3.5),
+    "QwenImage": Settings(28, 4.0, "true_cfg_scale", " "),
+    "ZImage": Settings(9, 0.0),
+    "": Settings(28),
+}
+
+
+class Model:
+    """A pipeline, and what it is called with.
+
+    Args:
+        pipe: of diffusers.
+        options: of the command line; steps, guidance and negative prompt that it names go before.
+        steps: the command's own default for Qwen-Image.
+
+    Raises:
+        ValueError: a negative prompt for a pipeline that makes nothing of it.
+    """
+
+    def __init__(self, pipe, options: argparse.Namespace, qwen_steps: int = 28) -> None:
+        self.pipe, self.kind = pipe, type(pipe).__name__
+        settings = self._defaults()
+        if self.kind.startswith("QwenImage"):
+            settings = replace(settings, steps=qwen_steps)
+        if options.negative_prompt is not None:
+            known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters
+            takes = known and not self.kind.startswith("Flux")  # which ignores it at these settings
+            require(takes, "--negative-prompt", "none", f"one; the guidance of {self.kind} is distilled")
+        told = {name: getattr(options, name) for name in ("steps", "guidance", "negative_prompt")}
+        self.settings = replace(settings, **{name: value for name, value in told.items() if value is not None})
+
+    def _defaults(self) -> Settings:
+        return next(found for start, found in SETTINGS.items() if self.kind.startswith(start))
+
+    def require_editor(self, option: str) -> None:
+        """Require a pipeline that reads a picture."""
+        known = "image" in inspect.signature(type(self.pipe).__call__).parameters
+        require(known, option, "a model that reads pictures (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit)", self.kind)
+
+    def call(self, prompt: str) -> dict[str, object]:
+        """Arguments of the pipeline's call, but for pictures, sizes and the generator."""
+        settings = self.settings
+        call = {"num_inference_steps": settings.steps, **self.text("--prompt", prompt)}
+        if settings.guidance is not None:
+            call[settings.guidance_name] = settings.guidance
+        if settings.negative_prompt is not None:
+            call["negative_prompt"] = settings.negative_prompt
+        return call
+
+    def text(self, option: str, prompt: str, rows: int = 1) -> dict[str, object]:
+        """Arguments that stand for a prompt, of ``rows`` pictures."""
+        return {"prompt": prompt}
+
+    def editing(self, images: Sequence[Image]) -> dict[str, object]:
+        """Arguments for pictures to edit: the first is the one whose proportions the result has."""
+        call = {"image": images[0] if len(images) == 1 else list(images)}
+        if self.kind.startswith("FluxKontext"):  # else it makes a square
+            call |= {"width": images[0].width, "height": images[0].height}
+        return call
+
+    def size(self, pictures: Sequence[Image], height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of what is drawn, in pixels."""
+        from ..bindings.diffusers.trajectories import picture_size
+
+        return picture_size(self.pipe, pictures, height, width)
+
+    def draw(self, call: dict[str, object], seed: int, label: str | None = None) -> Image:
+        """One picture, under a progress bar if ``label`` names it."""
+        self.pipe.set_progress_bar_config(desc=label, disable=label is None)
+        return self.finished(self.pipe(**call, **self.drawing(seed)).images[0])
+
+    def drawing(self, seed: int) -> dict[str, object]:
+        """Further arguments of a call whose picture :meth:`finished` takes."""
+        return {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+
+    def told(self, prompt: str) -> dict[str, object]:
+        """For a record: what the options leave open."""
+        settings = self.settings
+        return {
+            "pipeline": self.kind, "prompt": prompt, "steps": settings.steps, "guidance": settings.guidance,
+            "negative_prompt": settings.negative_prompt, "device": self.pipe.device,
+            "dtype": self.pipe.transformer.dtype,
+        }  # fmt: skip
+
+    def finished(self, pixels: np.ndarray) -> Image:
+        """The picture that the pipeline made, ``(H, W, 3)`` in 0..1, of its ``output_type="np"``.
+
+        Raises:
+            ValueError: values that are not finite, which would make a black picture.
+        """
+        advice = "smaller dials, or the --dtype that the model was trained in"
+        require(bool(np.isfinite(pixels).all()), "the result", f"finite pixels ({advice})", "some that are not numbers")
+        return to_picture("the result", pixels)
+
+
+class Trained(Model):
+    """The tiny model of :mod:`fastrope.lab`: 16 x 16 pixels, prompts of a few words."""
+
+    def __init__(self, pipe, options: argparse.Namespace) -> None:
+        require(options.guidance is None, "--guidance", "none with --model tiny", options.guidance)
+        super().__init__(pipe, options)
+
+    def _defaults(self) -> Settings:
+        return Settings(16)
+
+    def text(self, option: str, prompt: str, rows: int = 1) -> dict[str, object]:
+        from .. import lab
+
+        words = lab.prompt(**understand(option, prompt, editing="Kontext" in self.kind))
+        where = {"device": self.pipe.transformer.device, "dtype": self.pipe.transformer.dtype}
+        return {name: x.expand(rows, *x.shape[1:]).to(**where) for name, x in words.items()}
+
+    def editing(self, images: Sequence[Image]) -> dict[str, object]:
+        from ..lab import CALL
+
+        require(len(images) == 1, "--image", "one picture for the tiny model", len(images))
+        size = {name: CALL[name] for name in ("height", "width", "max_area", "_auto_resize")}
+        return size | {"image": images[0].resize((CALL["width"], CALL["height"]))}
+
+    def size(self, pictures: Sequence[Image], height: int | None, width: int | None) -> tuple[int, int]:
+        from ..lab import CALL
+
+        sizes = CALL["height"], CALL["width"]
+        for name, wanted, size in zip(("--height", "--width"), (height, width), sizes, strict=True):
+            require(wanted in (None, size), name, f"{size} with --model tiny", wanted)
+        return sizes
+
+    def finished(self, pixels: np.ndarray) -> Image:
+        from PIL import Image
+
+        return super().finished(pixels).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
+
+
+def load(options: argparse.Namespace, editor: str | None = None, qwen_steps: int = 28) -> Model:
+    """The model of the command line: the name of a published one, a folder, or ``tiny``.
+
+    Args:
+        editor: the option that needs a model which reads pictures, if any.
+        qwen_steps: see :class:`Model`.
+
+    Raises:
+        Missing: no such model, or no connection and nothing in the cache.
+        ValueError: a model that does not fit the options.
+    """
+    device, dtype = machine(options)
+    if options.model == TINY:
+        from ..lab import pipeline
+
+        return Trained(pipeline(device, dtype, edit=editor is not None), options)
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with warnings.catch_warnings():  # newer versions would have it called dtype, older ones know no such argument
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        advice = "" if Path(options.model).exists() else (
+            f" Get it with `hf download {options.model}` (some models want their licence accepted on their page and "
+            "`hf auth login` first), or pass a folder; --model tiny needs no download"
+        )  # fmt: skip
+        raise Missing(f"cannot load {options.model}: {lines[0]}{advice}") from error
+    if options.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    model = Model(pipe, options, qwen_steps)
+    if editor is not None:
+        model.require_editor(editor)
+    return model
