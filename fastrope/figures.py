@@ -51,13 +51,10 @@ def sheet(
         side: width of a cell, inches.
     """
     columns = max(map(len, rows))
-    cells = [cell for row in rows for cell in row if cell is not None]
-    shape = max(cell.picture.height / cell.picture.width for cell in cells)
-    words = sum(0.2 * max(text.count("\n") + bool(text) for text in texts)
-                for texts in zip(*((cell.title, cell.below) for cell in cells), strict=True))  # fmt: skip
-    height = (side * shape + words + 0.15) * len(rows) + (0.3 if caption else 0)
-    with canvas(side * columns, height, paper) as figure:
-        for line, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+    heights = [max(_height(cell, side) for cell in row if cell is not None) for row in rows]
+    with canvas(side * columns, sum(heights) + (0.3 if caption else 0), paper) as figure:
+        panels = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+        for line, row in zip(panels, rows, strict=True):
             for axes, cell in zip_longest(line, row):
                 if cell is None:
                     axes.set_axis_off()
@@ -67,6 +64,11 @@ def sheet(
                     axes.set_xlabel(cell.below)
         figure.suptitle(caption, fontsize=9)
         return as_picture(figure)
+
+
+def _height(cell: Cell, side: float) -> float:
+    lines = sum(text.count("\n") + bool(text) for text in (cell.title, cell.below))
+    return side * cell.picture.height / cell.picture.width + 0.2 * lines + 0.1
 
 
 @contextlib.contextmanager

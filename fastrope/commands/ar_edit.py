@@ -14,7 +14,8 @@ from ..figures import BLUE, ORANGE, PINK, Cell, sheet, short
 from ..outputs import check_report, write_picture
 from ..pictures import open_picture, to_picture
 from . import ar_hosts
-from .running import TINY, add_machine_options, add_out, command, file_path, given, machine, name_of, record
+from .running import TINY, add_machine_options, add_out, command, file_path, flag, given, machine, name_of, record
+from .words import understand
 
 MODELS = tuple(ar_hosts.DEFAULTS)
 LOCK = ("candidates", "alpha", "tau", "metric")
@@ -30,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, choices=MODELS, help="tiny is trained on digits of 16 x 16 pixels, offline")
     add("--prompt", help=f'of the original; not needed with --image (default of tiny: "{TINY_PROMPT}")')
-    add("--edit-prompt", action="append", metavar="PROMPT", help=f'once for every edit (default of tiny: "{TINY_EDIT}")')
+    add("--edit-prompt", action="append", metavar="PROMPT",
+        help=f'once for every edit (default of tiny: "{TINY_EDIT}")')  # fmt: skip
     add("--image", type=file_path, help="a picture to edit, instead of an original generated from --prompt")
     add_out(add, "DIR", "ar-edit")
     add("--candidates", type=int, help=f"K, tokens drawn at the first position (default: {_told('candidates')})")
@@ -63,6 +65,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.model == TINY:
         options.prompt = options.prompt or (TINY_PROMPT if options.image is None else None)
         options.edit_prompt = options.edit_prompt or [TINY_EDIT]
+        prompts = {"prompt": [options.prompt or ""], "edit_prompt": options.edit_prompt}
+        for name, texts in prompts.items():
+            for text in texts:
+                understand(flag(name), text, editing=False)
     if options.prompt is None and options.image is None:
         parser.error("--prompt (the original is generated) or --image (it is a picture) is needed")
     if options.edit_prompt is None:

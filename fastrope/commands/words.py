@@ -30,7 +30,7 @@ def understand(option: str, text: str, editing: bool) -> dict[str, object]:
         f"textures {', '.join(TEXTURES)}{', or ' + ', '.join(sorted(set(TASKS.values()))) if editing else ''}"
     )
     heard, found, ground = re.findall(r"[^\W\d_]+|\d+|[^\w\s,.:;!?\"'-]+", text.lower()), {}, False
-    for word, following in zip(heard, [*heard[1:], ""], strict=True):
+    for word, following in zip(heard, [*heard[1:], ""], strict=False):
         ground = ground or word in GROUND
         if word in COLOURS:
             slot, value = "ground" if ground or following in GROUND else "ink", word

@@ -1,4 +1,4 @@
-"""``fastrope demo``: pictures of what the modulations do, and whether the backends agree, in one report."""
+"""``fastrope demo``: the methods at work on trained models, what the modulations do, and whether the backends agree."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..commands.running import add_out, find_device
+from ..extras import require_packages
 from ..outputs import check_report
-from .style import require_extras
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write ``report.md``, ``report.html``, ``numbers.json`` and the pictures.
+    """Write ``demo.html`` and its pictures.
 
     Args:
         argv: arguments without the program's name; None takes those of the process.
@@ -24,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         MissingExtra: a package to draw with.
         ValueError: a folder or device that cannot be used, files that would be replaced unasked.
     """
-    parser = argparse.ArgumentParser(prog="fastrope demo", description="Pictures of what the modulations do.")
+    parser = argparse.ArgumentParser(prog="fastrope demo", description="The methods at work on small trained models.")
     add_out(parser.add_argument, "DIR", "demo")
-    parser.add_argument("--quick", action="store_true", help="smaller grids and fewer steps")
+    parser.add_argument("--quick", action="store_true", help="fewer pictures")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    arguments = parser.parse_args(argv)
-    require_extras()
+    options = parser.parse_args(argv)
+    require_packages("diffusers", "transformers", "matplotlib", "PIL", "tqdm")
     from .build import FILES, build
 
-    out, device = arguments.out or Path("demo"), find_device(arguments.device, ("cpu", "cuda"))
-    check_report("--out", out, FILES, arguments.force)
-    return build(out, device, arguments.quick)
+    out, device = options.out or Path("demo"), find_device(options.device, ("cpu", "cuda"))
+    check_report("--out", out, FILES, options.force)
+    return build(out, device, options.quick)

@@ -1,24 +1,23 @@
 """The picture of the idea: what one query looks at in a reference picture, plain and under each modulation.
 
-``python -m fastrope.demo.idea docs`` writes ``idea-light.png`` and ``idea-dark.png``, for a README that follows the
-reader's theme.
+The queries and keys are made by hand, so that they prefer near keys of a similar colour.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 import fastrope as fr
 
+from ..figures import LIGHT, Paper, as_picture, canvas, show
 from . import scene as scenes
-from . import style
-from .probe import attention_weights, grid_positions
-from .untwisting import head_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 AXES, GRID, SEED = (16, 56, 56), 64, 3
 QUERY = (18, 23)  # row, column
@@ -36,9 +35,8 @@ class Panel:
     weights: torch.Tensor
 
 
-def tokens_of(picture: torch.Tensor, near: float = NEAR, alike: float = ALIKE) -> torch.Tensor:
-    """Queries, or keys, ``(rows * columns, D)`` of a picture ``(3, rows, columns)``; ``near`` and ``alike`` say how
-    strongly they prefer what is close and what has their colour.
+def tokens_of(picture: torch.Tensor) -> torch.Tensor:
+    """Queries, or keys, ``(rows * columns, D)`` of a picture ``(3, rows, columns)``.
 
     Keys prefer near queries through the fast pairs of each axis and queries of their own colour through the slow ones:
     pair ``c`` of a token with colour ``x`` is ``(cos w_c x, sin w_c x)``, whose dot product is a kernel in the colour.
@@ -46,8 +44,8 @@ def tokens_of(picture: torch.Tensor, near: float = NEAR, alike: float = ALIKE) -
     generator = torch.Generator().manual_seed(SEED)
     band = torch.cat([torch.linspace(0, 1, dim // 2) for dim in AXES])
     spatial = torch.cat([torch.zeros(AXES[0] // 2), torch.ones((AXES[1] + AXES[2]) // 2)])
-    fast = near * spatial * torch.exp(-0.5 * ((band - 0.27) / 0.1) ** 2)
-    slow = alike * spatial * (band > 0.6)
+    fast = NEAR * spatial * torch.exp(-0.5 * ((band - 0.27) / 0.1) ** 2)
+    slow = ALIKE * spatial * (band > 0.6)
     frequencies = torch.randn(3, len(band), generator=generator) / (0.1 * WIDTH)
     phase = 2 * torch.pi * torch.rand(len(band), generator=generator)
     turn = torch.where(slow > 0, picture.flatten(1).T @ frequencies, phase)  # (tokens, pairs)
@@ -55,19 +53,31 @@ def tokens_of(picture: torch.Tensor, near: float = NEAR, alike: float = ALIKE) -
     return torch.stack([length * turn.cos(), length * turn.sin()], dim=-1).flatten(1)
 
 
+def attention_weights(q: torch.Tensor, k: torch.Tensor, **arguments) -> torch.Tensor:
+    """The weights ``softmax_j(s_ij)``, ``(Sq, Sk)``, of ``q (Sq, D)`` and ``k (Sk, D)``, read through the op itself:
+    with unit vectors as values, the output of attention is its weights. ``D`` keys are read by each head."""
+    keys, dim = k.shape
+    heads = -(-keys // dim)
+    values = torch.eye(keys, heads * dim, dtype=k.dtype, device=k.device).view(1, keys, heads, dim)
+    spread = (x[None, :, None].expand(-1, -1, heads, -1) for x in (q, k))
+    return fr.attention(*spread, values, **arguments).flatten(2)[0, :, :keys]
+
+
 def compute(device: torch.device) -> tuple[list[Panel], torch.Tensor]:
     """The five panels, and the crop ``(GRID, GRID)`` that LogitGain covers."""
     scene = scenes.draw_scene()
-    keys = tokens_of(scenes.at_size(scene, GRID))
-    positions, index = grid_positions(GRID, GRID), QUERY[0] * GRID + QUERY[1]
-    rope = fr.RoPE.axial(positions[index : index + 1].to(device), AXES)
-    key_rope = fr.RoPE.axial(positions.to(device), AXES)
+    keys = tokens_of(scenes.at_size(scene, GRID)).to(device)
+    layout, index = fr.TokenLayout(text=0, target=(GRID, GRID)), QUERY[0] * GRID + QUERY[1]
+    positions = layout.positions("flux").to(device)
+    rope, key_rope = fr.RoPE.axial(positions[index : index + 1], AXES), fr.RoPE.axial(positions, AXES)
+    ramp = S_HF + (S_LF - S_HF) * torch.linspace(0, 1, AXES[1] // 2) ** 2  # from the fastest pair to the slowest
+    bands = torch.cat([torch.full((AXES[0] // 2,), S_LF), ramp, ramp]).to(device)
     crop = scenes.mask_tokens(scene, GRID, dilate=3)
     one = torch.ones(1, device=device)
     modulations = {
         "plain": (),
         "QueryScale": (fr.QueryScale(SCALE * one, axes=(1, 2)),),
-        "BandWeight": (fr.BandWeight(head_weights(AXES, S_HF, S_LF).to(device)),),
+        "BandWeight": (fr.BandWeight(bands),),
         "BiasDelta": (fr.BiasDelta(BIAS, DELTA),),
         "LogitGain": (fr.LogitGain(GAIN * one, keys=crop.to(device)),),
     }
@@ -78,57 +88,35 @@ def compute(device: torch.device) -> tuple[list[Panel], torch.Tensor]:
         "BiasDelta": (r"$k \rightarrow \lambda\mu + \delta\,(k-\mu)$", "δ is a temperature,\nλ the group's share"),
         "LogitGain": (r"$s_{ij} \rightarrow g_i\,s_{ij}$", "a crop of the keys\nquieter (or louder)"),
     }
-    q, k = keys[None, index : index + 1].to(device), keys[None].to(device)
     panels = []
     for name, mods in modulations.items():
-        weights = attention_weights(q, k, rope=rope, key_rope=key_rope, modulations=mods)
-        panels.append(Panel(name, *texts[name], weights[0, 0].view(GRID, GRID).double().cpu()))
+        weights = attention_weights(keys[index : index + 1], keys, rope=rope, key_rope=key_rope, modulations=mods)
+        panels.append(Panel(name, *texts[name], weights.view(GRID, GRID).double().cpu()))
     return panels, crop.view(GRID, GRID)
 
 
-def draw(panels: list[Panel], crop: torch.Tensor, path: Path, paper: style.Paper) -> Path:
+def draw(device: torch.device, paper: Paper = LIGHT) -> Image:
     """A spotlight per panel: the reference picture, lit where the query looks."""
-    from matplotlib import rc_context
-
-    composite = scenes.draw_scene().composite
-    cell = scenes.SIZE / GRID
-    with rc_context(style.settings(paper)):
-        figure = style.new_figure(12.4, 3.6, paper)
-        axes = figure.subplots(1, len(panels))
-        for n, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
-            spotlight(ax, composite, panel.weights / panel.weights.quantile(0.993), QUERY, paper)
+    panels, crop = compute(device)
+    composite, cell = scenes.draw_scene().composite, scenes.SIZE / GRID
+    with canvas(12.4, 3.6, paper) as figure:
+        for ax, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            show(ax, spotlight(composite, panel.weights / panel.weights.quantile(0.993)), paper)
+            x, y = (QUERY[1] + 0.5) * cell, (QUERY[0] + 0.5) * cell
+            for colour, width in (("white", 2.2), ("black", 0.8)):
+                ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
             if panel.name == "LogitGain":
                 grid = ((torch.arange(GRID) + 0.5) * cell).numpy()
                 ax.contour(grid, grid, crop.float().numpy(), [0.5], colors="white", linewidths=1.2, linestyles="--")
-            ax.set_title(panel.name if n else "attention with RoPE", fontsize=13, fontweight="bold", loc="center")
+            title = "attention with RoPE" if panel.name == "plain" else panel.name
+            ax.set_title(title, fontsize=13, fontweight="bold")
             ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8,
                           parse_math=True)  # fmt: skip
-        return style.save(figure, path)
+        return as_picture(figure)
 
 
-def spotlight(ax, picture: torch.Tensor, weights: torch.Tensor, query: tuple[int, int], paper: style.Paper) -> None:
-    """A picture ``(3, h, w)``, lit as far as ``weights (rows, columns)`` go from 0 to 1, with a ring at the query."""
-    size, cell = picture.shape[1:], picture.shape[1] / weights.shape[0]
-    light = F.interpolate(weights.clamp(0, 1).sqrt()[None, None].float(), size=size, mode="bilinear")[0]
+def spotlight(picture: torch.Tensor, weights: torch.Tensor):
+    """Pixels ``(h, w, 3)`` of a picture ``(3, h, w)``, lit as far as ``weights (rows, columns)`` go from 0 to 1."""
+    light = F.interpolate(weights.clamp(0, 1).sqrt()[None, None].float(), size=picture.shape[1:], mode="bilinear")[0]
     grey = picture.mean(0, keepdim=True)
-    lit = 0.34 * grey + light * (picture - 0.34 * grey)
-    ax.imshow(lit.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-    x, y = (query[1] + 0.5) * cell, (query[0] + 0.5) * cell
-    for colour, width in (("white", 2.2), ("black", 0.8)):
-        ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
-    style.picture_axes(ax, paper)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write both pictures into the folder named (``docs`` by default)."""
-    style.require_extras()
-    arguments = sys.argv[1:] if argv is None else argv
-    folder = Path(arguments[0] if arguments else "docs")
-    panels, crop = compute(torch.device("cpu"))
-    for name, paper in (("light", style.LIGHT), ("dark", style.DARK)):
-        print(draw(panels, crop, folder / f"idea-{name}.png", paper))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return (0.34 * grey + light * (picture - 0.34 * grey)).clamp(0, 1).permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""The composite of the demo: a landscape with a balloon pasted in, its mask, and a saliency map."""
+"""The picture that the idea is shown on: a landscape with a balloon pasted in."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ SIZE = 512  # drawn at, pixels
 
 @dataclass(frozen=True)
 class Scene:
-    """``composite`` and ``background``: ``(3, SIZE, SIZE)`` in 0..1; ``mask (SIZE, SIZE)`` bool, the pasted pixels."""
+    """``composite (3, SIZE, SIZE)`` in 0..1; ``mask (SIZE, SIZE)`` bool, the pasted pixels."""
 
     composite: torch.Tensor
-    background: torch.Tensor
     mask: torch.Tensor
 
 
 def draw_scene() -> Scene:
     """Draw it; the same pixels every time."""
-    background = _landscape()
-    paste, mask = _balloon()
-    composite = background.copy()
+    composite, (paste, mask) = _landscape(), _balloon()
     composite.paste(paste, (0, 0), mask)
-    return Scene(_tensor(composite), _tensor(background), _tensor(mask)[0] > 0.5)
+    return Scene(_tensor(composite), _tensor(mask)[0] > 0.5)
 
 
 def at_size(scene: Scene, pixels: int) -> torch.Tensor:
@@ -34,29 +31,13 @@ def at_size(scene: Scene, pixels: int) -> torch.Tensor:
     return F.interpolate(scene.composite[None], size=(pixels, pixels), mode="area")[0]
 
 
-def mask_tokens(scene: Scene, grid: int, dilate: int = 1) -> torch.Tensor:
+def mask_tokens(scene: Scene, grid: int, dilate: int) -> torch.Tensor:
     """Tokens of the paste on a grid, ``(grid * grid,)`` bool, grown ``dilate`` times by a 4-connected cross."""
     mask = F.interpolate(scene.mask[None, None].float(), size=(grid, grid), mode="area") > 0.25
     cross = torch.tensor([[0.0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
     for _ in range(dilate):
         mask = F.conv2d(mask.float(), cross, padding=1) > 0
     return mask.flatten()
-
-
-def saliency(scene: Scene, grid: int) -> torch.Tensor:
-    """``(grid * grid,)`` in 0..1: local contrast of the paste, blurred, least to most. It stands in for the features of
-    a detector, which would have to be downloaded."""
-    grey = scene.composite.mean(0)[None, None] * scene.mask
-    step = SIZE // grid
-    mean = F.avg_pool2d(grey, step)
-    contrast = (F.avg_pool2d(grey**2, step) - mean**2).clamp(min=0).sqrt()
-    inside = mask_tokens(scene, grid).view(1, 1, grid, grid)
-    contrast = torch.where(inside, contrast, contrast[inside].min())
-    kernel = torch.exp(-0.5 * torch.arange(-1.0, 2.0) ** 2 / max(grid / 32, 0.5) ** 2)
-    kernel = kernel[:, None] * kernel / kernel.sum() ** 2
-    contrast = F.conv2d(F.pad(contrast, (1, 1, 1, 1), mode="replicate"), kernel[None, None])
-    low, high = contrast[inside].min(), contrast[inside].max()
-    return ((contrast - low) / (high - low)).clamp(0, 1).flatten()
 
 
 def _landscape():

@@ -9,6 +9,6 @@
 How the weights were made and how to go on training: ``README.md`` here.
 """
 
-from .models import CALL, load, pictures, pipeline, prompt
+from .models import CALL, load, pasted, pictures, pipeline, prompt
 
-__all__ = ["CALL", "load", "pictures", "pipeline", "prompt"]
+__all__ = ["CALL", "load", "pasted", "pictures", "pipeline", "prompt"]

@@ -88,10 +88,20 @@ def prompt(task: str = "draw", **slots) -> dict[str, torch.Tensor]:
 
 def pictures(count: int, seed: int = 0) -> list:
     """PIL pictures of random scenes with digits that no training saw."""
+    return _as_pictures(scenes.draw(count, torch.Generator().manual_seed(seed), held_out=True).render())
+
+
+def pasted(seed: int = 0) -> tuple:
+    """PIL pictures of a digit that was pasted into another ground with a box of its own, and of the ground before."""
+    task = torch.tensor([scenes.TASKS.index("blend")])
+    drawn = scenes.to_edit(task, torch.Generator().manual_seed(seed), held_out=True)
+    return tuple(_as_pictures(torch.cat([drawn.reference, drawn.source.background()])))
+
+
+def _as_pictures(pixels: torch.Tensor) -> list:
     from PIL import Image
 
-    shown = scenes.draw(count, torch.Generator().manual_seed(seed), held_out=True).render()
-    return [Image.fromarray(((p + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for p in shown]
+    return [Image.fromarray(((p + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for p in pixels.clamp(-1, 1)]
 
 
 def _identity_vae():

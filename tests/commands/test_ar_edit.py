@@ -1,24 +1,27 @@
-"""``fastrope ar-edit`` end to end, offline: the tiny model, and every host from folders of tiny random weights."""
+"""``fastrope ar-edit`` end to end, offline: the trained tiny model, and every host from folders of random weights."""
 
 from __future__ import annotations
 
-import argparse
-import html
-import json
-import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+import shots
 import tiny_hosts
 import torch
 from PIL import Image
+from shots import differ, pixels
 
-from fastrope import cli
-from fastrope.commands import ar_edit, ar_hosts, ar_report, ar_tiny
-from fastrope.demo import report
+from fastrope import cli, lab
+from fastrope.bindings.anchors import Record
+from fastrope.commands import ar_edit, ar_hosts
+from fastrope.lab.codes import Codebook
 from fastrope.pictures import open_picture
 
-EDIT = ["--edit-prompt", "a green boat"]
+pytest.importorskip("diffusers")
+EDIT = ["--edit-prompt", "a green 5"]
+TINY = ["--model", "tiny", "--prompt", "a red 3 on white", *EDIT]
+FILES = ["edit-0.png", "original.png", "record.json", "sheet.png"]
 
 
 def run(*arguments, out):
@@ -26,95 +29,72 @@ def run(*arguments, out):
 
 
 def record(out):
-    return json.loads((out / "record.json").read_text())
+    return shots.record(out / "record.json")
 
 
 @pytest.fixture
 def picture(tmp_path):
-    data = (torch.rand(40, 60, 3) * 255).to(torch.uint8)
-    path = tmp_path / "source.png"
-    Image.frombytes("RGB", (60, 40), bytes(data.flatten().tolist())).save(path)
-    return path
+    return shots.photo(str(tmp_path / "source.png"), (60, 40))
 
 
 # ---- the tiny model -------------------------------------------------------------------------------------------------
 
 
-def test_the_tiny_model_writes_a_report(tmp_path, capsys):
+def test_the_tiny_model_draws_edits_and_what_happened_to_tokens(tmp_path, capsys):
     out = tmp_path / "out"
-    more = ["--edit-prompt", "a forest", "--plain", "--size", 6, "--tau", 0.5]
-    assert run("--model", "tiny", "--prompt", "a red boat", *EDIT, *more, out=out) == 0
-    assert capsys.readouterr().out.split() == [str(out / "report.md"), str(out / "report.html")]
-    for name in ("original", "edit-0", "edit-1"):
-        assert Image.open(out / f"{name}.png").size == (48, 48)
-    for name in ("pictures", "map", "window"):
-        assert Image.open(out / f"{name}.png").width > 300
+    more = ["--edit-prompt", "a blue 3 in checks", "--plain", "--tau", 0.5, "--candidates", 24]
+    assert run(*TINY, *more, out=out) == 0
+    said = capsys.readouterr()
+    names = ["record.json", "sheet.png", "original.png", "edit-0.png", "edit-1.png"]
+    assert said.out.split() == [str(out / name) for name in names]
+    assert all(f"{label}: 100%" in said.err for label in ("original", "without anchors", "edit"))
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    for name in names[2:]:
+        assert Image.open(out / name).size == (256, 256)
+    assert Image.open(out / "sheet.png").width > 1000
     found = record(out)
     assert found["lock"] == {"candidates": 24, "alpha": 0.6, "tau": 0.5, "metric": "l2"}
-    assert [sum(found["counts"][name][row] for name in found["counts"]) for row in range(2)] == [36, 36]
+    assert [sum(found["counts"][name][row] for name in found["counts"]) for row in range(2)] == [64, 64]
     assert found["window"][0][0] == 24
-    text = (out / "report.md").read_text()
-    for word in ("a green boat", "a forest", "a red boat", "tau 0.5", "Kept", "![", "seed 0"):
-        assert word in text
+    assert (found["prompt"], found["edit_prompt"]) == ("a red 3 on white", ["a green 5", "a blue 3 in checks"])
+    assert (found["seed"], found["device"], found["grid"]) == (0, "cpu", [8, 8])
 
 
-def test_prompts_are_text(tmp_path):
-    """Neither mathematics in pictures nor mark-up in reports."""
-    out, prompt = tmp_path / "out", r"<img src=x onerror=alert(1)> `a` | **b** $\frac{ & _c"
-    assert run("--model", "tiny", "--prompt", prompt, "--edit-prompt", prompt, "--size", 3, out=out) == 0
-    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert page.count(html.escape(prompt)) == text.count(report.literal(prompt)) == 2
-    assert "<img src=x" not in page
-    assert not re.search(r"(?<!\\)<img src=x", text)
-    assert record(out)["prompt"] == prompt
+def test_a_newcomer_needs_no_prompt(tmp_path):
+    assert run("--model", "tiny", out=tmp_path) == 0
+    assert record(tmp_path)["edit_prompt"] == [ar_edit.TINY_EDIT]
+    assert differ(tmp_path / "original.png", tmp_path / "edit-0.png")
 
 
-def test_only_files_that_were_announced_are_written(tmp_path, capsys):
-    out = tmp_path / "out"
-    words = ["--model", "tiny", "--prompt", "x", *EDIT, "--edit-prompt", "y", "--size", 3]
-    assert run(*words, out=out) == 0
-    assert sorted(path.name for path in out.iterdir()) == sorted(["record.json", *ar_report.names(2)])
-    for path in out.iterdir():
-        path.unlink()
-    for name in ("record.json", "edit-1.png"):
-        (out / name).write_text("mine")
-        assert run(*words, out=out) == 2
-        assert f"fastrope ar-edit: --out: {out / name} is there already" in capsys.readouterr().err
-        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
-        (out / name).unlink()
+def test_files_that_nobody_named_are_kept(tmp_path, capsys):
+    for name in FILES:
+        (tmp_path / name).write_text("mine")
+        assert run(*TINY, out=tmp_path) == 2
+        assert f"fastrope ar-edit: --out: {tmp_path / name} is there already" in capsys.readouterr().err
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+        (tmp_path / name).unlink()
 
 
-def test_the_same_prompt_with_every_token_allowed_changes_nothing(tmp_path):
-    unlimited = ["--candidates", 125, "--alpha", 0, "--tau", "inf", "--size", 5]
-    prompt = ["--prompt", "a red boat", "--edit-prompt", "a red boat"]
-    assert run("--model", "tiny", *prompt, *unlimited, out=tmp_path) == 0
-    found = record(tmp_path)
-    assert found["counts"]["kept"] == [25]
-    assert found["tokens"] == found["anchors"]
-    assert (tmp_path / "original.png").read_bytes() == (tmp_path / "edit-0.png").read_bytes()
-
-
-def test_seeds_decide(tmp_path):
+def test_every_token_allowed_changes_nothing_and_seeds_decide(tmp_path):
+    unlimited = ["--candidates", 512, "--alpha", 0, "--tau", "inf", "--force"]
     tokens = []
     for seed in (1, 1, 2):
-        run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 4, "--seed", seed, "--force", out=tmp_path)
-        tokens.append(record(tmp_path)["tokens"])
+        assert run(*TINY, *unlimited, "--seed", seed, out=tmp_path) == 0
+        found = record(tmp_path)
+        assert found["counts"]["kept"] == [64]
+        assert found["tokens"] == found["anchors"]
+        assert not differ(tmp_path / "original.png", tmp_path / "edit-0.png")
+        tokens.append(found["tokens"])
     assert tokens[0] == tokens[1] != tokens[2]
 
 
 def test_a_picture_takes_the_place_of_the_prompt(tmp_path, picture):
     out = tmp_path / "out"
-    assert run("--model", "tiny", "--image", picture, *EDIT, "--size", 5, out=out) == 0
-    fitted = ar_hosts.to_pixels(open_picture("x", picture), 40, 40) * 2 - 1
-    anchors = ar_tiny.Mosaic(5, torch.device("cpu")).encode(fitted)
+    assert run("--model", "tiny", "--image", picture, *EDIT, out=out) == 0
+    fitted = ar_hosts.to_pixels(open_picture("x", picture), 16, 16) * 2 - 1
+    anchors = Codebook(lab.load("author").codebook).encode(fitted)
     assert record(out)["anchors"] == anchors.tolist()
-    assert "between a picture and" in (out / "report.md").read_text()
-
-
-def test_the_mosaic_keeps_pictures_of_its_colours():
-    mosaic = ar_tiny.Mosaic(3, torch.device("cpu"))
-    codes = torch.randint(125, (2, 9))
-    assert torch.equal(mosaic.encode(mosaic.decode(codes)), codes)
+    assert record(out)["prompt"] is None
 
 
 def test_pictures_are_cut_in_the_middle():
@@ -122,22 +102,36 @@ def test_pictures_are_cut_in_the_middle():
     whole = Image.new("RGB", (80, 40), (0, 255, 0))
     whole.paste(left, (20, 0))
     whole.paste(right, (40, 0))
-    pixels = ar_hosts.to_pixels(whole, 8, 8)
-    assert pixels.shape == (1, 3, 8, 8)
-    assert pixels[0, :, 4, 0].tolist() == pytest.approx([1, 0, 0], abs=0.1)
-    assert pixels[0, :, 4, 7].tolist() == pytest.approx([0, 0, 1], abs=0.1)
+    found = ar_hosts.to_pixels(whole, 8, 8)
+    assert found.shape == (1, 3, 8, 8)
+    assert found[0, :, 4, 0].tolist() == pytest.approx([1, 0, 0], abs=0.1)
+    assert found[0, :, 4, 7].tolist() == pytest.approx([0, 0, 1], abs=0.1)
 
 
 def test_tokens_are_mapped_by_class(tmp_path):
-    from fastrope.bindings.anchors import Record
+    accepted = torch.tensor([[True, True, False, False]])
+    tokens, anchors = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 4]])
+    made = Record(tokens, anchors, torch.tensor([[0, 2, torch.inf, torch.inf]]), torch.full((1, 4), 3), accepted)
+    ar_edit.token_map(made, 0, (2, 2)).save(tmp_path / "map.png")
+    colours = ["#%02X%02X%02X" % tuple(colour) for colour in pixels(tmp_path / "map.png").reshape(4, 3)]
+    assert colours == [ar_edit.CLASSES[name] for name in ("kept", "moved", "fallback", "fallback")]
+    assert ar_edit._counts(made, 0) == "kept 1, moved 1, fallback 2\nmedian distance 0"
 
-    window = torch.full((1, 4), 3)
-    made = Record(
-        torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 4]]), torch.zeros(1, 4), window,
-        torch.tensor([[True, True, False, False]]),
-    )  # fmt: skip
-    found = ar_report.classes(argparse.Namespace(record=made, grid=(2, 2)), 0)
-    assert found.tolist() == [[0, 1], [2, 2]]
+
+def test_the_sheet_has_every_picture_and_prompts_as_text(monkeypatch):
+    written = []
+    monkeypatch.setattr(ar_edit, "sheet", lambda rows, caption, side: written.append((rows, caption)))
+    made = SimpleNamespace(record=Record(*torch.zeros(4, 2, 4, dtype=torch.long), torch.ones(2, 4) > 0))
+    pictures = {name: [f"{name} {row}" for row in range(2)] for name in ("original", "edit", "plain")}
+    options = SimpleNamespace(image=None, prompt="$x$", edit_prompt=["a", "b" * 99], plain=True, seed=3)
+    ar_edit.draw(options, ar_edit.ISLock(), SimpleNamespace(grid=(2, 2), name="some"), made, pictures)
+    ((rows, caption),) = written
+    assert [(cell.picture, cell.title) for cell in rows[0]] == [
+        ("original 0", "$x$"), ("edit 0", "a"), ("edit 1", "b" * 31 + "..."),
+    ]  # fmt: skip
+    assert [cell and cell.picture for cell in rows[1]] == [None, "plain 0", "plain 1"]
+    assert [cell and cell.below[:6] for cell in rows[2]] == [None, "kept 4", "kept 4"]
+    assert "seed 3" in caption
 
 
 # ---- what can go wrong ----------------------------------------------------------------------------------------------
@@ -145,8 +139,8 @@ def test_tokens_are_mapped_by_class(tmp_path):
 
 def test_wrong_usage_is_explained(tmp_path, capsys):
     for arguments, message in [
-        ([], "--model"), (["--model", "tiny", "--prompt", "x"], "--edit-prompt"),
-        (["--model", "tiny", *EDIT], "--prompt (the original is generated) or --image"),
+        ([], "--model"), (["--model", "janus", "--prompt", "x"], "--edit-prompt is needed"),
+        (["--model", "janus", *EDIT], "--prompt (the original is generated) or --image"),
     ]:  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             run(*arguments, out=tmp_path)
@@ -167,6 +161,8 @@ def test_wrong_usage_is_explained(tmp_path, capsys):
         (["--model", "tiny", "--guidance", "nan"], "--guidance: expected a finite number, received nan"),
         (["--model", "tiny", "--seed", 2**70], "--seed: expected a number of 64 bits"),
         (["--model", "tiny", "--size", 0], "--size: expected a whole number from 1, received 0"),
+        (["--model", "tiny", "--size", 6], "--size: expected nothing else than 8 with tiny, received 6"),
+        (["--model", "tiny", "--edit-prompt", "a boat"], "--edit-prompt: expected words that the tiny model knows"),
         (["--model", "llamagen"], "--weights is needed; LlamaGen takes t2i_XL_stage2_512.pt"),
         (["--model", "llamagen", "--weights", "absent.pt"], "--weights names no file: absent.pt; LlamaGen takes"),
         (["--model", "janus", "--weights", "absent/of/folders"], "cannot load absent/of/folders"),
@@ -175,7 +171,7 @@ def test_wrong_usage_is_explained(tmp_path, capsys):
     ],
 )
 def test_what_is_missing_is_named(tmp_path, capsys, arguments, message):
-    assert run(*arguments, "--prompt", "x", *EDIT, out=tmp_path / "out") == 2
+    assert run(*arguments, "--prompt", "a 3", *EDIT, out=tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("fastrope ar-edit: ")
@@ -184,22 +180,22 @@ def test_what_is_missing_is_named(tmp_path, capsys, arguments, message):
 
 def test_a_file_in_the_way_is_named_before_anything_runs(tmp_path, capsys):
     (tmp_path / "out").write_text("x")
-    assert run("--model", "tiny", "--prompt", "x", *EDIT, out=tmp_path / "out") == 2
+    assert run("--model", "tiny", "--prompt", "a 3", *EDIT, out=tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "--out: expected a folder" in error
     assert "token/s" not in error
 
 
 def test_logits_that_are_no_numbers_are_an_error_and_no_picture(tmp_path, capsys, monkeypatch):
-    build = ar_tiny.tiny_model
+    load = lab.load
 
-    def overflowing(*args):
-        model = build(*args)
-        torch.nn.init.constant_(model.output.weight, torch.inf)
-        return model
+    def overflowing(name):
+        author = load(name)
+        torch.nn.init.constant_(author.transformer.output.weight, torch.inf)
+        return author
 
-    monkeypatch.setattr(ar_tiny, "tiny_model", overflowing)
-    assert run("--model", "tiny", "--prompt", "x", *EDIT, "--size", 3, out=tmp_path / "out") == 2
+    monkeypatch.setattr(lab, "load", overflowing)
+    assert run(*TINY, out=tmp_path / "out") == 2
     assert "--dtype: expected one in which the model's logits are numbers, received float32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -209,6 +205,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_picture(tmp_path, capsys
     [
         ("janus", ["transformers"], 'transformers is not installed: pip install "fastrope[transformers]"'),
         ("llamagen", ["transformers"], 'transformers is not installed: pip install "fastrope[transformers]"'),
+        ("tiny", ["diffusers"], 'diffusers is not installed: pip install "fastrope[diffusers]"'),
         ("tiny", ["matplotlib"], 'matplotlib is not installed: pip install "fastrope[demo]"'),
         ("emu3", ["transformers", "PIL"], 'transformers, PIL are not installed: pip install "fastrope[demo]"'),
     ],
@@ -216,7 +213,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_picture(tmp_path, capsys
 def test_missing_packages_are_named_and_how_to_get_all_of_them(model, absent, said, tmp_path, capsys, monkeypatch):
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
-    assert run("--model", model, "--prompt", "x", *EDIT, out=tmp_path) == 2
+    assert run("--model", model, "--prompt", "a 3", *EDIT, out=tmp_path) == 2
     assert f"fastrope ar-edit: {said}" in capsys.readouterr().err
 
 
@@ -236,7 +233,6 @@ def test_help_lists_every_model(capsys):
         cli.main(["ar-edit", "--help"])
     assert stop.value.code == 0
     assert "{llamagen,emu3,janus,tiny}" in capsys.readouterr().out
-    assert set(ar_hosts.DEFAULTS) == set(ar_edit.MODELS)
 
 
 # ---- hosts from folders ---------------------------------------------------------------------------------------------
