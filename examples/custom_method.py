@@ -38,12 +38,12 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--image", help="the picture to edit")
 parser.add_argument("--prompt", default="make it a winter evening")
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-Kontext-dev")
-parser.add_argument("--tiny", action="store_true", help="random weights, no download")
+parser.add_argument("--tiny", action="store_true", help="a small model that comes with the package")
 parser.add_argument("--out", type=Path, default=Path("."), help="folder for the picture")
 options = parser.parse_args()
 
 if options.tiny:
-    pipe, call = tiny_models.editor(options.prompt)
+    pipe, call = tiny_models.editor()
 else:
     from diffusers import FluxKontextPipeline
     from diffusers.utils import load_image

@@ -18,13 +18,13 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--prompt", default="a photo of a red boat on the sea")
 parser.add_argument("--edit", default="a photo of a green boat on the sea")
 parser.add_argument("--model", default="peizesun/llamagen_t2i", help="with t2i_XL_stage2_512.pt and vq_ds16_t2i.pt")
-parser.add_argument("--tiny", action="store_true", help="random weights, no download")
+parser.add_argument("--tiny", action="store_true", help="a small model that comes with the package")
 parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
 options = parser.parse_args()
 
 prompts = [options.prompt, options.edit]
 if options.tiny:
-    model, tokenizer, features, mask = tiny_models.autoregressive(prompts)
+    model, tokenizer, features, mask = tiny_models.autoregressive()
 else:
     from huggingface_hub import hf_hub_download
 
@@ -36,7 +36,7 @@ else:
 
 generator = torch.Generator().manual_seed(0)
 original = llamagen.generate(model, features[:1], mask=mask[:1], generator=generator)
-lock = fr.ISLock(candidates=24 if options.tiny else 150)  # the tiny model knows 125 tokens in all
+lock = fr.ISLock(candidates=8 if options.tiny else 150)  # the tiny model knows 512 tokens in all
 matcher = lock.matcher(tokenizer.codebook, num_tokens=model.config.num_tokens)
 edit = llamagen.generate(
     model, features[1:], mask=mask[1:], matcher=matcher, anchors=original.tokens, generator=generator

@@ -19,13 +19,12 @@ parser.add_argument("--composite", help="the photo with the crop pasted in")
 parser.add_argument("--original", help="the photo without it")
 parser.add_argument("--boost", type=float, default=0.83, help="lower blends more, higher keeps more of the crop")
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-Kontext-dev")
-parser.add_argument("--tiny", action="store_true", help="random weights, no download")
+parser.add_argument("--tiny", action="store_true", help="a small model that comes with the package")
 parser.add_argument("--out", type=Path, default=Path("."), help="folder for the picture")
 options = parser.parse_args()
 
 if options.tiny:
-    pipe, call = tiny_models.editor(PROMPT)
-    composite, original = tiny_models.composite()
+    pipe, call, composite, original = tiny_models.pasted()
 else:
     from diffusers import FluxKontextPipeline
     from diffusers.utils import load_image

@@ -1,39 +1,37 @@
-"""Models for ``--tiny`` in place of published ones: random weights, no download, seconds on a CPU.
+"""What ``--tiny`` runs in the place of published models: small models trained on handwritten digits, no download.
 
-The pictures show that everything is connected; they say nothing about quality.
+They take words of their own in the place of a prompt: which digit, in which colours.
 """
 
 import torch
-from PIL.Image import Image
 
-from fastrope.commands import ar_tiny
-from fastrope.commands.editors import Settings, arguments, tiny_words
-from fastrope.demo import tiny
-from fastrope.demo.scene import draw_scene
-from fastrope.pictures import to_picture
+from fastrope import lab
+from fastrope.lab.codes import Codebook
 
-CPU, STEPS = torch.device("cpu"), 4
+STEPS = 8
 
 
-def editor(prompt: str):
-    """A FLUX Kontext pipeline, and the arguments of its call except the generator: a picture and a prompt."""
-    pipe = tiny.pipeline(0, CPU, torch.float32)
-    call = arguments(pipe, "tiny", Settings(STEPS), [composite()[0]], prompt, seed=0)
-    return pipe, {name: value for name, value in call.items() if name != "generator"}
+def editor():
+    """A FLUX Kontext pipeline, and what it is called with beside a generator: a picture, and words that ask for a 3."""
+    pipe, picture = lab.pipeline(), lab.pictures(1)[0]
+    return pipe, lab.CALL | {"num_inference_steps": STEPS, "image": picture, **lab.prompt("digit", digit=3)}
 
 
-def text_to_image(prompt: str):
-    """A FLUX pipeline, and the arguments of its call except the generator."""
-    pipe = tiny.text_to_image(0, CPU, torch.float32)
-    return pipe, dict(height=32, width=32, num_inference_steps=STEPS, guidance_scale=3.5, **tiny_words(pipe, prompt))
+def pasted():
+    """A FLUX Kontext pipeline, its call for a pasted digit, and the picture with and without that digit."""
+    pipe, (composite, original) = lab.pipeline(), lab.pasted()
+    call = lab.CALL | {"num_inference_steps": STEPS, "image": composite, **lab.prompt("blend")}
+    return pipe, call, composite, original
 
 
-def composite() -> tuple[Image, Image]:
-    """A landscape with a balloon pasted in, and the landscape."""
-    scene = draw_scene()
-    return to_picture("composite", scene.composite), to_picture("background", scene.background)
+def text_to_image():
+    """A FLUX pipeline, its call, and a picture whose style is wanted with the call that goes with it."""
+    pipe, size = lab.pipeline(edit=False), dict(height=16, width=16, num_inference_steps=STEPS)
+    return pipe, size | lab.prompt(digit=3), lab.pictures(1)[0], size | lab.prompt()
 
 
-def autoregressive(prompts: list[str], size: int = 8):
-    """A LlamaGen, its tokenizer, and the features and mask of prompts."""
-    return ar_tiny.tiny_model(size, CPU, torch.float32), ar_tiny.Mosaic(size, CPU), *ar_tiny.describe(prompts)
+def autoregressive():
+    """A LlamaGen, its tokenizer, and features and mask of two prompts: a red 3 on white, and on yellow."""
+    author = lab.load("author")
+    features = [lab.prompt(digit=3, ink="red", ground=ground)["prompt_embeds"] for ground in ("white", "yellow")]
+    return author.transformer, Codebook(author.codebook), torch.cat(features), torch.ones(2, features[0].shape[1])

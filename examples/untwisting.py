@@ -17,13 +17,12 @@ parser.add_argument("--reference", help="the picture whose style to draw in")
 parser.add_argument("--about", default="", help="what the reference shows")
 parser.add_argument("--prompt", default="a heron at dawn", help="what to draw")
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev")
-parser.add_argument("--tiny", action="store_true", help="random weights, no download")
+parser.add_argument("--tiny", action="store_true", help="a small model that comes with the package")
 parser.add_argument("--out", type=Path, default=Path("."), help="folder for the picture")
 options = parser.parse_args()
 
 if options.tiny:
-    pipe, call = tiny_models.text_to_image(options.prompt)
-    picture, about = tiny_models.composite()[0], call
+    pipe, call, picture, about = tiny_models.text_to_image()
 else:
     from diffusers import FluxPipeline
     from diffusers.utils import load_image

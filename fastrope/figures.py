@@ -40,9 +40,7 @@ class Cell:
     below: str = ""
 
 
-def sheet(
-    rows: Sequence[Sequence[Cell | None]], caption: str = "", paper: Paper = LIGHT, side: float = 2.1
-) -> Image:
+def sheet(rows: Sequence[Sequence[Cell | None]], caption: str = "", paper: Paper = LIGHT, side: float = 2.1) -> Image:
     """Pictures in rows and columns, as one PIL picture.
 
     Args:

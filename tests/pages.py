@@ -44,21 +44,19 @@ def run_snippets(path: Path, capsys, namespace: dict | None = None) -> dict:
 
 
 def offline_kontext(monkeypatch, folder: Path):
-    """Let ``FluxKontextPipeline.from_pretrained`` give the demo's tiny pipeline, and write ``photo.png`` into
+    """Let ``FluxKontextPipeline.from_pretrained`` give the lab's trained editor, and write ``photo.png`` into
     ``folder``; the pipeline."""
     import diffusers
-    from PIL import Image
 
-    from fastrope.demo import scene, tiny
+    from fastrope import lab
 
-    pipe = tiny.pipeline(0, torch.device("cpu"), torch.float32)
+    pipe = lab.pipeline()
 
     class Offline(type(pipe)):
         def __call__(self, image, **arguments):
             width, height = image.size
             size = dict(width=width, height=height, max_area=width * height, _auto_resize=False)
-            with tiny.quiet():
-                return super().__call__(image, num_inference_steps=4, **size, **arguments)
+            return super().__call__(image, num_inference_steps=4, **size, **arguments)
 
         def encode_prompt(self, **arguments):
             generator = torch.Generator().manual_seed(0)
@@ -74,8 +72,7 @@ def offline_kontext(monkeypatch, folder: Path):
 
     pipe.__class__ = Offline
     monkeypatch.setattr(diffusers.FluxKontextPipeline, "from_pretrained", classmethod(load))
-    pixels = scene.at_size(scene.draw_scene(), 32)
-    Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / "photo.png")
+    lab.pictures(1)[0].save(folder / "photo.png")
     monkeypatch.chdir(folder)
     return pipe
 

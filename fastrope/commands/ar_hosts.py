@@ -54,7 +54,8 @@ class Host:
         ids: the vocabulary id of each entry, None for 0 .. V - 1.
         encoder: normalised pixels ``(1, 3, H, W)`` to vocabulary ids ``(1, N)``.
         decoder: vocabulary ids ``(B, N)`` to normalised pixels.
-        run: ``(prompts, label, **matching)`` to a :class:`fastrope.bindings.anchors.Generated` of one image per prompt.
+        run: ``(prompts, label, **matching)``, the label of a progress bar, to a
+            :class:`fastrope.bindings.anchors.Generated` of one image per prompt.
         mean, std: of the normalisation, of pixels in 0..1.
         shown: pixels that each is enlarged to.
     """
@@ -120,11 +121,14 @@ def build(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     told = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
     settings = {name: getattr(defaults, name) if value is None else value for name, value in told.items()}
     check_sampling(**settings)
-    makers = {"tiny": _tiny, "llamagen": _llamagen, "janus": _janus, "emu3": _emu3}
+    if name == "tiny":
+        return tiny(settings, device, dtype)
+    makers = {"llamagen": _llamagen, "janus": _janus, "emu3": _emu3}
     return makers[name](options, size, settings, device, dtype)
 
 
-def _tiny(options, size: int, settings: dict, device, dtype) -> Host:
+def tiny(settings: dict, device: torch.device, dtype: torch.dtype) -> Host:
+    """The author of :mod:`fastrope.lab`, which takes prompts of a few words; its pictures are enlarged."""
     from .. import lab
     from ..lab.codes import PATCH, Codebook
 
@@ -132,12 +136,12 @@ def _tiny(options, size: int, settings: dict, device, dtype) -> Host:
     book = Codebook(author.codebook)
 
     def describe(prompts: Sequence[str]) -> tuple:
-        named = [understand("prompt", prompt, editing=False) for prompt in prompts]
-        return torch.cat([lab.prompt(**slots)["prompt_embeds"] for slots in named]), None
+        slots = [understand("prompt", prompt, editing=False) for prompt in prompts]
+        return torch.cat([lab.prompt(**words)["prompt_embeds"] for words in slots]), None
 
     run = _llamagen_run(author.transformer.to(dtype), describe, settings)
-    title = "tiny (trained on handwritten digits)"
-    return Host(title, (size, size), PATCH, book.codebook, None, book.encode, book.decode, run, shown=16)
+    title, grid = "tiny (trained on handwritten digits)", (DEFAULTS["tiny"].size,) * 2
+    return Host(title, grid, PATCH, book.codebook, None, book.encode, book.decode, run, shown=16)
 
 
 def _llamagen(options, size: int, settings: dict, device, dtype) -> Host:
@@ -174,11 +178,12 @@ def _llamagen_run(model, describe: Callable, settings: dict) -> Callable:
 
     device = model.tok_embeddings.weight.device
 
-    def run(prompts: Sequence[str], label: str, **matching):
+    def run(prompts: Sequence[str], label: str | None, **matching):
         features, mask = describe(prompts)
         return generate(
             model, features.to(device), mask=None if mask is None else mask.to(device),
-            progress=lambda positions: tqdm(positions, desc=label, unit="token"), **matching, **settings,
+            progress=lambda positions: tqdm(positions, desc=label, unit="token", disable=label is None), **matching,
+            **settings,
         )  # fmt: skip
 
     return run

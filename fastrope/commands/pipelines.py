@@ -15,7 +15,7 @@ import torch
 
 from ..checks import require
 from ..pictures import to_picture
-from .running import TINY, Missing, machine
+from .running import TINY, Missing, given, machine
 from .words import understand
 
 if TYPE_CHECKING:
@@ -58,24 +58,23 @@ class Model:
 
     Args:
         pipe: of diffusers.
-        options: of the command line; steps, guidance and negative prompt that it names go before.
+        told: ``steps``, ``guidance`` and ``negative_prompt`` that go before the usual ones.
         steps: the command's own default for Qwen-Image.
 
     Raises:
         ValueError: a negative prompt for a pipeline that makes nothing of it.
     """
 
-    def __init__(self, pipe, options: argparse.Namespace, qwen_steps: int = 28) -> None:
+    def __init__(self, pipe, told: dict[str, object], qwen_steps: int = 28) -> None:
         self.pipe, self.kind = pipe, type(pipe).__name__
         settings = self._defaults()
         if self.kind.startswith("QwenImage"):
             settings = replace(settings, steps=qwen_steps)
-        if options.negative_prompt is not None:
+        if "negative_prompt" in told:
             known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters
             takes = known and not self.kind.startswith("Flux")  # which ignores it at these settings
             require(takes, "--negative-prompt", "none", f"one; the guidance of {self.kind} is distilled")
-        told = {name: getattr(options, name) for name in ("steps", "guidance", "negative_prompt")}
-        self.settings = replace(settings, **{name: value for name, value in told.items() if value is not None})
+        self.settings = replace(settings, **told)
 
     def _defaults(self) -> Settings:
         return next(found for start, found in SETTINGS.items() if self.kind.startswith(start))
@@ -144,9 +143,9 @@ class Model:
 class Trained(Model):
     """The tiny model of :mod:`fastrope.lab`: 16 x 16 pixels, prompts of a few words."""
 
-    def __init__(self, pipe, options: argparse.Namespace) -> None:
-        require(options.guidance is None, "--guidance", "none with --model tiny", options.guidance)
-        super().__init__(pipe, options)
+    def __init__(self, pipe, told: dict[str, object]) -> None:
+        require("guidance" not in told, "--guidance", "none with --model tiny", told.get("guidance"))
+        super().__init__(pipe, told)
 
     def _defaults(self) -> Settings:
         return Settings(16)
@@ -191,10 +190,11 @@ def load(options: argparse.Namespace, editor: str | None = None, qwen_steps: int
         ValueError: a model that does not fit the options.
     """
     device, dtype = machine(options)
+    told = given(options, "steps", "guidance", "negative_prompt")
     if options.model == TINY:
         from ..lab import pipeline
 
-        return Trained(pipeline(device, dtype, edit=editor is not None), options)
+        return Trained(pipeline(device, dtype, edit=editor is not None), told)
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -213,7 +213,7 @@ def load(options: argparse.Namespace, editor: str | None = None, qwen_steps: int
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
-    model = Model(pipe, options, qwen_steps)
+    model = Model(pipe, told, qwen_steps)
     if editor is not None:
         model.require_editor(editor)
     return model

@@ -14,6 +14,7 @@ from ..checks import require
 from ..outputs import check_files, check_format, write_record
 
 TINY = "tiny"  # the trained models that come with the package
+QUIET = "TRANSFORMERS_VERBOSITY", "error"  # against advice on parts that the tiny models lack
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,6 +48,7 @@ def command(
         threads = torch.get_num_threads()
         if options.model == TINY:  # tensors so small lose more to waiting threads than they gain
             torch.set_num_threads(1)
+            os.environ.setdefault(*QUIET)
         try:
             written = list(run(options))
         finally:

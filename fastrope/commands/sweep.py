@@ -8,6 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .. import __version__, apply
 from ..checks import require
 from ..extras import require_packages
@@ -118,8 +120,6 @@ def _caption(options: argparse.Namespace, settings) -> str:
 
 def _recipe(options: argparse.Namespace) -> dict[str, str]:
     """What a cell depends on besides its values: a cell of the same recipe need not be drawn again."""
-    import torch
-
     pictures = hashlib.sha256()
     for picture in pictures_of(options):
         pictures.update(repr(picture.size).encode() + picture.tobytes())

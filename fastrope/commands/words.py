@@ -9,8 +9,8 @@ from ..checks import require
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GROUND = ("on", "background", "ground")  # a colour after one of these, or right before one, is the ground's
 TASKS = {"recolour": "recolour", "recolor": "recolour", "keep": "keep", "blend": "blend"}
-FILLERS = {"a", "an", "and", "as", "change", "colour", "color", "digit", "draw", "in", "into", "is", "it", "its", "make",
-           "number", "of", "paint", "picture", "the", "to", "turn", "with"}  # fmt: skip
+FILLERS = {"a", "an", "and", "as", "change", "colour", "color", "digit", "draw", "in", "into", "is", "it", "its",
+           "make", "number", "of", "paint", "picture", "the", "to", "turn", "with"}  # fmt: skip
 
 
 def understand(option: str, text: str, editing: bool) -> dict[str, object]:
@@ -26,7 +26,7 @@ def understand(option: str, text: str, editing: bool) -> dict[str, object]:
     from ..lab.scenes import COLOURS, TEXTURES
 
     known = (
-        f"words that the tiny model knows: a digit, the colours {', '.join(COLOURS)} (of the ground after \"on\"), the "
+        f'words that the tiny model knows: a digit, the colours {", ".join(COLOURS)} (of the ground after "on"), the '
         f"textures {', '.join(TEXTURES)}{', or ' + ', '.join(sorted(set(TASKS.values()))) if editing else ''}"
     )
     heard, found, ground = re.findall(r"[^\W\d_]+|\d+|[^\w\s,.:;!?\"'-]+", text.lower()), {}, False

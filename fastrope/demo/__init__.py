@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..commands.running import add_out, find_device
+from ..commands.running import QUIET, add_out, find_device
 from ..extras import require_packages
 from ..outputs import check_report
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     options = parser.parse_args(argv)
     require_packages("diffusers", "transformers", "matplotlib", "PIL", "tqdm")
+    os.environ.setdefault(*QUIET)
     from .build import FILES, build
 
     out, device = options.out or Path("demo"), find_device(options.device, ("cpu", "cuda"))

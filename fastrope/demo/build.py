@@ -1,4 +1,7 @@
-"""The demo from computation to one page, and the pictures of README and docs: ``python -m fastrope.demo.build docs``."""
+"""The demo from computation to one page.
+
+``python -m fastrope.demo.build docs`` draws the pictures of the README again.
+"""
 
 from __future__ import annotations
 

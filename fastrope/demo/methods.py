@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 import fastrope as fr
-from fastrope import lab
-from fastrope.lab.codes import Codebook
-from fastrope.lab.judge import digits
 
+from .. import lab
+from ..commands import ar_hosts
+from ..commands.pipelines import Trained
 from ..figures import Cell
+from ..lab.judge import digits
 from ..pictures import to_picture
 
 DELTAS = (0.5, 0.8, 1.0, 1.2, 1.5)
@@ -31,87 +32,75 @@ class Show:
     row: Callable[[torch.device, int], list[Cell]]
 
 
-class Painter:
-    """A pipeline of the lab, and what its pictures are named by."""
-
-    def __init__(self, device: torch.device, edit: bool, seed: int, **call: object) -> None:
-        self.pipe, self.seed, self.device = lab.pipeline(device, edit=edit), seed, device
-        size = lab.CALL if edit else {n: lab.CALL[n] for n in ("height", "width", "num_inference_steps")}
-        self.call = {**size, **{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in call.items()}}
-
-    def draw(self, title: str, *methods: object, **options: object) -> Cell:
-        """The picture of a call under some methods."""
-        with fr.apply(self.pipe, *methods, **options):
-            made = self.pipe(**self.call | {"output_type": "pil"}, generator=torch.Generator().manual_seed(self.seed))
-        return named(title, made.images[0])
+def named(title: str, picture) -> Cell:
+    """A picture with the digit that the lab's classifier takes it for."""
+    return Cell(picture, title, f"seen as {seen(picture)}")
 
 
 def seen(picture) -> int:
     """The digit that the lab's classifier takes a picture for."""
-    pixels = torch.from_numpy(np.asarray(picture).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    small = picture.resize((lab.CALL["width"], lab.CALL["height"]), 0)
+    pixels = torch.from_numpy(np.asarray(small).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
     return int(digits(lab.load("classifier"), pixels))
-
-
-def named(title: str, picture) -> Cell:
-    """A picture with what it is taken for."""
-    return Cell(picture, title, f"seen as {seen(picture)}")
 
 
 def grag(device: torch.device, seed: int) -> list[Cell]:
     """Another digit is asked for, with the dial from "follow the words" to "keep the picture"."""
     source = lab.pictures(1, seed)[0]
-    digit = (seen(source) + 3) % 10
-    painter = Painter(device, True, seed, image=source, **lab.prompt("digit", digit=digit))
-    drawn = [painter.draw(f"delta {delta:g}", fr.GRAG(delta=delta)) for delta in DELTAS]
-    return [named(f'source; "make it a {digit}"', source), *drawn]
+    words = f"make it a {(seen(source) + 3) % 10}"
+    model = Trained(lab.pipeline(device), {})
+    call, cells = model.call(words) | model.editing([source]), [named(f'source; "{words}"', source)]
+    for delta in DELTAS:
+        with fr.apply(model.pipe, fr.GRAG(delta=delta)):
+            cells.append(named(f"delta {delta:g}", model.draw(call, seed)))
+    return cells
 
 
 def untwisting(device: torch.device, seed: int) -> list[Cell]:
     """A digit in the style of a picture that shows another one."""
     source = lab.pictures(1, seed)[0]
-    digit = (seen(source) + 3) % 10
-    words = lab.prompt(digit=digit)
-    painter = Painter(device, False, seed, **words)
-    size = {name: painter.call[name] for name in ("height", "width", "num_inference_steps")}
-    nothing = {name: x.to(device) for name, x in lab.prompt().items()}
-    noise = torch.Generator().manual_seed(seed + 1)
-    reference = fr.ReferenceCache(fr.prepare_reference(painter.pipe, source, **size, **nothing, generator=noise))
-    drawn = [painter.draw(f"s_hf {high:g}", fr.UntwistingRoPE(s_hf=high, s_lf=1.2, adain=0.0), reference=reference)
-             for high in S_HF]  # fmt: skip
-    return [named(f'reference; "a {digit}"', source), painter.draw("without it"), *drawn]
+    words = f"a {(seen(source) + 3) % 10}"
+    model = Trained(lab.pipeline(device, edit=False), {})
+    size = dict(zip(("height", "width"), model.size([source], None, None), strict=True))
+    call, noise = model.call(words) | size, torch.Generator().manual_seed(seed + 1)
+    shared = size | {"num_inference_steps": model.settings.steps, "generator": noise}
+    reference = fr.prepare_reference(model.pipe, source, **shared, **model.text("reference", ""))
+    kept = fr.ReferenceCache(reference)
+    cells = [named(f'reference; "{words}"', source), named("without it", model.draw(call, seed))]
+    for high in S_HF:
+        with fr.apply(model.pipe, fr.UntwistingRoPE(s_hf=high, s_lf=1.2, adain=0.0), reference=kept):
+            cells.append(named(f"s_hf {high:g}", model.draw(call, seed)))
+    return cells
 
 
 def looserope(device: torch.device, seed: int) -> list[Cell]:
     """A pasted digit with a box of its own ground, to be blended in."""
     composite, original = lab.pasted(seed)
-    painter = Painter(device, True, seed, image=composite, **lab.prompt("blend"))
-    method = fr.LooseRoPE.from_images(composite, original)
-    drawn = [painter.draw(f"boost {boost:g}", replace(method, boost=boost)) for boost in BOOSTS]
-    return [named('pasted; "blend"', composite), painter.draw("without LooseRoPE"), *drawn]
+    model = Trained(lab.pipeline(device), {})
+    call, method = model.call("blend") | model.editing([composite]), fr.LooseRoPE.from_images(composite, original)
+    cells = [named('pasted; "blend"', composite), named("without LooseRoPE", model.draw(call, seed))]
+    for boost in BOOSTS:
+        with fr.apply(model.pipe, replace(method, boost=boost)):
+            cells.append(named(f"boost {boost:g}", model.draw(call, seed)))
+    return cells
 
 
 def islock(device: torch.device, seed: int) -> list[Cell]:
     """A drawing of the autoregressive model, drawn again on another ground with its tokens as anchors."""
-    from ..bindings.llamagen import generate
-
-    author = lab.load("author").to(device)
-    book, model = Codebook(author.codebook), author.transformer
+    host = ar_hosts.tiny(dict(guidance=2.0, top_k=0), device, torch.float32)
+    generator, tokens = torch.Generator().manual_seed(seed), host.grid[0] * host.grid[1]
     digit = (3 + 2 * seed) % 10
-    first, second = (lab.prompt(digit=digit, ink="red", ground=ground)["prompt_embeds"].to(device)
-                     for ground in ("white", "yellow"))  # fmt: skip
-    settings, generator = dict(guidance=2.0, top_k=0), torch.Generator().manual_seed(seed)
+    first, second = f"a red {digit} on white", f"a red {digit} on yellow"
 
-    def cell(title: str, tokens: torch.Tensor) -> Cell:
-        pixels = (book.decode(tokens)[0].float().cpu() / 2 + 0.5).clamp(0, 1)
-        return named(title, to_picture(title, pixels))
+    def draw(title: str, words: str, **matching: object):
+        made = host.run([words], None, generator=generator, **matching).tokens
+        return made, named(title, to_picture(title, host.decode(made)))
 
-    original = generate(model, first, generator=generator, **settings).tokens
-    plain = generate(model, second, generator=generator, **settings).tokens
-    cells = [cell(f'"a red {digit} on white"', original), cell('"... on yellow", no anchors', plain)]
+    (anchors, original), (_, plain) = draw(f'"{first}"', first), draw('"... on yellow", no anchors', second)
+    cells = [original, plain]
     for tau in TAUS:
-        matcher = fr.ISLock(candidates=8, tau=tau).matcher(book.codebook, num_tokens=model.config.num_tokens)
-        made = generate(model, second, matcher=matcher, anchors=original, generator=generator, **settings)
-        cells.append(cell(f"tau {tau:g}", made.tokens))
+        matcher = fr.ISLock(candidates=8, tau=tau).matcher(host.codebook, num_tokens=tokens)
+        cells.append(draw(f"tau {tau:g}", second, matcher=matcher, anchors=anchors)[1])
     return cells
 
 
@@ -137,8 +126,8 @@ SHOWS = {
     ),
     "islock": Show(
         "An anchored edit: ISLock",
-        "The autoregressive model draws a digit, then the same digit on another ground. With the first drawing's tokens "
-        "as anchors, a token that is likely and near its anchor is taken; a larger tau keeps more of the first drawing.",
+        "The autoregressive model draws a digit, then the same digit on another ground. The tokens of the first "
+        "drawing are anchors: a token that is likely and near its anchor is taken. A larger tau keeps more of it.",
         islock,
     ),
 }

@@ -211,26 +211,11 @@ def test_commands_are_found():
     assert len(COMMANDS) == 6
 
 
-def test_the_picture_of_the_dials_shows_what_the_page_says(tmp_path):
-    from fastrope.demo import dials
-
-    high, low, beta = dials.compute(torch.device("cpu"), grid=20)
-    shares, locked = ([[getattr(p, name) for p in row] for row in (high, low, beta)] for name in ("share", "locked"))
-    assert sorted(shares[0], reverse=True) == shares[0]  # s_hf falls
-    assert sorted(locked[0], reverse=True) == locked[0]
-    assert sorted(shares[1]) == shares[1]  # s_lf rises
-    assert sorted(shares[2], reverse=True) == shares[2]  # beta rises
-    assert locked[2][0] > locked[2][2]
-    assert dials.draw([high[:1], low[:1], beta[:1]], tmp_path / "dials.png").stat().st_size > 0
-    assert "![What a query attends to, over the dials](untwisting-dials.png)" in PAGE
-    assert (ROOT / "docs" / "untwisting-dials.png").exists()
-
-
 def test_the_picture_is_of_the_command_below_it():
     from PIL import Image
 
     shown = re.search(r"^!\[[^\]]*\]\(([^)]+)\)\n\n`fastrope sweep ([^`]+)`", PAGE, re.MULTILINE)
     with Image.open(ROOT / "docs" / shown[1]) as picture:
-        assert picture.width > 1000
+        assert picture.width > 600
     options = sweep._parser().parse_args(shlex.split(shown[2].replace("\n", " ")))
     assert (options.model, len(options.s_hf), len(options.s_lf)) == ("tiny", 4, 3)

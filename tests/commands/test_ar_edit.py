@@ -113,7 +113,7 @@ def test_tokens_are_mapped_by_class(tmp_path):
     tokens, anchors = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 4]])
     made = Record(tokens, anchors, torch.tensor([[0, 2, torch.inf, torch.inf]]), torch.full((1, 4), 3), accepted)
     ar_edit.token_map(made, 0, (2, 2)).save(tmp_path / "map.png")
-    colours = ["#%02X%02X%02X" % tuple(colour) for colour in pixels(tmp_path / "map.png").reshape(4, 3)]
+    colours = ["#{:02X}{:02X}{:02X}".format(*colour) for colour in pixels(tmp_path / "map.png").reshape(4, 3)]
     assert colours == [ar_edit.CLASSES[name] for name in ("kept", "moved", "fallback", "fallback")]
     assert ar_edit._counts(made, 0) == "kept 1, moved 1, fallback 2\nmedian distance 0"
 

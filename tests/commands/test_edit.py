@@ -287,8 +287,7 @@ def call_of(pipeline: str, method: str, *sizes: tuple[int, int]) -> dict:
     """Arguments of a pipeline's call but for the pictures; the names are the pipeline's own."""
     kind = getattr(diffusers, pipeline)
     pipe = object.__new__(type(pipeline, (), {"__call__": kind.__call__}))
-    options = _parser().parse_args(["--method", method, "--model", "some/model"])
-    model = pipelines.Model(pipe, options, qwen_steps=24 if method == "grag" else 28)
+    model = pipelines.Model(pipe, {}, qwen_steps=24 if method == "grag" else 28)
     images = [Image.new("RGB", size) for size in sizes]
     call = model.call("words") | model.editing(images)
     assert set(call) <= set(inspect.signature(kind.__call__).parameters)
@@ -366,5 +365,3 @@ def test_offloading_is_left_to_diffusers(folder, monkeypatch):
     monkeypatch.setattr(diffusers.FluxKontextPipeline, "enable_model_cpu_offload", lambda self, device: seen.append(1))
     load(folder, "--offload")
     assert seen == [1]
-
-

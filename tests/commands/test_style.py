@@ -67,7 +67,8 @@ def test_dials_change_the_picture_and_seeds_repeat():
     seen = []
     for n, words in enumerate([(), ("--s-hf", "1"), ("--s-lf", "0.6"), ("--s-hf", "1", "--adain", "0"),
                                ("--s-hf", "1", "--blocks", "single"), ("--s-hf", "1", "--trajectory", "rf_inversion"),
-                               ("--s-hf", "1", "--seed", "7"), ("--s-hf", "1", "--reference-seed", "9"), ()]):  # fmt: skip
+                               ("--s-hf", "1", "--seed", "7"), ("--s-hf", "1", "--reference-seed", "9"),
+                               ()]):  # fmt: skip
         assert draw(*words, "--out", f"{n}.png") == 0
         seen.append(pixels(f"{n}.png").tobytes())
     assert seen.pop() == seen[0]

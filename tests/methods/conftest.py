@@ -1,4 +1,4 @@
-"""What tests on the tiny Kontext pipeline share."""
+"""What tests on the lab's trained editor share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import fastrope as fr
 
 @pytest.fixture(scope="module")
 def pipe():
-    """The tiny Kontext pipeline of the demo."""
+    """The lab's trained editor."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     from methods import tiny_run
@@ -19,8 +19,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def method():
-    """LooseRoPE from the demo's pictures."""
+    """LooseRoPE from a pasted digit."""
     from methods import tiny_run
 
-    scene = tiny_run.pasted()
-    return fr.LooseRoPE.from_images(scene.composite, scene.background)
+    return fr.LooseRoPE.from_images(*tiny_run.pasted())

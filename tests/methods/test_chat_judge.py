@@ -164,15 +164,12 @@ def test_a_name_is_enough_to_steer(model, processor, monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
     from methods import tiny_run
 
-    from fastrope.demo import tiny
-
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: processor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    scene = tiny_run.pasted()
-    method = fr.LooseRoPE.from_images(scene.composite, scene.background)
-    with tiny.quiet():
-        steered = fr.steer(tiny_run.pipeline(), method, str(tmp_path), **tiny_run.arguments(), output_type="np")
+    method = fr.LooseRoPE.from_images(*tiny_run.pasted())
+    call = tiny_run.arguments() | {"output_type": "np"}
+    steered = fr.steer(tiny_run.pipeline(), method, str(tmp_path), **call)
     assert [(t.verdict.kind, t.verdict.readable) for t in steered.tries] == [("success", False)]
 
 

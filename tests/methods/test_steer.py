@@ -1,4 +1,4 @@
-"""Steering on the tiny Kontext pipeline, with judges whose answers are written down."""
+"""Steering on the lab's trained editor, with judges whose answers are written down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from methods import tiny_run
 
-from fastrope.demo import tiny
 from fastrope.methods.judges import Verdict
 
 MOVES = {"neglect": -0.045, "suppression": 0.05, "success": 0.0}
@@ -41,12 +40,11 @@ class Scripted:
 
 
 def steer(pipe, method, judge, call, **kwargs):
-    with tiny.quiet():
-        return fr.steer(pipe, method, judge, **kwargs, **call)
+    return fr.steer(pipe, method, judge, **kwargs, **call)
 
 
 def plain(pipe, method, call):
-    with fr.apply(pipe, method), tiny.quiet():
+    with fr.apply(pipe, method):
         return pipe(**{**call, "generator": call["generator"].clone_state()}).images
 
 
@@ -130,8 +128,7 @@ def test_the_result_waits_for_a_call_of_another_thread(pipe, method, call):
 def test_the_noise_is_the_same_every_time(pipe, method, call):
     judge = Scripted("neglect", "suppression", "success")
     moves = {"neglect": 0.0, "suppression": 0.0}
-    with tiny.quiet():
-        steered = fr.steer(pipe, method, judge, moves=moves, **call)
+    steered = fr.steer(pipe, method, judge, moves=moves, **call)
     first, *others = [np.asarray(t.estimate) for t in steered.tries]
     assert len(others) == 2
     assert all(np.array_equal(first, other) for other in others)
@@ -149,7 +146,7 @@ def test_noise_of_the_global_generator(pipe, method, call):
 
 
 def test_the_estimate_is_the_one_step_estimate(pipe, method, call):
-    """From two samples of an unsteered run: the tiny pipeline's latents are pixels."""
+    """From two samples of an unsteered run: the lab's latents are pixels."""
     judge = Scripted("success")
     steer(pipe, method, judge, call)
     samples = []
@@ -161,7 +158,7 @@ def test_the_estimate_is_the_one_step_estimate(pipe, method, call):
     plain(pipe, method, {**call, "callback_on_step_end": keep})
     sigma, after = pipe.scheduler.sigmas[2:4]
     velocity = (samples[1] - samples[2]) / (sigma - after)
-    pixels = pipe._unpack_latents(samples[1] - sigma * velocity, 32, 32, pipe.vae_scale_factor)[0]
+    pixels = pipe._unpack_latents(samples[1] - sigma * velocity, 16, 16, pipe.vae_scale_factor)[0]
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(judge.seen[0][1]) - expected).max() <= 1
 
@@ -183,7 +180,7 @@ def test_runs_shorter_than_the_question_are_asked_at_their_end(pipe, method, cal
 
 
 def test_the_built_in_judge(pipe, method, call):
-    """A tiny untrained model redraws what it sees; the verdict is the judge's own on the estimate it was shown."""
+    """The verdict is the judge's own on the estimate it was shown."""
     steered = steer(pipe, method, None, call, max_tries=1)
     measures = steered.tries[0].verdict.measures
     assert set(measures) == {"change", "kept"}
@@ -196,7 +193,7 @@ def test_other_parameters_and_methods(pipe, method, call):
     judge = Scripted("suppression", "neglect")
     steered = steer(pipe, fr.GRAG(1, 1.1), judge, call, parameter="delta", max_tries=2, beside=[method], moves=moves)
     assert [t.value for t in steered.tries] == pytest.approx([1.1, 1.3, 1.2])
-    with fr.apply(pipe, fr.GRAG(1, steered.tries[-1].value), method), tiny.quiet():
+    with fr.apply(pipe, fr.GRAG(1, steered.tries[-1].value), method):
         expected = pipe(**{**call, "generator": call["generator"].clone_state()}).images
     assert np.array_equal(steered.images, expected)
 
@@ -259,7 +256,7 @@ def test_verdicts_with_numbers_reach_the_record(pipe, method, call):
 ])  # fmt: skip
 def test_bad_arguments_are_named(pipe, method, call, kwargs, name):
     arguments = {**call, "method": method, "judge": Scripted("success"), **kwargs}
-    with pytest.raises(ValueError, match=rf"^{name}: expected .*, received "), tiny.quiet():
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, received "):
         fr.steer(pipe, **arguments)
     assert "step" not in vars(pipe.scheduler)
 

@@ -1,31 +1,31 @@
-"""The tiny Kontext pipeline of the demo, and one call of it."""
+"""The lab's trained editor, 16 x 16 pixels, and one call of it on a pasted digit."""
 
 from __future__ import annotations
 
 import torch
 
 import fastrope as fr
-from fastrope.demo import kontext, scene, tiny
+from fastrope import lab
 
-quiet = tiny.quiet
-SETTINGS = kontext.Settings(pixels=32, steps=4)
-CPU = torch.device("cpu")
+STEPS, SIDE = 4, 16
 
 
 def pipeline():
-    return tiny.pipeline(0, CPU, torch.float32)
+    return lab.pipeline()
 
 
 def arguments() -> dict:
-    """Of the pipeline's call: the composite, random embeddings, fixed noise; the result are packed latents."""
-    return kontext._inputs(SETTINGS, CPU, torch.float32)
+    """Of the pipeline's call: a pasted digit, fixed noise."""
+    noise = torch.randn(1, SIDE * SIDE // 4, 12, generator=torch.Generator().manual_seed(1))
+    changed = dict(num_inference_steps=STEPS, latents=noise, image=pasted()[0])
+    return lab.CALL | lab.prompt("blend") | changed
 
 
 def run(pipe, *methods) -> torch.Tensor:
-    """Pixels ``(3, 32, 32)`` of a call under some methods."""
-    with fr.apply(pipe, *methods), tiny.quiet():
-        latents = pipe(**arguments(), output_type="latent").images
-    return pipe._unpack_latents(latents, SETTINGS.pixels, SETTINGS.pixels, pipe.vae_scale_factor)[0].double()
+    """Pixels ``(3, 16, 16)`` of a call under some methods."""
+    with fr.apply(pipe, *methods):
+        latents = pipe(**arguments() | {"output_type": "latent"}).images
+    return pipe._unpack_latents(latents, SIDE, SIDE, pipe.vae_scale_factor)[0].double()
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -33,5 +33,6 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt())
 
 
-def pasted() -> scene.Scene:
-    return scene.draw_scene()
+def pasted() -> tuple:
+    """A picture with a pasted digit, and the picture before."""
+    return lab.pasted()
