@@ -35,15 +35,15 @@ def test_weights_read_through_the_op_are_the_softmax():
 
 
 def test_idea_shows_what_it_says():
-    panels, crop = idea.compute(CPU)
-    weights = {p.name: p.weights for p in panels}
+    weights, crop = idea.compute(CPU)
+    plain = "attention with RoPE"
     rows, columns = torch.meshgrid(torch.arange(idea.GRID), torch.arange(idea.GRID), indexing="ij")
     distance = ((rows - idea.QUERY[0]) ** 2 + (columns - idea.QUERY[1]) ** 2).double().sqrt()
     reach = {name: float((w * distance).sum()) for name, w in weights.items()}
     entropy = {name: float(torch.special.entr(w).sum()) for name, w in weights.items()}
-    assert reach["plain"] < reach["QueryScale"] < reach["BandWeight"]
-    assert entropy["BiasDelta"] < entropy["plain"]
-    assert weights["LogitGain"][crop].sum() < weights["plain"][crop].sum()
+    assert reach[plain] < reach["QueryScale"] < reach["BandWeight"]
+    assert entropy["BiasDelta"] < entropy[plain]
+    assert weights["LogitGain"][crop].sum() < weights[plain][crop].sum()
 
 
 def test_the_classifier_names_pictures_of_any_size():

@@ -5,7 +5,6 @@ The queries and keys are made by hand, so that they prefer near keys of a simila
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 import fastrope as fr
 
 from ..figures import LIGHT, Paper, as_picture, canvas, show
-from . import scene as scenes
+from . import scene
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,14 +24,14 @@ NEAR, ALIKE, WIDTH = 3.2, 1.5, 8.0  # preference for near keys, for keys of like
 SCALE, S_HF, S_LF, BIAS, DELTA, GAIN = 0.35, 0.0, 1.25, 1.0, 1.5, 0.5
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One modulation: its name, its formula as math text, what it does, and the weights ``(GRID, GRID)``."""
-
-    name: str
-    formula: str
-    effect: str
-    weights: torch.Tensor
+TEXTS = {  # the formula as math text, and what it does
+    "attention with RoPE": (r"$\langle R(\varphi_i)\,q_i,\ R(\varphi_j)\,k_j\rangle$",
+                            "looks near, and at\nwhat is like itself"),
+    "QueryScale": (r"$\varphi \rightarrow r_i\,\varphi$", "positions shrink:\nthe view widens"),
+    "BandWeight": (r"$k_c \rightarrow w_c\,k_c$", "fast bands fade: likeness\ncounts, place does not"),
+    "BiasDelta": (r"$k \rightarrow \lambda\mu + \delta\,(k-\mu)$", "δ is a temperature,\nλ the group's share"),
+    "LogitGain": (r"$s_{ij} \rightarrow g_i\,s_{ij}$", "a crop of the keys\nquieter (or louder)"),
+}  # fmt: skip
 
 
 def tokens_of(picture: torch.Tensor) -> torch.Tensor:
@@ -63,55 +62,41 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, **arguments) -> torch.Te
     return fr.attention(*spread, values, **arguments).flatten(2)[0, :, :keys]
 
 
-def compute(device: torch.device) -> tuple[list[Panel], torch.Tensor]:
-    """The five panels, and the crop ``(GRID, GRID)`` that LogitGain covers."""
-    scene = scenes.draw_scene()
-    keys = tokens_of(scenes.at_size(scene, GRID)).to(device)
-    layout, index = fr.TokenLayout(text=0, target=(GRID, GRID)), QUERY[0] * GRID + QUERY[1]
-    positions = layout.positions("flux").to(device)
-    rope, key_rope = fr.RoPE.axial(positions[index : index + 1], AXES), fr.RoPE.axial(positions, AXES)
+def compute(device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The weights ``(GRID, GRID)`` of every panel, and the crop ``(GRID, GRID)`` that LogitGain covers."""
+    picture, mask = scene.draw_scene()
+    keys = tokens_of(F.interpolate(picture[None], size=(GRID, GRID), mode="area")[0]).to(device)
+    crop = scene.mask_tokens(mask, GRID, dilate=3)
+    positions = fr.TokenLayout(text=0, target=(GRID, GRID)).positions("flux").to(device)
+    row = slice(QUERY[0] * GRID + QUERY[1], QUERY[0] * GRID + QUERY[1] + 1)
+    ropes = dict(rope=fr.RoPE.axial(positions[row], AXES), key_rope=fr.RoPE.axial(positions, AXES))
     ramp = S_HF + (S_LF - S_HF) * torch.linspace(0, 1, AXES[1] // 2) ** 2  # from the fastest pair to the slowest
-    bands = torch.cat([torch.full((AXES[0] // 2,), S_LF), ramp, ramp]).to(device)
-    crop = scenes.mask_tokens(scene, GRID, dilate=3)
     one = torch.ones(1, device=device)
-    modulations = {
-        "plain": (),
-        "QueryScale": (fr.QueryScale(SCALE * one, axes=(1, 2)),),
-        "BandWeight": (fr.BandWeight(bands),),
-        "BiasDelta": (fr.BiasDelta(BIAS, DELTA),),
-        "LogitGain": (fr.LogitGain(GAIN * one, keys=crop.to(device)),),
-    }
-    texts = {
-        "plain": (r"$\langle R(\varphi_i)\,q_i,\ R(\varphi_j)\,k_j\rangle$", "looks near, and at\nwhat is like itself"),
-        "QueryScale": (r"$\varphi \rightarrow r_i\,\varphi$", "positions shrink:\nthe view widens"),
-        "BandWeight": (r"$k_c \rightarrow w_c\,k_c$", "fast bands fade: likeness\ncounts, place does not"),
-        "BiasDelta": (r"$k \rightarrow \lambda\mu + \delta\,(k-\mu)$", "δ is a temperature,\nλ the group's share"),
-        "LogitGain": (r"$s_{ij} \rightarrow g_i\,s_{ij}$", "a crop of the keys\nquieter (or louder)"),
-    }
-    panels = []
-    for name, mods in modulations.items():
-        weights = attention_weights(keys[index : index + 1], keys, rope=rope, key_rope=key_rope, modulations=mods)
-        panels.append(Panel(name, *texts[name], weights.view(GRID, GRID).double().cpu()))
-    return panels, crop.view(GRID, GRID)
+    modulations = (
+        (), (fr.QueryScale(SCALE * one, axes=(1, 2)),),
+        (fr.BandWeight(torch.cat([torch.full((AXES[0] // 2,), S_LF), ramp, ramp]).to(device)),),
+        (fr.BiasDelta(BIAS, DELTA),), (fr.LogitGain(GAIN * one, keys=crop.flatten().to(device)),),
+    )  # fmt: skip
+    found = (attention_weights(keys[row], keys, modulations=mods, **ropes) for mods in modulations)
+    return {name: x.view(GRID, GRID).double().cpu() for name, x in zip(TEXTS, found, strict=True)}, crop
 
 
 def draw(device: torch.device, paper: Paper = LIGHT) -> Image:
     """A spotlight per panel: the reference picture, lit where the query looks."""
-    panels, crop = compute(device)
-    composite, cell = scenes.draw_scene().composite, scenes.SIZE / GRID
+    weights, crop = compute(device)
+    picture, cell = scene.draw_scene()[0], scene.SIZE / GRID
     with canvas(12.4, 3.6, paper) as figure:
-        for ax, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            show(ax, spotlight(composite, panel.weights / panel.weights.quantile(0.993)), paper)
+        panels = figure.subplots(1, len(weights))
+        for ax, (name, seen) in zip(panels, weights.items(), strict=True):
+            show(ax, spotlight(picture, seen / seen.quantile(0.993)), paper)
             x, y = (QUERY[1] + 0.5) * cell, (QUERY[0] + 0.5) * cell
             for colour, width in (("white", 2.2), ("black", 0.8)):
                 ax.plot(x, y, "o", markersize=8, fillstyle="none", markeredgecolor=colour, markeredgewidth=width)
-            if panel.name == "LogitGain":
-                grid = ((torch.arange(GRID) + 0.5) * cell).numpy()
-                ax.contour(grid, grid, crop.float().numpy(), [0.5], colors="white", linewidths=1.2, linestyles="--")
-            title = "attention with RoPE" if panel.name == "plain" else panel.name
-            ax.set_title(title, fontsize=13, fontweight="bold")
-            ax.set_xlabel(f"{panel.formula}\n{panel.effect}", fontsize=11.5, linespacing=1.45, labelpad=8,
-                          parse_math=True)  # fmt: skip
+            formula, effect = TEXTS[name]
+            ax.set_title(name, fontsize=13, fontweight="bold")
+            ax.set_xlabel(f"{formula}\n{effect}", fontsize=11.5, linespacing=1.45, labelpad=8, parse_math=True)
+        grid = ((torch.arange(GRID) + 0.5) * cell).numpy()
+        panels[-1].contour(grid, grid, crop.float().numpy(), [0.5], colors="white", linewidths=1.2, linestyles="--")
         return as_picture(figure)
 
 

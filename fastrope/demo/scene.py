@@ -2,96 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 SIZE = 512  # drawn at, pixels
+RIDGES = ((330, 46, 0.6, (139, 142, 175)), (372, 38, 2.4, (88, 124, 126)), (424, 30, 4.2, (62, 108, 72)))
+TREES = ((60, 440, 34), (112, 470, 46), (430, 452, 40), (476, 486, 52))
+STRIPES = ((1.0, (213, 60, 36)), (0.8, (250, 240, 220)), (0.55, (0, 96, 150)), (0.25, (240, 176, 32)))
 
 
-@dataclass(frozen=True)
-class Scene:
-    """``composite (3, SIZE, SIZE)`` in 0..1; ``mask (SIZE, SIZE)`` bool, the pasted pixels."""
-
-    composite: torch.Tensor
-    mask: torch.Tensor
-
-
-def draw_scene() -> Scene:
-    """Draw it; the same pixels every time."""
-    composite, (paste, mask) = _landscape(), _balloon()
-    composite.paste(paste, (0, 0), mask)
-    return Scene(_tensor(composite), _tensor(mask)[0] > 0.5)
+def draw_scene() -> tuple[torch.Tensor, torch.Tensor]:
+    """The composite ``(3, SIZE, SIZE)`` in 0..1, and a mask ``(SIZE, SIZE)`` bool of the pasted pixels."""
+    composite = _landscape()
+    before = np.asarray(composite)
+    _paste_balloon(composite)
+    after = np.asarray(composite)
+    return torch.from_numpy(after / np.float32(255)).permute(2, 0, 1), torch.from_numpy((after != before).any(2))
 
 
-def at_size(scene: Scene, pixels: int) -> torch.Tensor:
-    """The composite averaged down to ``(3, pixels, pixels)``."""
-    return F.interpolate(scene.composite[None], size=(pixels, pixels), mode="area")[0]
-
-
-def mask_tokens(scene: Scene, grid: int, dilate: int) -> torch.Tensor:
-    """Tokens of the paste on a grid, ``(grid * grid,)`` bool, grown ``dilate`` times by a 4-connected cross."""
-    mask = F.interpolate(scene.mask[None, None].float(), size=(grid, grid), mode="area") > 0.25
+def mask_tokens(mask: torch.Tensor, grid: int, dilate: int) -> torch.Tensor:
+    """Tokens of the paste on a grid, ``(grid, grid)`` bool, grown ``dilate`` times by a 4-connected cross."""
+    inside = F.interpolate(mask[None, None].float(), size=(grid, grid), mode="area") > 0.25
     cross = torch.tensor([[0.0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
     for _ in range(dilate):
-        mask = F.conv2d(mask.float(), cross, padding=1) > 0
-    return mask.flatten()
+        inside = F.conv2d(inside.float(), cross, padding=1) > 0
+    return inside[0, 0]
 
 
 def _landscape():
     from PIL import Image, ImageDraw, ImageFilter
 
-    image = Image.new("RGB", (SIZE, SIZE))
+    high, low = np.array((92, 150, 214)), np.array((250, 222, 178))
+    sky = high + (low - high) * np.linspace(0, 1 / 0.62, SIZE).clip(max=1)[:, None]
+    image = Image.fromarray(np.broadcast_to(sky[:, None], (SIZE, SIZE, 3)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    for y in range(SIZE):
-        t = y / SIZE
-        draw.line([(0, y), (SIZE, y)], fill=_mix((92, 150, 214), (250, 222, 178), min(1.0, t / 0.62)))
     draw.ellipse((330, 214, 410, 294), fill=(255, 241, 200))
-    for base, height, phase, colour in (
-        (330, 46, 0.6, (139, 142, 175)), (372, 38, 2.4, (88, 124, 126)), (424, 30, 4.2, (62, 108, 72)),
-    ):  # fmt: skip
-        ridge = [0.6 * _sin(x / 83 + phase) + 0.4 * _sin(x / 37 + 2 * phase) for x in range(0, SIZE + 1, 4)]
-        wave = [(4 * n, base - height * y) for n, y in enumerate(ridge)]
-        draw.polygon([*wave, (SIZE, SIZE), (0, SIZE)], fill=colour)
+    for base, height, phase, colour in RIDGES:
+        ridge = ((x, 0.6 * math.sin(x / 83 + phase) + 0.4 * math.sin(x / 37 + 2 * phase)) for x in range(0, 516, 4))
+        draw.polygon([*((x, base - height * y) for x, y in ridge), (SIZE, SIZE), (0, SIZE)], fill=colour)
     draw.polygon([(214, SIZE), (322, SIZE), (286, 452), (262, 418), (256, 420), (264, 456)], fill=(206, 186, 140))
-    for x, y, size in ((60, 440, 34), (112, 470, 46), (430, 452, 40), (476, 486, 52)):
+    for x, y, size in TREES:
         draw.polygon([(x - size // 2, y), (x + size // 2, y), (x, y - 2 * size)], fill=(32, 70, 52))
         draw.rectangle((x - 3, y, x + 3, y + size // 4), fill=(74, 54, 40))
     return image.filter(ImageFilter.GaussianBlur(1))
 
 
-def _balloon():
-    from PIL import Image, ImageDraw
+def _paste_balloon(image) -> None:
+    from PIL import ImageDraw
 
-    image, mask = Image.new("RGB", (SIZE, SIZE)), Image.new("L", (SIZE, SIZE), 0)
-    cx, cy, radius = 190, 170, 100
-    for target, plain in ((image, None), (mask, 255)):
-        draw = ImageDraw.Draw(target)
-        stripes = ((213, 60, 36), (250, 240, 220), (0, 96, 150), (240, 176, 32))
-        widths = (1.0, 0.8, 0.55, 0.25)
-        for colour, width in zip(stripes, widths, strict=True):
-            fill = colour if plain is None else plain
-            draw.ellipse((cx - radius * width, cy - radius, cx + radius * width, cy + radius), fill=fill)
-            wide, narrow = 0.87 * radius * width, 20 * width
-            corners = [(cx - wide, cy + 50), (cx + wide, cy + 50), (cx + narrow, cy + 142), (cx - narrow, cy + 142)]
-            draw.polygon(corners, fill=fill)
-        for x in (-18, 18):
-            rope = (40, 30, 24) if plain is None else plain
-            draw.line((cx + x, cy + 140, cx + 0.8 * x, cy + 176), fill=rope, width=4)
-        draw.rectangle((cx - 22, cy + 174, cx + 22, cy + 206), fill=(120, 76, 40) if plain is None else plain)
-    return image, mask
-
-
-def _mix(a, b, t: float) -> tuple[int, int, int]:
-    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
-
-
-def _sin(x: float) -> float:
-    return float(torch.sin(torch.tensor(x)))
-
-
-def _tensor(image) -> torch.Tensor:
-    array = np.asarray(image, dtype=np.float32) / 255
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+    draw, x, y, radius = ImageDraw.Draw(image), 190, 170, 100
+    for width, colour in STRIPES:
+        draw.ellipse((x - radius * width, y - radius, x + radius * width, y + radius), fill=colour)
+        wide, narrow = 0.87 * radius * width, 20 * width
+        draw.polygon(
+            [(x - wide, y + 50), (x + wide, y + 50), (x + narrow, y + 142), (x - narrow, y + 142)], fill=colour
+        )
+    for side in (-18, 18):
+        draw.line((x + side, y + 140, x + 0.8 * side, y + 176), fill=(40, 30, 24), width=4)
+    draw.rectangle((x - 22, y + 174, x + 22, y + 206), fill=(120, 76, 40))
