@@ -71,8 +71,8 @@ def check(parts, plan: fr.Plan, monkeypatch) -> torch.Tensor:
     ("kind", "pairing", "dtype"),
     [
         (None, "half", torch.float16),
-        ("levels", "interleaved", torch.float16),
-        ("levels", "half", torch.float32),
+        ("two", "interleaved", torch.float16),
+        ("two", "half", torch.float32),
         ("distinct", "interleaved", torch.float16),
         ("distinct", "half", torch.float32),
     ],
