@@ -100,7 +100,7 @@ def _told(error: BaseException, name: str) -> tuple[int, str] | None:
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     if _out_of_memory(error):
-        return 2, f"out of memory; use {COMMANDS[name].smaller} ({line})"
+        return 2, f"out of memory; {COMMANDS[name].smaller} takes less ({line})"
     if isinstance(error, ModuleNotFoundError) and not isinstance(error, MissingExtra):
         module = COMMANDS[name].module
         if error.name == module:

@@ -1,4 +1,4 @@
-"""Guidance inside attention: what methods ask of a layer whose sequence holds a negative prompt beside the prompt."""
+"""Guidance inside attention: requests of methods to a layer with a prompt and a negative prompt in one sequence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Guidance:
 
     Args:
         negative: the text tokens of the negative prompt, a slice of the sequence at one end of the text.
-        scale, tau, alpha: of :func:`normalised_guidance`. At scale 1 the image sees the prompt alone.
+        scale, tau, alpha: of :func:`normalised_guidance`. At scale 1 the image attends to the prompt alone.
     """
 
     negative: slice
@@ -29,9 +29,9 @@ class Guidance:
 
 
 def normalised_guidance(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
-    """Attention under the prompt, pushed away from that under the negative prompt (NAG, arXiv 2505.21179, eq. 7 to 10).
+    """Attention with the prompt, moved away from attention with the negative prompt (NAG, arXiv 2505.21179, eq. 7-10).
 
-    ``z~ = s z+ - (s - 1) z-`` is shortened where its L1 norm is more than ``tau`` times that of ``z+``, then blended:
+    ``z~ = s z+ - (s - 1) z-`` is shortened if its L1 norm is more than ``tau`` times that of ``z+``, then blended:
     ``z = alpha z^ + (1 - alpha) z+``.
 
     Args:
@@ -44,19 +44,20 @@ def normalised_guidance(positive: Tensor, negative: Tensor, scale: float, tau: f
         ``(B, S, H, D)`` in the dtype of ``positive``, computed in float32 or wider.
     """
     wide = torch.promote_types(positive.dtype, torch.float32)
-    kept, against = positive.to(wide), negative.to(wide)
-    guided = scale * kept - (scale - 1) * against
-    norms = [x.abs().sum(dim=(-2, -1), keepdim=True) for x in (guided, kept)]
+    z, against = positive.to(wide), negative.to(wide)
+    guided = scale * z - (scale - 1) * against
+    norms = [x.abs().sum(dim=(-2, -1), keepdim=True) for x in (guided, z)]
     growth = norms[0] / norms[1]
-    shorten = torch.where(growth > tau, tau / growth, torch.ones_like(growth))  # all zeros: nan, which stays as it is
-    return torch.lerp(kept, guided * shorten, alpha).to(positive.dtype)
+    # A token of zeros has a growth of NaN, and the factor 1.
+    shorten = torch.where(growth > tau, tau / growth, torch.ones_like(growth))
+    return torch.lerp(z, guided * shorten, alpha).to(positive.dtype)
 
 
 def guidance_of(methods: Iterable[Any], site: Site) -> Guidance | None:
-    """What the one method with ``guidance(site) -> Guidance`` asks for; None where there is none.
+    """The guidance of the one method with ``guidance(site) -> Guidance``; None if there is no such method.
 
     Raises:
-        ValueError: two of them, or an answer of another kind.
+        ValueError: two such methods, or one that returns something else.
     """
     found = [(m, m.guidance(site)) for m in methods if hasattr(m, "guidance")]
     found = [(m, answer) for m, answer in found if answer is not None]

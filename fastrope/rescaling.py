@@ -1,4 +1,4 @@
-"""What methods ask of a model's own positions: other frequencies, for every layer at once."""
+"""Requests of methods to a model's own positions: other frequencies, for all layers at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .tokens import Site
 class Rescaling:
     """Other frequencies for the rotary embedding of a whole model.
 
-    A pair whose angle was ``phi`` rotates by ``factor * phi``, and queries and keys are multiplied by ``gain`` on it,
-    so that its share of the logits grows by ``gain ** 2``.
+    A pair with the angle ``phi`` rotates by ``factor * phi``, and its queries and keys are multiplied by ``gain``. So
+    its share of the logits grows by ``gain ** 2``.
 
     Args:
         factor: one positive number per RoPE pair, ``D/2`` of them, dimensionless.
@@ -39,7 +39,7 @@ class Rescaling:
 
     @property
     def neutral(self) -> bool:
-        """Whether everything stays as it is."""
+        """True if nothing changes."""
         return set(self.factor) | set(self.gain) == {1.0}
 
     def __mul__(self, other: Rescaling) -> Rescaling:
@@ -53,15 +53,15 @@ class Rescaling:
 
 
 def rescales(methods: Iterable[Any]) -> bool:
-    """Whether some method may change positions."""
+    """True if some method may change positions."""
     return any(hasattr(m, "rescaling") and getattr(m, "rescales", True) for m in methods)
 
 
 def rescaling_of(methods: Iterable[Any], site: Site) -> Rescaling | None:
-    """What all methods with ``rescaling(site) -> Rescaling | None`` ask for together; None where nothing changes.
+    """The product of all methods with ``rescaling(site) -> Rescaling | None``; None if nothing changes.
 
     Raises:
-        ValueError: a method that returns something else, or factors for another number of pairs than the model has.
+        ValueError: a method that returns something else, or factors for another number of pairs.
     """
     found, pairs = None, sum(site.axes_dim) // 2
     for method in methods:

@@ -1,6 +1,6 @@
-"""The rotary tables of transformers, made again with other frequencies.
+"""Rotary tables of transformers with other frequencies.
 
-Positions are rescaled where the model makes its table, once per call: layers that nothing modulates go on with the
+Positions are rescaled where the model makes its table, once per call. So layers without a modulation still run the
 host's own attention.
 """
 
@@ -21,13 +21,13 @@ Table = Any  # cos(phi) + i sin(phi) as a complex (S, D/2) tensor, or real (cos,
 
 @dataclass(frozen=True)
 class Embedder:
-    """What makes the rotary table of a transformer.
+    """The part of a transformer that makes its rotary table.
 
     Args:
-        attribute: its name in the transformer. A module or any callable.
-        positions: ``positions(*args, **kwargs)`` of its call, the position ids ``(S, axes)`` of each table that it
-            returns: a tuple as long as the number of tables.
-        several: whether it returns a tuple of tables, also where that holds one.
+        attribute: its name in the transformer; a module or any callable.
+        positions: ``positions(*args, **kwargs)``, with the arguments of its call: a tuple with the position ids
+            ``(S, axes)`` of each table that it returns.
+        several: True if it returns a tuple of tables, even of a single one.
     """
 
     attribute: str
@@ -36,12 +36,12 @@ class Embedder:
 
 
 class RescaledTables:
-    """Installed behind an embedder: its output, or another where the call that is under way wants one.
+    """Replaces the output of an embedder if the running call rescales positions.
 
     Args:
-        embedder, model: whose.
+        embedder, model: the embedder and its model.
         axes_dim, theta: of the RoPE.
-        wanted: the rescaling of the call under way in this thread, if any.
+        wanted: returns the rescaling of the call that runs in this thread, if any.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RescaledTables:
             setattr(model, embedder.attribute, self._hook)
 
     def remove(self) -> None:
-        """Leave the embedder as it was found."""
+        """Put the embedder back as it was."""
         if isinstance(self._found, torch.nn.Module):
             self._hook.remove()
         elif getattr(self._model, self._embedder.attribute) is self._hook:
@@ -86,7 +86,7 @@ class RescaledTables:
         return made if self._embedder.several else made[0]
 
     def _check(self, tables: tuple, ropes: list[fr.RoPE]) -> None:
-        """The host's own table must be the one that is rescaled."""
+        """Require that the host's own table is the one that we compute."""
         for table, rope in zip(tables, ropes, strict=True):
             ours = _like(table, rope.angles, torch.ones(rope.pairs, dtype=torch.float64, device="cpu"))
             pairs = [(table, ours)] if isinstance(table, Tensor) else list(zip(table, ours, strict=True))
@@ -112,7 +112,7 @@ def _like(table: Table, angles: Tensor, gain: Tensor) -> Table:
 
 
 class _Wrapped:
-    """A callable that is no module, and what comes behind it."""
+    """A callable that is no module, followed by a hook."""
 
     def __init__(self, found: Any, after: Callable) -> None:
         self._found, self._after = found, after
@@ -126,19 +126,19 @@ class _Wrapped:
         return getattr(self._found, name)
 
 
-# ---- what the embedders of diffusers are called with ----------------------------------------------------------------
+# ---- arguments of diffusers' embedders ------------------------------------------------------------------------------
 
 
 def ids(ids: Tensor) -> tuple[Tensor]:
-    """Position ids themselves. Hosts pass them in the dtype of the model; whole numbers are exact in float64."""
+    """The arguments are position ids, in the dtype of the model. Whole numbers are exact in float64."""
     return (ids.double() if ids.device.type != "mps" else ids.float(),)
 
 
 def image_shapes(
     video_fhw: Any, device: Any = None, max_txt_seq_len: int | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Qwen-Image: shapes ``(1, rows, columns)`` of the pictures, and the length of the text; the images' table comes
-    first, then the text's."""
+    """Qwen-Image: the arguments are shapes ``(1, rows, columns)`` of the pictures and the length of the text. The table
+    of the images comes first, then that of the text."""
     shapes = video_fhw[0] if isinstance(video_fhw, list) else video_fhw
     grids = [(int(rows), int(columns)) for _, rows, columns in (shapes if isinstance(shapes, list) else [shapes])]
     layout = fr.TokenLayout(int(cast(int, max_txt_seq_len)), grids[0], grids[1:])

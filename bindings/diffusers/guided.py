@@ -1,4 +1,4 @@
-"""A layer whose sequence holds a prompt and a negative prompt: three attentions over disjoint keys, then joined."""
+"""A layer with a prompt and a negative prompt in one sequence: attention over three sets of keys, then merges."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from ..image.work import with_tensors
 
 
 class GuidedKeys:
-    """Attention of all queries over the keys of the image, of the prompt, and of the negative prompt, each alone.
+    """Attention of all queries over the keys of the image, of the prompt, and of the negative prompt, each separately.
 
     Args:
         found: the sequence of both prompts and the image, its rotation and gain.
         modulations: over the keys of the sequence.
-        negative: the tokens of the negative prompt. They stand where they would stand without the prompt.
+        negative: the tokens of the negative prompt. They get the positions that they would have without the prompt.
 
     Raises:
-        NotImplementedError: a sequence whose prompts cannot be told apart, or a BiasDelta over keys of several parts.
+        NotImplementedError: a sequence that does not begin with the text, a floating-point mask, or a BiasDelta over
+            keys of several parts.
     """
 
     def __init__(self, found: Any, modulations: tuple[Modulation, ...], negative: slice) -> None:
@@ -33,7 +34,7 @@ class GuidedKeys:
         tokens = sequence.layout()
         if tokens.order != "text-first" or sequence.bonus is not None:
             raise NotImplementedError(
-                "NAG: expected a host whose sequence begins with the text and whose mask is a bool, received another"
+                "NAG: expected a host whose sequence begins with the text, with a bool mask if any, received another"
             )
         start, stop = negative.start, negative.stop
         self.parts = slice(stop, len(tokens)), slice(0, start), negative
@@ -51,7 +52,7 @@ class GuidedKeys:
 
     @property
     def plans(self) -> list[fr.Plan]:
-        """Those built so far."""
+        """The plans built so far."""
         return list(self._plans.values())
 
     def attend(self, n: int, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ class GuidedKeys:
 
 @dataclass(eq=False)
 class GuidedWork:
-    """A layer under NAG."""
+    """A layer with NAG."""
 
     keys: GuidedKeys
     guidance: Guidance
@@ -83,18 +84,18 @@ class GuidedWork:
 
     @property
     def plans(self) -> list[fr.Plan]:
-        """Those built so far."""
+        """The plans built so far."""
         return self.keys.plans
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """``q, k, v (B, S, H, D)``, rotated already (``applied``) or not.
+        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not.
 
         Raises:
-            NotImplementedError: rotated by a host that counts the negative prompt's tokens on from the prompt's.
+            NotImplementedError: the host has rotated them, with positions of the negative prompt after the prompt's.
         """
         if applied and self.keys.moved:
-            raise NotImplementedError("NAG: expected rotation='op' and layers that are not compiled, on a host whose "
-                                      "text has positions; received tokens that the host has rotated")  # fmt: skip
+            raise NotImplementedError("NAG: expected rotation='op' and layers that are not compiled, since text has "
+                                      "positions on this host; received tokens that the host has rotated")  # fmt: skip
         image, prompt, negative = (self.keys.attend(n, q, k, v, applied, backend) for n in range(3))
         under, against = _merged(image, prompt), _merged(image, negative)
         guidance, seen = self.guidance, self.keys.parts[0]
@@ -107,7 +108,7 @@ class GuidedWork:
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over both sets of keys, float32 or wider."""
+    """Attention over both sets of keys, in float32 or wider."""
     (a, lse_a), (b, lse_b) = one, other
     share = torch.sigmoid(lse_b - lse_a)
     return torch.lerp(a.to(share.dtype), b.to(share.dtype), share)
@@ -123,6 +124,6 @@ def _restricted(m: Modulation, part: slice, length: int) -> Modulation | None:
     if not inside.any():
         return None
     if isinstance(m, fr.BiasDelta) and int(inside.sum()) < int(keys.sum()):
-        raise NotImplementedError("BiasDelta.keys: expected keys of the image alone, or of one prompt alone, beside "
-                                  "NAG, received keys of several")  # fmt: skip
+        raise NotImplementedError("BiasDelta.keys: expected keys of the image alone or of one prompt alone, together "
+                                  "with NAG, received keys of several")  # fmt: skip
     return replace(m, keys=inside)

@@ -31,7 +31,7 @@ class BoundProcessor:
         if original is None:  # an IP-Adapter that is loaded creates the processors again that it does not replace
             raise NotImplementedError(
                 "IP-Adapter: expected a transformer without a bound fastrope handle, received one with it; call "
-                "handle.remove() before loading the adapter"
+                "handle.remove() before loading it"
             )
         register(type(self), type(original))
         self.original = original

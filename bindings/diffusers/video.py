@@ -1,4 +1,4 @@
-"""Video transformers: their positions can be rescaled; their attention stays the host's own."""
+"""Video transformers. Their positions can be rescaled; their attention is not modulated."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class VideoHost:
     """A video transformer with axes of frames, rows and columns.
 
     Args:
-        embedder: what makes its rotary table, called with the latents ``(B, C, frames, rows, columns)``.
-        patch: reads the latents per token of each axis off the model.
-        axes_dim, theta: read the RoPE off the model.
+        embedder: makes the rotary table from latents ``(B, C, frames, rows, columns)``.
+        patch: reads the number of latents per token on each axis from the model.
+        axes_dim, theta: read the RoPE from the model.
     """
 
     embedder: Callable[[Any], Embedder]
@@ -75,19 +75,19 @@ VIDEO_HOSTS = {
     "WanVACETransformer3DModel": WAN,
     "HunyuanVideoTransformer3DModel": HUNYUAN,
 }
-# Weak on both sides: the model's hooks hold the handle, which holds the model.
+# Weak on both sides, because the model's hooks hold the handle, which holds the model.
 _BOUND: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[PositionHandle]] = weakref.WeakKeyDictionary()
 
 
 def video_host(model: torch.nn.Module) -> VideoHost | None:
-    """The row of a transformer, None where there is none."""
+    """The row of a transformer; None if there is none."""
     names = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.split(".")[0] == "diffusers"]
     return next((VIDEO_HOSTS[name] for name in names if name in VIDEO_HOSTS), None)
 
 
 class PositionHandle:
-    """Methods that rescale positions, bound to the transformers of a video pipeline. A context manager: leaving the
-    block removes them.
+    """Methods that rescale positions, bound to the transformers of a video pipeline. A context manager, which removes
+    them at its end.
 
     Args:
         models: the transformers (Wan 2.2 has two), of one class.
@@ -103,7 +103,7 @@ class PositionHandle:
         self._local, self._memo, self._user_step = threading.local(), Memo(), None
         self._methods = _checked(methods)
         for model in models:
-            require(model not in _BOUND, "pipe", "a transformer that no handle is bound to", "one that is")
+            require(model not in _BOUND, "pipe", "a transformer without a bound handle", "one with it")
         try:
             for model in models:
                 self._install(model)
@@ -114,23 +114,23 @@ class PositionHandle:
 
     @property
     def methods(self) -> tuple:
-        """The methods bound, flat."""
+        """The bound methods, flat."""
         return self._methods
 
     def update(self, *methods: Any) -> None:
         """Replace all methods, from the next call of a transformer on.
 
         Raises:
-            ValueError: a method that changes attention, or a handle that was removed.
+            ValueError: a method that changes attention, or a removed handle.
         """
         self._require_bound()
         self._methods = _checked(flat_methods(methods, "methods"))
 
     def set_step(self, step: int | None, num_steps: int = 50) -> None:
-        """Tell methods the denoising step where no pipeline does; ``None`` goes back to finding it out.
+        """Set the denoising step that methods see, for calls outside of a pipeline. ``None``: find it out again.
 
         Raises:
-            ValueError: a step outside ``[0, num_steps)``, or a handle that was removed.
+            ValueError: a step outside ``[0, num_steps)``, or a removed handle.
         """
         self._require_bound()
         if step is not None:
@@ -138,7 +138,7 @@ class PositionHandle:
         self._user_step = None if step is None else Step(step, num_steps)
 
     def remove(self) -> None:
-        """Take the hooks away.
+        """Remove the hooks.
 
         Raises:
             ValueError: the handle was removed before.
@@ -180,7 +180,7 @@ class PositionHandle:
     def _rescaling(
         self, model: torch.nn.Module, host: VideoHost, args: tuple, kwargs: dict[str, Any]
     ) -> Rescaling | None:
-        """Of one call."""
+        """The rescaling of one call."""
         latents, timestep = (kwargs.get(name, args[n] if n < len(args) else None) for n, name in
                              enumerate(("hidden_states", "timestep")))  # fmt: skip
         require(isinstance(latents, Tensor) and latents.ndim == 5, "hidden_states",
@@ -198,7 +198,7 @@ class PositionHandle:
 
 
 def bind_video(target: Any, model: torch.nn.Module, methods: tuple) -> PositionHandle:
-    """A handle on all transformers of a video pipeline, or on one."""
+    """A handle on all transformers of a video pipeline, or on one transformer."""
     models = [model]
     if not isinstance(target, torch.nn.Module):
         second = getattr(target, "transformer_2", None)
@@ -211,7 +211,7 @@ def bind_video(target: Any, model: torch.nn.Module, methods: tuple) -> PositionH
 
 
 def unbind_video(model: torch.nn.Module) -> bool:
-    """Remove the handle of a video transformer; False where there is none."""
+    """Remove the handle of a video transformer; False if there is none."""
     found = _BOUND.get(model)
     handle = None if found is None else found()
     if handle is not None:

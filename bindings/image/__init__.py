@@ -1,1 +1,1 @@
-"""What attention layers of image transformers do, whatever the host: no host library is imported here."""
+"""What attention layers of image transformers do, for every host library; none is imported here."""

@@ -14,23 +14,25 @@ from .schedules import Activity, Schedule, Steps, check_schedule, require_number
 
 @dataclass(frozen=True)
 class NAG:
-    """A negative prompt for distilled models, which know no classifier-free guidance.
+    """A negative prompt for distilled models, which have no classifier-free guidance.
 
-    The call's text holds both prompts, one after the other: ``prompt_embeds = torch.cat([prompt, negative], dim=1)``.
-    Each prompt sees itself and the image. The image attends to itself once; that is merged by log-sum-exp with its
-    attention to either prompt, and the result under the prompt is pushed away from that under the negative one
-    (:func:`fastrope.guidance.normalised_guidance`). This equals two passes of the model over one image (NAG's code
-    doubles the text), at the price of the further text tokens.
+    The text of the call is both prompts, one after the other: ``prompt_embeds = torch.cat([prompt, negative], dim=1)``.
+    Each prompt attends to itself and the image. The image attends to itself once. A log-sum-exp merge joins this with
+    its attention to either prompt, and the result with the prompt is moved away from the result with the negative
+    prompt (:func:`fastrope.guidance.normalised_guidance`). This equals two passes of the model over one image, and
+    costs the additional text tokens.
 
     Args:
-        scale: ``s``, a number or schedule; 1 leaves the prompt alone. NAG's code has 5 for FLUX.
-        tau: how many times larger a token's L1 norm may become.
+        scale: ``s``, a number or schedule; at 1 only the prompt counts. NAG's code has 5 for FLUX.
+        tau: largest growth of a token's L1 norm, dimensionless.
         alpha: share of the guided attention, in 0..1.
-        negative: text tokens of the negative prompt, at the end of the text; None means the second half of the text.
-        layers, steps: where the image is guided, as in :class:`fastrope.GRAG`; elsewhere it sees the prompt alone.
+        negative: number of tokens of the negative prompt, at the end of the text; None means half of the text.
+        layers, steps: where the image is guided, as in :class:`fastrope.GRAG`; elsewhere it attends to the prompt
+            alone.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; when called, a text that does not hold both.
+        ValueError: naming the argument, what was expected and what came; in a call also a text too short for both
+            prompts.
     """
 
     scale: Schedule = 5.0
@@ -53,14 +55,14 @@ class NAG:
         object.__setattr__(self, "_active", Activity(self.layers, self.steps))
 
     def modulations(self, site: Site) -> list[Modulation]:
-        """None: it guides attention, :meth:`guidance`."""
+        """No modulations; see :meth:`guidance`."""
         return []
 
     def guidance(self, site: Site) -> Guidance:
-        """What to do at a site: guide, or keep the two prompts apart.
+        """The guidance at a site. Where the method is inactive, the scale is 1.
 
         Raises:
-            ValueError: a text that cannot hold both prompts.
+            ValueError: a text too short for both prompts.
         """
         text, total = site.tokens.text, site.tokens.text_tokens
         if self.negative is None:

@@ -1,6 +1,6 @@
-"""Positions beyond training: resolutions and lengths that a model never saw, by other RoPE frequencies.
+"""Resolutions and lengths beyond a model's training, by other RoPE frequencies.
 
-Nothing but the model's own rotary table changes, for all layers at once, so its stock attention runs as before.
+Only the model's own rotary table changes, for all layers at once. So its stock attention runs as before.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from ..tokens import Site
 from .schedules import Activity, Steps, require_number
 
 KINDS = ("ntk", "yarn", "dype", "dype-ntk")
-# How often a pair turns over the trained length, where DyPE blends two kinds of frequencies into each other: scaled
-# like NTK's against interpolated ones, and unchanged ones against these (DyPE's code, "vision YaRN").
+# Turns of a pair over the trained length at the two ends of DyPE's ramps. The first ramp blends interpolated and NTK
+# frequencies, the second one blends these and unchanged ones (DyPE's code, "vision YaRN").
 INTERPOLATED, UNCHANGED = (1.25, 0.75), (16.0, 2.0)
 
 
 @dataclass(frozen=True)
 class HighResolution:
-    """Pictures larger than those of training, by other frequencies on the axes of rows and columns.
+    """Pictures larger than in training, by other frequencies on the axes of rows and columns.
 
-    With ``s`` the ratio of the target's rows (or columns) to the trained ones, per axis of ``d`` channels; an axis with
-    ``s <= 1`` stays as it is:
+    ``s`` is the ratio of the target's rows (or columns) to the trained ones, for an axis of ``d`` channels. An axis
+    with ``s <= 1`` does not change.
 
-    * ``"ntk"``: NTK-aware scaling, base ``theta * s ** (d / (d - 2))``: the highest frequency stays, the lowest is
-      divided by ``s``.
-    * ``"yarn"``: YaRN (arXiv 2309.00071): pairs that turn less than ``turns[0]`` times over the trained length are
-      interpolated (divided by ``s``), those that turn more than ``turns[1]`` times stay, a ramp between. Queries and
-      keys are multiplied by ``0.1 ln s + 1`` on the axis.
-    * ``"dype"``: DyPE on YaRN (arXiv 2510.20766 and its code): unchanged, NTK and interpolated frequencies with two
-      ramps, whose borders move by ``kappa = sigma ** exponent``; the more is drawn, the less is rescaled. The same
-      gain.
-    * ``"dype-ntk"``: DyPE on NTK: base ``theta * s ** (2 kappa d / (d - 2))``.
+    * ``"ntk"``: NTK-aware scaling with the base ``theta * s ** (d / (d - 2))``. The highest frequency stays, the lowest
+      is divided by ``s``.
+    * ``"yarn"``: YaRN (arXiv 2309.00071). Pairs that turn less than ``turns[0]`` times over the trained length are
+      interpolated (divided by ``s``); pairs that turn more than ``turns[1]`` times stay; between them there is a ramp.
+      Queries and keys are multiplied by ``0.1 ln s + 1`` on the axis.
+    * ``"dype"``: DyPE on YaRN (arXiv 2510.20766 and its code). Two ramps blend interpolated, NTK and unchanged
+      frequencies. Their ends move with ``kappa = sigma ** exponent``, so less is rescaled towards the end of a run. The
+      gain is that of YaRN.
+    * ``"dype-ntk"``: DyPE on NTK, with the base ``theta * s ** (2 kappa d / (d - 2))``.
 
     Args:
         kind: one of these.
-        trained: rows and columns in tokens that the model was trained with; (64, 64) for 1024 x 1024 pixels of FLUX,
-            Qwen-Image and Z-Image.
+        trained: rows and columns of the training, in tokens; (64, 64) for 1024 x 1024 pixels of FLUX, Qwen-Image and
+            Z-Image.
         turns: YaRN's alpha and beta.
         exponent: DyPE's lambda_t.
         steps: step indices as in :class:`fastrope.At`, or two fractions of the run; None means all.
 
-    Apply it as any method: ``fr.apply(pipe, fr.HighResolution("dype"))``, alone or beside others, which then see the
+    Apply it like any method: ``fr.apply(pipe, fr.HighResolution("dype"))``, alone or with others, which then have the
     rescaled positions. A target within the trained size gets the model's own table, to the same bits.
 
     Raises:
@@ -76,14 +76,14 @@ class HighResolution:
         object.__setattr__(self, "_active", Activity(None, self.steps))
 
     def modulations(self, site: Site) -> list[Modulation]:
-        """None: it changes positions, not attention."""
+        """No modulations; see :meth:`rescaling`."""
         return []
 
     def rescaling(self, site: Site) -> Rescaling | None:
-        """The factors and gains of a step; None where nothing changes.
+        """The factors and gains of a step; None if nothing changes.
 
         Raises:
-            ValueError: for DyPE, a site that does not know its noise level.
+            ValueError: for DyPE, a site without a noise level.
         """
         if site not in self._active:
             return None
@@ -99,7 +99,7 @@ class HighResolution:
         return None if found.neutral else found
 
     def _factors(self, dim: int, scale: float, trained: int, site: Site) -> list[float]:
-        """Of one axis with ``dim`` channels."""
+        """The factors of one axis with ``dim`` channels."""
         if self.kind == "ntk":
             return _ntk(dim, scale)
         if self.kind == "yarn":
@@ -119,17 +119,17 @@ class HighResolution:
 
 @dataclass(frozen=True)
 class LongVideo:
-    """Videos longer than those of training, by another frequency on the axis of frames.
+    """Videos longer than in training, by another frequency on the axis of frames.
 
-    RIFLEx (arXiv 2502.15894, eq. 8): the intrinsic frequency, whose period is nearest to the frame at which videos
-    begin to repeat themselves, is lowered until one period is longer than the video: ``margin * 2 pi / frames``. A
-    video within that period stays as it is, to the same bits.
+    RIFLEx (arXiv 2502.15894, eq. 8): the intrinsic frequency is the one whose period is nearest to the frame at which
+    videos begin to repeat themselves. It is lowered until one period is longer than the video:
+    ``margin * 2 pi / frames``. A video within the period does not change, to the same bits.
 
     Args:
-        frames: latent frames to be made; for ``n`` frames of video with temporal compression 4, ``(n - 1) // 4 + 1``.
-        repeats: latent frame at which longer videos were seen to repeat; the frames of training where nobody has
-            looked. HunyuanVideo 48, CogVideoX 20 (RIFLEx's code), Wan 2.1 about 21.
-        pair: the intrinsic pair of the axis, from 0, where it is known; None finds it from ``repeats``.
+        frames: latent frames of the video; for ``n`` frames with temporal compression 4, ``(n - 1) // 4 + 1``.
+        repeats: latent frame at which longer videos begin to repeat; if unknown, the frames of training. HunyuanVideo
+            48, CogVideoX 20 (RIFLEx's code), Wan 2.1 about 21.
+        pair: the intrinsic pair of the axis, from 0; None finds it from ``repeats``.
         margin: share of one period that the video may take; RIFLEx's code has 0.9, its equation 1.
         kind: ``"riflex"``.
 
@@ -153,7 +153,7 @@ class LongVideo:
         require(0 < self.margin <= 1, "LongVideo.margin", "a number in (0, 1]", self.margin)
 
     def modulations(self, site: Site) -> list[Modulation]:
-        """None: it changes positions, not attention."""
+        """No modulations; see :meth:`rescaling`."""
         return []
 
     def rescaling(self, site: Site) -> Rescaling | None:
@@ -181,22 +181,22 @@ def intrinsic_pair(periods: Sequence[float], repeats: int) -> int:
 
 
 def _ntk(dim: int, scale: float) -> list[float]:
-    """``theta * scale ** (dim / (dim - 2))`` as factors on the frequencies of ``theta``. An axis of one pair has no
-    lower frequency to divide."""
+    """Factors on the frequencies of ``theta`` that give those of ``theta * scale ** (dim / (dim - 2))``. An axis of one
+    pair has no lower frequency to divide."""
     return [scale ** (-2 * c / (dim - 2)) if dim > 2 else 1.0 for c in range(dim // 2)]
 
 
 def _ramp(turns: tuple[float, float], kappa: float, dim: int, theta: float, trained: int) -> list[float]:
-    """1 for pairs that turn more than ``kappa * turns`` times over the trained length, 0 for those that turn less, in
-    whole pairs between, as DyPE's code rounds them. At a noise level of nearly 0 every pair turns more: its code would
-    then divide them all by the scale."""
+    """1 for pairs that turn more than ``kappa * turns[0]`` times over the trained length, 0 for pairs that turn less
+    than ``kappa * turns[1]`` times, and a ramp between. Its ends are whole pairs, as in DyPE's code. At a noise level
+    of nearly 0 every pair turns more; DyPE's code would then divide all of them by the scale."""
     if kappa <= 0:
         return [1.0] * (dim // 2)
     first, last = (
         dim * math.log(trained / (kappa * n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns
-    )  # the pair that turns so often
+    )  # pairs with these numbers of turns
     low, high = max(math.floor(first), 0), min(math.ceil(last), dim // 2)
-    if low > high:  # every pair turns more often, or every one less
+    if low > high:  # all pairs turn more often, or all turn less often
         return [1.0 if low > 0 else 0.0] * (dim // 2)
     if low == high:
         return [1.0 if c <= low else 0.0 for c in range(dim // 2)]

@@ -128,7 +128,7 @@ def test_a_lost_handle_can_be_removed(transformer, through):
     before = transformer.attn_processors
     target = through(transformer)
     fr.apply(target, all_four())
-    with pytest.raises(ValueError, match=r"fastrope\.remove\(pipe\) where that is lost"):
+    with pytest.raises(ValueError, match=r"fastrope\.remove\(pipe\) if it is lost"):
         fr.apply(target)
     fr.remove(target)
     assert all(transformer.attn_processors[name] is p for name, p in before.items())
@@ -145,7 +145,7 @@ def test_a_lost_handle_can_be_removed(transformer, through):
 def test_applying_twice_is_refused_and_changes_nothing(transformer):
     with fr.apply(transformer) as handle:
         during = transformer.attn_processors
-        with pytest.raises(ValueError, match=r"no handle is bound to"):
+        with pytest.raises(ValueError, match=r"without a bound handle"):
             fr.apply(transformer, all_four())
         assert all(transformer.attn_processors[name] is p for name, p in during.items())
         assert len(transformer._forward_pre_hooks) == 1
