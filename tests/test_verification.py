@@ -25,7 +25,6 @@ CPU = torch.device("cpu")
 ROPE = fr.RoPE.axial(torch.arange(24)[:, None], (16,))
 LATE = slice(12, None)
 LEVELS = fr.QueryScale(torch.where(torch.arange(24) < 6, 0.5, 1.0), keys=LATE)
-OWN = fr.QueryScale(torch.ones(24).index_copy(0, torch.arange(10), torch.linspace(0.3, 0.9, 10)), keys=LATE)
 BANDS = [fr.BandWeight(torch.full((8,), 1.1 + n / 10), keys=slice(4 * n, 4 * n + 4)) for n in range(5)]
 GROUP = fr.BiasDelta(1.0, 1.1, keys=LATE)
 GAIN = fr.LogitGain(torch.where(torch.arange(24) < 6, 1.2, 1.0), keys=LATE)
@@ -95,7 +94,6 @@ def reference(qkv):
         ({"rope": ROPE, "modulations": [BANDS[0], GROUP], "key_mask": MASK}, "sdpa: rotation, mask, BandWeight"),
         ({"rope": ROPE.as_applied(), "modulations": [GAIN]}, "split: applied, LogitGain, interleaved"),
         ({"rope": ROPE, "modulations": [LEVELS, BANDS[4], GROUP, GAIN]}, "split: rotation, QueryScale, BandWeight"),
-        ({"rope": ROPE, "modulations": [OWN]}, "split: rotation, QueryScale, axis blocks, interleaved"),
         ({"rope": ROPE, "modulations": [LEVELS, *BANDS], "return_lse": True},
          "loop: rotation, QueryScale, BandWeight, passes, interleaved"),
         ({"return_lse": True, "grouped": True}, "loop: grouped, interleaved, float16, head dim 16"),
@@ -121,6 +119,26 @@ def test_a_polynomial_and_streams_have_samples_too(a_card):
         again = dispatch.by_route(kind.route, drawn.plan.lowered, *drawn[:3])
         assert dispatch._kind(again, drawn.plan.lowered, *drawn[:2]) == kind
         assert dispatch._wrong(kind, CPU) is None
+
+
+def test_float32_is_judged_by_its_largest_error(a_card, monkeypatch):
+    """Of right kernels the mean is 1.2 to 1.5 times the reference's on a GPU, where 1.1 is allowed."""
+    kind = sample.Kind("sdpa", ("rotation",), "", False, False, False, False, "interleaved", torch.float32, 16)
+    drawn = sample.draw(kind, CPU)
+    exact = fr.attention(*(x.double() for x in drawn[:3]), plan=drawn.plan, backend="eager")
+    low = fr.attention(*drawn[:3], plan=drawn.plan, backend="eager")
+    assert sample.disagreement(drawn, (exact + 1.5 * (low - exact)).float(), None) is None
+    assert "max" in str(sample.disagreement(drawn, (exact + 9 * (low - exact)).float(), None))
+    assert sample.disagreement(drawn, torch.full_like(low, torch.nan), None)
+
+
+def test_a_check_is_the_same_whatever_is_switched_on_around_it(a_card):
+    """Inference mode, another default device, autocast, random numbers that the user counts on."""
+    qkv, before = tensors(), torch.get_rng_state()
+    with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        fr.attention(*qkv, plan=fr.plan(rope=ROPE))
+    assert len(verification._PASSED) == 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_modulation_is_a_feature_with_a_sample():
