@@ -61,7 +61,8 @@ def render(folder: Path, device: torch.device, wanted: int, problems: list[str],
 
 def _verdict(bad: Sequence[dict], ran: int, wanted: int) -> str:
     if ran < wanted and not bad:
-        return f"{ran} of {wanted} checks ran and passed; the others did not run. Run it again: what is compiled stays so."
+        again = "Run it again: what is compiled stays compiled."
+        return f"{ran} of {wanted} checks ran and passed; the others did not run. {again}"
     if not bad:
         return f"All {wanted} checks passed."
     helps = {row.get("helps") for row in bad}
