@@ -1,4 +1,4 @@
-"""One way to say what is wrong with an argument. Real exceptions, so they survive ``python -O``."""
+"""Checks of arguments, with one form of error message. They raise real exceptions, which ``python -O`` keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require(condition: bool, argument: str, expected: object, received: object) 
 
 
 def is_whole(value: object) -> bool:
-    """Whether ``value`` is an integer and no bool."""
+    """True for integers, False for bools."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -31,8 +31,8 @@ def is_number(value: object) -> bool:
 
 
 def whole_slice(argument: str, value: slice) -> slice:
-    """The slice with Python integers for bounds. A tensor as a bound can change in place, and equals by identity: its
-    value now is what counts.
+    """The slice with Python integers for bounds. A tensor as a bound could change in place and compares by identity, so
+    its present value counts.
 
     Raises:
         ValueError: a bound that is no whole number.
@@ -56,7 +56,7 @@ def require_tensor(argument: str, value: Any, ndim: tuple[int, ...], shape_hint:
 
 
 def require_finite(name: str, x: torch.Tensor, dims: tuple[str, ...]) -> None:
-    """Require finite values; the message locates the first that is not. ``dims`` name the last dimensions of ``x``."""
+    """Require finite values; the message locates the first other one. ``dims`` name the last dimensions of ``x``."""
     bad = first_not_finite(x, dims)
     if bad:
         raise ValueError(f"{name}: expected finite values, received {bad}")
@@ -70,7 +70,8 @@ def require_bias(name: str, x: torch.Tensor, dims: tuple[str, ...]) -> None:
 
 
 def first_not_finite(x: torch.Tensor, dims: tuple[str, ...]) -> str | None:
-    """Describe the first value that is not finite, None if all are. ``dims`` name the last dimensions of ``x``."""
+    """A description of the first value that is not finite; None if all are. ``dims`` name the last dimensions of
+    ``x``."""
     return _first(x, ~x.isfinite(), dims, "not finite")
 
 

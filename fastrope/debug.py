@@ -1,8 +1,8 @@
-"""Debug mode: turn a black picture into an error that names the argument.
+"""Debug mode: an error that names the argument, in place of a black picture.
 
-Enabled by ``FASTROPE_DEBUG=1`` or ``debug=True``. Before a call it looks at everything the call reads (finite? in
-range?), after it at the output, and compares a sample of the user's own queries with the reference. Every check
-synchronises with the device; not for production. A compiled or captured graph that holds a plan runs none of them.
+It is enabled by ``FASTROPE_DEBUG=1`` or ``debug=True``. Before a call, everything that the call reads must be finite
+and in range. After it, the output must be finite, and a sample of the user's queries is compared with the reference.
+Every check waits for the device, so it is slow. Compiled code and captured graphs run no checks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .planning import Resolved
 from .planning.resolved import Group
 
 SAMPLE = 16  # queries compared with the reference, spread evenly
-LOW_PRECISION_SLACK = 4  # times the error of the reference in the input dtype: a backend may round in other places
-EXACT_SLACK = 1e-10  # of the largest value, for float64, where the reference has no error to compare with
-ANGLE_ROUNDING = 0.1  # radians: where neighbouring angles are further apart than this, tokens have no position
+LOW_PRECISION_SLACK = 4  # times the error of the reference in the input dtype, as backends round in other places
+EXACT_SLACK = 1e-10  # of the largest value, for float64, where there is no error of the reference to compare with
+ANGLE_ROUNDING = 0.1  # radians: if neighbouring numbers are further apart than this, angles do not tell positions
 
 
 def enabled(argument: bool | None) -> bool:
-    """The argument if given, else the environment."""
+    """The argument, or if it is None the environment variable."""
     return switched_on("FASTROPE_DEBUG", default=False) if argument is None else argument
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float) -> None:
-    """Require that everything a call reads is finite and in range. Masked keys and values may hold anything;
+    """Require that everything a call reads is finite and in range. Masked keys and values may have any values;
     modulations were checked with the plan.
 
     Args:
@@ -114,7 +114,7 @@ def _distinct_angles(name: str, angles: Tensor) -> None:
 def _check_ranges(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: float) -> None:
     """Require logits within the accumulator, modulated keys and values within the input dtype, by bounds on norms.
 
-    The norm of a token bounds each of its channels however its pairs are turned, and two norms bound a logit.
+    The norm of a token bounds each of its channels under any rotation, and two norms bound a logit.
     """
     wide = widest_float(q.device)
     accumulator = torch.promote_types(q.dtype, torch.float32)

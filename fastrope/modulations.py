@@ -1,8 +1,8 @@
-"""The modulations: what may be done to an attention call, each a frozen description that computes nothing.
+"""The modulations of an attention call. Each is a frozen description that computes nothing.
 
 The formulas and their names (``phi'``, ``mu``, ``kt``, ``ktt``, ``s``, ``vt``) are those of ``docs/mathematics.md``.
-Every modulation but KeyBias names the keys it covers: a ``slice``, a 1-D bool mask over ``Sk`` or a 1-D integer index
-tensor (``slice(None)``, all keys, by default).
+Every modulation except KeyBias has ``keys``, the keys that it covers: a ``slice``, a 1-D bool mask over ``Sk`` or a 1-D
+integer index tensor (by default ``slice(None)``, all keys).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _take_keys(m: Any) -> None:
         return
     require(isinstance(keys, torch.Tensor), name, "a slice, bool mask or index tensor", type(keys).__name__)
     require(keys.ndim == 1, name, "a 1-D mask or index tensor", tuple(keys.shape))
-    indices = (torch.bool, torch.int16, torch.int32, torch.int64)  # uint8 is how masks are stored elsewhere
+    indices = (torch.bool, torch.int16, torch.int32, torch.int64)  # uint8 could be a mask of another library
     require(keys.dtype in indices, name, "a bool mask or int16, int32 or int64 indices", keys.dtype)
 
 
@@ -36,12 +36,12 @@ def _check_values(name: str, values: Any, ndim: tuple[int, ...], hint: str) -> N
 
 @dataclass(frozen=True, eq=False)
 class QueryScale:
-    """Positions multiplied per query: ``phi'[i] = r_i phi[i]`` and ``phi'[j] = r_i phi[j]`` (LooseRoPE,
-    arXiv 2601.05127). Both sides turn, so the score depends on ``r_i (p_i - p_j)`` and the origin does not matter.
+    """Multiplies positions, per query: ``phi'[i] = r_i phi[i]`` and ``phi'[j] = r_i phi[j]`` (LooseRoPE,
+    arXiv 2601.05127). Query and key both turn, so the score depends on ``r_i (p_i - p_j)`` and not on the origin.
 
     Args:
-        scale: ``r``, ``(Sq,)`` or ``(B, Sq)``, dimensionless; 1 is neutral, 0 forgets position.
-        keys: the keys covered.
+        scale: ``r``, ``(Sq,)`` or ``(B, Sq)``, dimensionless; 1 is neutral, 0 ignores position.
+        keys: the covered keys.
         axes: position axes whose pairs are scaled; None scales every pair.
 
     Raises:
@@ -64,12 +64,12 @@ class QueryScale:
 
 @dataclass(frozen=True, eq=False)
 class BandWeight:
-    """Pairs of the covered keys weighted: ``ktt = w_c kt`` (Untwisting RoPE, arXiv 2602.05013). Both members of a
-    pair share the weight, so it commutes with the rotation.
+    """Multiplies RoPE pairs of the covered keys: ``ktt = w_c kt`` (Untwisting RoPE, arXiv 2602.05013). Both channels of
+    a pair have one weight, so weighting and rotation can be exchanged.
 
     Args:
         weight: ``w``, ``(D/2,)``, dimensionless, in the order of the RoPE pairs; 1 is neutral.
-        keys: the keys covered.
+        keys: the covered keys.
     """
 
     weight: torch.Tensor
@@ -82,11 +82,13 @@ class BandWeight:
 
 @dataclass(frozen=True, eq=False)
 class BiasDelta:
-    """Keys re-weighted around their group mean: ``kt = lambda mu + delta (khat - mu)`` (GRAG, arXiv 2510.24657).
+    """Moves keys away from their group mean, or towards it: ``kt = lambda mu + delta (khat - mu)`` (GRAG,
+    arXiv 2510.24657).
 
-    ``bias`` (lambda) trades the group against the other keys, ``delta`` is a temperature inside it. The mean runs over
-    the unmasked keys of the group, per batch row, key head and channel, after rotation. On values it is the same of the
-    values: ``vt = lambda nu + delta (v - nu)`` (DCAG, arXiv 2602.18022), with no effect on the weights of attention.
+    ``bias`` (lambda) weighs the group against the other keys, ``delta`` is a temperature inside the group. The mean is
+    over the unmasked keys of the group, per batch row, key head and channel, after rotation. ``on="values"`` does the
+    same to values: ``vt = lambda nu + delta (v - nu)`` (DCAG, arXiv 2602.18022). The weights of attention do not
+    change.
 
     Args:
         bias: lambda, a number or a tensor ``()`` or ``(B,)``; 1 is neutral.
@@ -112,11 +114,12 @@ class BiasDelta:
 
 @dataclass(frozen=True, eq=False)
 class LogitGain:
-    """Scaled logits multiplied per query: ``s_ij <- g_i s_ij``, sign included (the crop factor of LooseRoPE).
+    """Multiplies scaled logits, per query: ``s_ij <- g_i s_ij`` (the crop factor of LooseRoPE). Negative logits become
+    more negative with a gain above 1.
 
     Args:
         gain: ``g``, ``(Sq,)`` or ``(B, Sq)``, dimensionless; 1 is neutral.
-        keys: the keys covered.
+        keys: the covered keys.
     """
 
     gain: torch.Tensor
@@ -129,13 +132,13 @@ class LogitGain:
 
 @dataclass(frozen=True, eq=False)
 class LogitBias:
-    """A number added to logits, per query: ``s_ij <- s_ij + b_i``, after any gain. A log-weight: ``log 2`` lets every
-    covered key count twice, ``-inf`` hides the covered keys from the query. Means are left alone.
+    """Adds a number to logits, per query: ``s_ij <- s_ij + b_i``, after any gain. It is a log-weight: with ``log 2``
+    every covered key counts twice, and ``-inf`` hides the covered keys from the query. Group means do not change.
 
     Args:
         bias: ``b``, natural log units: a number, or a tensor ``()``, ``(Sq,)``, ``(B, Sq)``, or ``(B, 1)`` for all
             queries of a batch row; 0 is neutral, ``-inf`` hides.
-        keys: the keys covered.
+        keys: the covered keys.
 
     Raises:
         ValueError: ``+inf``, NaN, wrong rank or dtype.
@@ -156,8 +159,8 @@ class LogitBias:
 
 @dataclass(frozen=True, eq=False)
 class KeyBias:
-    """A number added to the logits of each key, for all queries: ``s_ij <- s_ij + beta_j``. ``log n`` is worth n copies
-    of the key; ``-inf`` equals its absence, also from means, as ``key_mask`` does.
+    """Adds a number to the logits of each key, for all queries: ``s_ij <- s_ij + beta_j``. ``log n`` equals n copies of
+    the key. ``-inf`` removes it, also from group means, as ``key_mask`` does.
 
     Args:
         bias: ``beta``, natural log units, ``(Sk,)`` or ``(B, Sk)``; 0 is neutral.
@@ -171,14 +174,14 @@ class KeyBias:
 
 @dataclass(frozen=True, eq=False)
 class ValueGain:
-    """Values multiplied: ``vt_j = u_j v_j``, after BiasDelta on values. The weights of attention and the log-sum-exp
-    stay. Negative gains turn what a key adds into its opposite (NegPiP).
+    """Multiplies values: ``vt_j = u_j v_j``, after BiasDelta on values. The weights of attention and the log-sum-exp do
+    not change. With a negative gain, a key subtracts its value (NegPiP).
 
     Args:
         gain: ``u``, dimensionless; 1 is neutral. A number or ``()``; one per covered key, ``(n,)`` or ``(B, n)``, in
-            the order in which ``keys`` names them; or one per batch row, ``(B, 1)`` or ``(B,)``. Where ``(B,)`` and
-            ``(n,)`` are the same shape, it is read as one per key.
-        keys: the keys covered.
+            the order of ``keys``; or one per batch row, ``(B, 1)`` or ``(B,)``. If ``(B,)`` and ``(n,)`` are the same
+            shape, it means one per key.
+        keys: the covered keys.
     """
 
     gain: float | torch.Tensor
@@ -195,4 +198,4 @@ class ValueGain:
 
 Modulation = QueryScale | BandWeight | BiasDelta | LogitGain | LogitBias | KeyBias | ValueGain
 MODULATIONS = (QueryScale, BandWeight, BiasDelta, LogitGain, LogitBias, KeyBias, ValueGain)
-PARAMETERS = ("scale", "weight", "bias", "delta", "gain")  # fields of modulations that may hold tensors, beside keys
+PARAMETERS = ("scale", "weight", "bias", "delta", "gain")  # fields of modulations, besides keys, that may be tensors

@@ -1,4 +1,4 @@
-"""Rotary position embedding: where every token stands, in radians per channel pair."""
+"""Rotary position embedding: the position of every token, in radians per channel pair."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class RoPE:
     Args:
         angles: ``(S, D/2)`` or ``(B, S, D/2)``, radians, float32 or float64. Unwrapped: position times frequency,
             not reduced modulo 2 pi, since a scaled position multiplies the angle.
-        axis: ``(D/2,)`` integers, the position axis each pair belongs to. Needed only by modulations that name axes.
+        axis: ``(D/2,)`` integers, the position axis of each pair. Only modulations with ``axes`` need it.
         pairing: ``"interleaved"`` pairs channels ``(2c, 2c + 1)`` (FLUX, Qwen-Image, Z-Image), ``"half"`` pairs
             ``(c, c + D/2)`` (Llama).
-        applied: True when the tensors handed to :func:`fastrope.attention` are already rotated by these angles.
+        applied: True if the tensors for :func:`fastrope.attention` are rotated by these angles already.
 
-    It holds the tensors it is given, no copies: what is done to them in place holds for the calls to come. A
-    :class:`fastrope.Plan` copies them.
+    It holds the given tensors and no copies, so a later write to them affects later calls. A :class:`fastrope.Plan`
+    has copies.
 
     Raises:
         ValueError: wrong rank, dtype below float32, an axis map of another length, or an unknown pairing.
@@ -123,8 +123,8 @@ class RoPE:
             factor: ``(D/2,)`` floating point, finite, dimensionless, per pair; 1 is neutral.
 
         Raises:
-            ValueError: another shape, dtype or device, values that are not finite; angles of tensors that are rotated
-                already (``applied``), which rescaled angles would not describe.
+            ValueError: another shape or dtype, values that are not finite; angles of tensors that are rotated already
+                (``applied``), because these tensors would not follow.
         """
         hint = f"({self.pairs},)"
         require_tensor("factor", factor, (1,), hint)
