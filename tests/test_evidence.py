@@ -140,8 +140,8 @@ def test_islock_keeps_more_of_the_structure_as_tau_rises(studio):
     other[:, 1] = (prompt[:, 1] + 3) % 10
     anchors = studio.write(prompt).tokens
     near = []
-    for tau in (0.0, 4.0, 16.0):
-        matcher = fr.ISLock(tau=tau).matcher(studio.author.codebook, num_tokens=TOKENS)
+    for tau in (0.0, 1.0, 16.0):
+        matcher = fr.ISLock(candidates=8, tau=tau).matcher(studio.author.codebook, num_tokens=TOKENS)
         made = studio.write(other, seed=1000, matcher=matcher, anchors=anchors).tokens
         near.append(judge.distances(*(studio.codebook.decode(t) for t in (made, anchors))).mean().item())
     assert near[0] > 1.1 * near[1] > 1.1 * 1.1 * near[2], near
@@ -157,6 +157,23 @@ def test_neutral_methods_draw_the_stock_picture_to_the_bit(studio):
     assert torch.equal(studio.edit(prompt, asked.reference, [fr.GRAG(1.0, 1.0)]), stock)
     neutral = fr.UntwistingRoPE(s_hf=1.0, s_lf=1.0, adain=0.0, reference=0)
     assert torch.equal(studio.edit(prompt, asked.reference, [neutral]), stock)
+
+
+def test_every_modulation_alone_reaches_the_picture(studio, monkeypatch):
+    monkeypatch.setattr("fastrope.lab.evidence.studio.STEPS", 1)
+    asked = edits("digit", 1)
+    prompt = only(asked.prompt, "digit")
+    stock, tokens = studio.call(prompt, asked.reference), len(scenes.SLOTS) + 2 * TOKENS
+    keys = slice(tokens - TOKENS, tokens)
+    half = torch.full((tokens,), 0.5)
+    hidden = torch.where(torch.arange(tokens) < keys.start, 0.0, -torch.inf)
+    for modulation in (
+        fr.QueryScale(half, keys=keys), fr.BandWeight(half[:16], keys=keys), fr.BiasDelta(delta=0.5, keys=keys),
+        fr.BiasDelta(delta=0.5, keys=keys, on="values"), fr.LogitGain(half, keys=keys), fr.LogitBias(-1.0, keys=keys),
+        fr.KeyBias(torch.linspace(-1, 1, tokens)), fr.KeyBias(hidden), fr.ValueGain(0.5, keys=keys),
+    ):  # fmt: skip
+        made = studio.edit(prompt, asked.reference, [modulation])
+        assert judge.distances(made, stock) > 1e-3, modulation
 
 
 def test_backends_draw_the_same_picture(studio, monkeypatch):

@@ -34,7 +34,7 @@ def evaluate(
             distance = judge.distances(pictures, edits.target.render())
             found[f"editor: {task}"] = _judged(pictures, edits, see) | {"distance": distance}
     if "author" in models:
-        pictures = write(models["author"], drawn.prompt, generator, guidance)
+        pictures = write(models["author"], drawn.prompt, torch.Generator().manual_seed(3), guidance)
         found["author: draw"] = _judged(pictures, drawn, see)
     return found
 

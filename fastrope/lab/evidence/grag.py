@@ -18,6 +18,7 @@ USES = ("editor", "classifier")  # of the models, whose digests stand beside the
 DELTAS = (0.5, 0.75, 1.0, 1.25, 1.5)
 LAMBDAS = (0.5, 0.75, 1.0, 1.25, 1.5)
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0)
+GUIDANCE = 3.0  # while the other dials move
 ON_VALUES = (0.5, 1.0, 1.5)
 
 
@@ -39,20 +40,25 @@ def measure(studio: Studio, samples: int, each) -> Findings:
         generator = torch.Generator().manual_seed(3)
         edits = scenes.to_edit(torch.full((samples,), scenes.TASKS.index(task)), generator, held_out=True)
         prompt = only(edits.prompt, slot)
-        settings = [(f"{slot}, delta", x, [fr.GRAG(delta=x)], 1.0) for x in DELTAS]
+        settings = [("delta", x, fr.GRAG(delta=x), GUIDANCE) for x in DELTAS]
         if slot == "digit":
-            settings += [(f"{slot}, lambda", x, [fr.GRAG(bias=x, delta=1)], 1.0) for x in LAMBDAS]
-            settings += [(f"{slot}, delta on values", x, [ValueDelta(x)], 1.0) for x in ON_VALUES]
-            settings += [(f"{slot}, guidance", x, [], x) for x in SCALES]
+            settings += [("lambda", x, fr.GRAG(bias=x, delta=1), GUIDANCE) for x in LAMBDAS]
+            settings += [("delta on values", x, ValueDelta(x), GUIDANCE) for x in ON_VALUES]
+            settings += [("guidance", x, None, x) for x in SCALES]
             pictures["source"] = strip(edits.reference)
-        for sweep, value, methods, guidance in each(settings):
-            made = studio.edit(prompt, edits.reference, methods, guidance)
+        drawn = {}
+        for sweep, value, method, guidance in each(settings):
+            neutral = method is None or value == 1
+            key = None if neutral else method, guidance
+            if key not in drawn:
+                drawn[key] = studio.edit(prompt, edits.reference, [] if neutral else [method], guidance)
+            made = drawn[key]
             seen = judge.digits(studio.see, made) if slot == "digit" else judge.colours(made)[0]
-            rows.append(Row(sweep, value, outcomes(
+            rows.append(Row(f"{slot}, {sweep}", value, outcomes(
                 asked=seen == getattr(edits.target, slot), source=seen == getattr(edits.source, slot),
                 distance=judge.distances(made, edits.reference), layout=judge.layouts(made, edits.reference),
             )))  # fmt: skip
-            if sweep == "digit, delta":
+            if (slot, sweep) == ("digit", "delta"):
                 pictures[f"delta {value:g}"] = strip(made)
     return Findings("grag", rows, pictures)
 
@@ -79,8 +85,9 @@ def text(found: Findings) -> str:
     even = {name: evenness(found.sweep(f"digit, {name}")) for name in ("delta", "guidance")}
     return f"""## GRAG: how much of the source is kept
 
-The editor gets a picture and one word, another digit. `fr.GRAG(delta=...)` decides between the two. *Asked for*: the
-classifier finds the digit of the prompt; *source's*: it finds the one that was there.
+The editor gets a picture and one word, another digit; true guidance is {GUIDANCE:g}. `fr.GRAG(delta=...)` decides
+between picture and word. *Asked for*: the classifier finds the digit of the prompt; *source's*: it finds the one that
+was there.
 
 {table([r for r in found.rows if r.sweep in MAIN], columns)}
 

@@ -14,8 +14,8 @@ from .telling import BLUE, GREEN, curve, share, show_strips, table
 USES = ("author", "classifier")  # of the models, whose digests stand beside the numbers
 GUIDANCE = 2.0
 TAUS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
-TAU, CANDIDATES, ALPHA = 4.0, 150, 0.6
-COUNTS = (1, 15, 50, 150, 500)
+TAU, CANDIDATES, ALPHA = 4.0, 8, 0.6  # the paper's K is 150 of 16384 codes: one in a hundred
+COUNTS = (1, 4, 8, 16, 64)
 ALPHAS = (0.0, 0.3, 0.6, 0.9)
 EDITS = ("digit", "ground")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
 from .findings import Findings, digest
 
-PARTS = ("models", "grag", "untwisting", "looserope", "islock", "attention")
+PARTS = ("editor", "grag", "untwisting", "looserope", "attention", "author", "islock")
 PAGE, FOLDER = "evidence.md", "evidence"
-SIZE = {"models": (7.5, 3.2)}  # of pictures in inches, where it is another than 10 x 4.2
+SIZE = {"attention": (10, 4.6)}  # of pictures in inches, where it is another than 10 x 4.2
 DPI = 110
 
 HEAD = """# Evidence: what the methods do on trained models
@@ -40,7 +41,14 @@ def text(folder: Path) -> str:
         if path.exists():
             found = Findings.load(path)
             sections += [module(part).text(found), _picture(part, found), _conditions(found)]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    blocks = "\n\n".join(filter(None, sections)).split("\n\n")
+    return "\n\n".join(map(_flow, blocks)) + "\n"
+
+
+def _flow(block: str) -> str:
+    """A paragraph in lines of one length; tables, headings, lists and pictures as they are."""
+    text = " ".join(block.split()).replace(" ,", ",")
+    return block if block.startswith(("|", "#", "* ", "!")) else textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def write(out: Path) -> list[Path]:
