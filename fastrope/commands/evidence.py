@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-
 from ..checks import require
 from ..extras import require_packages
-from .running import few_threads, file_path
+from .running import QUIET, file_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; prints what it wrote."""
     options = _parser().parse_args(argv)
+    os.environ.setdefault(*QUIET)
     require_packages("diffusers", "transformers", "matplotlib", "tqdm")
     from tqdm.auto import tqdm
 
@@ -24,12 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = run.QUICK if options.quick else options.samples
     require(samples > 0, "--samples", "a number of at least 1", samples)
     if not options.page:
-        with few_threads(torch.get_num_threads() < 3):  # two threads wait for each other more than they work
 
-            def each(part: str):
-                return partial(tqdm, desc=part, unit="setting")
+        def each(part: str):
+            return partial(tqdm, desc=part, unit="setting")
 
-            run.measure(options.out / page.FOLDER, samples, options.only or page.PARTS, each)
+        run.measure(options.out / page.FOLDER, samples, options.only or page.PARTS, each)
     for path in page.write(options.out):
         print(path)
     return 0
