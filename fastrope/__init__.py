@@ -61,7 +61,7 @@ def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op",
 
     Raises:
         ValueError: an unknown host, a host bound already, something that is neither a modulation nor a method.
-        NotImplementedError: IP-Adapter, PAG, nunchaku, context parallelism, processors that are not the host's own.
+        NotImplementedError: IP-Adapter, PAG, nunchaku, processors that are not the host's own.
     """
     from .bindings.diffusers import bind
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,14 @@ class Guidance:
     alpha: float
 
 
-def normalised_guidance(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+def normalised_guidance(
+    positive: Tensor,
+    negative: Tensor,
+    scale: float,
+    tau: float,
+    alpha: float,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
     """Attention with the prompt, moved away from attention with the negative prompt (NAG, arXiv 2505.21179, eq. 7-10).
 
     ``z~ = s z+ - (s - 1) z-`` is shortened if its L1 norm is more than ``tau`` times that of ``z+``, then blended:
@@ -39,6 +46,7 @@ def normalised_guidance(positive: Tensor, negative: Tensor, scale: float, tau: f
         scale: ``s``, dimensionless; 1 gives the positive.
         tau: the largest growth of the norm, dimensionless.
         alpha: share of the guided attention, in 0..1.
+        total: sums a tensor over processes, where each has some of the heads.
 
     Returns:
         ``(B, S, H, D)`` in the dtype of ``positive``, computed in float32 or wider.
@@ -46,7 +54,7 @@ def normalised_guidance(positive: Tensor, negative: Tensor, scale: float, tau: f
     wide = torch.promote_types(positive.dtype, torch.float32)
     z, against = positive.to(wide), negative.to(wide)
     guided = scale * z - (scale - 1) * against
-    norms = [x.abs().sum(dim=(-2, -1), keepdim=True) for x in (guided, z)]
+    norms = total(torch.stack([x.abs().sum(dim=(-2, -1), keepdim=True) for x in (guided, z)]))
     growth = norms[0] / norms[1]
     # A token of zeros has a growth of NaN, and the factor 1.
     shorten = torch.where(growth > tau, tau / growth, torch.ones_like(growth))

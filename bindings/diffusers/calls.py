@@ -31,6 +31,7 @@ from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoi
 from .guided import GuidedKeys, GuidedWork
 from .hosts import Host
 from .layer_op import Layer
+from .parallel import Split, context_parallel, digest_of, require_alike
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
 
@@ -69,10 +70,12 @@ class Identified(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a forward does, and the arguments to call the transformer with; None keeps those of the call."""
+    """What a forward does, the arguments to call the transformer with (None keeps those of the call), and what tells it
+    from forwards that do something else."""
 
     forward: Forward
     arguments: dict[str, Any] | None = None
+    content: Any = None
 
 
 class CallState:
@@ -147,7 +150,11 @@ class CallState:
             if torch.is_grad_enabled():
                 follow(self.model, self.forwards)
             forward = self.forwards.settled()
-            forward, arguments = self._prepared(module, args, kwargs) if forward is None else (forward, None)
+            config = context_parallel(self.model)
+            forward, arguments, content = self._prepared(module, args, kwargs) if forward is None else Prepared(forward)
+            if config is not None:
+                call = self._call(module, args, kwargs) if arguments is None else arguments
+                forward = self._split(config, module, call, forward, content)
             require(self.bound, "handle", "one that stays bound while its methods run", "a removed one")
             self.forwards.enter(call_frame(), forward)
         return None if arguments is None else ((), arguments)
@@ -165,9 +172,27 @@ class CallState:
         methods = self.methods
         if not methods and self.inspector is None:
             return Prepared(self.forwards.idle)
+        return self.prepare(module, self._call(module, args, kwargs), methods)
+
+    def _call(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """The arguments of a call, by name."""
         call = self._signature.bind_partial(module, *args, **kwargs).arguments
         call.pop(next(iter(self._signature.parameters)))  # self
-        return self.prepare(module, call, methods)
+        return call
+
+    def _split(self, config: Any, module: torch.nn.Module, call: Call, forward: Forward, content: Any) -> Forward:
+        """A forward whose sequence diffusers is about to split over processes. All of them must do the same."""
+        found = self.sequence_of(module, call)
+        tokens = found.sequence.layout()
+        if self.inspector is not None or tokens.order != "text-first" or tokens.padding:
+            raise NotImplementedError("context parallelism: expected no inspection, and a sequence that is text and "
+                                      f"then image, received {tokens}")  # fmt: skip
+        if forward.rescaling is not None and self.host.embedder.several:
+            raise NotImplementedError("context parallelism: expected no rescaled positions on this host, which splits "
+                                      "its rotary table")  # fmt: skip
+        hidden: Any = call.get(self.host.hidden)
+        require_alike(config, digest_of((found.key, content)), hidden)
+        return replace(forward, split=(Split.of(config), tokens))
 
     def _prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
         found, inspector, count = self.sequence_of(module, call), self.inspector, len(self.layers)
@@ -179,7 +204,8 @@ class CallState:
         requests = [LayerRequest.of(methods, site) for site in sites] or [LayerRequest(methods)] * count
         guidances = [guidance_of(methods, site) for site in sites]
         if any(guidances):
-            return Prepared(Forward(self._guided(found, requests, guidances), rescaling=rescaling))
+            forward = Forward(self._guided(found, requests, guidances), rescaling=rescaling)
+            return Prepared(forward, content=(self._content(requests, rescaling), guidances))
         works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
         for n, (modulations, sharings) in enumerate(requests):
             if sharings:  # a method takes the statistics of a reference in the sequence itself
@@ -189,7 +215,14 @@ class CallState:
         if inspector is not None:
             plain = self._work(found, (), ())
             probes = [inspector.probe(site, found.sequence, plain) for site in sites]
-        return Prepared(Forward(tuple(map(LayerState, works, probes)), rescaling=rescaling))
+        forward = Forward(tuple(map(LayerState, works, probes)), rescaling=rescaling)
+        return Prepared(forward, content=self._content(requests, rescaling))
+
+    def _content(self, requests: list[LayerRequest], rescaling: Rescaling | None) -> Any:
+        """What layers are asked for, as something to compare between processes."""
+        if context_parallel(self.model) is None:
+            return None
+        return [(self.digest(modulations), sharings) for modulations, sharings in requests], rescaling
 
     # ---- sites ------------------------------------------------------------------------------------------------------
 
@@ -249,7 +282,8 @@ class CallState:
             sequence = self.host.describe(*identified)
             wide = wide_on_cpu(sequence.positions)
             rope = fr.RoPE.axial(wide, self.axes_dim, self.host.theta(module), self.host.pairing)
-            self._check_embedding(module, sequence, rope, device)
+            if context_parallel(module) is None:  # which splits the table of some hosts
+                self._check_embedding(module, sequence, rope, device)
             self._sequences[key] = sequence, rope
             if len(self._sequences) > KNOWN_SEQUENCES:
                 self._sequences.popitem(last=False)

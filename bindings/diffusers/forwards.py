@@ -20,8 +20,10 @@ import torch.utils.checkpoint
 
 from fastrope.checks import require
 from fastrope.rescaling import Rescaling
+from fastrope.tokens import TokenLayout
 
 from ..image.work import LayerWork
+from .parallel import Split
 
 _CALL = torch.nn.Module.__call__.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
@@ -49,11 +51,13 @@ class Forward:
         layers: what each layer does, in order of execution.
         appended: rows of a reference after the target's, to be cut from the output.
         rescaling: of the model's positions.
+        split: how the sequence is split over processes, and its layout; None where it is whole.
     """
 
     layers: tuple[LayerState, ...]
     appended: int = 0
     rescaling: Rescaling | None = None
+    split: tuple[Split, TokenLayout] | None = None
 
     def unobserved(self) -> Forward:
         """The same without probes, for blocks that run a second time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastrope.device import on_device
 from fastrope.guidance import Guidance, normalised_guidance
 from fastrope.modulations import Modulation
 
+from ..image.subset import subset_of
 from ..image.work import with_tensors
 
 
@@ -45,7 +47,7 @@ class GuidedKeys:
         self._mask = sequence.key_mask
         self._gain = [] if found.gain is None else [fr.BandWeight(found.gain.square())]
         self._modulations = tuple(
-            [with_tensors(m, torch.clone) for m in (_restricted(m, part, len(tokens)) for m in modulations) if m]
+            [with_tensors(m, torch.clone) for m in subset_of(modulations, slice(None), part, len(tokens))]
             for part in self.parts
         )
         self._plans: dict[tuple, fr.Plan] = {}
@@ -87,8 +89,17 @@ class GuidedWork:
         """The plans built so far."""
         return self.keys.plans
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        applied: bool,
+        backend: str = "auto",
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not; ``total`` as in
+        :func:`fastrope.guidance.normalised_guidance`.
 
         Raises:
             NotImplementedError: the host has rotated them, with positions of the negative prompt after the prompt's.
@@ -103,7 +114,7 @@ class GuidedWork:
         out[:, guidance.negative] = against[:, guidance.negative]
         if guidance.scale != 1:
             numbers = guidance.scale, guidance.tau, guidance.alpha
-            out[:, seen] = normalised_guidance(under[:, seen], against[:, seen], *numbers)
+            out[:, seen] = normalised_guidance(under[:, seen], against[:, seen], *numbers, total)
         return out.to(q.dtype)
 
 
@@ -112,18 +123,3 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     (a, lse_a), (b, lse_b) = one, other
     share = torch.sigmoid(lse_b - lse_a)
     return torch.lerp(a.to(share.dtype), b.to(share.dtype), share)
-
-
-def _restricted(m: Modulation, part: slice, length: int) -> Modulation | None:
-    """A modulation over the keys of one part; None if it covers none of them."""
-    if isinstance(m, fr.KeyBias):
-        return replace(m, bias=m.bias[..., part])
-    keys = torch.zeros(length, dtype=torch.bool, device="cpu")
-    keys[m.keys if isinstance(m.keys, slice) else m.keys.cpu()] = True
-    inside = keys[part]
-    if not inside.any():
-        return None
-    if isinstance(m, fr.BiasDelta) and int(inside.sum()) < int(keys.sum()):
-        raise NotImplementedError("BiasDelta.keys: expected keys of the image alone or of one prompt alone, together "
-                                  "with NAG, received keys of several")  # fmt: skip
-    return replace(m, keys=inside)

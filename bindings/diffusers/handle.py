@@ -214,7 +214,6 @@ def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = 
     if pipe is not None and any(cls.__name__ == "PAGMixin" for cls in type(pipe).__mro__):
         raise NotImplementedError(f"PAG: expected a pipeline without it, received {type(pipe).__name__}")
     with _BINDING:
-        _refuse_parallel(model)
         layers = _find_layers(model, host)
         for name, attn in layers:
             _check_processor(name, attn.processor, host)
@@ -299,13 +298,3 @@ def _check_processor(name: str, processor: Any, host: Host) -> None:
     what = "IP-Adapter" if "IPAdapter" in kind else "PAG" if kind.startswith("PAG") else "custom attention processors"
     if kind not in host.processors or type(processor).__module__.split(".")[0] != host.package:
         raise NotImplementedError(f"{what}: expected {' or '.join(host.processors)} at {name}, received {kind}")
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise NotImplementedError(f"context parallelism: expected _parallel_config None at {name}, received one")
-
-
-def _refuse_parallel(model: torch.nn.Module) -> None:
-    """Refuse context parallelism, which shards the sequence. Tensor parallelism shards heads, and modulations do not
-    depend on heads."""
-    config = getattr(model, "_parallel_config", None)
-    if getattr(config, "context_parallel_config", config) is not None:
-        raise NotImplementedError("context parallelism: expected a model without it, received _parallel_config with it")

@@ -18,6 +18,7 @@ import fastrope as fr
 
 from ..image.work import Work
 from .forwards import Forwards, LayerState
+from .parallel import attend as attend_in_parallel
 
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -76,7 +77,8 @@ class Layer:
         """
         work, probe = self.state
         known = [stream for stream in streams if stream is not None]
-        if len(known) < len(streams) or probe is not None or type(work) is not Work:
+        split = self._forwards.current().split
+        if len(known) < len(streams) or probe is not None or split is not None or type(work) is not Work:
             return None
         wanted = self.backend == "triton" or (self.backend == "auto" and known[0].q.is_cuda)
         alike = len({x.dtype for s in known for x in (s.q, s.k, s.v)}) == 1
@@ -94,7 +96,12 @@ class Layer:
             )
         if probe is not None:
             probe(q, k, work, applied)
-        return None if work is None else work.attend(q, k, v, applied, self.backend)
+        if work is None:
+            return None
+        split = self._forwards.current().split
+        if split is not None:
+            return attend_in_parallel(work, *split, q, k, v, applied, self.backend)
+        return work.attend(q, k, v, applied, self.backend)
 
 
 # What the op does changes from call to call, so no CUDA graph may replay it. If torch lacks this tag, the argument on

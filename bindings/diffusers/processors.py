@@ -48,25 +48,11 @@ class BoundProcessor:
 
     @property
     def _parallel_config(self):
-        return None
+        return getattr(self.original, "_parallel_config", None)
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any):
-        if config is not None:
-            self._withdraw(config)
-            raise NotImplementedError(
-                "context parallelism: expected a model without a bound fastrope handle, since modulations need the "
-                "whole sequence on one device; call handle.remove() first"
-            )
-
-    def _withdraw(self, config: Any) -> None:
-        """Remove a configuration from the modules where diffusers has put it before it reached this processor.
-        Otherwise the model would count as parallel, and could neither be bound nor be made parallel again."""
-        handle = self.layer.handle
-        modules = () if handle is None else handle._state.model.modules()
-        for holder in [h for module in modules for h in (module, getattr(module, "processor", None))]:
-            if getattr(holder, "_parallel_config", None) is config:
-                holder._parallel_config = None
+        self.original._parallel_config = config
 
     def unmodulated(self) -> bool:
         """True if the host's own processor is to run. For a compiled layer the op decides this later."""

@@ -15,6 +15,7 @@ from fastrope.joint import fused_joint_attention
 
 from .rotation import Rotation
 from .sequence import JointSequence
+from .subset import subset_of
 
 
 class LayerWork(Protocol):
@@ -60,6 +61,9 @@ class Work:
         self.key_rope = key_rope
         self.rotation = Rotation(rope.angles, rope.pairing) if like is None else like.rotation
         self._modulations = modulations
+        self._sequence, self._gain_of_keys = sequence, gain
+        self._subsets: dict[Any, Work] = {}
+        self._known_subsets = {} if like is None else like._subsets
         self._gain = () if gain is None else (fr.BandWeight(gain.square()),)
         self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
         self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]
@@ -69,7 +73,7 @@ class Work:
     @property
     def plans(self) -> list[fr.Plan]:
         """The plans built so far."""
-        return list(self._plans.values())
+        return [*self._plans.values(), *(plan for work in self._subsets.values() for plan in work.plans)]
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
         """True unless everything is neutral. Rescaled positions alone need no modulated layer."""
@@ -101,6 +105,31 @@ class Work:
             return None
         plan = self._plan("seen", False, streams[0].q.device)
         return fused_joint_attention(streams, plan, backend)
+
+    def subset(self, name: Any, queries: Tensor, keys: Tensor) -> Work:
+        """The same for some of the queries and keys, in another order if need be.
+
+        Args:
+            name: of the choice, hashable; what was made for it is used again.
+            queries, keys: ``(n,)`` int64 on the CPU.
+
+        Raises:
+            NotImplementedError: a mask that the host adds to the logits, where queries and keys differ.
+        """
+        if name not in self._subsets:
+            sequence, rope, length = self._sequence, self._rope, self._rope.tokens
+            same = torch.equal(queries, keys)
+            if sequence.bonus is not None and not same:
+                raise NotImplementedError("attention_mask: expected bool where queries and keys are split apart, "
+                                          "received floating point; pass prompt_attention_mask.bool()")  # fmt: skip
+            masks = {n: m if m is None else m[:, keys] for n, m in
+                     (("key_mask", sequence.key_mask), ("bonus", sequence.bonus))}  # fmt: skip
+            mine, theirs = (replace(rope, angles=rope.angles[..., places, :]) for places in (queries, keys))
+            self._subsets[name] = Work(
+                replace(sequence, **masks), mine, tuple(subset_of(self._modulations, queries, keys, length)),
+                None if same else theirs, self._known_subsets.get(name), self._gain_of_keys,
+            )  # fmt: skip
+        return self._subsets[name]
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device

@@ -307,21 +307,6 @@ def test_nunchaku_is_refused(transformer):
         fr.apply(transformer)
 
 
-def test_context_parallelism_is_refused_before_and_after(transformer):
-    config = types.SimpleNamespace(context_parallel_config=object())
-    processor = attentions(transformer)[0].processor
-    processor._parallel_config = config
-    with pytest.raises(NotImplementedError, match=r"^context parallelism: "):
-        fr.apply(transformer)
-    processor._parallel_config = None
-    transformer._parallel_config = config
-    with pytest.raises(NotImplementedError, match=r"^context parallelism: "):
-        fr.apply(transformer)
-    transformer._parallel_config = types.SimpleNamespace(context_parallel_config=None)  # tensor parallelism
-    with fr.apply(transformer), pytest.raises(NotImplementedError, match=r"^context parallelism: "):
-        attentions(transformer)[0].processor._parallel_config = config
-
-
 def test_attention_masks_are_refused_where_a_modulation_is_active(transformer):
     call = kontext_call() | {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, len(LAYOUT)).bool()}}
     with fr.apply(transformer):

@@ -142,33 +142,6 @@ def test_loading_an_ip_adapter_into_a_bound_model_is_refused(name):
         fr.apply(pipe)
 
 
-# ---- parallelism -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["flux", "qwen", "z-image"])
-def test_refused_parallelism_leaves_nothing_behind(name, monkeypatch):
-    """diffusers marks the model, and layers that are not bound, before it comes to one that is."""
-    host = TINY_HOSTS[name]
-    model, call = host.build(), host.call(host.layout, dtype=torch.float32)
-    stock = run(model, call)
-
-    def resolve(self, config):  # which makes a mesh of processes first
-        self._parallel_config = diffusers.ParallelConfig(context_parallel_config=config)
-        return self._parallel_config
-
-    monkeypatch.setattr(type(model), "_resolve_parallel_config", resolve)
-    mods = grag_like(host.layout)
-    with fr.apply(model, mods):
-        bound = run(model, call)
-        for _ in range(2):
-            with pytest.raises(NotImplementedError, match=r"^context parallelism: .*handle\.remove\(\)"):
-                model.enable_parallelism(config=diffusers.ContextParallelConfig(ring_degree=2))
-        assert torch.equal(run(model, call), bound)
-    assert torch.equal(run(model, call), stock)
-    with fr.apply(model, mods):
-        assert torch.equal(run(model, call), bound)
-
-
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 

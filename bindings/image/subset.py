@@ -1,0 +1,64 @@
+"""Modulations of a sequence, for a call over some of its queries and keys, in another order if need be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import fastrope as fr
+from fastrope.modulations import Modulation
+
+Places = slice | Tensor  # of tokens: a slice, or (n,) int64 indices on the CPU
+PER_QUERY = {fr.QueryScale: "scale", fr.LogitGain: "gain", fr.LogitBias: "bias"}
+
+
+def subset_of(modulations: tuple, queries: Places, keys: Places, length: int) -> list[Modulation]:
+    """What modulations over a sequence of ``length`` tokens say of some of its queries and keys.
+
+    Args:
+        queries, keys: the places of those that are left, in the order of the new call.
+
+    Raises:
+        NotImplementedError: a BiasDelta group of which some keys are left and some are not: its mean would change.
+    """
+    found = (_one(m, queries, keys, length) for m in modulations)
+    return [m for m in found if m is not None]
+
+
+def _one(m: Modulation, queries: Places, keys: Places, length: int) -> Modulation | None:
+    if isinstance(m, fr.KeyBias):
+        return replace(m, bias=m.bias[..., _on(keys, m.bias)])
+    covered = torch.zeros(length, dtype=torch.bool, device="cpu")
+    covered[m.keys if isinstance(m.keys, slice) else m.keys.cpu()] = True
+    left = covered[keys]
+    if not left.any():
+        return None
+    if isinstance(m, fr.BiasDelta) and int(left.sum()) < int(covered.sum()):
+        raise NotImplementedError("BiasDelta.keys: expected a group whose keys are attended together, received one of "
+                                  "which this call sees some")  # fmt: skip
+    if isinstance(m, fr.ValueGain) and isinstance(m.gain, Tensor) and _per_key(m.gain, covered):
+        return replace(m, keys=left, gain=_of_keys(m, keys, left, length))
+    name = PER_QUERY.get(type(m))
+    value = getattr(m, name) if name else None
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[-1] > 1:
+        return replace(m, keys=left, **{name: value[..., _on(queries, value)]})
+    return replace(m, keys=left)
+
+
+def _per_key(gain: Tensor, covered: Tensor) -> bool:
+    return gain.ndim > 0 and gain.shape[-1] == int(covered.sum())
+
+
+def _of_keys(m: fr.ValueGain, keys: Places, left: Tensor, length: int) -> Tensor:
+    """The gains of the keys that are left, in the order of the new call."""
+    place = torch.arange(length, device="cpu")
+    named = place[m.keys if isinstance(m.keys, slice) else m.keys.cpu()]
+    where = torch.empty(length, dtype=torch.int64, device="cpu")
+    where[named] = torch.arange(len(named), device="cpu")
+    return m.gain[..., where[place[keys][left]].to(m.gain.device)]
+
+
+def _on(places: Places, x: Tensor) -> Places:
+    return places if isinstance(places, slice) else places.to(x.device)

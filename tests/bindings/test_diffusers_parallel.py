@@ -1,0 +1,141 @@
+"""Bound transformers under diffusers' context parallelism: four processes on one CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrope as fr
+
+pytest.importorskip("diffusers")
+from pages import DOCS, page, snippets
+from source_tree import ROOT
+
+from fastrope.bindings.diffusers import parallel
+
+HERE = Path(__file__).parent
+WORLD = 4
+DIED = "a process that died"
+HOSTS, CASES = ("kontext", "flux2", "qwen-edit-plus"), ("ulysses", "ring", "both", "ulysses, odd", "ring, odd")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("parallel")
+    path = os.pathsep.join(map(str, (ROOT / "tests", HERE)))
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    arguments = str(folder / "store"), str(folder / "found")
+    processes = [
+        subprocess.Popen([sys.executable, HERE / "parallel_worker.py", str(rank), *arguments], env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(WORLD)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    files = [folder / f"found.{rank}.json" for rank in range(WORLD)]
+    assert all(path.exists() for path in files), "\n".join(said)[-4000:]
+    return [json.loads(path.read_text()) for path in files]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_split_sequence_gives_what_one_process_gives(found, host, case):
+    for each in found:
+        result = each[f"{host}, {case}"]
+        assert result["gap"] < 1e-5
+        assert result["again"], "a second call gives the same bits"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("host", HOSTS)
+def test_processes_send_what_the_formula_says(found, host, case):
+    for each in found:
+        result = each[f"{host}, {case}"]
+        assert result["sent"] == result["formula"] > 0
+
+
+@pytest.mark.parametrize("what", ["shared reference, batched", "shared reference, kept", "NAG", "after"])
+def test_what_sees_the_whole_sequence_works_under_ulysses(found, what):
+    assert all(each[what]["gap"] < 1e-5 for each in found)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("other methods", "the same methods, step and sequence in every process"),
+        ("no method in one", "the same methods, step and sequence in every process"),
+        ("other noise", "the same latents in every process"),
+        ("inspect", "no inspection"),
+    ],
+)
+def test_mistakes_are_named_in_every_process(found, what, message):
+    assert all(each[what].startswith("context parallelism: expected " + message) for each in found)
+
+
+def test_a_process_that_dies_is_an_error_in_the_others(found):
+    assert [each[DIED] == "this one" for each in found] == [False, False, False, True]
+    assert all(each[DIED] for each in found)
+
+
+def test_every_token_is_held_once():
+    tokens = fr.TokenLayout(5, (3, 5), [(2, 3)])
+    for ring, ulysses in ((1, 2), (2, 1), (2, 2), (3, 2)):
+        places = [parallel.held((ring, ulysses, rank), tokens) for rank in range(ring * ulysses)]
+        for place in places:
+            assert sorted(place.keys.tolist()) == list(range(len(tokens)))
+        queries = torch.cat([place.queries for place in places[::ulysses]])
+        assert sorted(queries.tolist()) == list(range(len(tokens)))
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+TABLE = re.compile(r"(<!-- scaling: [^\n]* -->\n)(.*?)(<!-- end of scaling -->)", re.DOTALL)
+FLOPS, BANDWIDTH = 550e12, 350e9  # per second and GPU
+RUNS = {
+    "FLUX.1 Kontext, 1024 px": (fr.TokenLayout(512, (64, 64), [(64, 64)]), 24),
+    "FLUX.2, 1440 px, three references": (fr.TokenLayout(512, (90, 90), [(90, 90)] * 3), 48),
+    "120k tokens": (fr.TokenLayout(512, (300, 400)), 48),
+}
+
+
+def predicted() -> str:
+    """The table of docs/parallel.md: time of a block on several GPUs over that on one."""
+    rows = ["| sequence | GPUs | Ulysses: MB per layer | time, one GPU = 1 | ring: MB per layer | time, one GPU = 1 |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, (tokens, heads) in RUNS.items():
+        length, width = len(tokens), heads * 128
+        alone = (4 * length**2 * width + 24 * length * width**2) / FLOPS
+        for ranks in (2, 4, 8):
+            cells = []
+            for split in (parallel.Split(1, ranks, 0), parallel.Split(ranks, 1, 0)):
+                sent = sum(parallel.communication(split, tokens, 1, heads, 128, 2).values())
+                cells += [f"{sent / 1e6:.0f}", f"{1 / ranks + sent / BANDWIDTH / alone:.2f}"]
+            rows.append(f"| {name} ({length} tokens) | {ranks} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_page_says_what_the_formula_gives():
+    path, text = DOCS / "parallel.md", page("parallel.md")
+    if os.environ.get("FASTROPE_WRITE_DOCS") == "1":
+        path.write_text(TABLE.sub(lambda m: m[1] + predicted() + m[3], text), encoding="utf-8")
+        text = page("parallel.md")
+    assert TABLE.search(text)[2] == predicted()
+    for code, _ in snippets(text):
+        compile(code, "parallel.md", "exec")
+
+
+def test_communication_of_a_large_edit():
+    """FLUX.2 with three references at 33k tokens on 8 processes: with Ulysses less than with ring."""
+    tokens = fr.TokenLayout(512, (90, 90), [(90, 90)] * 3)
+    split = [parallel.Split(1, 8, 0), parallel.Split(8, 1, 0)]
+    ulysses, ring = (sum(parallel.communication(s, tokens, 1, 48, 128, 2).values()) for s in split)
+    share = len(parallel.held((1, 8, 0), tokens).shards[0])
+    assert ulysses == 4 * share * 48 * 128 * 2 * 7 // 8
+    assert ring == 2 * share * 48 * 128 * 2 * 7
