@@ -165,11 +165,11 @@ def _in_order(work: Any, split: Split, found: Held, q: Tensor, k: Tensor, v: Ten
                                   f"received {split.ring}; use ulysses_degree")  # fmt: skip
     keys = found.keys.to(q.device)
     back = torch.argsort(keys)
-    in_order = (x[:, back] for x in (q, k, v))
+    q, k, v = q[:, back], k[:, back], v[:, back]
     if isinstance(work, GuidedWork):
-        out = work.attend(*in_order, applied, backend, lambda x: _summed(x, split.ulysses_group))
+        out = work.attend(q, k, v, applied, backend, lambda x: _summed(x, split.ulysses_group))
     else:
-        out = work.attend(*in_order, applied, backend)
+        out = work.attend(q, k, v, applied, backend)
     return out[:, keys]
 
 

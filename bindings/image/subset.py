@@ -11,7 +11,7 @@ import fastrope as fr
 from fastrope.modulations import Modulation
 
 Places = slice | Tensor  # of tokens: a slice, or (n,) int64 indices on the CPU
-PER_QUERY = {fr.QueryScale: "scale", fr.LogitGain: "gain", fr.LogitBias: "bias"}
+PER_QUERY: dict[type, str] = {fr.QueryScale: "scale", fr.LogitGain: "gain", fr.LogitBias: "bias"}
 
 
 def subset_of(modulations: tuple, queries: Places, keys: Places, length: int) -> list[Modulation]:
@@ -39,9 +39,9 @@ def _one(m: Modulation, queries: Places, keys: Places, length: int) -> Modulatio
         raise NotImplementedError("BiasDelta.keys: expected a group whose keys are attended together, received one of "
                                   "which this call sees some")  # fmt: skip
     if isinstance(m, fr.ValueGain) and isinstance(m.gain, Tensor) and _per_key(m.gain, covered):
-        return replace(m, keys=left, gain=_of_keys(m, keys, left, length))
-    name = PER_QUERY.get(type(m))
-    value = getattr(m, name) if name else None
+        return replace(m, keys=left, gain=_of_keys(m, m.gain, keys, left, length))
+    name = PER_QUERY.get(type(m), "")
+    value = getattr(m, name, None)
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape[-1] > 1:
         return replace(m, keys=left, **{name: value[..., _on(queries, value)]})
     return replace(m, keys=left)
@@ -51,13 +51,13 @@ def _per_key(gain: Tensor, covered: Tensor) -> bool:
     return gain.ndim > 0 and gain.shape[-1] == int(covered.sum())
 
 
-def _of_keys(m: fr.ValueGain, keys: Places, left: Tensor, length: int) -> Tensor:
+def _of_keys(m: fr.ValueGain, gain: Tensor, keys: Places, left: Tensor, length: int) -> Tensor:
     """The gains of the keys that are left, in the order of the new call."""
     place = torch.arange(length, device="cpu")
     named = place[m.keys if isinstance(m.keys, slice) else m.keys.cpu()]
     where = torch.empty(length, dtype=torch.int64, device="cpu")
     where[named] = torch.arange(len(named), device="cpu")
-    return m.gain[..., where[place[keys][left]].to(m.gain.device)]
+    return gain[..., where[place[keys][left]].to(gain.device)]
 
 
 def _on(places: Places, x: Tensor) -> Places:
