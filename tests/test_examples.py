@@ -24,7 +24,8 @@ PICTURES = {
     "inspect_attention": ["attention-stock", "attention-grag"],
     "attention_op": [],
 }
-SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "tiny_models"]
+ELSEWHERE = ("tiny_models", "parallel_edit")  # the latter is run by bindings/test_diffusers_parallel.py
+SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in ELSEWHERE]
 
 
 def run(name: str, monkeypatch, *arguments: object) -> None:
