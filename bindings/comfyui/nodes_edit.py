@@ -12,7 +12,7 @@ import fastrope as fr
 from fastrope.checks import require
 
 from .inputs import CATEGORY, as_image, layers_of, one_mask, one_picture, place_inputs, steps_of
-from .steering import steer
+from .patching import steer
 
 DIAL = dict(min=0.0, max=4.0, step=0.01)
 

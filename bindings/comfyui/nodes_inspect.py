@@ -11,7 +11,7 @@ from fastrope.activity import Where
 from ..image.inspection import Inspector, Record
 from .charts import chart
 from .inputs import CATEGORY, as_image, layers_of
-from .steering import watch
+from .patching import watch
 
 RecordType = io.Custom("FASTROPE_RECORD")
 

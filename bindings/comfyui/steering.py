@@ -6,7 +6,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,15 +16,20 @@ from fastrope.activity import flat_methods
 from fastrope.device import wide_on_cpu
 from fastrope.methods.schedules import rests
 from fastrope.modulations import Modulation
+from fastrope.sharing import Snapshot
 
+from ..image.extended import image_angles, target_work, with_shared
 from ..image.inspection import Inspector, Record
-from ..image.layers import SharedWork
+from ..image.layers import CachedWork, Recorder, ReferenceWork, SharedWork
+from ..image.prefetch import Prefetch
 from ..image.requests import LayerRequest
+from ..image.rotation import Rotation
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
 from .calls import ModelCall, Positions
 from .compiled import COMPILED, CompiledDoor
 from .models import Call, Family, family_of
+from .references import LatentReference
 from .steps import Step, Steps
 
 KEY = "fastrope"
@@ -52,13 +57,18 @@ class Steering:
     Args:
         bound: the methods, in the order of their nodes; the order does not matter.
         watchers: who looks at the attention, and where it is written.
+        reference: a latent that methods share attention with.
         backend: as in :func:`fastrope.attention`.
     """
 
     def __init__(
-        self, bound: Sequence[Bound] = (), watchers: Sequence[tuple[Inspector, Record]] = (), backend: str = "auto"
+        self,
+        bound: Sequence[Bound] = (),
+        watchers: Sequence[tuple[Inspector, Record]] = (),
+        reference: LatentReference | None = None,
+        backend: str = "auto",
     ) -> None:
-        self.bound, self.watchers, self.backend = tuple(bound), tuple(watchers), backend
+        self.bound, self.watchers, self.reference, self.backend = tuple(bound), tuple(watchers), reference, backend
         flat_methods([each.method for each in self.bound], "method")
         self._lock = threading.RLock()  # guidance may run its branches on several devices, each in a thread
         self._steps = Steps()
@@ -70,6 +80,8 @@ class Steering:
         self._positions: OrderedDict[Hashable, Positions] = OrderedDict()
         self._requests: OrderedDict[Hashable, list[LayerRequest]] = OrderedDict()
         self._works: OrderedDict[Hashable, tuple[tuple, Work]] = OrderedDict()
+        if self.reference is not None:
+            self.reference.forget()
 
     def begin(self, *_: Any) -> None:
         """A run begins: records are of the latest run."""
@@ -80,15 +92,18 @@ class Steering:
         """The host's call of ``BaseModel.apply_model``, steered."""
         arguments = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         with self._lock:
-            call = self.prepare(executor.class_obj, arguments)
+            call = self.prepare(executor.class_obj, arguments, executor)
+        return self._run(executor, arguments, call)
+
+    def _run(self, executor: Callable, arguments: Mapping[str, Any], call: ModelCall) -> Any:
         given = arguments.get("transformer_options") or {}
-        if COMPILED in given.get("wrappers", {}).get("apply_model", {}):
+        if _compiled(given):
             call.surround(given)
             return self._door(executor.class_obj).run(
                 call, given, lambda options: _called(executor, arguments, options)
             )
         if call.idle:
-            return executor(*args, **kwargs)
+            return _called(executor, arguments, given)
         out = _called(executor, arguments, call.options(given))
         call.finish()
         return out
@@ -99,8 +114,9 @@ class Steering:
 
     # ---- preparing a call --------------------------------------------------------------------------------------------
 
-    def prepare(self, model: Any, arguments: Mapping[str, Any]) -> ModelCall:
-        """What the layers of a call do.
+    def prepare(self, model: Any, arguments: Mapping[str, Any], executor: Callable | None = None) -> ModelCall:
+        """What the layers of a call do. With a reference latent, ``executor`` runs the model on it first, unless what
+        it shares at this step is known.
 
         Raises:
             NotImplementedError: a model or a call that cannot be steered.
@@ -113,13 +129,68 @@ class Steering:
         negative = set(options.get("cond_or_uncond") or ()) == {UNCONDITIONED}
         methods = [b.method for b in self.bound if not (b.refers and negative and not layout.reference_grids)]
         step, kinds = self._steps.find(options), family.kinds(transformer)
+        alone = None if self.reference is None else self.reference.call(model, arguments, step.sigma)
+        if alone is not None:
+            its_key, its = self._positions_of(family, transformer, alone)
+            layout = with_shared(layout, (its.sequence.layout().target_grid,) * self.reference.rows)
+            key = key, its_key
         sites = _Sites(layout, step, family.axes_dim(transformer), kinds)
         requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
-        compiled = COMPILED in options.get("wrappers", {}).get("apply_model", {})
-        applied = compiled or not (family.rotates_last and positions.trusted)
+        applied = _compiled(options) or not (family.rotates_last and positions.trusted)
+        sharing = [n for n, each in enumerate(requests) if each.shares]
         works = [self._work(key, positions, request, layout, applied, device) for request in requests]
+        if sharing:
+            snapshot = self._snapshot(executor, alone, family, transformer, (its_key, its), step, set(sharing))
+            for n, work in zip(sharing, self._sharing(key, positions, requests, layout, snapshot, device), strict=True):
+                works[n] = work
         probes = self._probes(sites, positions) if self.watchers else [None] * len(kinds)
         return ModelCall(family, transformer, positions, tuple(works), tuple(probes), self.backend)
+
+    # ---- a reference latent ------------------------------------------------------------------------------------------
+
+    def _snapshot(
+        self, executor: Any, alone: Mapping[str, Any], family: Family, transformer: Any,
+        at: tuple[Hashable, Positions], step: Step, layers: set[int],
+    ) -> Snapshot:  # fmt: skip
+        """What the reference shares at a step: known, or of a call of its own."""
+        (key, positions), reference = at, cast(LatentReference, self.reference)
+        weights = getattr(executor.class_obj.current_patcher, "patches_uuid", None)  # LoRAs
+        key = key, round(step.sigma, 6), weights
+        known = reference.snapshot(key, layers)
+        if known is not None:
+            return known
+        sequence, rope = positions.sequence, positions.rope
+        snapshot = Snapshot(
+            image_angles(sequence, rope, reference.rows), (sequence.layout().target_grid,) * reference.rows
+        )
+        plain = ReferenceWork(sequence, rope)
+        count = len(family.kinds(transformer))
+        works = [Recorder(plain, reference.store, snapshot, n) if n in layers else None for n in range(count)]
+        self._run(
+            executor, alone, ModelCall(family, transformer, positions, tuple(works), (None,) * count, self.backend)
+        )
+        return reference.put(key, snapshot)
+
+    def _sharing(
+        self, key: Hashable, positions: Positions, requests: list[LayerRequest], layout: fr.TokenLayout,
+        snapshot: Snapshot, device: torch.device,
+    ) -> list[LayerWork]:  # fmt: skip
+        """The work of all layers that share, in order."""
+        sharing = [n for n, each in enumerate(requests) if each.shares]
+        ahead = Prefetch([snapshot.layers[n] for n in sharing], device)
+        turned = Rotation(snapshot.angles, positions.rope.pairing)
+        found: list[LayerWork] = []
+        for position, n in enumerate(sharing):
+            modulations = requests[n].modulations
+
+            def make(modulations: tuple = modulations) -> tuple[tuple, Work]:
+                return modulations, target_work(positions.sequence, positions.rope, modulations, snapshot.angles, None)
+
+            target = _remember(self._works, (key, "shared", *map(id, modulations)), make)[1]
+            found.append(CachedWork(SharedWork(target, requests[n], layout), ahead, position, turned))
+        return found
+
+    # ---- the parts of a call -----------------------------------------------------------------------------------------
 
     def _positions_of(
         self, family: Family, transformer: Any, arguments: Mapping[str, Any]
@@ -159,8 +230,8 @@ class Steering:
         device: torch.device,
     ) -> LayerWork | None:  # fmt: skip
         modulations, sharings = request
-        if not modulations and not sharings:
-            return None
+        if request.shares or not (modulations or sharings):
+            return None  # layers that share come later
         work = self._plain_work(key, positions, modulations)
         if sharings:
             return SharedWork(work, request, layout)
@@ -209,43 +280,8 @@ class _Sites:
         return found
 
 
-def steer(model: Any, method: Any, refers: bool = False) -> Any:
-    """A clone of a ``ModelPatcher`` that is steered by one more method. The model it was made of stays as it is.
-
-    Args:
-        model: the patcher.
-        method: with ``modulations(site) -> list``.
-        refers: see :class:`Bound`.
-
-    Raises:
-        NotImplementedError: a model that cannot be steered.
-        ValueError: something that is no method.
-    """
-    before = steering_of(model)
-    return _bind(model, Steering([*before.bound, Bound(method, refers)], before.watchers, before.backend))
-
-
-def watch(model: Any, inspector: Inspector, record: Record) -> Any:
-    """A clone of a patcher whose attention is looked at, also where nothing steers it."""
-    before = steering_of(model)
-    return _bind(model, Steering(before.bound, [*before.watchers, (inspector, record)], before.backend))
-
-
-def steering_of(model: Any) -> Steering:
-    """The steering of a patcher; an empty one where it has none."""
-    held = [wrapper.__self__ for wrapper in model.get_wrappers("apply_model", KEY)]
-    return held[-1] if held else Steering()
-
-
-def _bind(model: Any, steering: Steering) -> Any:
-    family_of(model.model)
-    clone = model.clone()
-    clone.remove_wrappers_with_key("apply_model", KEY)
-    clone.add_wrapper_with_key("apply_model", KEY, steering.around)
-    for moment, answer in (("on_pre_run", steering.begin), ("on_cleanup", steering.forget)):
-        clone.remove_callbacks_with_key(moment, KEY)
-        clone.add_callback_with_key(moment, KEY, answer)
-    return clone
+def _compiled(options: Mapping[str, Any]) -> bool:
+    return COMPILED in options.get("wrappers", {}).get("apply_model", {})
 
 
 def _called(executor: Callable, arguments: Mapping[str, Any], options: dict) -> Any:

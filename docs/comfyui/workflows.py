@@ -22,6 +22,7 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "ReferenceLatent": ({"conditioning": "CONDITIONING", "latent": "LATENT"}, ["CONDITIONING"]),
     "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": "float"}, ["CONDITIONING"]),
+    "ModelSamplingAuraFlow": ({"model": "MODEL", "shift": "float"}, ["MODEL"]),
     "ConditioningZeroOut": ({"conditioning": "CONDITIONING"}, ["CONDITIONING"]),
     "EmptySD3LatentImage": ({"width": "int", "height": "int", "batch_size": "int"}, ["LATENT"]),
     "KSampler": (
@@ -53,6 +54,8 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
             "model": "MODEL", "preset": "combo", "reference": "int", "s_hf_start": "float", "s_hf_end": "float",
             "s_lf_start": "float", "s_lf_end": "float", "beta": "float", "adain": "float", "other_axes": "combo",
             "blocks": "combo", "start_percent": "float", "end_percent": "float", "layers": "string",
+            "reference_latent": "LATENT", "reference_conditioning": "CONDITIONING", "noise_seed": "int",
+            "keep": "boolean",
         },
         ["MODEL"],
     ),
@@ -68,7 +71,7 @@ OURS = {
     "FastRoPE_LooseRoPE": dict(boost=0.83, levels=5, dilation=2, timing="scaled", reference=0, layers=""),
     "FastRoPE_UntwistingRoPE": dict(
         preset="paper", reference=0, s_hf_start=0.25, s_hf_end=0.75, s_lf_start=1.0, s_lf_end=1.4, beta=2.0, adain=0.5,
-        other_axes="low", blocks="all", start_percent=0.0, end_percent=1.0, layers="",
+        other_axes="low", blocks="all", start_percent=0.0, end_percent=1.0, layers="", noise_seed=0, keep=False,
     ),
     "FastRoPE_Inspect": dict(layers="", every=1),
     "FastRoPE_AttentionChart": {},
@@ -172,6 +175,42 @@ WORKFLOWS: dict[str, tuple[str, dict, dict]] = {
         "Untwisting RoPE with the host's own reference, at the paper's numbers",
         _kontext("a lighthouse on a cliff, in the style of the reference", "style.png", "FastRoPE_UntwistingRoPE", {}),
         KONTEXT_PLACES,
+    ),
+    "untwisting-rope-z-image": (
+        "Untwisting RoPE with a style picture of its own, on a model that takes no references",
+        {
+            "model": ("UNETLoader", dict(unet_name="z_image_turbo_bf16.safetensors", weight_dtype="default")),
+            "clip": ("CLIPLoader", dict(clip_name="qwen_3_4b.safetensors", type="lumina2")),
+            "vae": ("VAELoader", dict(vae_name="ae.safetensors")),
+            "picture": ("LoadImage", dict(image="style.png")),
+            "shifted": ("ModelSamplingAuraFlow", dict(model=("model", 0), shift=3.0)),
+            "prompt": ("CLIPTextEncode", dict(clip=("clip", 0), text="a lighthouse on a cliff")),
+            "shown": ("CLIPTextEncode", dict(clip=("clip", 0), text="")),
+            "nothing": ("ConditioningZeroOut", dict(conditioning=("prompt", 0))),
+            "encoded": ("VAEEncode", dict(pixels=("picture", 0), vae=("vae", 0))),
+            "steered": (
+                "FastRoPE_UntwistingRoPE",
+                {
+                    **OURS["FastRoPE_UntwistingRoPE"], "model": ("shifted", 0), "reference_latent": ("encoded", 0),
+                    "reference_conditioning": ("shown", 0), "preset": "own numbers", "other_axes": "match",
+                },
+            ),
+            "empty": ("EmptySD3LatentImage", dict(width=1024, height=1024, batch_size=1)),
+            "sampler": (
+                "KSampler",
+                dict(
+                    model=("steered", 0), positive=("prompt", 0), negative=("nothing", 0), latent_image=("empty", 0),
+                    seed=1, steps=9, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+                ),
+            ),
+            "decoded": ("VAEDecode", dict(samples=("sampler", 0), vae=("vae", 0))),
+            "saved": ("SaveImage", dict(images=("decoded", 0), filename_prefix="fastrope")),
+        },
+        {
+            "model": (0, 0), "clip": (0, 1), "vae": (0, 2), "picture": (0, 3), "shifted": (1, 0), "prompt": (1, 1),
+            "shown": (1, 2), "encoded": (1, 3), "steered": (2, 0), "nothing": (2, 1), "empty": (2, 3),
+            "sampler": (3, 0), "decoded": (4, 0), "saved": (5, 0),
+        },
     ),
     "inspect-flux-kontext": (
         "Where attention goes while GRAG is at work",

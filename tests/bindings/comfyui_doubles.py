@@ -202,12 +202,35 @@ class Flux(nn.Module):
 # ---- comfy.model_base, comfy.samplers --------------------------------------------------------------------------------
 
 
+def _noise_scaling(sigma, noise, latent_image, max_denoise=False):
+    return sigma * noise + (1 - sigma) * latent_image
+
+
+class _Condition:
+    """A condition, and how it is made to fit a batch."""
+
+    def __init__(self, cond):
+        self.cond = cond
+
+    def process_cond(self, batch_size, **kwargs):
+        return _Condition(self.cond.expand(batch_size, *self.cond.shape[1:]))
+
+
 class BaseModel(nn.Module):
     """What a sampler calls."""
 
     def __init__(self, diffusion_model):
         super().__init__()
         self.diffusion_model = diffusion_model
+        self.current_patcher = None
+        self.model_sampling = types.SimpleNamespace(noise_scaling=_noise_scaling)
+
+    def process_latent_in(self, latent):
+        return 0.5 * latent
+
+    def extra_conds(self, **kwargs):
+        """Conditions by the names of the transformer's arguments."""
+        return {"c_crossattn": _Condition(kwargs["cross_attn"])}
 
     def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         """Through the wrappers of the options."""
@@ -342,6 +365,10 @@ def signature(function) -> list[str]:
 
 DOUBLED = {  # the real name, and what stands for it
     "comfy.model_base.BaseModel.apply_model": BaseModel.apply_model,
+    "comfy.model_base.BaseModel.process_latent_in": BaseModel.process_latent_in,
+    "comfy.model_base.BaseModel.extra_conds": BaseModel.extra_conds,
+    "comfy.model_sampling.CONST.noise_scaling": _noise_scaling,
+    "comfy.conds.CONDRegular.process_cond": _Condition.process_cond,
     "comfy.model_patcher.ModelPatcher.add_wrapper_with_key": ModelPatcher.add_wrapper_with_key,
     "comfy.model_patcher.ModelPatcher.remove_wrappers_with_key": ModelPatcher.remove_wrappers_with_key,
     "comfy.model_patcher.ModelPatcher.get_wrappers": ModelPatcher.get_wrappers,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrope as fr
 from fastrope.bindings.comfyui import calls
 from fastrope.bindings.comfyui.models import family_of
-from fastrope.bindings.comfyui.steering import steer, steering_of
+from fastrope.bindings.comfyui.patching import steer, steering_of
 from fastrope.bindings.comfyui.steps import Steps
 
 REFERENCE = host.picture(4, 6, seed=5)

@@ -17,7 +17,7 @@ import torch
 from source_tree import ROOT
 
 import fastrope
-from fastrope.bindings.comfyui.steering import steering_of
+from fastrope.bindings.comfyui.patching import steering_of
 from fastrope.cli import main
 
 REFERENCE = host.picture(8, 12, seed=5)
@@ -102,6 +102,28 @@ def test_untwisting_takes_a_preset_or_its_own_numbers(nodes):
     assert torch.equal(outs[0], outs[1])
     assert not torch.allclose(outs[0], outs[2], rtol=0, atol=1e-4)
     assert not torch.allclose(outs[0], host.sample(host.tiny(), PROMPT), rtol=0, atol=1e-3)
+
+
+def test_untwisting_shares_attention_with_a_latent_of_its_own(nodes):
+    node, model, plain = nodes["FastRoPE_UntwistingRoPE"], host.tiny(), host.prompt()
+    style, shown = {"samples": host.picture(4, 6, seed=8)}, [[host.prompt(seed=9)["c_crossattn"], {}]]
+    steered = run(node, model, reference_latent=style, reference_conditioning=shown).args[0]
+    found = host.sample(steered, plain, host.prompt(seed=3))
+    assert not torch.allclose(found, host.sample(model, plain, host.prompt(seed=3)), rtol=0, atol=1e-3)
+    assert torch.equal(found, host.sample(steered, plain, host.prompt(seed=3)))
+    kept = run(node, model, reference_latent=style, reference_conditioning=shown, keep=True).args[0]
+    for _ in range(2):
+        torch.testing.assert_close(host.sample(kept, plain, host.prompt(seed=3)), found, rtol=0, atol=1e-6)
+    off = run(node, model, reference_latent=style, reference_conditioning=shown, end_percent=0.01).args[0]
+    assert torch.equal(host.sample(off, plain), host.sample(model, plain))
+    with pytest.raises(ValueError, match="reference_conditioning: expected a CONDITIONING"):
+        run(node, model, reference_latent=style)
+    with pytest.raises(ValueError, match="reference_latent: expected a LATENT"):
+        run(node, model, reference_conditioning=shown)
+    with pytest.raises(ValueError, match="reference_latent: expected one per model"):
+        run(node, steered, reference_latent=style, reference_conditioning=shown)
+    with pytest.raises(NotImplementedError, match="without a reference latent"):
+        run(nodes["FastRoPE_Inspect"], steered)
 
 
 def test_inspect_draws_the_latest_run_and_changes_nothing(nodes):
