@@ -129,8 +129,10 @@ class Steering:
         negative = set(options.get("cond_or_uncond") or ()) == {UNCONDITIONED}
         methods = [b.method for b in self.bound if not (b.refers and negative and not layout.reference_grids)]
         step, kinds = self._steps.find(options), family.kinds(transformer)
-        alone = None if self.reference is None else self.reference.call(model, arguments, step.sigma)
-        if alone is not None:
+        alone: dict[str, Any] = {}
+        its_key, its = key, positions
+        if self.reference is not None:
+            alone = self.reference.call(model, arguments, step.sigma)
             its_key, its = self._positions_of(family, transformer, alone)
             layout = with_shared(layout, (its.sequence.layout().target_grid,) * self.reference.rows)
             key = key, its_key
