@@ -17,7 +17,7 @@ import torch
 
 import fastrope as fr
 
-from ..figures import LIGHT, PAPERS, Paper, sheet
+from ..figures import PAPERS, sheet
 from ..outputs import write_picture, write_text
 from . import idea, methods
 
@@ -98,17 +98,15 @@ def page(sections: list[tuple[str, str, Path]], checks: list[dict], conditions: 
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>'
 
 
-def draw_methods(device: torch.device, paper: Paper = LIGHT):
-    """The picture of the README: the first row of every method."""
-    return sheet([next(methods.rows(name, device, 1)) for name in methods.SHOWS], paper=paper)
-
-
 STYLE = """
 body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; font: 16px/1.6 system-ui, sans-serif; }
 p { max-width: 46rem; } h2 { margin-top: 2.5rem; } img { max-width: 100%; } td { padding: .1rem 1.2rem .1rem 0; }
 """
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _device, _folder = torch.device("cpu"), Path(sys.argv[1])
+    _rows = [next(methods.rows(name, _device, 1)) for name in ("grag", "looserope")]
     for _name, _paper in PAPERS.items():
-        for _kind, _draw in (("idea", idea.draw), ("methods", draw_methods)):
-            print(write_picture(Path(sys.argv[1]) / f"{_kind}-{_name}.png", _draw(torch.device("cpu"), _paper)))
+        print(write_picture(_folder / f"methods-{_name}.png", sheet(_rows, paper=_paper)))
+        print(write_picture(_folder / f"idea-{_name}.png", idea.draw(_device, _paper)))

@@ -19,7 +19,7 @@ from ..pictures import to_picture
 
 DELTAS = (0.5, 0.8, 1.0, 1.2, 1.5)
 S_HF = (1.0, 0.5, 0.25, 0.0)
-BOOSTS = (1.0, 0.83, 0.6, 0.3)
+BOOSTS = (1.0, 0.83, 0.5, 0.3)
 TAUS = (0.5, 1.0, 4.0, float("inf"))
 
 
@@ -120,8 +120,9 @@ SHOWS = {
     ),
     "looserope": Show(
         "Blend a paste: LooseRoPE",
-        "A digit was pasted with a box of its own ground. Salient tokens hold on to their place, the others are let "
-        "loose to look around; a lower boost lets more of them loose.",
+        "A digit was pasted with a box of its own ground. This model was trained to blend such pastes, so the box is "
+        "gone without LooseRoPE, too. Its boost decides how much of the paste holds on to its place: lower blends "
+        "more, and at last the digit itself fades.",
         looserope,
     ),
     "islock": Show(
