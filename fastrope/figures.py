@@ -76,7 +76,7 @@ def canvas(width: float, height: float, paper: Paper = LIGHT) -> Iterator[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "figure.facecolor": paper.sheet, "savefig.facecolor": paper.sheet, "axes.facecolor": paper.sheet,
         "text.color": paper.ink, "axes.labelcolor": paper.ink, "axes.titlecolor": paper.ink, "font.size": 10,
         "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "axes.titlesize": 11, "axes.labelsize": 10,
