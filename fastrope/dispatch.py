@@ -87,7 +87,7 @@ def decide(
 def by_route(route: str, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
     """How a call on a GPU runs by a route of its family, see :mod:`fastrope.rules`; what measurements compare."""
     backend, split = rules.ROUTES[route]
-    folds = backend == "sdpa" and not _not_yet(lowered) and folded.takes(q, lowered)
+    folds = backend == "sdpa" and folded.takes(q, lowered)
     return _completed(Decision(backend, "asked for", split=split, folded=folds), lowered, q, k, v)
 
 
@@ -127,19 +127,12 @@ def choose(
     """The backend part of :func:`decide`, which reads neither values nor addresses: tensors may be fake ones."""
     grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
     found = _backend_for(lowered, q, grad, backend, return_lse)
-    folds = found.backend == "sdpa" and not (grad or return_lse or _not_yet(lowered)) and folded.takes(q, lowered)
+    folds = found.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered)
     return replace(found, folded=True) if folds else found
 
 
-def _not_yet(lowered: Lowered) -> str | None:
-    finite = lowered.keys.bias is not None and lowered.keys.bias.finite is not None
-    if finite or lowered.biases is not None or lowered.values is not None:
-        return "LogitBias, KeyBias, ValueGain and BiasDelta on values run on sdpa and eager"
-    return None
-
-
 def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, return_lse: bool) -> Decision:
-    obstacle = devices.kernel_obstacle(q) or _not_yet(lowered)
+    obstacle = devices.kernel_obstacle(q)
     if backend == "triton":
         if grad:
             raise NotImplementedError(
@@ -152,7 +145,7 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
         return Decision(backend, "asked for")
     never_eager = ("eager", "materialises the logits; runs only when asked for")
     if obstacle:
-        expected = q.dtype == torch.float64 or obstacle in (devices.WITHOUT_KERNELS, _not_yet(lowered))
+        expected = q.dtype == torch.float64 or obstacle == devices.WITHOUT_KERNELS
         warning = f"fastrope runs on backend 'sdpa': the fused kernel is unavailable ({obstacle})"
         rejected = (("triton", obstacle), never_eager)
         return Decision("sdpa", "runs on any device", rejected, warning if devices.on_gpu(q) and not expected else None)

@@ -55,7 +55,8 @@ def _plain(lowered: Lowered, dtype: torch.dtype, return_lse: bool) -> bool:
     rotates = lowered.keys.rotation is not None or (
         lowered.queries is not None and lowered.queries.rotation is not None
     )
-    return not return_lse and (lowered.num_keys is None or not (lowered.modulated or rotates))
+    changed = lowered.modulated or lowered.keys.biased or lowered.values is not None
+    return not return_lse and (lowered.num_keys is None or not (changed or rotates))
 
 
 def _short(applies: Callable[[Lowered], bool]) -> Callable[[Lowered, torch.dtype, bool], bool]:
@@ -71,9 +72,9 @@ FAMILIES = (
     ),
     Family(
         "rotation", "rotation alone, in 16 bits, no log-sum-exp",
-        _short(lambda lowered: not lowered.modulated and folded.folds(lowered)), _WHOLE,
+        _short(lambda lowered: not lowered.modulated and lowered.values is None and folded.folds(lowered)), _WHOLE,
     ),
-    Family("keys", "weights and groups, in 16 bits, no log-sum-exp", _short(folded.folds), _WHOLE),
+    Family("keys", "weights, groups and values, in 16 bits, no log-sum-exp", _short(folded.folds), _WHOLE),
     Family(
         "own scales", "most queries unmodulated, others with per-query scales, in 16 bits, no log-sum-exp",
         _short(lambda lowered: bool(lowered.num_per_query) and split_rows.splits(lowered)), _ROWS,
@@ -86,7 +87,7 @@ FAMILIES = (
     Family("other", "all other calls", lambda lowered, dtype, return_lse: True, ("loop", "sdpa")),
 )  # fmt: skip
 
-_FOLDS = "all of it folds into the keys, for torch's own kernel", "nothing is left for its loop to fuse"
+_FOLDS = "all of it folds into keys and values, for torch's own kernel", "nothing is left for its loop to fuse"
 _SPLITS = (
     "fused kernel for modulated queries, torch's own for the others", "takes a call and a copy of the keys per scale",
 )  # fmt: skip

@@ -7,6 +7,7 @@ from importlib import import_module
 
 _HOME = {
     "KernelTables": "tables", "LaunchConfig": "config", "MatchConfig": "match", "Streams": "streams",
+    "ValueFactors": "tables",
     "axis_block_attention": "axis_blocks", "describable": "descriptors", "fused_attention": "attention",
     "group_means": "means", "match_anchors": "match", "pack_rows": "pack", "polynomial_attention": "polynomial",
     "per_query_means": "query_means",

@@ -2,7 +2,8 @@
 
 What covers a segment never enters the loop over keys. It is a query tile (prepared once: rotated for the segment, times
 its band weights), a row of the packed keys to start from, and an affine map of the logits (row factor ``delta g``, row
-bias ``(lambda - delta) g <w q, mu>``); the loop body is that of plain attention.
+bias ``(lambda - delta) g <w q, mu> + b``); the loop body is that of plain attention. A mask and key biases are one
+number per key.
 """
 
 import torch
@@ -19,6 +20,9 @@ from .common import (
     START,
     STOP,
     VARIANT,
+    enter_segment,
+    leave_segment,
+    load_key_bias,
     load_tile,
     logit_map,
     softmax_step,
@@ -32,9 +36,9 @@ from .tables import LOG2E, KernelTables, batch_stride, strides
 @triton.jit
 def attend(
     acc, l_i, m_i, q, row_scale, row_bias,
-    K, V, KEY_MASK, b, h, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
+    K, V, KEY_BIAS, b, h, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MODULATED: tl.constexpr,
-    HAS_MASK: tl.constexpr, TMA: tl.constexpr, PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr, TMA: tl.constexpr, PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of one query tile over keys [start, stop), whose rows in K lie key_shift further.
 
@@ -45,8 +49,8 @@ def attend(
     other way round (compiled).
     """
     tl.static_assert(TMA or not PIPELINED, "the tile before is read without a mask")
-    if MODULATED:  # a row's constant is a shift of its running maximum
-        m_i -= row_bias
+    if MODULATED:
+        m_i, held = enter_segment(m_i, row_bias)
         factor = row_scale[:, None]
     else:
         factor = row_scale
@@ -57,13 +61,16 @@ def attend(
         alpha = tl.full([acc.shape[0]], 1.0, dtype=tl.float32)
     for start_n in tl.range(start, stop, BLOCK_N, disable_licm=TMA):
         valid = offs_n < stop - start_n
-        if HAS_MASK:
-            valid = valid & (tl.load(KEY_MASK + start_n + offs_n, mask=valid, other=0) != 0)
+        if HAS_KEY_BIAS:
+            key_bias = load_key_bias(KEY_BIAS, start_n + offs_n, valid)
+            valid = key_bias > -float("inf")
         k = load_block(
             K, b, h, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
         )
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_M, BLOCK_N] float32
-        qk = tl.where(valid[None, :], qk, -float("inf"))
+        if HAS_KEY_BIAS:
+            qk += key_bias[None, :]
+        qk = tl.where(valid[None, :], qk, -float("inf"))  # a masked key may hold NaN
         if PIPELINED:
             v = load_block(
                 V, b, h, start_n - BLOCK_N, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
@@ -84,7 +91,7 @@ def attend(
         )
         acc = tl.dot(carried.to(dtype, bitcast=True), v, acc * alpha[:, None])
     if MODULATED:
-        m_i += row_bias
+        m_i = leave_segment(m_i, held)
     return acc, l_i, m_i
 
 
@@ -107,21 +114,23 @@ def resume(
 
 ATTENTION_COUNTS = (
     "num_segments", "num_queries", "num_keys", "num_rows", "heads", "key_heads", "scaled_keys", "num_sorted",
-    "num_per_query", "groups_batch_stride", "gains_batch_stride", "mask_batch_stride", "sorted_batch_stride",
-    "bucket_batch_stride",
+    "num_per_query", "groups_batch_stride", "gains_batch_stride", "biases_batch_stride", "key_bias_batch_stride",
+    "sorted_batch_stride", "bucket_batch_stride",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ATTENTION_COUNTS)
 def attention_kernel(
-    Q, K, V, OUT, LSE, SEGMENTS, BIAS, GROUPS, GAINS, KEY_MASK, SORTED_QUERIES, TILE_BUCKET, STATE, STATE_M, STATE_L,
+    Q, K, V, OUT, LSE, SEGMENTS, BIAS, GROUPS, GAINS, LOGIT_BIASES, KEY_BIAS, SORTED_QUERIES, TILE_BUCKET,
+    STATE, STATE_M, STATE_L,
     stride_qb, stride_qh, stride_qv, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_segments, num_queries, num_keys, num_rows, heads, key_heads, scaled_keys, num_sorted, num_per_query,
-    groups_batch_stride, gains_batch_stride, mask_batch_stride, sorted_batch_stride, bucket_batch_stride, log2_scale,
+    groups_batch_stride, gains_batch_stride, biases_batch_stride, key_bias_batch_stride, sorted_batch_stride,
+    bucket_batch_stride, log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    QUERY_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
+    QUERY_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, TMA: tl.constexpr,
     PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head against all segments. num_sorted is 0 where queries keep their order."""
@@ -139,9 +148,9 @@ def attention_kernel(
     else:
         k_head = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
         v_head = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
-    mask_base = KEY_MASK
-    if HAS_MASK:
-        mask_base = KEY_MASK + b * mask_batch_stride
+    key_biases = KEY_BIAS
+    if HAS_KEY_BIAS:
+        key_biases = KEY_BIAS + b * key_bias_batch_stride
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -159,23 +168,24 @@ def attention_kernel(
             start = tl.load(row + START)
             stop = tl.load(row + STOP)
             scaled = tl.load(row + SCALED) != 0
-            skip = (scaled & (bucket < 0)) | (tl.max(rows) < 0)  # done by an earlier kernel; a tile of padding
-            stop = tl.where(skip, start, stop)
             # The copy of a scaled key at bucket 0, r = 1, is the key itself in key order.
             copy = tl.load(row + BUCKET_BASE) + bucket * scaled_keys
             key_shift = tl.where(scaled & (bucket > 0), copy - start, 0)
             bias_rows = (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m
             row_scale, row_bias = logit_map(
                 row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
-                num_queries, log2_scale,
+                LOGIT_BIASES + b * biases_batch_stride, num_queries, log2_scale,
             )  # fmt: skip
+            # Done by an earlier kernel; a tile of padding, or of queries that the segment is hidden from.
+            nobody = tl.max(tl.where(row_mask, row_bias, -float("inf"))) == -float("inf")
+            stop = tl.where((scaled & (bucket < 0)) | nobody, start, stop)
             variant = q_base + tl.load(row + VARIANT).to(tl.int64) * stride_qv
             q = load_tile(variant, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, row_scale, row_bias,
-                k_head, v_head, mask_base, b.to(tl.int32), kv_head, start, stop, key_shift,
+                k_head, v_head, key_biases, b.to(tl.int32), kv_head, start, stop, key_shift,
                 stride_ks, stride_kd, stride_vs, stride_vd,
-                HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, TMA, PIPELINED, PRECISION,
+                HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_KEY_BIAS, TMA, PIPELINED, PRECISION,
             )  # fmt: skip
         state = bh.to(tl.int64) * num_per_query + offs_m
         acc, l_i, m_i = resume(
@@ -186,9 +196,9 @@ def attention_kernel(
         q = load_tile(q_base, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, log2_scale, 0.0,
-            k_head, v_head, mask_base, b.to(tl.int32), kv_head, 0, num_keys, 0,
+            k_head, v_head, key_biases, b.to(tl.int32), kv_head, 0, num_keys, 0,
             stride_ks, stride_kd, stride_vs, stride_vd,
-            HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_MASK, TMA, PIPELINED, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_KEY_BIAS, TMA, PIPELINED, PRECISION,
         )  # fmt: skip
 
     # No key left: zeros, and a log-sum-exp of -inf.
@@ -210,7 +220,7 @@ def fused_attention(
     v: torch.Tensor,
     num_queries: int,
     num_keys: int,
-    key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     tables: KernelTables | None,
     bias: torch.Tensor | None,
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
@@ -226,7 +236,7 @@ def fused_attention(
         k: ``(B, Hkv, R, D)``, rotated; rows beyond ``num_keys`` are the scaled keys once per bucket. Any strides.
         v: ``(B, Hkv, Sk, D)``, any strides.
         num_queries, num_keys: ``Sq`` and ``Sk``.
-        key_mask: ``(Bx, Sk)`` bool, or None.
+        key_bias: ``(Bx, Sk)`` float32, natural log units, ``-inf`` where a key is masked; or None.
         tables, bias: modulations and the row bias of :func:`prepare_queries`, or None for plain attention.
         state: ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)`` float32 of the queries with per-query scales, or None.
         scale: factor of the logits.
@@ -242,22 +252,24 @@ def fused_attention(
     t = tables or KernelTables(lse)
     # A pointer stands in for a table that a call has not: its loads are masked off. A flag for each would double the
     # number of binaries each time.
-    bias, groups, gains, mask = (lse if x is None else x for x in (bias, t.groups, t.gains, key_mask))
+    bias, groups, gains, biases = (lse if x is None else x for x in (bias, t.groups, t.gains, t.biases))
     sorted_queries, tile_bucket = (t.segments if x is None else x for x in (t.sorted_queries, t.tile_bucket))
     acc, m, l_sum = state or (lse, lse, lse)
     keys, values = (descriptor(x, config.block_n, config.block_d) for x in (k, v)) if config.tma else (k, v)
     attention_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
         Q=q, K=keys, V=values, OUT=out, LSE=lse, SEGMENTS=t.segments, BIAS=bias, GROUPS=groups, GAINS=gains,
-        KEY_MASK=mask, SORTED_QUERIES=sorted_queries, TILE_BUCKET=tile_bucket, STATE=acc, STATE_M=m, STATE_L=l_sum,
+        LOGIT_BIASES=biases, KEY_BIAS=lse if key_bias is None else key_bias, SORTED_QUERIES=sorted_queries,
+        TILE_BUCKET=tile_bucket, STATE=acc, STATE_M=m, STATE_L=l_sum,
         **strides("q", q, "bhvsd"), **strides("k", k, "bhsd"), **strides("v", v, "bhsd"),
         num_segments=t.segments.shape[0], num_queries=num_queries, num_keys=num_keys, num_rows=rows, heads=heads,
         key_heads=k.shape[1], scaled_keys=t.scaled_keys,
         num_sorted=0 if t.sorted_queries is None else t.sorted_queries.shape[1], num_per_query=t.num_per_query,
         groups_batch_stride=batch_stride(t.groups), gains_batch_stride=batch_stride(t.gains),
-        mask_batch_stride=batch_stride(key_mask), sorted_batch_stride=batch_stride(t.sorted_queries),
+        biases_batch_stride=batch_stride(t.biases),
+        key_bias_batch_stride=batch_stride(key_bias), sorted_batch_stride=batch_stride(t.sorted_queries),
         bucket_batch_stride=batch_stride(t.tile_bucket), log2_scale=scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        QUERY_TILE=abi.QUERY_TILE, MODULATED=tables is not None, HAS_MASK=key_mask is not None, TMA=config.tma,
+        QUERY_TILE=abi.QUERY_TILE, MODULATED=tables is not None, HAS_KEY_BIAS=key_bias is not None, TMA=config.tma,
         PIPELINED=config.pipelined, PRECISION=precision(q.dtype), num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from .common import (
     LOWEST,
     SEGMENT_FIELDS,
     WEIGHT,
+    load_key_bias,
     logit_map,
     sincos_of_product,
     softmax_step,
@@ -153,7 +154,8 @@ def weigh_values(
 AXIS_BLOCK_COUNTS = (
     "num_segments", "num_queries", "num_sorted", "heads", "key_heads", "num_per_query", "columns_a", "columns_b",
     "columns_c", "cos_batch_stride", "phase_batch_stride", "phase_low", "factor_batch_stride", "groups_batch_stride",
-    "gains_batch_stride", "mask_batch_stride", "sorted_batch_stride", "bucket_batch_stride", "interleaved",
+    "gains_batch_stride", "biases_batch_stride", "key_bias_batch_stride", "sorted_batch_stride", "bucket_batch_stride",
+    "interleaved",
 )  # fmt: skip
 
 
@@ -162,16 +164,17 @@ def axis_block_kernel(
     Q, K, V, STATE, STATE_M, STATE_L,
     SEGMENTS, BLOCK_KEYS, BLOCK_A, BLOCK_B, BLOCK_C, COLUMNS_A, COLUMNS_B, COLUMNS_C,
     QUERY_COS, QUERY_SIN, KEY_PHASE, FACTOR,
-    WEIGHTS, BIAS, GROUPS, GAINS, KEY_MASK, SORTED_QUERIES, TILE_BUCKET,
+    WEIGHTS, BIAS, GROUPS, GAINS, LOGIT_BIASES, KEY_BIAS, SORTED_QUERIES, TILE_BUCKET,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_segments, num_queries, num_sorted, heads, key_heads, num_per_query, columns_a, columns_b, columns_c,
     cos_batch_stride, phase_batch_stride, phase_low, factor_batch_stride,
-    groups_batch_stride, gains_batch_stride, mask_batch_stride, sorted_batch_stride, bucket_batch_stride, interleaved,
+    groups_batch_stride, gains_batch_stride, biases_batch_stride, key_bias_batch_stride, sorted_batch_stride,
+    bucket_batch_stride, interleaved,
     log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    QUERY_TILE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_TILE: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries with per-query scales of one head against the axis blocks of all scaled segments."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
@@ -206,13 +209,14 @@ def axis_block_kernel(
         bias_rows = (bh.to(tl.int64) * num_segments + s) * num_sorted + offs_m
         row_scale, row_bias = logit_map(
             row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
-            num_queries, log2_scale,
+            LOGIT_BIASES + b * biases_batch_stride, num_queries, log2_scale,
         )  # fmt: skip
         for block in range(first_block, last_block):
             keys = tl.load(BLOCK_KEYS + block * KEYS + offs_u[:, None] * AXIS_BLOCK + offs_u[None, :])  # [U, N]
             present = keys >= 0
-            if HAS_MASK:
-                present = present & (tl.load(KEY_MASK + b * mask_batch_stride + keys, mask=present, other=0) != 0)
+            if HAS_KEY_BIAS:
+                key_bias = load_key_bias(KEY_BIAS + b * key_bias_batch_stride, keys, present)
+                present = key_bias > -float("inf")
             across = turned_product(
                 tl.zeros([AXIS_BLOCK, BLOCK_M, AXIS_BLOCK], dtype=tl.float32),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
@@ -233,7 +237,10 @@ def axis_block_kernel(
                 k_base, key_phase, phase_low, tl.load(BLOCK_C + block).to(tl.int64), tl.reshape(keys, (KEYS,)), flat,
                 stride_ks, stride_kd, COLUMNS_C, columns_c, interleaved, PAIRS, PRECISION,
             )  # fmt: skip
-            qk = tl.where(flat[None, :], qk * row_scale[:, None] + row_bias[:, None], -float("inf"))
+            qk = qk * row_scale[:, None] + row_bias[:, None]
+            if HAS_KEY_BIAS:
+                qk += tl.reshape(key_bias, (KEYS,))[None, :]
+            qk = tl.where(flat[None, :], qk, -float("inf"))
             p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
             acc = weigh_values(
                 acc * alpha[:, None], p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
@@ -250,7 +257,7 @@ def axis_block_attention(
     v: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
     interleaved: bool,
-    key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     tables: KernelTables,
     bias: torch.Tensor,
     blocks: AxisBlocks,
@@ -263,7 +270,7 @@ def axis_block_attention(
         q: ``(B, Sq, H, D)`` as the caller has it, any strides.
         k: ``(B, Hkv, R, D)`` rotated at r = 1 in its first Sk rows; v: ``(B, Hkv, Sk, D)``. Any strides.
         rotation: cos and sin ``(Bx, 2, Sq, D/2)`` float32; variant 1 brings q to its per-query scale.
-        interleaved, key_mask, tables, bias, scale: as in :func:`fused_attention`.
+        interleaved, key_bias, tables, bias, scale: as in :func:`fused_attention`.
         blocks: the scaled keys.
 
     Returns:
@@ -274,13 +281,14 @@ def axis_block_attention(
     acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=q.device)
     m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=q.device) for _ in range(2))
     # A pointer stands in for a table that a call has not; its loads are masked off.
-    weights, groups, gains, mask = (m if x is None else x for x in (t.weights, t.groups, t.gains, key_mask))
+    weights, groups, gains, biases = (m if x is None else x for x in (t.weights, t.groups, t.gains, t.biases))
     cos, sin = (x[:, 1] for x in rotation)
     axis_block_kernel[(count // config.block_m * batch * heads,)](
         Q=q, K=k, V=v, STATE=acc, STATE_M=m, STATE_L=l_sum, SEGMENTS=t.segments, BLOCK_KEYS=blocks.keys,
         BLOCK_A=blocks.rows_a, BLOCK_B=blocks.rows_b, BLOCK_C=blocks.rows_c, COLUMNS_A=blocks.pairs_a,
         COLUMNS_B=blocks.pairs_b, COLUMNS_C=blocks.pairs_c, QUERY_COS=cos, QUERY_SIN=sin, KEY_PHASE=blocks.phase,
-        FACTOR=blocks.factor, WEIGHTS=weights, BIAS=bias, GROUPS=groups, GAINS=gains, KEY_MASK=mask,
+        FACTOR=blocks.factor, WEIGHTS=weights, BIAS=bias, GROUPS=groups, GAINS=gains, LOGIT_BIASES=biases,
+        KEY_BIAS=m if key_bias is None else key_bias,
         SORTED_QUERIES=t.sorted_queries, TILE_BUCKET=t.tile_bucket,
         **strides("q", q, "bshd"), **strides("k", k, "bhsd"), **strides("v", v, "bhsd"),
         num_segments=t.segments.shape[0], num_queries=num_queries, num_sorted=t.sorted_queries.shape[1], heads=heads,
@@ -288,11 +296,12 @@ def axis_block_attention(
         columns_b=blocks.pairs_b.shape[0], columns_c=blocks.pairs_c.shape[0], cos_batch_stride=batch_stride(cos),
         phase_batch_stride=batch_stride(blocks.phase), phase_low=blocks.phase.stride(1),
         factor_batch_stride=batch_stride(blocks.factor), groups_batch_stride=batch_stride(t.groups),
-        gains_batch_stride=batch_stride(t.gains), mask_batch_stride=batch_stride(key_mask),
+        gains_batch_stride=batch_stride(t.gains), biases_batch_stride=batch_stride(t.biases),
+        key_bias_batch_stride=batch_stride(key_bias),
         sorted_batch_stride=batch_stride(t.sorted_queries), bucket_batch_stride=batch_stride(t.tile_bucket),
         interleaved=int(interleaved), log2_scale=scale * LOG2E,
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        QUERY_TILE=abi.QUERY_TILE, HAS_MASK=key_mask is not None, PRECISION=precision(q.dtype),
+        QUERY_TILE=abi.QUERY_TILE, HAS_KEY_BIAS=key_bias is not None, PRECISION=precision(q.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return acc, m, l_sum

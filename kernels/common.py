@@ -3,17 +3,19 @@
 import triton
 import triton.language as tl
 
-from . import abi
+from . import abi, tables
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(tables.LOG2E)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+HIGHEST = tl.constexpr(3.4028234663852886e38)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it is an integer, in the low bits of the mantissa
 HALF_PI = tl.constexpr(1.5707963267948966)
 
 SEGMENT_FIELDS = tl.constexpr(len(abi.SEGMENT_COLUMNS))
 (
-    START, STOP, BUCKET_BASE, SCALED, WEIGHT, GROUP, GAIN, BIAS, FIRST_BLOCK, LAST_BLOCK, VARIANT, FIRST_OF_VARIANT,
-    PASS_GROUP,
+    START, STOP, BUCKET_BASE, SCALED, WEIGHT, GROUP, GAIN, LOGIT_BIAS, FIRST_BLOCK, LAST_BLOCK, VARIANT,
+    FIRST_OF_VARIANT, PASS_GROUP,
 ) = (tl.constexpr(column) for column in range(len(abi.SEGMENT_COLUMNS)))  # fmt: skip
 GROUP_FIELDS = tl.constexpr(len(abi.GROUP_COLUMNS))
 GROUP_BIAS, GROUP_DELTA, GROUP_COUNT = (tl.constexpr(column) for column in range(len(abi.GROUP_COLUMNS)))
@@ -174,15 +176,40 @@ def pair_of(channels, interleaved, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, num_queries, scale):
-    """The affine map a segment makes of its logits: row factor ``scale delta g`` and row bias
-    ``scale g (lambda - delta) <w q, mu>``, whose last factors the query kernel left in BIAS."""
+def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, LOGIT_BIASES, num_queries, scale):
+    """The affine map a segment makes of its logits, in base 2: row factor ``scale delta g`` and row bias
+    ``scale g (lambda - delta) <w q, mu> + b``, whose factors of q and mu the query kernel left in BIAS."""
     group = tl.load(row + GROUP)
     gain = tl.load(row + GAIN)
+    logit_bias = tl.load(row + LOGIT_BIAS)
     delta = tl.load(GROUPS + group * GROUP_FIELDS + GROUP_DELTA, mask=group >= 0, other=1.0)
     bias = tl.load(BIAS + bias_rows, mask=when(group >= 0, row_mask), other=0.0)
     g = tl.load(GAINS + gain * num_queries + rows, mask=when(gain >= 0, row_mask), other=1.0)
-    return scale * delta * g, scale * g * bias
+    b = tl.load(
+        LOGIT_BIASES + logit_bias * num_queries + rows, mask=when(logit_bias >= 0, row_mask), other=0.0
+    )  # fmt: skip
+    return scale * delta * g, scale * g * bias + b * LOG2E
+
+
+@triton.jit
+def enter_segment(m_i, row_bias):
+    """The running maximum for a segment with a constant per row, which shifts it, and what :func:`leave_segment` takes.
+    Where the constant is -inf the maximum is beyond every logit: all weights are 0, and what was summed before stays.
+    """
+    hidden = row_bias == -float("inf")
+    return tl.where(hidden, HIGHEST, m_i - row_bias), tl.where(hidden, m_i, row_bias)
+
+
+@triton.jit
+def leave_segment(m_i, held):
+    """The running maximum after a segment; a row that the segment was hidden from has its own back."""
+    return tl.where(m_i == HIGHEST, held, m_i + held)
+
+
+@triton.jit
+def load_key_bias(KEY_BIAS, keys, valid):
+    """Biases of some keys in base 2; -inf of a masked key, and where ``valid`` is not."""
+    return tl.load(KEY_BIAS + keys, mask=valid, other=-float("inf")) * LOG2E
 
 
 @triton.jit

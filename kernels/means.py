@@ -16,33 +16,38 @@ from .common import (
     START,
     STOP,
     WEIGHT,
+    load_key_bias,
     pair_of,
+    stream_rows,
     when,
 )  # fmt: skip
 from .config import LaunchConfig
+from .streams import Projected, stream_arguments
 from .tables import batch_stride, strides
 
 MEANS_COUNTS = (
-    "heads", "num_groups", "num_buckets", "scaled_keys", "groups_batch_stride", "mask_batch_stride",
+    "heads", "num_groups", "num_buckets", "scaled_keys", "groups_batch_stride", "key_bias_batch_stride", "split",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=MEANS_COUNTS)
 def means_kernel(
-    K, OUT, SEGMENTS, GROUPS, MEMBERS, MEMBER_BOUNDS, KEY_MASK,
-    stride_kb, stride_kh, stride_ks, stride_kd,
-    heads, num_groups, num_buckets, scaled_keys, groups_batch_stride, mask_batch_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr,
+    X, X2, OUT, SEGMENTS, GROUPS, MEMBERS, MEMBER_BOUNDS, KEY_BIAS,
+    stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
+    heads, num_groups, num_buckets, scaled_keys, groups_batch_stride, key_bias_batch_stride, split,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, g, l] = sum of the group's unmasked keys at bucket l / their number, for BLOCK_D channels. Every thread
-    sums its own rows and channels; they are added up once, at the end."""
+    """OUT[b, h, g, l] = sum of the group's unmasked rows of X at bucket l / their number, for BLOCK_D channels. Every
+    thread sums its own rows and channels; they are added up once, at the end."""
     d_blocks: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     d_block = tl.program_id(0) % d_blocks
     bh = tl.program_id(0) // d_blocks
     g = tl.program_id(1) // num_buckets
     bucket = tl.program_id(1) % num_buckets
     b = (bh // heads).to(tl.int64)
-    base = K + b * stride_kb + (bh % heads).to(tl.int64) * stride_kh
+    h = (bh % heads).to(tl.int64)
+    first, second = X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh
     offs_d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for i in range(tl.load(MEMBER_BOUNDS + g), tl.load(MEMBER_BOUNDS + g + 1)):
@@ -54,9 +59,10 @@ def means_kernel(
         for start_n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             valid = offs_n < stop
-            if HAS_MASK:
-                valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + offs_n, mask=valid, other=0) != 0)
-            ptrs = base + (offs_n + shift).to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
+            if HAS_KEY_BIAS:
+                valid = load_key_bias(KEY_BIAS + b * key_bias_batch_stride, offs_n, valid) > -float("inf")
+            rows = stream_rows(first, second, offs_n + shift, split, stride_xs, stride_ys, STREAMS)
+            ptrs = rows + offs_d[None, :] * stride_d
             total += tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
     count = tl.load(GROUPS + b * groups_batch_stride + g * GROUP_FIELDS + GROUP_COUNT)
     mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
@@ -65,40 +71,42 @@ def means_kernel(
 
 
 def group_means(
-    keys: torch.Tensor,
+    x: Projected,
     segments: torch.Tensor,
     groups: torch.Tensor,
     members: torch.Tensor,
     member_bounds: torch.Tensor,
-    key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     num_buckets: int,
     scaled_keys: int,
     config: LaunchConfig,
 ) -> torch.Tensor:
-    """Means of every BiasDelta group.
+    """Means of every BiasDelta group, of keys or of values.
 
     Args:
-        keys: ``(B, Hkv, R, D)`` rotated keys in key order, then the scaled keys once per bucket; any strides.
+        x: ``(B, R, Hkv, D)`` rotated keys in key order, then the scaled keys once per bucket; or values, that may come
+            in streams. Any strides.
         segments: the plan's table, int32.
         groups: ``(1 or B, G, 3)`` float32: lambda, delta, number of unmasked keys.
         members, member_bounds: ``(n,)`` and ``(G + 1,)`` int32: the segments of group g are
             ``members[member_bounds[g] : member_bounds[g + 1]]``.
-        key_mask: ``(1 or B, Sk)`` bool in key order, True = attend.
+        key_bias: ``(1 or B, Sk)`` float32, ``-inf`` where a key is masked; None: none is.
         num_buckets: buckets beside r = 1.
 
     Returns:
         ``(B, Hkv, G, 1 + num_buckets, D)`` float32.
     """
-    batch, heads, _, dim = keys.shape
+    batch, _, heads, dim = x.shape
     count = groups.shape[1]
-    out = torch.empty((batch, heads, count, 1 + num_buckets, dim), dtype=torch.float32, device=keys.device)
+    out = torch.empty((batch, heads, count, 1 + num_buckets, dim), dtype=torch.float32, device=x.device)
+    rows = {name: found for name, found in stream_arguments(x).items() if name not in ("W", "W2", "eps", "eps2")}
     grid = (triton.cdiv(dim, config.block_d) * batch * heads, count * (1 + num_buckets))
     means_kernel[grid](
-        K=keys, OUT=out, SEGMENTS=segments, GROUPS=groups, MEMBERS=members, MEMBER_BOUNDS=member_bounds,
-        KEY_MASK=key_mask, **strides("k", keys, "bhsd"), heads=heads, num_groups=count, num_buckets=1 + num_buckets,
-        scaled_keys=scaled_keys, groups_batch_stride=batch_stride(groups), mask_batch_stride=batch_stride(key_mask),
+        OUT=out, SEGMENTS=segments, GROUPS=groups, MEMBERS=members, MEMBER_BOUNDS=member_bounds,
+        KEY_BIAS=key_bias, **rows, heads=heads, num_groups=count, num_buckets=1 + num_buckets,
+        scaled_keys=scaled_keys, groups_batch_stride=batch_stride(groups), key_bias_batch_stride=batch_stride(key_bias),
         HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        HAS_MASK=key_mask is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+        HAS_KEY_BIAS=key_bias is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
 

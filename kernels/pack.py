@@ -31,21 +31,25 @@ from .common import (
 )  # fmt: skip
 from .config import LaunchConfig
 from .streams import Streams, stream_arguments
-from .tables import KernelTables, batch_stride
+from .tables import KernelTables, ValueFactors, batch_stride
 
-PACK_COUNTS = ("heads", "num_rows", "table_rows", "split", "head_rows", "token_rows")
+PACK_COUNTS = (
+    "heads", "num_rows", "table_rows", "split", "head_rows", "token_rows", "num_tokens", "num_groups",
+    "factors_batch_stride",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PACK_COUNTS)
 def pack_kernel(
-    X, X2, W, W2, OUT, SOURCE, COS, SIN,
+    X, X2, W, W2, OUT, SOURCE, COS, SIN, FACTORS, MEMBER, MEANS,
     stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
-    heads, num_rows, table_rows, split, head_rows, token_rows, eps, eps2,
+    heads, num_rows, table_rows, split, head_rows, token_rows, num_tokens, num_groups, factors_batch_stride, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
-    GATHER: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr,
+    GATHER: tl.constexpr, ROTATE: tl.constexpr, STREAMS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X joined of streams if STREAMS,
-    and normalised if it is rotated too. In OUT heads lie head_rows rows of HEAD_DIM apart and tokens token_rows."""
+    and normalised if it is rotated too. Of VALUES it is u (delta X + (lambda - delta) nu). In OUT heads lie head_rows
+    rows of HEAD_DIM apart and tokens token_rows."""
     blocks = tl.cdiv(num_rows, BLOCK_N)
     block = tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
@@ -73,7 +77,15 @@ def pack_kernel(
     else:
         channel = tl.arange(0, BLOCK_D)[None, :]
         known = mask & (channel < HEAD_DIM)
-        tl.store(out + channel, tl.load(x_rows + channel * stride_d, mask=known), mask=known)
+        x = tl.load(x_rows + channel * stride_d, mask=known)
+        if VALUES:
+            factors = FACTORS + b * factors_batch_stride + source
+            factor = tl.load(factors, mask=valid, other=1.0)[:, None]
+            shift = tl.load(factors + num_tokens, mask=valid, other=0.0)[:, None]
+            group = tl.load(MEMBER + source, mask=valid, other=-1)[:, None]
+            nu = MEANS + (bh.to(tl.int64) * num_groups + group) * HEAD_DIM + channel
+            x = x.to(tl.float32) * factor + shift * tl.load(nu, mask=known & (group >= 0), other=0.0)
+        tl.store(out + channel, x.to(OUT.dtype.element_ty), mask=known)
 
 
 def pack_rows(
@@ -84,8 +96,9 @@ def pack_rows(
     interleaved: bool,
     config: LaunchConfig,
     tokens_first: bool = False,
+    values: ValueFactors | None = None,
 ) -> torch.Tensor:
-    """Gather and rotate tokens.
+    """Gather and rotate tokens, or gather values and modulate them.
 
     Args:
         x: ``(B, S, H, D)``, any strides, or streams, which are joined in the same pass, and normalised where ``cos`` is
@@ -94,20 +107,26 @@ def pack_rows(
         cos, sin: ``(1 or B, R, D/2)`` float32, rows contiguous, or None to gather only.
         interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
         tokens_first: lay rows out as ``(B, R, H, D)`` in memory.
+        values: what becomes of values; without ``cos``.
 
     Returns:
-        ``(B, H, R, D)``, contiguous but for ``tokens_first``, dtype of ``x``; rotated in float32 and rounded once.
+        ``(B, H, R, D)``, contiguous but for ``tokens_first``, dtype of ``x``; computed in float32 and rounded once.
     """
     batch, tokens, heads, dim = x.shape
     rows = tokens if source is None else source.shape[0]
     lead, head_rows, token_rows = ((rows, heads), 1, heads) if tokens_first else ((heads, rows), rows, 1)
     out = torch.empty((batch, *lead, dim), dtype=x.dtype, device=x.device)
+    means = None if values is None else values.means
     pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
         OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
-        SIN=out if sin is None else sin, heads=heads, num_rows=rows,
+        SIN=out if sin is None else sin, FACTORS=out if values is None else values.factors,
+        MEMBER=out if values is None else values.member, MEANS=out if means is None else means,
+        num_tokens=tokens, num_groups=0 if means is None else means.shape[2],
+        factors_batch_stride=batch_stride(values and values.factors), heads=heads, num_rows=rows,
         table_rows=batch_stride(cos) // max(dim // 2, 1), head_rows=head_rows, token_rows=token_rows,
         **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
         INTERLEAVED=interleaved and cos is not None, GATHER=source is not None, ROTATE=cos is not None,
+        VALUES=values is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out.transpose(1, 2) if tokens_first else out

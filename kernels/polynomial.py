@@ -27,6 +27,9 @@ from .common import (
     START,
     STOP,
     VARIANT,
+    enter_segment,
+    leave_segment,
+    load_key_bias,
     logit_map,
     sincos,
     sincos_of_product,
@@ -168,19 +171,20 @@ def add_scores(qk, q0, q1, q2, q3, k, phase, turn, DEGREE: tl.constexpr):
 POLYNOMIAL_COUNTS = (
     "num_tiles", "num_segments", "num_queries", "num_variants", "num_rows", "num_keys", "num_scaled", "num_per_query",
     "heads", "key_heads", "phase_rows", "tiles_batch_stride", "middle_batch_stride", "sorted_batch_stride",
-    "groups_batch_stride", "gains_batch_stride", "mask_batch_stride",
+    "groups_batch_stride", "gains_batch_stride", "biases_batch_stride", "key_bias_batch_stride",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=POLYNOMIAL_COUNTS)
 def polynomial_kernel(
-    Q, K, V, PHASE, STATE, STATE_M, STATE_L, SEGMENTS, TILES, MIDDLE, SORTED_QUERIES, BIAS, GROUPS, GAINS, KEY_MASK,
+    Q, K, V, PHASE, STATE, STATE_M, STATE_L, SEGMENTS, TILES, MIDDLE, SORTED_QUERIES, BIAS, GROUPS, GAINS,
+    LOGIT_BIASES, KEY_BIAS,
     stride_vb, stride_vh, stride_vs, stride_vd,
     num_tiles, num_segments, num_queries, num_variants, num_rows, num_keys, num_scaled, num_per_query, heads, key_heads,
     phase_rows, tiles_batch_stride, middle_batch_stride, sorted_batch_stride, groups_batch_stride, gains_batch_stride,
-    mask_batch_stride, max_key_angle, log2_scale,
+    biases_batch_stride, key_bias_batch_stride, max_key_angle, log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, QUERY_TILE: tl.constexpr, HAS_MASK: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_P: tl.constexpr, QUERY_TILE: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries with per-query scales of one head against all scaled segments."""
     WIDTH: tl.constexpr = 2 * BLOCK_P
@@ -204,9 +208,9 @@ def polynomial_kernel(
         phase_near = phase_far + num_scaled.to(tl.int64) * BLOCK_P
         v_head = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
     b32, phase_row = b.to(tl.int32), phase_row.to(tl.int32)
-    mask_base = KEY_MASK
-    if HAS_MASK:
-        mask_base = KEY_MASK + b * mask_batch_stride
+    key_biases = KEY_BIAS
+    if HAS_KEY_BIAS:
+        key_biases = KEY_BIAS + b * key_bias_batch_stride
     offs_n = tl.arange(0, BLOCK_N)
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -220,7 +224,7 @@ def polynomial_kernel(
         bias_rows = (bh.to(tl.int64) * num_segments + s) * num_rows + offs_m
         row_scale, row_bias = logit_map(
             row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
-            num_queries, log2_scale,
+            LOGIT_BIASES + b * biases_batch_stride, num_queries, log2_scale,
         )  # fmt: skip
         terms = Q + (bh.to(tl.int64) * num_variants + tl.load(row + VARIANT)) * num_per_query * (TERMS * WIDTH)
         q0 = load_term(terms, offs_m, row_mask, 0, WIDTH)
@@ -229,12 +233,13 @@ def polynomial_kernel(
         q3 = load_term(terms, offs_m, row_mask, 3, WIDTH)
         q4 = load_term(terms, offs_m, row_mask, 4, WIDTH)
         q5 = load_term(terms, offs_m, row_mask, 5, WIDTH)
-        m_i -= row_bias  # a row's constant is a shift of its running maximum
+        m_i, held = enter_segment(m_i, row_bias)
         for start_n in tl.range(start, stop, BLOCK_N, disable_licm=True):  # moved out of the loop, constants spill
             at = start_n + shift
             valid = offs_n < stop - start_n
-            if HAS_MASK:
-                valid = valid & (tl.load(mask_base + start_n + offs_n, mask=valid, other=0) != 0)
+            if HAS_KEY_BIAS:
+                key_bias = load_key_bias(key_biases, start_n + offs_n, valid)
+                valid = key_bias > -float("inf")
             k = load_block(k_near, b32, near, at, offs_n, valid, WIDTH, 1, WIDTH, WIDTH, BLOCK_N, TMA)
             phase = load_block(phase_near, phase_row, 1, at, offs_n, valid, BLOCK_P, 1, BLOCK_P, BLOCK_P, BLOCK_N, TMA)
             qk = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -242,7 +247,10 @@ def polynomial_kernel(
             k = load_block(k_far, b32, far, at, offs_n, valid, WIDTH, 1, WIDTH, WIDTH, BLOCK_N, TMA)
             phase = load_block(phase_far, phase_row, 0, at, offs_n, valid, BLOCK_P, 1, BLOCK_P, BLOCK_P, BLOCK_N, TMA)
             qk = add_scores(qk, q0, q1, q2, q3, k, phase, turn, FAR)
-            qk = tl.where(valid[None, :], qk * row_scale[:, None], -float("inf"))
+            qk *= row_scale[:, None]
+            if HAS_KEY_BIAS:
+                qk += key_bias[None, :]
+            qk = tl.where(valid[None, :], qk, -float("inf"))
             p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
             acc = acc * alpha[:, None]
             # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
@@ -250,7 +258,7 @@ def polynomial_kernel(
                 v_head, b32, kv_head, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
             )
             acc = tl.dot(p.to(v.dtype), v, acc)
-        m_i += row_bias
+        m_i = leave_segment(m_i, held)
 
     state = bh.to(tl.int64) * num_per_query + offs_m
     store_state(STATE, STATE_M, STATE_L, acc, m_i, l_i, state, row_mask, HEAD_DIM, BLOCK_D)
@@ -262,7 +270,7 @@ def polynomial_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     interleaved: bool,
-    key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     tables: KernelTables,
     bias: torch.Tensor,
     polynomial: Polynomial,
@@ -278,7 +286,7 @@ def polynomial_attention(
         k: ``(B, 2 Hkv, n, 2 P)`` contiguous: the scaled keys in key order as adjacent members of the P pairs that reach
             furthest, then of the P others, as heads of their own; to be turned by ``-factor`` times their angle.
         v: ``(B, Hkv, Sk, D)``; any strides, unless ``config.tma``.
-        interleaved, key_mask, tables, bias, scale: as in :func:`fused_attention`.
+        interleaved, key_bias, tables, bias, scale: as in :func:`fused_attention`.
         polynomial: the plan's tables, with tiles for the dtype of ``queries``.
         num_queries: ``Sq``.
 
@@ -306,18 +314,20 @@ def polynomial_attention(
     acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=device)
     m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=device) for _ in range(2))
     # A pointer stands in for a table that a call has not; its loads are masked off.
-    groups, gains, mask = (m if x is None else x for x in (t.groups, t.gains, key_mask))
+    groups, gains, biases = (m if x is None else x for x in (t.groups, t.gains, t.biases))
     keys, phase, values = k, p.phase, v
     if config.tma:
         keys, values = descriptor(k, config.block_n, 2 * half_pairs), descriptor(v, config.block_n, config.block_d)
         phase = descriptor(phase, config.block_n, half_pairs)
     polynomial_kernel[(num_tiles * (abi.QUERY_TILE // config.block_m) * batch * heads,)](
         Q=terms, K=keys, V=values, PHASE=phase, STATE=acc, STATE_M=m, STATE_L=l_sum, BIAS=bias, GROUPS=groups,
-        GAINS=gains, KEY_MASK=mask, **strides("v", v, "bhsd"), num_rows=rows, num_keys=v.shape[2],
+        GAINS=gains, LOGIT_BIASES=biases, KEY_BIAS=m if key_bias is None else key_bias,
+        **strides("v", v, "bhsd"), num_rows=rows, num_keys=v.shape[2],
         num_scaled=k.shape[2], key_heads=v.shape[1], phase_rows=p.phase.shape[0],
         groups_batch_stride=batch_stride(t.groups), gains_batch_stride=batch_stride(t.gains),
-        mask_batch_stride=batch_stride(key_mask), log2_scale=scale * LOG2E, BLOCK_D=config.block_d,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_MASK=key_mask is not None, TMA=config.tma, **shared,
+        biases_batch_stride=batch_stride(t.biases),
+        key_bias_batch_stride=batch_stride(key_bias), log2_scale=scale * LOG2E, BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_KEY_BIAS=key_bias is not None, TMA=config.tma, **shared,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return acc, m, l_sum

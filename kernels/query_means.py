@@ -19,6 +19,7 @@ from .common import (
     GROUP_FIELDS,
     PASS_GROUP,
     SEGMENT_FIELDS,
+    load_key_bias,
     pair_of,
     sincos_of_product,
 )  # fmt: skip
@@ -39,16 +40,16 @@ def plan_group(PASS, g, pass_segments):
 
 
 RUN_SUMS_COUNTS = (
-    "pass_segments", "num_runs", "heads", "pass_groups", "groups_batch_stride", "mask_batch_stride",
+    "pass_segments", "num_runs", "heads", "pass_groups", "groups_batch_stride", "key_bias_batch_stride",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_SUMS_COUNTS)
 def run_sums_kernel(
-    K, OUT, PASS, GROUPS, RUN_KEYS, RUN_GROUPS, BOUNDS, PAIR_RUNS, KEY_MASK, stride_kb, stride_kh, stride_ks, stride_kd,
-    pass_segments, num_runs, heads, pass_groups, groups_batch_stride, mask_batch_stride,
+    K, OUT, PASS, GROUPS, RUN_KEYS, RUN_GROUPS, BOUNDS, PAIR_RUNS, KEY_BIAS, stride_kb, stride_kh, stride_ks, stride_kd,
+    pass_segments, num_runs, heads, pass_groups, groups_batch_stride, key_bias_batch_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, run, channel, h, g] = sum of the run's unmasked keys of group g / the group's number of keys, in the
     channels of the run's own pairs. PASS are the segments whose groups are wanted."""
@@ -71,8 +72,8 @@ def run_sums_kernel(
             at = n + tl.arange(0, BLOCK_N)
             key = tl.load(RUN_KEYS + at, mask=at < end, other=-1)
             valid = (key >= 0) & (tl.load(RUN_GROUPS + at, mask=key >= 0, other=-1) == group)
-            if HAS_MASK:
-                valid = valid & (tl.load(KEY_MASK + b * mask_batch_stride + key, mask=valid, other=0) != 0)
+            if HAS_KEY_BIAS:
+                valid = load_key_bias(KEY_BIAS + b * key_bias_batch_stride, key, valid) > -float("inf")
             ptrs = base + key.to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
             total += tl.load(ptrs, mask=valid[:, None] & own[None, :], other=0.0).to(tl.float32)
         count = tl.load(GROUPS + b * groups_batch_stride + group * GROUP_FIELDS + GROUP_COUNT)
@@ -151,7 +152,7 @@ def per_query_means(
     sorted_queries: torch.Tensor,
     factor: torch.Tensor,
     num_per_query: int,
-    key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     interleaved: bool,
     sums_config: LaunchConfig,
     config: LaunchConfig,
@@ -166,7 +167,7 @@ def per_query_means(
         groups: ``(1 or B, G, 3)`` float32.
         sorted_queries: ``(1 or B, N)`` int32, the first ``num_per_query`` of which are taken.
         factor: ``(1 or B, 2, Sq)`` float32, ``1 - r`` in two parts, see :func:`.common.sincos_of_product`.
-        key_mask: ``(1 or B, Sk)`` bool in key order, True = attend.
+        key_bias: ``(1 or B, Sk)`` float32 in key order, ``-inf`` where a key is masked; None: none is.
         interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
 
     Returns:
@@ -177,11 +178,11 @@ def per_query_means(
     sums = torch.empty((batch, count, dim, columns), dtype=torch.float32, device=keys.device)
     run_sums_kernel[(count * batch * heads,)](
         K=keys, OUT=sums, PASS=segments, GROUPS=groups, RUN_KEYS=runs.keys, RUN_GROUPS=runs.groups, BOUNDS=runs.bounds,
-        PAIR_RUNS=runs.pair_runs, KEY_MASK=key_mask, **strides("k", keys, "bhsd"),
+        PAIR_RUNS=runs.pair_runs, KEY_BIAS=key_bias, **strides("k", keys, "bhsd"),
         pass_segments=segments.shape[0], num_runs=count, heads=heads, pass_groups=pass_groups,
-        groups_batch_stride=batch_stride(groups), mask_batch_stride=batch_stride(key_mask), HEAD_DIM=dim,
+        groups_batch_stride=batch_stride(groups), key_bias_batch_stride=batch_stride(key_bias), HEAD_DIM=dim,
         BLOCK_D=sums_config.block_d, BLOCK_N=sums_config.block_n, INTERLEAVED=interleaved,
-        HAS_MASK=key_mask is not None, num_warps=sums_config.num_warps, num_stages=sums_config.num_stages,
+        HAS_KEY_BIAS=key_bias is not None, num_warps=sums_config.num_warps, num_stages=sums_config.num_stages,
     )  # fmt: skip
     out = torch.empty((batch, heads, pass_groups, num_per_query, dim), dtype=torch.float32, device=keys.device)
     blocks = triton.cdiv(num_per_query, config.block_m) * triton.cdiv(columns, config.block_n)

@@ -17,6 +17,7 @@ class KernelTables:
         weights: ``(W, D/2)`` float32 band weights.
         groups: ``(Bx, G, 3)`` float32: lambda, delta, number of unmasked keys.
         gains: ``(Bx, N, Sq)`` float32, products of gains.
+        biases: ``(Bx, N, Sq)`` float32, sums of logit biases, natural log units.
         means: ``(B, Hkv, G, 1 + buckets, D)`` float32, of the groups at each scale bucket.
         per_query_means: ``(B, Hkv, G', C, D)`` float32, of the G' groups of the pass, under per-query scales.
         sorted_queries: ``(Bx, T * QUERY_TILE)`` int32, query index or -1. Queries with per-query scales come first.
@@ -32,6 +33,7 @@ class KernelTables:
     weights: torch.Tensor | None = None
     groups: torch.Tensor | None = None
     gains: torch.Tensor | None = None
+    biases: torch.Tensor | None = None
     means: torch.Tensor | None = None
     per_query_means: torch.Tensor | None = None
     sorted_queries: torch.Tensor | None = None
@@ -41,6 +43,21 @@ class KernelTables:
     num_buckets: int = 0
     scaled_keys: int = 0
     num_per_query: int = 0
+
+
+@dataclass(frozen=True)
+class ValueFactors:
+    """What becomes of values: ``factor v_j + shift nu`` of the group that j is a member of.
+
+    Args:
+        factors: ``(Bx, 2, Sk)`` float32: factor and shift.
+        member: ``(Sk,)`` int32, the group of each, or -1.
+        means: ``(B, Hkv, G, 1, D)`` float32, ``nu`` of each group; None without groups.
+    """
+
+    factors: torch.Tensor
+    member: torch.Tensor
+    means: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -65,26 +65,26 @@ ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_q
 INT_POINTERS = {
     "SEGMENTS", "SORTED_QUERIES", "TILE_BUCKET", "SOURCE", "BLOCK_KEYS", "BLOCK_A", "BLOCK_B", "BLOCK_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
-    "COLUMNS", "TILES", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS", "PLACES",
+    "COLUMNS", "TILES", "MEMBER", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS", "PLACES",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
-BOOL_POINTERS = {"KEY_MASK", "ACTIVE", "ACCEPTED"}
+BOOL_POINTERS = {"ACTIVE", "ACCEPTED"}
 UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_d", "stride_lv"}
 NUMBERS = {"log2_scale", "tau", "eps", "eps2", "max_key_angle"}
 
 
 FLAGS = {
-    **{loop: {"MODULATED": (loop != "attention",), "HAS_MASK": (False, True)} for loop in config.LOOPS},
-    **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_MASK": (False, True)} for loop in config.TMA_LOOPS},
-    "axis_blocks": {"HAS_MASK": (False, True)},
-    **{kernel: {"HAS_MASK": (False, True)} for kernel in ("polynomial", "polynomial_tma")},
+    **{loop: {"MODULATED": (loop != "attention",), "HAS_KEY_BIAS": (False, True)} for loop in config.LOOPS},
+    **{loop: {"MODULATED": (loop != "attention_tma",), "HAS_KEY_BIAS": (False, True)} for loop in config.TMA_LOOPS},
+    "axis_blocks": {"HAS_KEY_BIAS": (False, True)},
+    **{kernel: {"HAS_KEY_BIAS": (False, True)} for kernel in ("polynomial", "polynomial_tma")},
     "terms": {},
-    "pack": dict.fromkeys(("INTERLEAVED", "GATHER", "ROTATE", "STREAMS"), (False, True)),
+    "pack": dict.fromkeys(("INTERLEAVED", "GATHER", "ROTATE", "STREAMS", "VALUES"), (False, True)),
     "queries": dict.fromkeys(("INTERLEAVED", "ROTATE", "STREAMS"), (False, True)),
-    "means": {"HAS_MASK": (False, True)},
+    "means": {"HAS_KEY_BIAS": (False, True), "STREAMS": (False, True)},
     "reweight": {"INTERLEAVED": (False, True)},
-    "run_sums": {"INTERLEAVED": (False, True), "HAS_MASK": (False, True)},
+    "run_sums": {"INTERLEAVED": (False, True), "HAS_KEY_BIAS": (False, True)},
     "per_query_means": {"INTERLEAVED": (False, True)},
     "scatter": {},
     "match": {"COSINE": (False, True), "HAS_ACTIVE": (False, True)},
@@ -96,7 +96,8 @@ def variants(kernel: str) -> list[dict]:
     flags = FLAGS[kernel]
     found = [dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values())]
     # Rows that are only gathered or joined have no pairs; queries that are not rotated come in one tensor.
-    return [v for v in found if v.get("ROTATE", True) or not v["INTERLEAVED" if kernel == "pack" else "STREAMS"]]
+    found = [v for v in found if v.get("ROTATE", True) or not v["INTERLEAVED" if kernel == "pack" else "STREAMS"]]
+    return [v for v in found if not (v.get("VALUES") and v["ROTATE"])]  # values have no positions
 
 
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
@@ -134,7 +135,7 @@ def compile_one(job: tuple) -> dict:
         constants = {"BLOCK_V": launch.block_v, "BLOCK_K": launch.block_k, "BLOCK_D": launch.block_d, **variant}
         block_m, block_n, num_stages, options = 1, launch.block_v, 1, launch.options
     else:
-        launch = config.select(kernel, arch, dtype, head_dim, variant.get("HAS_MASK", False))
+        launch = config.select(kernel, arch, dtype, head_dim, variant.get("HAS_KEY_BIAS", False))
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "QUERY_TILE": abi.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,

@@ -145,7 +145,7 @@ def test_seconds_are_of_what_a_first_call_compiles():
           ("polynomial_tma", ""), ("attention_modulated_tma", "MODULATED"), ("run_sums", ""),
           ("match", "")]  # fmt: skip
     rows = [{**row, "kernel": kernel, "variant": dict.fromkeys(flags.split(), True)} for kernel, flags in on]
-    rows += [{**row, "kernel": kernel, "head_dim": 64, "variant": {"HAS_MASK": False}} for kernel in FEW_CHANNELS]
+    rows += [{**row, "kernel": kernel, "head_dim": 64, "variant": {"HAS_KEY_BIAS": False}} for kernel in FEW_CHANNELS]
     rows += [{**rows[0], "arch": "sm_80"}]
     counts = re.search(r"compiles (\d+) kernels, a modulated one (\d+) at most", BACKENDS.read_text(encoding="utf-8"))
     assert [seconds(rows, False), seconds(rows, True)] == [float(n) for n in counts.groups()]
@@ -173,7 +173,7 @@ def test_every_head_block_and_dtype_compiles(tmp_path):
 
 
 def test_a_spilling_kernel_is_caught():
-    row = dict(kernel="attention", arch="sm_90", dtype="bf16", head_dim=128, variant={"HAS_MASK": True}, spills=4,
+    row = dict(kernel="attention", arch="sm_90", dtype="bf16", head_dim=128, variant={"HAS_KEY_BIAS": True}, spills=4,
                stack=8, shared=300000, serialized=True, wgmma=False, order="dot dot wait", block_m=128)  # fmt: skip
     fused = {**row, "kernel": "match", "fused": True}
     text = "\n".join(problems([row, {**row, "error": "boom"}, fused]))

@@ -21,15 +21,17 @@ from .. import device as devices
 from .. import kernels
 from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
-from .fused import _mask, configs, launching_on
+from .fused import configs, key_bias, launching_on, pack_values
 
 MOST_ROWS = 16  # of a mask: a call each; two are measured, more are predicted to pay
 
 
 def folds(lowered: Lowered) -> bool:
-    """Whether all that a plan says of the logits can be said of the keys: no QueryScale, no LogitGain, and no mask of
+    """Whether all that a plan says can be said of keys and values: no QueryScale, no LogitGain, no bias, and no mask of
     so many rows that a call for each would cost more than our loop."""
-    return lowered.scales is None and lowered.gains is None and len(lowered.keys.unmasked) <= MOST_ROWS
+    keys = lowered.keys
+    apart = lowered.scales is not None or lowered.gains is not None or lowered.biases is not None
+    return not apart and not keys.biased and len(keys.unmasked) <= MOST_ROWS
 
 
 def takes(q: Projected, lowered: Lowered) -> bool:
@@ -62,7 +64,7 @@ def run(
         )
         if lowered.groups is not None:
             _move_groups(keys, lowered)
-        if _mask(lowered) is None:
+        if lowered.keys.masked is None:
             return _plain(queries, keys, values, scale)
         outs = []
         for n, unmasked in enumerate(lowered.keys.unmasked):
@@ -101,7 +103,7 @@ def _in_eights(x: Tensor) -> Tensor:
 
 def packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
     """Those of ``"q"``, ``"k"``, ``"v"`` that take a pass of the kernels before attention."""
-    rows, gathered = _rows(lowered), () if _mask(lowered) is None else ("k", "v")
+    rows, gathered = _rows(lowered), () if lowered.keys.masked is None else ("k", "v")
     named = ("q", q), ("k", k), ("v", v)
     return tuple(name for name, x in named if name in gathered or _needs_pass(name, x, lowered, rows))
 
@@ -126,6 +128,7 @@ def _needs_pass(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple
     to the one that materialises the logits."""
     source, cos, _ = rows[name]
     moved = name == "k" and lowered.groups is not None  # in place, so not the caller's
+    moved = moved or (name == "v" and lowered.values is not None)
     changed = source is not None or cos is not None or moved
     return changed or isinstance(x, kernels.Streams) or not kernels.describable(cast(Tensor, x).transpose(1, 2))
 
@@ -134,6 +137,8 @@ def _prepared(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple],
     """``(B, H, R, D)``."""
     if not _needs_pass(name, x, lowered, rows):
         return cast(Tensor, x).transpose(1, 2)  # streams take a pass
+    if name == "v":
+        return pack_values(x, rows[name][0], lowered)
     return kernels.pack_rows(x, *rows[name], lowered.pairing == "interleaved", configs(x)("pack"), tokens_first)
 
 
@@ -142,9 +147,8 @@ def _move_groups(keys: Tensor, lowered: Lowered) -> None:
     keys that may have different weights, so these come after it."""
     groups = lowered.groups
     means = kernels.group_means(
-        keys, lowered.keys.segments, groups.for_kernels, groups.members, groups.bounds,
-        _mask(lowered), 0, 0,
-        configs(keys)("means"),
+        keys.transpose(1, 2), lowered.keys.segments, groups.for_kernels, groups.members, groups.bounds,
+        key_bias(lowered), 0, 0, configs(keys)("means"),
     )  # fmt: skip
     kernels.reweight_keys(
         keys, lowered.keys.segments, groups.for_kernels, means, lowered.bands and lowered.bands.for_kernels,

@@ -20,7 +20,7 @@ from .. import kernels
 from ..kernels import abi
 from ..kernels.config import LaunchConfig
 from ..kernels.streams import Projected, Streams
-from ..planning.lowered import Lowered
+from ..planning.lowered import Lowered, PerQueryTables
 from ..planning.segments import numbers_of
 from . import per_query
 from .lse_merge import merge
@@ -80,8 +80,9 @@ def configs(q: Projected) -> Callable[..., LaunchConfig]:
     return lambda kernel, masked=False: kernels.select(kernel, arch, q.dtype, q.shape[3], masked)
 
 
-def _mask(lowered: Lowered) -> Tensor | None:
-    return lowered.keys.bias and lowered.keys.bias.mask
+def key_bias(lowered: Lowered) -> Tensor | None:
+    """``(Bx, Sk)`` float32 for the kernels: biases of keys, ``-inf`` of masked ones."""
+    return lowered.keys.bias and lowered.keys.bias.for_kernels
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def _packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[
     needs = {
         "q": lowered.modulated or rotates or isinstance(q, kernels.Streams) or _far_apart(q),
         "k": keys.source is not None or isinstance(k, kernels.Streams) or _far_apart(k),
-        "v": keys.order is not None or isinstance(v, kernels.Streams) or _far_apart(v),
+        "v": keys.order is not None or lowered.values is not None or isinstance(v, kernels.Streams) or _far_apart(v),
     }
     return tuple(name for name, needed in needs.items() if needed)
 
@@ -112,7 +113,7 @@ def _descriptors(
     for name, x in (("k", k), ("v", v)):
         if name in packs:  # into a buffer of its own, however many rows that has
             fits = x.shape[3] * x.dtype.itemsize % 16 == 0
-        elif name == "v" and _mask(lowered) is not None:  # a copy in the order of its axes
+        elif name == "v" and lowered.keys.masked is not None:  # a copy in the order of its axes
             fits = kernels.describable(torch.empty_like(cast(Tensor, x).transpose(1, 2), device="meta"))
         else:
             fits = kernels.describable(cast(Tensor, x).transpose(1, 2))
@@ -144,14 +145,28 @@ def pack(q: Projected, k: Projected, v: Projected, lowered: Lowered, launch: Lau
         keys = cast(Tensor, k).transpose(1, 2)  # streams are packed
     if "v" in launch.packs:
         order = tables.source[: k.shape[1]] if tables.order is not None else None
-        values = kernels.pack_rows(v, order, None, None, interleaved, config)
+        values = pack_values(v, order, lowered)
     else:
         values = cast(Tensor, v).transpose(1, 2)
-    if _mask(lowered) is not None and launch.descriptors:
+    if tables.masked is not None and launch.descriptors:
         # A descriptor reads masked values too, and 0 x NaN of theirs would poison the sum: one pass over v (masked_fill
         # would copy first and fill the copy).
-        values = torch.where(_mask(lowered)[:, None, :, None], values, values.new_zeros(()))
+        values = torch.where(tables.masked[:, None, :, None], values, values.new_zeros(()))
     return keys, values
+
+
+def pack_values(v: Projected, source: Tensor | None, lowered: Lowered) -> Tensor:
+    """Values ``(B, Hkv, Sk, D)``, joined, gathered from ``source`` and modulated, in one pass; means take one more."""
+    tables, config, modulated = lowered.values, configs(v), None
+    if tables is not None:
+        means = None
+        if tables.groups is not None:
+            means = kernels.group_means(
+                v, tables.runs, tables.groups.for_kernels, tables.groups.members, tables.groups.bounds, tables.bias,
+                0, 0, config("means"),
+            )  # fmt: skip
+        modulated = kernels.ValueFactors(tables.for_kernels, tables.member, means)
+    return kernels.pack_rows(v, source, None, None, False, config("pack"), values=modulated)
 
 
 def attend(
@@ -179,8 +194,8 @@ def attend(
     if lowered.groups is not None:
         scaled_keys = 0 if lowered.scales is None else lowered.scales.scaled_keys
         means = kernels.group_means(
-            keys, tables.segments, lowered.groups.for_kernels, lowered.groups.members, lowered.groups.bounds,
-            _mask(lowered), lowered.num_buckets, scaled_keys, config("means"),
+            keys.transpose(1, 2), tables.segments, lowered.groups.for_kernels, lowered.groups.members,
+            lowered.groups.bounds, key_bias(lowered), lowered.num_buckets, scaled_keys, config("means"),
         )  # fmt: skip
     scaled = per_query.polynomial_keys(k, keys, lowered, config) if launch.polynomial else None
     places = lowered.sorted_queries.num_modulated if modulated_only else None
@@ -203,7 +218,7 @@ def _plain(
     scale: float,
     launch: Launch,
 ):
-    config, mask, queries = configs(q), _mask(lowered), q
+    config, bias, queries = configs(q), key_bias(lowered), q
     if "q" in launch.packs:
         rotation = lowered.queries and lowered.queries.rotation
         cos, sin = (rotation.cos[:, 0], rotation.sin[:, 0]) if rotation else (None, None)
@@ -212,8 +227,8 @@ def _plain(
         queries = cast(Tensor, q).transpose(1, 2)
     loop = "attention_tma" if launch.descriptors else "attention"
     return kernels.fused_attention(
-        queries.unsqueeze(2), keys, values, q.shape[1], num_keys, mask, None, None, None, scale, q.dtype,
-        config(loop, mask is not None),
+        queries.unsqueeze(2), keys, values, q.shape[1], num_keys, bias, None, None, None, scale, q.dtype,
+        config(loop, bias is not None),
     )  # fmt: skip
 
 
@@ -238,7 +253,7 @@ def _run_pass(
         means: of the groups, or None.
         places: leading sorted queries; None: all.
     """
-    config, mask, interleaved = configs(q), _mask(lowered), lowered.pairing == "interleaved"
+    config, of_keys, interleaved = configs(q), key_bias(lowered), lowered.pairing == "interleaved"
     tables = _tables(keys, means, places, lowered, bounds, config)
     rotation = lowered.queries and lowered.queries.rotation
     rotation = rotation and (rotation.cos, rotation.sin)
@@ -248,8 +263,8 @@ def _run_pass(
     state, suffix = None, "_tma" if launch.descriptors else ""
     if launch.polynomial:
         state = kernels.polynomial_attention(
-            queries, residual, scaled, values, interleaved, mask, tables, bias, lowered.polynomial, q.shape[1], scale,
-            config(f"polynomial{suffix}"), config("terms"),
+            queries, residual, scaled, values, interleaved, of_keys, tables, bias, lowered.polynomial, q.shape[1],
+            scale, config(f"polynomial{suffix}"), config("terms"),
         )  # fmt: skip
     elif lowered.num_per_query:
         state = kernels.axis_block_attention(
@@ -258,7 +273,7 @@ def _run_pass(
             values,
             rotation,
             interleaved,
-            mask,
+            of_keys,
             tables,
             bias,
             lowered.axis_blocks,
@@ -267,8 +282,8 @@ def _run_pass(
         )
     loop = f"attention_modulated{suffix}" if len(lowered.passes) == 1 else "attention_parts"
     return kernels.fused_attention(
-        queries, keys, values, q.shape[1], values.shape[2], mask, tables, bias, state, scale, dtype,
-        config(loop, mask is not None),
+        queries, keys, values, q.shape[1], values.shape[2], of_keys, tables, bias, state, scale, dtype,
+        config(loop, of_keys is not None),
     )  # fmt: skip
 
 
@@ -278,16 +293,18 @@ def _tables(
 ) -> kernels.KernelTables:  # fmt: skip
     """The plan's tables and the means of its groups, for the segments of one pass."""
     here, table = lowered.segments[slice(*bounds)], lowered.keys.segments[slice(*bounds)]
-    gains, groups, queries = lowered.gains, lowered.groups, lowered.sorted_queries
-    products = None
-    if gains is not None:
-        first = sum(len(numbers_of(lowered.segments[i:j], "gain")) for i, j in lowered.passes if j <= bounds[0])
-        products = gains.for_kernels[:, first : first + len(numbers_of(here, "gain"))]
+    groups, queries = lowered.groups, lowered.sorted_queries
+    before = [s for first, last in lowered.passes if last <= bounds[0] for s in [lowered.segments[first:last]]]
+
+    def of_pass(per_query: PerQueryTables | None, column: str) -> Tensor | None:
+        first = sum(len(numbers_of(segments, column)) for segments in before)
+        return per_query and per_query.for_kernels[:, first : first + len(numbers_of(here, column))]
+
     per_query_means = None
     if means is not None and lowered.key_runs is not None and numbers_of(here, "group"):
         per_query_means = kernels.per_query_means(
             keys, means, lowered.key_runs, table, groups.for_kernels, len(numbers_of(here, "group")),
-            queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, _mask(lowered),
+            queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, key_bias(lowered),
             lowered.pairing == "interleaved",
             config("run_sums"), config("per_query_means"),
         )  # fmt: skip
@@ -296,7 +313,8 @@ def _tables(
         rows, buckets = rows[:, :places], buckets[:, : places // abi.QUERY_TILE]
     return kernels.KernelTables(
         segments=table, weights=lowered.bands and lowered.bands.for_kernels, groups=groups and groups.for_kernels,
-        gains=products, means=means, per_query_means=per_query_means, sorted_queries=rows, tile_bucket=buckets,
-        key_heads=keys.shape[1], num_variants=len({s.variant for s in here}), num_buckets=lowered.num_buckets,
+        gains=of_pass(lowered.gains, "gain"), biases=of_pass(lowered.biases, "bias"), means=means,
+        per_query_means=per_query_means, sorted_queries=rows, tile_bucket=buckets, key_heads=keys.shape[1],
+        num_variants=len({s.variant for s in here}), num_buckets=lowered.num_buckets,
         scaled_keys=0 if lowered.scales is None else lowered.scales.scaled_keys, num_per_query=lowered.num_per_query,
     )  # fmt: skip

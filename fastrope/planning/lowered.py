@@ -85,6 +85,16 @@ class KeyTables:
     rotation: Rotation | None = None
     weighted: Rotation | None = None
 
+    @property
+    def masked(self) -> Tensor | None:
+        """``(Bx, Sk)`` bool, False where a key is masked; None where none is."""
+        return self.bias and self.bias.mask
+
+    @property
+    def biased(self) -> bool:
+        """True where some key has a bias other than 0 and ``-inf``."""
+        return self.bias is not None and self.bias.finite is not None
+
 
 @dataclass(frozen=True, eq=False)
 class QueryTables:
