@@ -174,6 +174,8 @@ class Explanation:
         plan_bytes: memory of the plan's tables.
         unmodulated: queries that torch's attention takes; 0 where it takes none apart.
         trust: what is known of the kernels on this card, see :mod:`fastrope.verification`; None where none run unasked.
+        key_bias: True where a KeyBias counts.
+        values: names of the modulations of values.
     """
 
     decision: Decision
@@ -185,6 +187,8 @@ class Explanation:
     plan_bytes: int
     unmodulated: int = 0
     trust: str | None = None
+    key_bias: bool = False
+    values: tuple[str, ...] = ()
 
     @property
     def backend(self) -> str:
@@ -216,6 +220,10 @@ class Explanation:
                           LogitGain=s.gain >= 0, LogitBias=s.bias >= 0)  # fmt: skip
             names = [name for name, on in covers.items() if on]
             lines.append(f"  [{s.start}, {s.stop}) {' + '.join(names) or 'plain'}")
+        if self.key_bias:
+            lines.append("KeyBias: one number per key, for all queries")
+        if self.values:
+            lines.append(f"values: {' + '.join(self.values)}, folded in before attention")
         if self.scale_buckets or self.per_query_scales:
             buckets = ", ".join(["1", *(f"{r:.4g}" for r in self.scale_buckets)])
             lines.append(f"scale buckets: {buckets}; queries with per-query scales: {self.per_query_scales}")
@@ -267,6 +275,7 @@ def explain(
     check_plan(q, k, lowered)
     decision = decide(lowered, q, k, v, backend, return_lse)
     scales = lowered.scales
+    folded = {"BiasDelta": plan.resolved.value_groups, "ValueGain": plan.resolved.value_gains}
     return Explanation(
         decision, lowered.segments,
         scale_buckets=() if scales is None else tuple(scales.buckets.tolist()),
@@ -275,4 +284,6 @@ def explain(
         dropped=max(len(modulations) - plan.resolved.modulations, 0), plan_bytes=plan.nbytes,
         unmodulated=len(lowered.unmodulated.rows) if decision.split else 0,
         trust=verification.status(decision.kind, q.device) if decision.trusted else None,
+        key_bias=lowered.keys.biased,
+        values=tuple(name for name, held in folded.items() if held),
     )  # fmt: skip

@@ -20,8 +20,6 @@ from .common import (
     START,
     STOP,
     VARIANT,
-    enter_segment,
-    leave_segment,
     load_key_bias,
     load_tile,
     logit_map,
@@ -49,11 +47,9 @@ def attend(
     other way round (compiled).
     """
     tl.static_assert(TMA or not PIPELINED, "the tile before is read without a mask")
+    factor = row_scale
     if MODULATED:
-        m_i, held = enter_segment(m_i, row_bias)
         factor = row_scale[:, None]
-    else:
-        factor = row_scale
     offs_n = tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = q.dtype
     if PIPELINED:  # the first product is of zeros; the compiler keeps weights in registers that are carried as integers
@@ -68,6 +64,8 @@ def attend(
             K, b, h, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
         )
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_M, BLOCK_N] float32
+        if MODULATED:
+            qk += row_bias[:, None]  # one instruction with the factor
         if HAS_KEY_BIAS:
             qk += key_bias[None, :]
         qk = tl.where(valid[None, :], qk, -float("inf"))  # a masked key may hold NaN
@@ -90,8 +88,6 @@ def attend(
             V, b, h, last, offs_n, offs_n < stop - last, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
         )
         acc = tl.dot(carried.to(dtype, bitcast=True), v, acc * alpha[:, None])
-    if MODULATED:
-        m_i = leave_segment(m_i, held)
     return acc, l_i, m_i
 
 

@@ -8,7 +8,6 @@ from . import abi, tables
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(tables.LOG2E)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
-HIGHEST = tl.constexpr(3.4028234663852886e38)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it is an integer, in the low bits of the mantissa
 HALF_PI = tl.constexpr(1.5707963267948966)
 
@@ -189,21 +188,6 @@ def logit_map(row, rows, row_mask, BIAS, bias_rows, GROUPS, GAINS, LOGIT_BIASES,
         LOGIT_BIASES + logit_bias * num_queries + rows, mask=when(logit_bias >= 0, row_mask), other=0.0
     )  # fmt: skip
     return scale * delta * g, scale * g * bias + b * LOG2E
-
-
-@triton.jit
-def enter_segment(m_i, row_bias):
-    """The running maximum for a segment with a constant per row, which shifts it, and what :func:`leave_segment` takes.
-    Where the constant is -inf the maximum is beyond every logit: all weights are 0, and what was summed before stays.
-    """
-    hidden = row_bias == -float("inf")
-    return tl.where(hidden, HIGHEST, m_i - row_bias), tl.where(hidden, m_i, row_bias)
-
-
-@triton.jit
-def leave_segment(m_i, held):
-    """The running maximum after a segment; a row that the segment was hidden from has its own back."""
-    return tl.where(m_i == HIGHEST, held, m_i + held)
 
 
 @triton.jit

@@ -27,8 +27,6 @@ from .common import (
     START,
     STOP,
     VARIANT,
-    enter_segment,
-    leave_segment,
     load_key_bias,
     logit_map,
     sincos,
@@ -233,7 +231,6 @@ def polynomial_kernel(
         q3 = load_term(terms, offs_m, row_mask, 3, WIDTH)
         q4 = load_term(terms, offs_m, row_mask, 4, WIDTH)
         q5 = load_term(terms, offs_m, row_mask, 5, WIDTH)
-        m_i, held = enter_segment(m_i, row_bias)
         for start_n in tl.range(start, stop, BLOCK_N, disable_licm=True):  # moved out of the loop, constants spill
             at = start_n + shift
             valid = offs_n < stop - start_n
@@ -247,7 +244,7 @@ def polynomial_kernel(
             k = load_block(k_far, b32, far, at, offs_n, valid, WIDTH, 1, WIDTH, WIDTH, BLOCK_N, TMA)
             phase = load_block(phase_far, phase_row, 0, at, offs_n, valid, BLOCK_P, 1, BLOCK_P, BLOCK_P, BLOCK_N, TMA)
             qk = add_scores(qk, q0, q1, q2, q3, k, phase, turn, FAR)
-            qk *= row_scale[:, None]
+            qk = qk * row_scale[:, None] + row_bias[:, None]
             if HAS_KEY_BIAS:
                 qk += key_bias[None, :]
             qk = tl.where(valid[None, :], qk, -float("inf"))
@@ -258,7 +255,6 @@ def polynomial_kernel(
                 v_head, b32, kv_head, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
             )
             acc = tl.dot(p.to(v.dtype), v, acc)
-        m_i = leave_segment(m_i, held)
 
     state = bh.to(tl.int64) * num_per_query + offs_m
     store_state(STATE, STATE_M, STATE_L, acc, m_i, l_i, state, row_mask, HEAD_DIM, BLOCK_D)

@@ -39,13 +39,11 @@ def calls(
     tokens: Sequence[int] = TOKENS,
     dims: Sequence[int] = (16, 64, 80, 96, 128),
     heads: Sequence[tuple[int, int]] = ((1, 1), (2, 1), (1, 3), (2, 3)),
-    biased: bool = True,
 ) -> Call:
     """Calls with any composition of modulations; values come from a seed, structure from hypothesis.
 
     Args:
         heads: key heads, and queries' heads that share each.
-        biased: with biases of logits, and changes of values.
     """
 
     def pick(*options):
@@ -80,8 +78,7 @@ def calls(
         weight = uniform(g, dim // 2, low=0.25, high=1.5)
         modulations.append(fr.BandWeight(weight, keys=key_set(g, pick(*KEY_SETS), keys)))
     groups = [(m, "keys") for m in (disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ())]
-    if biased:
-        groups += [(m, "values") for m in (disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ())]
+    groups += [(m, "values") for m in (disjoint_sets(g, pick(1, 2), keys) if draw(st.booleans()) else ())]
     for group, on in groups:
         bias, delta = 0.5 + uniform(g, batch), 0.5 + uniform(g, batch)
         form = pick("numbers", "scalars", "per row")
@@ -94,8 +91,7 @@ def calls(
         shape = pick((queries,), (batch, queries))
         gain = uniform(g, *shape, low=-1.0, high=1.5)
         modulations.append(fr.LogitGain(gain, keys=key_set(g, pick(*KEY_SETS), keys)))
-    if biased:
-        modulations += _biases_and_values(g, pick, batch, queries, keys)
+    modulations += _biases_and_values(g, pick, batch, queries, keys)
     return Call(
         q, k, v, rope, key_rope, draw(st.permutations(modulations)), key_masks(g, pick(None, None, "random", "row",
         "shared"), batch, keys), pick(None, 0.05), label=f"{positions} {layout}",

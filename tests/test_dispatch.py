@@ -19,6 +19,12 @@ GRAG = fr.BiasDelta(1.0, 1.1, keys=slice(6, 12))
 BANDS = fr.BandWeight(torch.linspace(0.5, 1.2, 8), keys=slice(6, 12))
 GAIN = fr.LogitGain(torch.linspace(0.5, 1.5, 12), keys=slice(6, 12))
 MASK = torch.arange(12)[None] < 10
+BIAS = fr.LogitBias(0.7, keys=slice(6, 12))
+FEW_BIASED = fr.LogitBias(torch.where(torch.arange(12) < 4, -torch.inf, 0.0), keys=slice(6, 12))
+BIASED_KEYS = fr.KeyBias(torch.linspace(-1, 1, 12))
+HIDES = fr.KeyBias(torch.where(MASK[0], 0.0, -torch.inf))
+VALUES = fr.ValueGain(-1.0, keys=slice(6, 12))
+GROUP_OF_VALUES = fr.BiasDelta(1.0, 1.1, keys=slice(6, 12), on="values")
 
 
 class OnGpu:
@@ -72,6 +78,14 @@ def on_gpu(monkeypatch):
         ({"rope": ROPE, "modulations": [PER_QUERY]}, torch.bfloat16, False, "triton"),
         ({"rope": ROPE, "modulations": [BUCKETS, GRAG]}, torch.float32, False, "sdpa"),
         ({"rope": ROPE, "modulations": [PER_QUERY]}, torch.float32, False, "triton"),
+        ({"modulations": [VALUES, GROUP_OF_VALUES]}, torch.bfloat16, False, "folded"),
+        ({"rope": ROPE, "modulations": [GRAG, VALUES, HIDES]}, torch.float16, False, "folded"),
+        ({"rope": ROPE, "modulations": [BUCKETS, VALUES]}, torch.bfloat16, False, "split"),
+        ({"rope": ROPE, "modulations": [BIAS]}, torch.bfloat16, False, "triton"),
+        ({"rope": ROPE, "modulations": [BIAS, BIASED_KEYS]}, torch.float32, False, "sdpa"),
+        ({"modulations": [BIASED_KEYS]}, torch.float16, False, "triton"),
+        ({"rope": ROPE, "modulations": [FEW_BIASED]}, torch.bfloat16, False, "split"),
+        ({"rope": ROPE, "modulations": [FEW_BIASED, BIASED_KEYS]}, torch.bfloat16, False, "triton"),
     ],
 )
 def test_rules(on_gpu, arguments, dtype, return_lse, expected):

@@ -55,7 +55,7 @@ def check(call: Call, tally: Tally | None = None) -> torch.Tensor:
 
 
 def foldable(call: Call) -> Call:
-    modulations = [m for m in call.modulations if isinstance(m, (fr.BandWeight, fr.BiasDelta))]
+    modulations = [m for m in call.modulations if isinstance(m, (fr.BandWeight, fr.BiasDelta, fr.ValueGain))]
     return replace(call, modulations=modulations)
 
 
@@ -65,7 +65,7 @@ def test_any_composition(dtype):
     options = {"tokens": (1, 2, 17, 33, 66), "dims": (16, 20, 80), "heads": ((1, 1), (2, 1), (1, 3), (2, 2))}
 
     @settings(max_examples=40)
-    @given(calls(dtype, **options, biased=False).map(foldable))
+    @given(calls(dtype, **options).map(foldable))
     def run(call):
         check(call, tally)
 
@@ -214,7 +214,8 @@ def test_neutral_modulations_give_the_same_bits(dtype):
     call = a_call(dtype)
     neutral = [
         fr.QueryScale(torch.ones(37)), fr.BandWeight(torch.ones(8), slice(4, 9)), fr.BiasDelta(1.0, 1.0, slice(5, 20)),
-        fr.LogitGain(torch.ones(37)),
+        fr.LogitGain(torch.ones(37)), fr.LogitBias(0.0), fr.KeyBias(torch.zeros(37)), fr.ValueGain(1.0, slice(4)),
+        fr.BiasDelta(1.0, 1.0, slice(9), on="values"),
     ]  # fmt: skip
     mask = torch.ones(2, 37, dtype=torch.bool)
     assert torch.equal(run(replace(call, modulations=neutral, key_mask=mask)), run(call))
@@ -271,10 +272,13 @@ def test_what_folds():
     rope, gain = axial(grid(37), 16), torch.linspace(0.5, 1.5, 37)
     weighted, group = fr.BandWeight(torch.linspace(0.5, 1.5, 8), slice(9)), fr.BiasDelta(1.2, 0.7)
     mask = torch.arange(37)[None] < 30
-    for modulations in ([], [weighted], [group], [weighted, group]):
+    hides = fr.KeyBias(torch.where(mask[0], 0.0, -torch.inf))
+    values = [fr.ValueGain(-1.0, slice(3)), fr.BiasDelta(1.2, 0.7, on="values"), hides]
+    for modulations in ([], [weighted], [group], [weighted, group], values):
         assert folded.folds(fr.plan(rope=rope, modulations=modulations).lowered)
-        for more in ([fr.QueryScale(scales(generator(0), "levels", 37))], [fr.LogitGain(gain, slice(2))]):
-            assert not folded.folds(fr.plan(rope=rope, modulations=[*modulations, *more]).lowered)
+        for more in (fr.QueryScale(scales(generator(0), "levels", 37)), fr.LogitGain(gain, slice(2)),
+                     fr.LogitBias(0.5, slice(2)), fr.KeyBias(gain)):  # fmt: skip
+            assert not folded.folds(fr.plan(rope=rope, modulations=[*modulations, more]).lowered)
         assert folded.folds(fr.plan(rope=rope, modulations=modulations, key_mask=mask).lowered)
     assert folded.folds(fr.plan().lowered)
 

@@ -6,6 +6,7 @@ reference in float64, under the one tolerance rule.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,9 @@ from numerics import (
     DEVICE,
     SCALES,
     Call,
+    assert_close,
     axial,
+    biases_and_values,
     check,
     compare,
     disjoint_sets,
@@ -27,6 +30,7 @@ from numerics import (
     scales,
     scatter,
     skip_unless_runnable,
+    some_biases,
     tensors,
     uniform,
 )
@@ -81,6 +85,12 @@ def neutral(tokens: int, pairs: int, batch: int) -> list:
         fr.BiasDelta(keys=slice(7, 30)),
         fr.LogitGain(one, keys=slice(5, 40)),
         fr.LogitGain(one.double()),
+        fr.LogitBias(0.0, keys=slice(5, 40)),
+        fr.LogitBias(0 * one.expand(batch, -1)),
+        fr.KeyBias(0 * one),
+        fr.ValueGain(1.0, keys=slice(3, 9)),
+        fr.ValueGain(one.expand(batch, -1)),
+        fr.BiasDelta(1.0, torch.ones(batch, device=DEVICE), keys=slice(0, 30), on="values"),
     ]
 
 
@@ -90,7 +100,7 @@ def test_neutral_modulations_leave_every_bit(backend, dtype, applied):
     _, call = made(dtype, batch=2, rope=applied is not None)
     modulations = neutral(48, 16, 2)
     if applied is None:
-        modulations = [m for m in modulations if isinstance(m, (fr.BiasDelta, fr.LogitGain))]
+        modulations = [m for m in modulations if not isinstance(m, (fr.QueryScale, fr.BandWeight))]
     else:
         call = replace(call, rope=call.rope.as_applied(applied))
     bitwise(call, replace(call, modulations=modulations), backend)
@@ -102,6 +112,7 @@ def test_neutral_modulations_leave_every_bit(backend, dtype, applied):
 def test_neutral_beside_others_leaves_every_bit(backend, dtype):
     g, call = made(dtype, batch=2)
     others = [m for m in every_modulation(g, 48, 48, 32, "levels") if not isinstance(m, fr.QueryScale)]
+    others += biases_and_values(g, 48, 48)
     extra = [m for m in neutral(48, 16, 2) if not isinstance(m, fr.BiasDelta)]
     bitwise(replace(call, modulations=others), replace(call, modulations=others + extra), backend)
 
@@ -147,10 +158,79 @@ def test_logit_gains_multiply(backend, dtype):
 
 
 @backends
+def test_biases_add_and_value_gains_multiply(backend, dtype):
+    """Over the same keys; a bias that hides wins over any other."""
+    g, call = made(dtype, batch=2)
+    a, b = slice(4, 30), key_set(g, "mask", 48)
+    inside = members(a, 48).to(DEVICE)
+    first, second = some_biases(g, 48), some_biases(g, 2, 48)
+    u, w = uniform(g, 48, low=-1.5, high=1.5), uniform(g, 2, 1, low=-1.5, high=1.5)
+    apart = [
+        fr.LogitBias(first, inside & ~b),
+        fr.LogitBias(second, b & ~inside),
+        fr.LogitBias(first + second, inside & b),
+        fr.ValueGain(torch.where(inside, u, 1.0) * torch.where(b, w, 1.0)),
+    ]
+    together = [fr.LogitBias(first, a), fr.LogitBias(second, b), fr.ValueGain(u[4:30], a), fr.ValueGain(w, b)]
+    same(replace(call, modulations=apart), replace(call, modulations=together), backend)
+    bitwise(replace(call, modulations=together), replace(call, modulations=together[::-1]), "sdpa")
+
+
+@backends
+def test_a_bias_of_all_keys_moves_the_log_sum_exp_alone(backend, dtype):
+    """Per key or per query, it is one number on every logit of a query."""
+    g, call = made(dtype, batch=2)
+    b = some_biases(g, 2, 48, hidden=0.0)
+    (out, lse), low = check(replace(call, modulations=[fr.LogitBias(b)]), backend), call.low()
+    plain = call.exact()
+    assert_close(out, plain[0], low[0])
+    assert_close(lse, plain[1] + b[:, None], low[1] + b[:, None].to(low[1]), dtype, name="lse")
+    same(replace(call, modulations=[fr.KeyBias(torch.full((48,), 0.7, dtype=torch.float64, device=DEVICE))]),
+         replace(call, modulations=[fr.LogitBias(0.7)]), backend)  # fmt: skip
+
+
+@backends
+def test_a_bias_of_log_n_is_n_copies(backend, dtype):
+    g, call = made(dtype, tokens=30)
+    copies = torch.randint(1, 4, (30,), generator=g).to(DEVICE)
+    twin = replace(call, k=call.k.repeat_interleave(copies, 1), v=call.v.repeat_interleave(copies, 1),
+                   key_rope=fr.RoPE(call.rope.angles.repeat_interleave(copies, 0), call.rope.axis))  # fmt: skip
+    same(twin, replace(call, modulations=[fr.KeyBias(copies.double().log())]), backend)
+
+
+@backends
+def test_a_key_bias_that_hides_is_absence_and_a_logit_bias_that_hides_is_not(backend, dtype):
+    """From means, of keys and of values, too: the one leaves them out, the other leaves them alone."""
+    g, call = made(dtype, batch=2)
+    keep = key_masks(g, "random", 2, 48)
+    groups = [fr.BiasDelta(1.3, 0.6, slice(10, 40)), fr.BiasDelta(0.7, 1.4, slice(20, None), on="values")]
+    hides = torch.where(keep, 0.0, -torch.inf)
+    masked = replace(call, key_mask=keep, modulations=groups)
+    bitwise(masked, replace(call, modulations=[*groups, fr.KeyBias(hides)]), backend)
+    only = replace(call, modulations=[*groups, fr.LogitBias(-torch.inf, slice(30, None))])
+    check(only, backend)
+    gone = replace(call, key_mask=torch.arange(48, device=DEVICE)[None] < 30, modulations=groups)
+    assert float((only.exact()[0] - gone.exact()[0]).abs().max()) > 1e-3
+
+
+@backends
+def test_values_change_no_weight(backend, dtype):
+    """Nor the log-sum-exp, to the bit; a gain of -1 on all keys turns the output into its opposite."""
+    g, call = made(dtype, batch=2)
+    modulations = [m for m in biases_and_values(g, 48, 48, 2) if isinstance(m, (fr.LogitBias, fr.KeyBias))]
+    call = replace(call, modulations=modulations)
+    changes = [fr.ValueGain(-1.0), fr.BiasDelta(1.4, 0.3, slice(9, 30), on="values")]
+    lses = [replace(call, modulations=[*modulations, m]).run(backend)[1] for m in changes]
+    out, lse = call.run(backend)
+    assert all(torch.equal(x, lse) for x in lses)
+    assert torch.equal(replace(call, modulations=[*modulations, changes[0]]).run(backend)[0], -out)
+
+
+@backends
 @pytest.mark.parametrize("kind", SOME_SCALES)
 def test_order_in_the_list_does_not_matter(backend, dtype, kind):
     g, call = made(dtype)
-    modulations = every_modulation(g, 48, 48, 32, kind)
+    modulations = every_modulation(g, 48, 48, 32, kind) + biases_and_values(g, 48, 48)
     modulations += [fr.LogitGain(uniform(g, 48), slice(20, 33)), fr.BiasDelta(0.9, 1.2, slice(40, 44))]
     first = replace(call, modulations=modulations)
     same(first, replace(call, modulations=modulations[::-1]), backend)
@@ -163,9 +243,12 @@ def test_order_in_the_list_does_not_matter(backend, dtype, kind):
 def test_groups_that_share_a_key_are_an_error(backend, dtype, a, b):
     """Even where one is neutral: whether a call is valid must not depend on a dial's value."""
     _, call = made(dtype)
-    for bias in (1.0, 1.2):
+    for bias, on in itertools.product((1.0, 1.2), ("keys", "values")):
+        groups = [fr.BiasDelta(1.3, 1.0, a, on), fr.BiasDelta(bias, 1.0, b, on)]
         with pytest.raises(ValueError, match=r"BiasDelta\.keys.*overlapping"):
-            replace(call, modulations=[fr.BiasDelta(1.3, 1.0, a), fr.BiasDelta(bias, 1.0, b)]).run(backend)
+            replace(call, modulations=groups).run(backend)
+    other = [fr.BiasDelta(1.3, 1.0, a), fr.BiasDelta(1.2, 1.0, b, on="values")]
+    check(replace(call, modulations=other), backend)
 
 
 @backends
@@ -282,13 +365,24 @@ def test_keys_may_be_permuted(backend, dtype, kind):
     g, call = made(dtype, batch=2)
     order = torch.randperm(48, generator=g).to(DEVICE)
     mask = key_masks(g, "random", 2, 48)
-    call = replace(call, key_rope=call.rope, key_mask=mask, modulations=every_modulation(g, 48, 48, 32, kind))
+    values = biases_and_values(g, 48, 48, 2) if kind in SOME_SCALES else []
+    modulations = every_modulation(g, 48, 48, 32, kind) + values
+    call = replace(call, key_rope=call.rope, key_mask=mask, modulations=modulations)
     twin = replace(
         call, k=call.k[:, order], v=call.v[:, order], key_mask=mask[:, order],
         key_rope=fr.RoPE(call.rope.angles[order], call.rope.axis),
-        modulations=[replace(m, keys=members(m.keys, 48).to(DEVICE)[order]) for m in call.modulations],
+        modulations=[_permuted(m, order) for m in call.modulations],
     )  # fmt: skip
     same(call, twin, backend)
+
+
+def _permuted(m, order: torch.Tensor):
+    if isinstance(m, fr.KeyBias):
+        return replace(m, bias=m.bias[..., order])
+    if isinstance(m, fr.ValueGain) and isinstance(m.gain, torch.Tensor):  # a gain per key, in the order of the slice
+        at = order.argsort()[torch.arange(48, device=DEVICE)[m.keys]]
+        return replace(m, keys=at)
+    return replace(m, keys=members(m.keys, 48).to(DEVICE)[order])
 
 
 @backends
@@ -297,6 +391,10 @@ def test_a_batch_equals_its_rows(backend, dtype, kind):
     g, call = made(dtype, batch=2, tokens=40)
     groups = [fr.BiasDelta(0.5 + uniform(g, 2), 0.5 + uniform(g, 2), keys) for keys in disjoint_sets(g, 2, 40)]
     modulations = [m for m in every_modulation(g, 40, 40, 32, kind, batch=2) if not isinstance(m, fr.BiasDelta)]
+    groups += [fr.BiasDelta(0.5 + uniform(g, 2), 0.5 + uniform(g, 2), slice(9, 30), on="values")]
+    if kind in SOME_SCALES:
+        groups += [fr.LogitBias(some_biases(g, 2, 40), slice(5, 30)), fr.LogitBias(some_biases(g, 2, 1)),
+                   fr.KeyBias(some_biases(g, 2, 40)), fr.ValueGain(uniform(g, 2, 11), slice(0, 11))]  # fmt: skip
     rope, mask = axial(scatter(g, 40, batch=2), 32), key_masks(g, "row", 2, 40)
     call = replace(call, rope=rope, key_mask=mask, modulations=modulations + groups)
     out, lse = call.run(backend)

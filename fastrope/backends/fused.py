@@ -166,7 +166,7 @@ def pack_values(v: Projected, source: Tensor | None, lowered: Lowered) -> Tensor
                 0, 0, config("means"),
             )  # fmt: skip
         modulated = kernels.ValueFactors(tables.for_kernels, tables.member, means)
-    return kernels.pack_rows(v, source, None, None, False, config("pack"), values=modulated)
+    return kernels.pack_rows(v, source, None, None, False, config("pack"), False, modulated)
 
 
 def attend(
