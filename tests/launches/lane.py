@@ -93,19 +93,25 @@ def calls():
     import fastrope as fr
     from fastrope import dispatch, sample
     from fastrope.bench import block, match
-    from fastrope.bench.cases import CASES
+    from fastrope.bench.cases import CASES, Case
     from fastrope.bench.problem import Problem
     from fastrope.bench.workloads import WORKLOADS
     from fastrope.planning import polynomial
 
     cpu, layout = torch.device("cpu"), fr.TokenLayout(77, (24, 24), references=[(24, 24)])
     small = replace(WORKLOADS["kontext"], tokens=layout, heads=4)
-    cases = [name for name, case in CASES.items() if case.suits(small)]
+    cases = {name: case for name, case in CASES.items() if case.suits(small)}
+    more = {
+        "bias": lambda w, _: [fr.LogitBias(0.7, keys=w.source)],
+        "key bias": lambda w, _: [fr.KeyBias(torch.linspace(-1, 1, w.tokens.num_keys))],
+        "values": lambda w, _: [fr.ValueGain(-0.5, keys=w.source), fr.BiasDelta(1.1, 0.8, w.source, on="values")],
+    }  # fmt: skip
+    cases |= {name: Case(name, name, make) for name, make in more.items()}
     edges = ("all", "all-per-query")
 
     def attend(workload, case, backend="triton", dtype=torch.bfloat16, applied=False, change=None, **options):
         def run():
-            problem = Problem.make(workload, CASES[case], cpu, dtype)
+            problem = Problem.make(workload, cases[case], cpu, dtype)
             problem = problem.applied if applied else problem
             q, k, v = (problem.q, problem.k, problem.v) if change is None else change(problem)
             return fr.attention(q, k, v, plan=problem.plan, backend=backend, debug=False, **options)
@@ -174,10 +180,10 @@ def calls():
         yield f"polynomial {name}", in_tiles(workload)
         yield f"polynomial {name} padded", in_tiles(workload, change=padded)
         yield f"polynomial {name} masked", in_tiles(replace(workload, batch=2, prompts=(77, 5)))
-    for case in ("plain", "all"):
+    for case in ("plain", "values", "all"):
         yield (
             f"{case} joint",
-            lambda case=case: block.ours(block.BlockProblem.of(small, CASES[case], cpu, torch.bfloat16)).run(),
+            lambda case=case: block.ours(block.BlockProblem.of(small, cases[case], cpu, torch.bfloat16)).run(),
         )
     yield "match", match.problem(match.WORKLOADS["llamagen"], cpu)["triton"]
 
