@@ -37,7 +37,7 @@ COPY_KEYS = 4  # key copies alive at once for queries with per-query scales
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The part of a call one SDPA call computes: queries that share one scale.
 
     ``batch (B',)`` batch rows (None: all as they are), ``queries (B', n)`` or ``(1, n)`` query indices (None: all),
@@ -47,6 +47,11 @@ class _Rows:
     batch: Tensor | None = None
     queries: Tensor | None = None
     r: Tensor | None = None
+
+    @staticmethod
+    def of(only: Tensor | None) -> Rows:
+        """Queries ``(Sq,)`` bool at a scale of 1, of all batch rows."""
+        return Rows() if only is None else Rows(None, only.nonzero().flatten()[None])
 
     def of_batch(self, table: Tensor) -> Tensor:
         """Batch rows of a ``(B or 1, ...)`` table."""
@@ -70,30 +75,44 @@ class _Rows:
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`fastrope.backends.reference.run`. ``lse`` costs a second pass over the logits, in blocks."""
-    keys, dtype = lowered.keys, q.dtype
+    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool = False,
+    only: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As :func:`fastrope.backends.reference.run`. ``lse`` costs a second pass over the logits, in blocks.
+
+    Args:
+        only: ``(Sq,)`` bool, queries to compute, ``out (B, n, H, D)``; None: all.
+    """
+    dtype = q.dtype
     if len(passes(lowered)) > 1:  # parts are merged before they are rounded
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    v = modulated_values(v, lowered, dtype)
-    if keys.order is not None:
-        k, v = k[:, keys.order], v[:, keys.order]
-    if keys.bias is not None and keys.bias.mask is not None:  # what a masked key holds must not matter, not even a NaN
-        masked = ~keys.bias.mask[:, :, None, None]
-        k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
+    k, v = in_key_order(k, v, lowered, dtype)
     if scale == 0:  # biases are added to logits of 0
         q, scale = q * 0, 1.0
     everyone = torch.arange(q.shape[0], device=q.device)
     if lowered.scales is None:
-        out, lse = _attend(q, k, v, lowered, scale, return_lse, _Rows())
+        out, lse = _attend(q, k, v, lowered, scale, return_lse, Rows.of(only))
     elif len(lowered.scales.counts) == 1:
-        out, lse = _by_scale(q, k, v, lowered, scale, return_lse, everyone, 0)
+        out, lse = _by_scale(q, k, v, lowered, scale, return_lse, everyone, 0, only)
     else:
-        parts = [_by_scale(q, k, v, lowered, scale, return_lse, everyone[b : b + 1], b) for b in range(q.shape[0])]
+        parts = [
+            _by_scale(q, k, v, lowered, scale, return_lse, everyone[b : b + 1], b, only) for b in range(q.shape[0])
+        ]
         lses = [lse for _, lse in parts if lse is not None]
         out, lse = torch.cat([out for out, _ in parts]), torch.cat(lses) if return_lse else None
     return out.to(dtype), lse
+
+
+def in_key_order(k: Tensor, v: Tensor, lowered: Lowered, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as segments count them, values modulated and rounded to ``dtype``. What a masked key holds must
+    not matter, not even a NaN: it is 0."""
+    v = modulated_values(v, lowered, dtype)
+    if lowered.keys.order is not None:
+        k, v = k[:, lowered.keys.order], v[:, lowered.keys.order]
+    if lowered.keys.masked is not None:
+        masked = ~lowered.keys.masked[:, :, None, None]
+        k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
+    return k, v
 
 
 def passes(lowered: Lowered) -> tuple[tuple[int, int], ...]:
@@ -110,14 +129,16 @@ def _by_scale(
     return_lse: bool,
     batch: Tensor,
     b: int,
+    only: Tensor | None = None,
 ):
     """Attend scale by scale; queries with per-query scales in stacks of ``COPY_KEYS``."""
     scales = lowered.scales
-    order = scales.order[b]
-    per_query, *buckets = order.split(scales.counts[b])
+    parts = scales.order[b].split(scales.counts[b])
+    per_query, *buckets = parts if only is None else [part[only[part]] for part in parts]
+    order = torch.cat([per_query, *buckets])
     outs, lses = [], []
 
-    def attend(rows: _Rows) -> None:
+    def attend(rows: Rows) -> None:
         out, lse = _attend(q, k, v, lowered, scale, return_lse, rows)
         stacked = len(out) // len(batch)  # queries that were laid out as batch rows
         outs.append(out.unflatten(0, (len(batch), stacked)).flatten(1, 2))
@@ -128,22 +149,21 @@ def _by_scale(
         if len(queries):
             r = scales.r[b if scales.r.shape[0] > 1 else 0, queries]
             stack = batch.repeat_interleave(len(queries))
-            attend(_Rows(stack, queries.repeat(len(batch))[:, None], r.repeat(len(batch))[:, None, None]))
+            attend(Rows(stack, queries.repeat(len(batch))[:, None], r.repeat(len(batch))[:, None, None]))
     for n, queries in enumerate(buckets):
         if len(queries):
             whole = None if len(batch) == q.shape[0] else batch
-            attend(_Rows(whole, queries[None], scales.buckets[n - 1] if n else None))
+            attend(Rows(whole, queries[None], scales.buckets[n - 1] if n else None))
     inverse = order.argsort()
     return torch.cat(outs, dim=1)[:, inverse], torch.cat(lses, dim=2)[:, :, inverse] if return_lse else None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool, rows: _Rows):
+def _attend(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool, rows: Rows):
     """Attention of some queries against all keys: ``(B', n, H, D)``, ``(B', H, n)``."""
     q, k, v = rows.of_queries(q), rows.of_input(k), rows.of_input(v)
-    bias = lowered.keys.bias
-    mask = None if bias is None or bias.mask is None else rows.of_batch(bias.mask)
+    mask = None if lowered.keys.masked is None else rows.of_batch(lowered.keys.masked)
     segments = lowered.segments or (Segment(0, k.shape[1]),)
-    keys, bounds = _keys(k, lowered, mask, rows, segments), passes(lowered)
+    keys, bounds = modulated_keys(k, lowered, mask, rows, segments), passes(lowered)
     if len(bounds) == 1:
         return _attend_pass(q, keys, v, lowered, segments, mask, scale, return_lse, rows)
 
@@ -165,7 +185,7 @@ def _attend_pass(
     mask: Tensor | None,
     scale: float,
     return_lse: bool,
-    rows: _Rows,
+    rows: Rows,
 ):
     """Attention against ``keys``, one tensor ``(B', n, Hkv, D)`` for each of ``segments``."""
     variants = sorted({_variant(s, rows) for s in segments})
@@ -188,7 +208,7 @@ def _attend_pass(
     return out, lse
 
 
-def _sees_a_key(lowered: Lowered, segments: Sequence[Segment], mask: Tensor | None, rows: _Rows) -> Tensor | None:
+def _sees_a_key(lowered: Lowered, segments: Sequence[Segment], mask: Tensor | None, rows: Rows) -> Tensor | None:
     """Queries ``(1 or B', 1 or n)`` that see some key of ``segments``; None where all do."""
     if mask is None and any(s.bias < 0 for s in segments):
         return None
@@ -204,15 +224,15 @@ def _sees_a_key(lowered: Lowered, segments: Sequence[Segment], mask: Tensor | No
     return torch.stack(torch.broadcast_tensors(*found)).any(dim=0)
 
 
-def _variant(segment: Segment, rows: _Rows) -> tuple[bool, int]:
+def _variant(segment: Segment, rows: Rows) -> tuple[bool, int]:
     return segment.scaled and rows.r is not None, segment.gain
 
 
-def _query_variant(q: Tensor, lowered: Lowered, rows: _Rows, variant: tuple[bool, int]) -> list[Tensor]:
+def _query_variant(q: Tensor, lowered: Lowered, rows: Rows, variant: tuple[bool, int]) -> list[Tensor]:
     """The query's columns of a variant: one block of ``D``, or two (see the top of this file)."""
     scaled, gain = variant
     if lowered.queries is not None:
-        q = _rotate(q, rows.of_queries(lowered.queries.angles), scaled, lowered, rows, lowered.queries_applied)
+        q = rotated(q, rows.of_queries(lowered.queries.angles), scaled, lowered, rows, lowered.queries_applied)
     if gain < 0:
         return [q]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -226,7 +246,7 @@ def _blocks(variant: tuple[bool, int], dtype: torch.dtype) -> int:
     return 2 if variant[1] >= 0 and dtype.itemsize < 4 else 1
 
 
-def _keys(k: Tensor, lowered: Lowered, mask: Tensor | None, rows: _Rows, segments: Sequence[Segment]) -> list[Tensor]:
+def modulated_keys(k: Tensor, lowered: Lowered, mask: Tensor | None, rows: Rows, segments: Sequence[Segment]) -> list[Tensor]:
     """``ktt`` at this scale, ``(B', n, Hkv, D)`` for each segment."""
     tables = lowered.keys
     wide = torch.promote_types(k.dtype, torch.float32)
@@ -236,7 +256,7 @@ def _keys(k: Tensor, lowered: Lowered, mask: Tensor | None, rows: _Rows, segment
         angles = rows.of_batch(angles)
         turned = [s.scaled and rows.r is not None for s in segments]
         parts = [
-            _rotate(part, angles[:, s.start : s.stop], scaled, lowered, rows, lowered.keys_applied)
+            rotated(part, angles[:, s.start : s.stop], scaled, lowered, rows, lowered.keys_applied)
             for s, scaled, part in zip(segments, turned, parts, strict=True)
         ]
     sums: dict[int, Tensor] = {}
@@ -257,7 +277,7 @@ def _keys(k: Tensor, lowered: Lowered, mask: Tensor | None, rows: _Rows, segment
     return parts
 
 
-def _lay_out(keys: list[Tensor], segments: Sequence[Segment], rows: _Rows, variants: list[tuple[bool, int]]) -> Tensor:
+def _lay_out(keys: list[Tensor], segments: Sequence[Segment], rows: Rows, variants: list[tuple[bool, int]]) -> Tensor:
     """Each key in the columns of its segment's variant: ``(B', n, Hkv, blocks * D)``."""
     laid = []
     for s, part in zip(segments, keys, strict=True):
@@ -268,7 +288,7 @@ def _lay_out(keys: list[Tensor], segments: Sequence[Segment], rows: _Rows, varia
     return torch.cat(laid, dim=1)
 
 
-def _rotate(x: Tensor, angles: Tensor, scaled: bool, lowered: Lowered, rows: _Rows, applied: bool) -> Tensor:
+def rotated(x: Tensor, angles: Tensor, scaled: bool, lowered: Lowered, rows: Rows, applied: bool) -> Tensor:
     """``R(phi') x`` less what is applied already."""
     if not scaled or rows.r is None:
         return x if applied else rotate(x, angles, lowered.pairing)
