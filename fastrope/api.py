@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import debug as debugging
 from . import ops, verification
+from .backends.plain import chosen as chosen_plain
 from .checks import require
-from .dispatch import Decision, choose, decide, execute
+from .dispatch import Decision, by_torch, choose, decide, execute
 from .modulations import Modulation
 from .planning import Plan, cached_plan
 from .planning import plan as make_plan
@@ -26,13 +27,15 @@ from .validation import check_plan, check_tensors, scale_of
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, rope: RoPE | None = ..., key_rope: RoPE | None = ...,
     modulations: Sequence[Modulation] = ..., key_mask: Tensor | None = ..., plan: Plan | None = ...,
-    scale: float | None = ..., return_lse: Literal[False] = ..., backend: str = ..., debug: bool | None = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ..., backend: str = ..., plain: str | Callable | None = ...,
+    debug: bool | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, rope: RoPE | None = ..., key_rope: RoPE | None = ...,
     modulations: Sequence[Modulation] = ..., key_mask: Tensor | None = ..., plan: Plan | None = ...,
-    scale: float | None = ..., return_lse: Literal[True], backend: str = ..., debug: bool | None = ...,
+    scale: float | None = ..., return_lse: Literal[True], backend: str = ..., plain: str | Callable | None = ...,
+    debug: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
@@ -47,6 +50,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    plain: str | Callable | None = None,
     debug: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention with rotary embedding and modulations, without causal mask.
@@ -64,6 +68,11 @@ def attention(
         return_lse: also return the log-sum-exp of the logits.
         backend: ``"auto"``, ``"triton"`` (fused; forward only), ``"sdpa"`` (any device, differentiable in q, k, v) or
             ``"eager"`` (the specification; materialises the logits). See :func:`explain`.
+        plain: the attention for calls that fold into q, k and v, and for unmodulated queries that split off: a function
+            like diffusers' ``dispatch_attention_fn``, ``f(query, key, value, attn_mask=None, dropout_p=0.0,
+            is_causal=False, scale=None)`` on ``(B, S, H, D)``, or torch's ``"native"``, ``"cudnn"``, ``"flash"``,
+            ``"efficient"`` or ``"math"``. It gets rotated and modulated q, k, v, no mask and no grouped heads. None:
+            torch's, where that is faster than our loop. Calls with ``return_lse`` hand over nothing.
         debug: check inputs and agreement with the reference on a sample of queries; None reads ``FASTROPE_DEBUG``.
 
     Returns:
@@ -79,15 +88,18 @@ def attention(
     scale, modulations = scale_of(q, scale), as_tuple(modulations)
     require(debug is None or isinstance(debug, bool), "debug", "True, False or None", repr(debug))
     if torch.compiler.is_compiling():
+        chosen_plain(plain, backend)
         require(not debug, "debug", "None in compiled code (call once without the compiler to check)", debug)
         plan = _plan_for_compiled(plan, rope, key_rope, modulations, key_mask)
         out, lse = _through_op(q, k, v, plan, scale, return_lse, _traceable(backend, q, k, v))
         return out if lse is None else (out, lse)
     check_tensors(q, k, v, scale, backend)
+    handed = chosen_plain(plain, backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     check_plan(q, k, plan.lowered)
     observed = ops.observed(q, k, v)
-    decision = (choose if observed else decide)(plan.lowered, q, k, v, backend, return_lse)
+    decision = (choose if observed else decide)(plan.lowered, q, k, v, backend, return_lse, handed)
+    decision = by_torch(decision) if observed else decision
     check = debugging.enabled(debug)
     if check:
         debugging.check_inputs(q, k, v, plan.resolved, scale)
@@ -172,7 +184,7 @@ class Explanation:
         keys_reordered: True when keys are sorted by signature.
         dropped: neutral modulations.
         plan_bytes: memory of the plan's tables.
-        unmodulated: queries that torch's attention takes; 0 where it takes none apart.
+        unmodulated: queries that plain attention takes; 0 where it takes none apart.
         trust: what is known of the kernels on this card, see :mod:`fastrope.verification`; None where none run unasked.
         key_bias: True where a KeyBias counts.
         values: names of the modulations of values.
@@ -232,7 +244,8 @@ class Explanation:
                 lines.append(f"  these through {decision.launch.per_query}")
             lines.append(f"keys and values: through {decision.launch.loop}")
         if self.unmodulated:
-            lines.append(f"unmodulated queries: {self.unmodulated}, through torch's attention")
+            name = "torch's attention" if decision.plain is None else decision.plain.name
+            lines.append(f"unmodulated queries: {self.unmodulated}, through {name}")
         if decision.packs:
             lines.append(f"prologue: kernels over {', '.join(decision.packs)}")
         if self.trust:
@@ -258,6 +271,7 @@ def explain(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    plain: str | Callable | None = None,
     debug: bool | None = None,
 ) -> Explanation:
     """What :func:`attention` would do with the same arguments, and why; runs nothing.
@@ -273,7 +287,7 @@ def explain(
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     lowered = plan.lowered
     check_plan(q, k, lowered)
-    decision = decide(lowered, q, k, v, backend, return_lse)
+    decision = decide(lowered, q, k, v, backend, return_lse, chosen_plain(plain, backend))
     scales = lowered.scales
     folded = {"BiasDelta": plan.resolved.value_groups, "ValueGain": plan.resolved.value_gains}
     return Explanation(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import device as devices
 from . import rules, verification
-from .backends import folded, fused, reference, sdpa, split_rows
+from .backends import folded, fused, hand_over, reference, sdpa, split_rows
+from .backends.plain import Plain
 from .kernels.streams import Projected, Streams
 from .planning.lowered import Lowered
 from .planning.resolved import Resolved
@@ -38,6 +39,7 @@ class Decision:
         passes: runs over the keys, merged by their log-sum-exps.
         packs: those of ``"q"``, ``"k"``, ``"v"`` that take a pass of our kernels before attention.
         launch: how the fused loop runs; None where it does not.
+        plain: the attention that folded or split-off work is handed to; None: torch's.
         trusted: kernels that nobody asked for by name run on a GPU; ``kind`` is what has to be verified before, None
             where nothing has, see :mod:`fastrope.verification`.
     """
@@ -51,6 +53,7 @@ class Decision:
     passes: int = 1
     packs: tuple[str, ...] = ()
     launch: fused.Launch | None = None
+    plain: Plain | None = None
     trusted: bool = False
     kind: Kind | None = None
 
@@ -64,18 +67,20 @@ class Decision:
 
 
 def decide(
-    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False
-) -> Decision:
+    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False,
+    plain: Plain | None = None,
+) -> Decision:  # fmt: skip
     """How a checked call runs. A backend that is asked for runs or raises; ``auto`` never changes the mathematics.
 
     Args:
         q, k, v: ``(B, S, H, D)`` tensors, or :class:`fastrope.kernels.Streams` of them.
         backend: one of ``BACKENDS``, or ``"auto"``.
+        plain: the attention for work that folds or splits off; None: torch's, where that is faster.
 
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
     """
-    chosen = _completed(choose(lowered, q, k, v, backend, return_lse), lowered, q, k, v)
+    chosen = _completed(choose(lowered, q, k, v, backend, return_lse, plain), lowered, q, k, v)
     if backend == "triton" or not (chosen.kernels and devices.on_gpu(q)):  # who names the kernels has them
         return chosen
     kind = _kind(chosen, lowered, q, k) if verification.needed(q.device) else None
@@ -106,7 +111,9 @@ def _without_kernels(decision: Decision, lowered: Lowered) -> Decision:
     """The same call where the kernels that it would take are wrong."""
     why = "fails its check against the reference on this card"
     rejected = (("triton", why), decision.rejected[-1]) if decision.rejected else ()
-    return Decision("sdpa", f"our kernels: {why}", rejected, passes=len(sdpa.passes(lowered)))
+    split = decision.split and decision.plain is not None
+    passes = len(sdpa.passes(lowered))
+    return Decision("sdpa", f"our kernels: {why}", rejected, split=split, passes=passes, plain=decision.plain)
 
 
 def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
@@ -122,13 +129,41 @@ def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v
 
 
 def choose(
-    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False
-) -> Decision:
+    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False,
+    plain: Plain | None = None,
+) -> Decision:  # fmt: skip
     """The backend part of :func:`decide`, which reads neither values nor addresses: tensors may be fake ones."""
     grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
     found = _backend_for(lowered, q, grad, backend, return_lse)
+    if plain is not None and backend in ("auto", "sdpa") and not return_lse:
+        found = _handed_over(found, lowered, q, grad, backend, plain)
+        if found.plain is not None:
+            return found
     folds = found.backend == "sdpa" and not (grad or return_lse) and folded.takes(q, lowered)
     return replace(found, folded=True) if folds else found
+
+
+def _handed_over(
+    found: Decision, lowered: Lowered, q: Projected, grad: bool, backend: str, plain: Plain
+) -> Decision:  # fmt: skip
+    """The same where work folds or splits off, and ``plain`` takes it."""
+    kernels = devices.on_gpu(q) and devices.kernel_obstacle(q) is None and not grad
+    never_eager = ("eager", "materialises the logits; runs only when asked for")
+    if folded.folds(lowered):
+        why = f"all of it folds into queries, keys and values, for {plain.name}"
+        rejected = ("triton", "nothing is left for its loop"), never_eager
+        return replace(found, backend="sdpa", reason=why, rejected=rejected, split=False, folded=kernels, plain=plain)
+    if not split_rows.splits(lowered):
+        return found
+    chosen = "triton" if kernels and backend == "auto" else "sdpa"
+    why = f"unmodulated queries for {plain.name}"
+    rejected = tuple(each for each in found.rejected if each[0] != chosen)
+    return replace(found, backend=chosen, reason=why, rejected=rejected, split=True, plain=plain)
+
+
+def by_torch(decision: Decision) -> Decision:
+    """The same by torch's operations, if there is a plain attention to hand work to."""
+    return decision if decision.plain is None else replace(decision, backend="sdpa", folded=False, launch=None)
 
 
 def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, return_lse: bool) -> Decision:
@@ -200,11 +235,13 @@ def _attend(
     if decision.backend == "eager":
         return reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
     if decision.folded:
-        return folded.run(q, k, v, lowered, scale), None
+        return folded.run(q, k, v, lowered, scale, plain=decision.plain), None
+    if decision.launch is None and decision.plain is not None:
+        return hand_over.run(*tensors, lowered, scale, decision.plain, decision.split), None
     if decision.launch is None:
         return sdpa.run(*tensors, lowered, scale, return_lse)
     if decision.split:
-        return split_rows.run(q, k, v, lowered, scale, decision.launch), None
+        return split_rows.run(q, k, v, lowered, scale, decision.launch, decision.plain), None
     return fused.run(q, k, v, lowered, scale, decision.launch)
 
 

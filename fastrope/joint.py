@@ -11,8 +11,10 @@ from torch import Tensor
 from . import debug as debugging
 from . import ops
 from .api import attention
+from .backends.plain import Plain
+from .backends.plain import chosen as chosen_plain
 from .checks import require, require_tensor
-from .dispatch import Decision, choose, decide, differentiated, execute
+from .dispatch import Decision, by_torch, choose, decide, differentiated, execute
 from .kernels.streams import Projected, Streams, rms_norm
 from .planning import Lowered, Plan
 from .validation import check_plan, check_tensors, scale_of
@@ -60,6 +62,7 @@ def joint_attention(
     plan: Plan,
     scale: float | None = None,
     backend: str = "auto",
+    plain: str | Callable | None = None,
 ) -> Tensor:
     """:func:`fastrope.attention` of ``join(streams)``; where the fused kernels run, in fewer passes over q and k.
 
@@ -72,7 +75,7 @@ def joint_attention(
         streams: tokens of the joint sequence, in order, such as ``[text, image]``; one without tokens counts for
             nothing.
         plan: of the joint sequence, with a rope that is not ``applied`` where norms are given.
-        scale, backend: as in :func:`fastrope.attention`.
+        scale, backend, plain: as in :func:`fastrope.attention`.
 
     Returns:
         ``(B, S, H, D)`` in the dtype of v, contiguous.
@@ -82,9 +85,10 @@ def joint_attention(
         NotImplementedError: the backend asked for cannot run this call.
     """
     streams, scale = _checked(streams, plan, scale)
+    chosen = chosen_plain(plain, backend)
     if not _readable(streams, plan.lowered, backend):
-        return attention(*join(streams), plan=plan, scale=scale, backend=backend)
-    return _run(_decide(streams, plan, scale, backend), streams, plan, scale, backend)
+        return attention(*join(streams), plan=plan, scale=scale, backend=backend, plain=plain)
+    return _run(_decide(streams, plan, scale, backend, chosen), streams, plan, scale, backend)
 
 
 def fused_joint_attention(
@@ -94,11 +98,13 @@ def fused_joint_attention(
     streams, scale = _checked(streams, plan, scale)
     if not _readable(streams, plan.lowered, backend):
         return None
-    decision = _decide(streams, plan, scale, backend)
+    decision = _decide(streams, plan, scale, backend, chosen_plain(None, backend))
     return _run(decision, streams, plan, scale, backend) if decision is None or decision.kernels else None
 
 
-def _decide(streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -> Decision | None:
+def _decide(
+    streams: Sequence[Stream], plan: Plan, scale: float, backend: str, plain: Plain | None
+) -> Decision | None:  # fmt: skip
     """How the call runs. None if the op decides when it runs: in compiled code, and if something that must see one op
     watches our kernels."""
     if torch.compiler.is_compiling():
@@ -106,7 +112,8 @@ def _decide(streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -
     q, k, v, norms = _unzip(streams)
     _check_parts(q, k, v, plan.lowered, scale, backend)
     observed = ops.observed(*q, *k, *v, *(n.weight for n in norms if n.weight is not None))
-    decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend)
+    decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend, plain=plain)
+    decision = by_torch(decision) if observed else decision
     return None if observed and decision.kernels else decision
 
 

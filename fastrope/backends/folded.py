@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from .. import kernels
 from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from .fused import configs, key_bias, launching_on, pack_values
+from .plain import Plain, each_row
 
 MOST_ROWS = 16  # of a mask: a call each; two are measured, more are predicted to pay
 
@@ -46,12 +46,14 @@ def run(
     lowered: Lowered,
     scale: float,
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
+    plain: Plain | None = None,
 ) -> Tensor:
     """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the unmodulated queries of any plan; forward only.
 
     Arguments as of :func:`fastrope.backends.fused.run`. ``packed`` has keys and values ``(B, Hkv, Sk, D)`` that are
-    prepared already. Extra memory: one copy each of k, of q where it is rotated, and of v where it is joined or sorted;
-    under a mask, one more of k and of v, and one of the output.
+    prepared already, ``plain`` the attention that takes the work, torch's by default. Extra memory: one copy each of k,
+    of q where it is rotated, and of v where it is joined, sorted or modulated; under a mask, one more of k and of v,
+    and one of the output.
     """
     rows, heads, key_heads = _rows(lowered), q.shape[2], k.shape[2]
     with launching_on(q.device):
@@ -64,22 +66,13 @@ def run(
         )
         if lowered.groups is not None:
             _move_groups(keys, lowered)
-        if lowered.keys.masked is None:
-            return _plain(queries, keys, values, scale)
-        outs = []
-        for n, unmasked in enumerate(lowered.keys.unmasked):
-            row = slice(n, n + 1) if len(lowered.keys.unmasked) > 1 else slice(None)
-            if len(unmasked):
-                outs.append(
-                    _plain(queries[row], _gathered(keys[row], unmasked), _gathered(values[row], unmasked), scale)
-                )
-            else:
-                outs.append(torch.zeros_like(_tokens(queries[row])))
-        return torch.cat(outs) if len(outs) > 1 else outs[0]
+        queries, keys, values = map(_tokens, (queries, keys, values))
+        return each_row(queries, keys, values, scale, lowered.keys.unmasked, plain or _plain, _gathered)
 
 
 def _plain(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """``(B, Sq, H, D)`` of queries ``(B, H, Sq, D)`` and ``(B, Hkv, Sk, D)``."""
+    """Torch's attention of ``(B, Sq, H, D)`` and ``(B, Sk, Hkv, D)``, whose heads come first in memory."""
+    queries, keys, values = map(_tokens, (queries, keys, values))
     (heads, key_heads), dim = (queries.shape[1], keys.shape[1]), queries.shape[3]
     queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
     queries, keys, values = map(_in_eights, (queries, keys, values))
@@ -92,8 +85,8 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _gathered(x: Tensor, places: Tensor) -> Tensor:
-    """Rows ``places`` of ``x (B, H, S, D)``, ``(B, H, n, D)``."""
-    return kernels.pack_rows(_tokens(x), places, None, None, False, configs(x)("pack"))
+    """Rows ``places`` of ``x (B, S, H, D)``, ``(B, n, H, D)``."""
+    return _tokens(kernels.pack_rows(x, places, None, None, False, configs(x)("pack")))
 
 
 def _in_eights(x: Tensor) -> Tensor:

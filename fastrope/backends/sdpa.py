@@ -246,7 +246,9 @@ def _blocks(variant: tuple[bool, int], dtype: torch.dtype) -> int:
     return 2 if variant[1] >= 0 and dtype.itemsize < 4 else 1
 
 
-def modulated_keys(k: Tensor, lowered: Lowered, mask: Tensor | None, rows: Rows, segments: Sequence[Segment]) -> list[Tensor]:
+def modulated_keys(
+    k: Tensor, lowered: Lowered, mask: Tensor | None, rows: Rows, segments: Sequence[Segment]
+) -> list[Tensor]:
     """``ktt`` at this scale, ``(B', n, Hkv, D)`` for each segment."""
     tables = lowered.keys
     wide = torch.promote_types(k.dtype, torch.float32)
