@@ -36,7 +36,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
+def apply(
+    pipe: Any,
+    *methods: Any,
+    backend: str = "auto",
+    rotation: str = "op",
+    reference: Any = None,
+    plain: str | Callable | None = None,
+) -> Handle:
     """Bind methods and modulations to a diffusers pipeline or transformer. Only this object changes.
 
     Args:
@@ -53,6 +60,9 @@ def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op",
             joins every call as further rows of the batch, on the target's grid. A :class:`fastrope.ReferenceCache`
             around one stores its keys instead. The reference keeps its own text in all calls, also in those of a
             negative prompt.
+        plain: the attention for work that folds or splits off, as of :func:`fastrope.attention`. None: the one chosen
+            for the model (``set_attention_backend``, or diffusers' context or environment variable), where one is.
+            ``"fastrope"``: never that one.
 
     Returns:
         A :class:`fastrope.bindings.diffusers.Handle`, which is a context manager: ``remove()`` restores the very same
@@ -65,7 +75,7 @@ def apply(pipe: Any, *methods: Any, backend: str = "auto", rotation: str = "op",
     """
     from .bindings.diffusers import bind
 
-    return bind(pipe, methods, backend, rotation, reference)
+    return bind(pipe, methods, backend, rotation, reference, plain)
 
 
 def remove(pipe: Any) -> None:

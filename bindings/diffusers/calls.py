@@ -88,7 +88,7 @@ class CallState:
         called, model: the module that is called, and the transformer itself; they differ if a compiler wrapped it.
         methods: modulations and methods, flat.
         kinds: the kind of each layer's block, in order of execution.
-        backend: as in :func:`fastrope.apply`.
+        backend: with the plain attention, as in :func:`fastrope.apply`.
         applied: True if the host rotates queries and keys.
         pipe: the pipeline that the handle was made for, if any.
     """
@@ -100,7 +100,7 @@ class CallState:
         model: torch.nn.Module,
         methods: Sequence,
         kinds: Sequence[str],
-        backend: str,
+        backend: tuple[str, str | Callable | None],
         applied: bool,
         pipe: Any = None,
     ) -> None:
@@ -108,7 +108,7 @@ class CallState:
         self.called, self.model = called, model
         self.methods = tuple(methods)
         self.forwards = Forwards(called, len(kinds))
-        self.layers = tuple(Layer(self.forwards, n, backend, applied) for n in range(len(kinds)))
+        self.layers = tuple(Layer(self.forwards, n, *backend, applied) for n in range(len(kinds)))
         self.axes_dim = host.axes_dim(model)
         self.inspector: Inspector | None = None
         self.shares = False

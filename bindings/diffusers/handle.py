@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from fastrope.activity import Indices, Where, flat_methods
+from fastrope.backends.plain import chosen
 from fastrope.checks import require
 from fastrope.dispatch import BACKENDS
 from fastrope.rescaling import rescales
@@ -22,6 +23,7 @@ from .calls import CallState
 from .checkpoints import unfollow
 from .embedders import RescaledTables
 from .hosts import Host, find_host
+from .layer_op import OWN
 from .processors import BoundProcessor
 from .shared import SharedAttention
 from .steps import Step
@@ -200,8 +202,17 @@ class Handle:
         return f"<fastrope.Handle on {self._transformer}: {what}, [{names}]>"
 
 
-def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = "op", reference: Any = None) -> Handle:
+def bind(
+    target: Any,
+    methods: Sequence,
+    backend: str = "auto",
+    rotation: str = "op",
+    reference: Any = None,
+    plain: str | Callable | None = None,
+) -> Handle:
     """See :func:`fastrope.apply`. Everything is checked before anything changes."""
+    if plain != OWN:
+        chosen(plain, backend)
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
     require(rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", repr(rotation))
     methods = flat_methods(methods, "methods")
@@ -218,7 +229,7 @@ def bind(target: Any, methods: Sequence, backend: str = "auto", rotation: str = 
         for name, attn in layers:
             _check_processor(name, attn.processor, host)
         kinds = [host.blocks[name.partition(".")[0]] for name, _ in layers]
-        state = CallState(host, called, model, methods, kinds, backend, rotation == "host", pipe)
+        state = CallState(host, called, model, methods, kinds, (backend, plain), rotation == "host", pipe)
         if reference is not None:
             state.prepare, state.shares = SharedAttention(state, reference).prepare, True
         handle = Handle(state)

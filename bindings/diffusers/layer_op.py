@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)  # fmt: skip
 from torch import Tensor
 
 import fastrope as fr
+from fastrope.backends.plain import Plain, using
 
 from ..image.work import Work
 from .forwards import Forwards, LayerState
@@ -22,6 +29,7 @@ from .parallel import attend as attend_in_parallel
 
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+OWN = "fastrope"  # in the place of a plain attention: not the one chosen for the model
 
 
 class Layer:
@@ -32,11 +40,14 @@ class Layer:
     Args:
         forwards: of the handle.
         index: of the layer, in order of execution.
-        backend: as in :func:`fastrope.apply`.
+        backend, plain: as in :func:`fastrope.apply`.
     """
 
-    def __init__(self, forwards: Forwards, index: int, backend: str, applied: bool) -> None:
+    def __init__(
+        self, forwards: Forwards, index: int, backend: str, plain: str | Callable | None, applied: bool
+    ) -> None:
         self.backend = backend
+        self.plain = plain
         self.applied = applied
         self.compiled = False
         self.original: Any = None
@@ -84,7 +95,8 @@ class Layer:
         alike = len({x.dtype for s in known for x in (s.q, s.k, s.v)}) == 1
         if not wanted or not alike or (mask is not None and not work.masked):
             return None
-        return work.attend_streams(known, self.backend)
+        with using(self._plain()):
+            return work.attend_streams(known, self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)``, or None if the host's own attention is to run."""
@@ -101,7 +113,20 @@ class Layer:
         split = self._forwards.current().split
         if split is not None:
             return attend_in_parallel(work, *split, q, k, v, applied, self.backend)
-        return work.attend(q, k, v, applied, self.backend)
+        with using(self._plain()):
+            return work.attend(q, k, v, applied, self.backend)
+
+    def _plain(self) -> Plain | None:
+        """The plain attention of the layer: what ``fr.apply`` was told, else what the user chose for the model."""
+        if self.plain is not None:
+            return None if self.plain == OWN else Plain.of(self.plain)
+        name = getattr(self.original, "_attention_backend", None)
+        if name is None:
+            name, _ = _AttentionBackendRegistry.get_active_backend()
+            if name == AttentionBackendName.NATIVE:  # nobody chose it
+                return None
+        name = AttentionBackendName(name)
+        return Plain(f"{name.value}, the model's attention", partial(dispatch_attention_fn, backend=name))
 
 
 # What the op does changes from call to call, so no CUDA graph may replay it. If torch lacks this tag, the argument on

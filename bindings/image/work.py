@@ -77,9 +77,7 @@ class Work:
 
     def modulates(self, applied: bool, device: torch.device) -> bool:
         """True unless everything is neutral. Rescaled positions alone need no modulated layer."""
-        plan = self._plan("seen", applied or bool(self._gain), device)
-        lowered = plan.lowered  # of which biases per key and gains of values modulate no segment
-        return lowered.modulated or lowered.values is not None or bool(plan.resolved.key_biases)
+        return self._plan("seen", applied or bool(self._gain), device).resolved.modulations > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
         """Modulated attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""

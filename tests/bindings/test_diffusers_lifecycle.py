@@ -99,7 +99,7 @@ def test_layerwise_casting_hooks():
 @ALL
 @pytest.mark.parametrize("when", ["before", "while"])
 def test_attention_backends(host, when):
-    """The host's backend serves the layers that nothing modulates, and ours the others."""
+    """The host's backend serves the layers that nothing modulates, and of the others what folds or splits off."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     model, call = host.build().double(), host.call(host.layout)
@@ -144,6 +144,38 @@ def test_set_attention_backend_and_its_context():
             pipe.transformer.reset_attention_backend()
             assert_same(flux_generate(pipe), expected, 1e-4)
     assert_same(flux_generate(pipe), stock, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["_native_math", "flex"])
+def test_the_models_own_backend_takes_what_folds_or_splits_off(name, monkeypatch):
+    """All queries under a BiasDelta, the unmodulated ones under scales; what hands work to it changes no result."""
+    from diffusers.models import attention_dispatch as diffusers_dispatch
+
+    backend, seen = diffusers_dispatch.AttentionBackendName(name), []
+    backends = diffusers_dispatch._AttentionBackendRegistry._backends
+    attend = backends[backend]
+    monkeypatch.setitem(backends, backend, lambda **given: seen.append(given["query"].shape[1]) or attend(**given))
+    host = TINY_HOSTS["kontext"]
+    model, call, tokens = host.build(), host.call(host.layout, dtype=torch.float32), len(host.layout)
+    scale = torch.ones(tokens)
+    scale[host.layout.target] = torch.where(torch.arange(scale[host.layout.target].numel()) < 3, 0.6, 1.0)
+    layers = len(host.attentions(model))
+    folds = fr.BiasDelta(1.2, 0.7, keys=host.layout.reference(0))
+    splits = fr.QueryScale(scale, keys=host.layout.reference(0), axes=(1, 2))
+    model.set_attention_backend(name)
+    for modulation, queries in ((folds, tokens), (splits, tokens - 3)):
+        seen.clear()
+        with fr.apply(model, modulation, plain="fastrope"):
+            expected = run(model, call)
+        assert not seen
+        with fr.apply(model, modulation):
+            assert_same(run(model, call), expected, 1e-4)
+        assert seen == [queries] * layers
+        with fr.apply(model, modulation, plain="math"):
+            assert_same(run(model, call), expected, 1e-4)
+        assert len(seen) == layers
+    with pytest.raises(ValueError, match="^plain: expected"):
+        fr.apply(model, folds, plain="fastest")
 
 
 def test_saved_while_bound(tmp_path):

@@ -1,0 +1,156 @@
+"""Folded and split-off work goes to any plain attention, and nothing else runs for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from folding import MODULATIONS, a_call
+from numerics import Call, assert_close, axial, draw, generator, grid, key_masks, scales, tensors
+
+import fastrope as fr
+from fastrope.backends import sdpa
+from fastrope.rope import rotate
+
+REFERENCE = slice(20, 37)
+LOOSE = {
+    "scales": [fr.QueryScale(torch.where(torch.arange(37) < 9, 0.6, 1.0), REFERENCE)],
+    "own scales": [fr.QueryScale(torch.where(torch.arange(37) < 12, 0.3 + torch.arange(37) / 20, 1.0), REFERENCE)],
+    "gains": [fr.LogitGain(torch.where(torch.arange(37) < 9, 1.4, 1.0), REFERENCE)],
+    "biases": [fr.LogitBias(torch.where(torch.arange(37) < 9, -torch.inf, 0.0), REFERENCE)],
+}
+
+
+class Spy:
+    """A plain attention that keeps what it is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
+        self.seen.append((query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def held(call: Call, spy: Spy | str, **options) -> torch.Tensor:
+    out = call.run("auto", False, plain=spy, **options)
+    assert_close(out, call.exact()[0], call.low()[0], name=call.label)
+    return out
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No other attention may run."""
+
+    def refuse(*_, **__):
+        raise AssertionError("another attention runs")
+
+    for name in ("_fused", "_log_sum_exp"):
+        monkeypatch.setattr(sdpa, name, refuse)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("mask", [None, "row"])
+@pytest.mark.parametrize("case", MODULATIONS)
+def test_all_of_a_call_that_folds(case, mask, heads, alone):
+    """One call of it, or one per batch row that has a key, on as many keys as that has."""
+    call = a_call(modulations=MODULATIONS[case], heads=heads[0], key_heads=heads[1])
+    call, spy = replace(call, key_mask=key_masks(generator(3), mask, 2, 37), label=case), Spy()
+    held(call, spy)
+    keys = [37] if mask is None else [int(call.key_mask[0].sum())]
+    assert [k.shape[1] for _, k, _ in spy.seen] == keys
+
+
+def test_grag_arrives_folded(alone):
+    """The spy's queries, keys and values are the formula's."""
+    call = a_call(
+        torch.float64, modulations=lambda g: [fr.BiasDelta(1.3, 0.6, REFERENCE), fr.ValueGain(-0.5, REFERENCE)]
+    )
+    spy = Spy()
+    held(call, spy)
+    ((query, key, value),) = spy.seen
+    khat = rotate(call.k, call.rope.angles, "interleaved")
+    mu = khat[:, REFERENCE].mean(1, keepdim=True)
+    khat[:, REFERENCE] = 1.3 * mu + 0.6 * (khat[:, REFERENCE] - mu)
+    gained = call.v.clone()
+    gained[:, REFERENCE] *= -0.5
+    assert torch.allclose(query, rotate(call.q, call.rope.angles, "interleaved"), atol=1e-12)
+    assert torch.allclose(key, khat, atol=1e-12)
+    assert torch.equal(value, gained)
+
+
+@pytest.mark.parametrize("mask", [None, "random"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("case", LOOSE)
+def test_unmodulated_queries_of_a_call_that_splits(case, batch, mask):
+    call, spy = a_call(batch=batch, modulations=lambda g: [*LOOSE[case], fr.BiasDelta(1.2, 0.7, REFERENCE)]), Spy()
+    call = replace(call, key_mask=key_masks(generator(3), mask, batch, 37), label=case)
+    held(call, spy)
+    modulated = 12 if case == "own scales" else 9
+    assert [q.shape[1] for q, _, _ in spy.seen] == [37 - modulated] * (1 if mask is None else batch)
+    said = str(fr.explain(call.q, call.k, call.v, **call.tokens(), plain=spy))
+    assert f"unmodulated queries: {37 - modulated}, through Spy" in said
+
+
+def test_rows_with_scales_of_their_own_split_alike():
+    r = scales(generator(2), "levels", 37, batch=2)
+    r[:, 15:] = 1
+    call, spy = a_call(modulations=lambda g: [fr.QueryScale(r, REFERENCE)]), Spy()
+    held(call, spy)
+    assert [q.shape[1] for q, _, _ in spy.seen] == [int((r == 1).all(0).sum())]
+
+
+@pytest.mark.parametrize("modulations", [
+    [fr.LogitBias(0.5, REFERENCE)], [fr.KeyBias(torch.linspace(-1, 1, 37))], [fr.LogitGain(torch.full((37,), 0.5))],
+])  # fmt: skip
+def test_what_neither_folds_nor_splits_hands_over_nothing(modulations):
+    call, spy = a_call(modulations=lambda g: modulations), Spy()
+    held(call, spy)
+    call.run("auto", True, plain=spy)
+    a_call().run("auto", True, plain=spy)  # a log-sum-exp
+    assert not spy.seen
+
+
+@pytest.mark.parametrize("name", ["native", "math"])
+def test_torchs_own_by_name(name):
+    call = a_call(modulations=MODULATIONS["together"], heads=4, key_heads=2)
+    held(call, name)
+    said = fr.explain(call.q, call.k, call.v, **call.tokens(), plain=name)
+    assert said.backend == "sdpa"
+    assert f"torch's {name} attention" in said.reason
+
+
+def test_gradients_go_through_it():
+    call, found = a_call(torch.float64, modulations=lambda g: [*LOOSE["gains"], fr.ValueGain(-0.5, REFERENCE)]), []
+    for options in ({"plain": Spy()}, {"backend": "eager"}):
+        inputs = [x.clone().requires_grad_() for x in (call.q, call.k, call.v)]
+        out = fr.attention(*inputs, **call.tokens(), **options)
+        found.append(torch.autograd.grad(out.square().sum(), inputs))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_joint_attention_hands_over_too():
+    g, spy = generator(4), Spy()
+    q, k, v = tensors(g, queries=30, dim=16)
+    plan = fr.plan(rope=axial(grid(30, 4), 16), modulations=[fr.BiasDelta(1.2, 0.7, slice(9, 20))])
+    norm = fr.Norm(1 + 0.1 * draw(g, 16), 1e-6)
+    streams = [fr.Stream(q[:, s], k[:, s], v[:, s], norm, norm) for s in (slice(0, 4), slice(4, None))]
+    out = fr.joint_attention(streams, plan=plan, plain=spy)
+    assert len(spy.seen) == 1
+    assert_close(out, fr.attention(norm(q).double(), norm(k).double(), v.double(), plan=plan, backend="eager"),
+                 fr.attention(norm(q), norm(k), v, plan=plan, backend="eager"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"plain": "fastest"}, "plain"), ({"plain": 3}, "plain"),
+    ({"plain": lambda query, key, value, **_: key[:, :1]}, "plain"),
+    ({"plain": "math", "backend": "eager"}, "backend"), ({"plain": Spy(), "backend": "triton"}, "backend"),
+])  # fmt: skip
+def test_what_is_refused(options, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* received"):
+        fr.attention(*tensors(generator(1), queries=5, dim=16), **options)
