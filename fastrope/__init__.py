@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .activity import At
 from .api import attention, explain
+from .functional import scaled_dot_product_attention
 from .islock import ISLock
 from .joint import Norm, Stream, joint_attention
 from .methods import GRAG, NAG, HighResolution, LongVideo, LooseRoPE, UntwistingRoPE
@@ -32,7 +33,7 @@ __all__ = [
     "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "KeyBias", "LogitBias", "LogitGain",
     "LongVideo", "LooseRoPE", "Norm", "Plan", "QueryScale", "Reference", "ReferenceCache", "RoPE", "Site", "Stream",
     "TokenLayout", "UntwistingRoPE", "ValueGain", "apply", "attention", "explain", "joint_attention", "plan",
-    "prepare_reference", "remove", "steer",
+    "prepare_reference", "remove", "scaled_dot_product_attention", "steer",
 ]  # fmt: skip
 
 

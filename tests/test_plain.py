@@ -154,3 +154,39 @@ def test_joint_attention_hands_over_too():
 def test_what_is_refused(options, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .* received"):
         fr.attention(*tensors(generator(1), queries=5, dim=16), **options)
+
+
+# ---- torch's own signature -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("gqa", [False, True])
+def test_torchs_function_with_our_keywords(gqa, mask):
+    """Without modulations it is torch's, heads before tokens; with them it is ours."""
+    call = a_call(heads=4, key_heads=2 if gqa else 4)
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    rows = {"bool": torch.arange(37)[None, None, None] < torch.tensor([30, 11])[:, None, None, None],
+            "float": torch.linspace(-2, 1, 37)[None], None: None}[mask]  # fmt: skip
+    arguments = {"attn_mask": rows, "scale": 0.3, "enable_gqa": gqa}
+    expected = F.scaled_dot_product_attention(q, k, v, **arguments)
+    assert torch.allclose(fr.scaled_dot_product_attention(q, k, v, **arguments), expected, atol=1e-5)
+    gain, spy = [fr.ValueGain(-1.0)], Spy()
+    out, lse = fr.scaled_dot_product_attention(q, k, v, **arguments, modulations=gain, return_lse=True)
+    assert torch.allclose(out, -expected, atol=1e-5)
+    assert lse.shape == (2, 4, 37)
+    fr.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, modulations=gain, plain=spy)
+    assert torch.equal(spy.seen[0][2], -call.v)
+
+
+@pytest.mark.parametrize(("given", "error", "name"), [
+    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p"), ({"is_causal": True}, NotImplementedError, "is_causal"),
+    ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, NotImplementedError, "attn_mask.*LogitBias"),
+    ({"attn_mask": torch.ones(2, 5, 1, 5)}, NotImplementedError, "attn_mask"),
+    ({"attn_mask": torch.ones(1, 5, dtype=torch.bool), "plan": fr.plan()}, ValueError, "plan"),
+    ({"attn_mask": torch.ones(1, 4)}, ValueError, "KeyBias"), ({"attn_mask": [True]}, ValueError, "attn_mask"),
+    ({"enable_gqa": False}, ValueError, "key.*enable_gqa"), ({"query": torch.ones(5, 16)}, ValueError, "query"),
+])  # fmt: skip
+def test_what_torchs_function_refuses(given, error, name):
+    q, k, v = (x.transpose(1, 2) for x in tensors(generator(1), queries=5, heads=4, key_heads=2, dim=16))
+    with pytest.raises(error, match=name):
+        fr.scaled_dot_product_attention(**{"query": q, "key": k, "value": v, "enable_gqa": True, **given})
