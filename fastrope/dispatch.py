@@ -235,7 +235,7 @@ def _attend(
     if decision.backend == "eager":
         return reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
     if decision.folded:
-        return folded.run(q, k, v, lowered, scale, plain=decision.plain), None
+        return folded.run(q, k, v, lowered, scale, (None, None), decision.plain), None
     if decision.launch is None and decision.plain is not None:
         return hand_over.run(*tensors, lowered, scale, decision.plain, decision.split), None
     if decision.launch is None:
