@@ -73,7 +73,7 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
         kernel: one of ``KERNELS``.
         arch: one of ``ARCHS``.
         head_dim: 16 to 256.
-        masked: the call has a key mask.
+        masked: the call has a key mask, or biases of keys.
 
     Raises:
         ValueError: nothing ships for these.
@@ -119,7 +119,7 @@ _MODULATED_16_BIT = {
 _PARTS_16_BIT = {
     **_MODULATED_16_BIT,
     "sm_80": ((64, 64, 8, 2), *_MODULATED_16_BIT["sm_80"][1:]),
-    "sm_89": ((128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+    "sm_89": ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     "sm_100": ((128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
 }
 # float32 products run on CUDA cores and keep their operands in registers.
