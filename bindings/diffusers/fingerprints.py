@@ -65,12 +65,12 @@ class Memo:
             return make(*tensors)
         rest = tuple(x for x in parts if not isinstance(x, torch.Tensor))
         key = make.__code__, rest, tuple(map(_identity, tensors))
-        if key not in self._known:
-            self._known[key] = make(*tensors), *tensors  # the tensors are held, so that their ids stay their own
+        found = self._known.get(key)
+        if found is None:  # if several threads come here at once, each computes the result
+            found = self._known[key] = make(*tensors), *tensors  # holding the tensors keeps their ids unique
             if len(self._known) > self.KNOWN:
                 self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key][0]
+        return found[0]
 
 
 def values_of(x: torch.Tensor) -> list[float]:
