@@ -82,6 +82,7 @@ def text(found: Findings) -> str:
                "layout": "layout like the source's"}  # fmt: skip
     ink = {"asked": "ink asked for", "source": "source's ink", "distance": "distance to the source"}
     low, one, high = (found.row("digit, delta", x) for x in (0.5, 1.0, 1.5))
+    few, many = (found.row("digit, lambda", x) for x in (0.5, 1.5))
     even = {name: evenness(found.sweep(f"digit, {name}")) for name in ("delta", "guidance")}
     return f"""## GRAG: how much of the source is kept
 
@@ -96,7 +97,9 @@ alone.
 
 As published: a higher delta keeps more. From delta 0.5 to 1.5 the source's digit goes from {share(low, "source")} of
 the outputs to {share(high, "source")}, the distance to the source from {low.mean("distance"):.3f} to
-{high.mean("distance"):.3f}. At delta 1 the edit succeeds in {share(one, "asked")}.
+{high.mean("distance"):.3f}. At delta 1 the edit succeeds in {share(one, "asked")}. Lambda does little here: from 0.5 to
+1.5 the distance goes from {few.mean("distance"):.3f} to {many.mean("distance"):.3f}, although the reference gets more
+of the attention (see below).
 
 The same in another edit, one word for the colour of the ink:
 

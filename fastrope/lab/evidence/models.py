@@ -7,7 +7,7 @@ from .findings import Findings, Row, outcomes
 from .studio import STEPS, Studio
 from .telling import cell
 
-SCALES = (1.0, 3.0)  # of guidance
+SCALES = (1.0, 5.0)  # of guidance
 COLUMNS = {"digit": "digit as asked", "colours": "both colours as asked", "distance": "distance to the right answer"}
 
 

@@ -24,8 +24,8 @@ What can be seen is whether an effect is there, in which direction, and how larg
 
 `fastrope evidence` measures all of it again; `--quick` takes fewer samples. This page is written from the numbers in
 [evidence/](evidence), one file per section with the outcome of every sample, and a test holds it to them. Square
-brackets are 95 % bootstrap intervals over samples. Prompts, digits and colours are held out from training; every
-setting of a dial gets the same samples and the same noise."""
+brackets are 95 % bootstrap intervals over samples. The pictures of digits and the combinations of words are held out
+from training; every setting of a dial gets the same samples and the same noise."""
 
 
 def module(part: str):
@@ -40,15 +40,17 @@ def text(folder: Path) -> str:
         path = folder / f"{part}.json"
         if path.exists():
             found = Findings.load(path)
-            sections += [module(part).text(found), _picture(part, found), _conditions(found)]
+            sections += [module(part).text(found), _picture(part, found), _conditions(part, found)]
     blocks = "\n\n".join(filter(None, sections)).split("\n\n")
     return "\n\n".join(map(_flow, blocks)) + "\n"
 
 
 def _flow(block: str) -> str:
     """A paragraph in lines of one length; tables, headings, lists and pictures as they are."""
-    text = " ".join(block.split()).replace(" ,", ",")
-    return block if block.startswith(("|", "#", "* ", "!")) else textwrap.fill(text, 120, break_on_hyphens=False)
+    if block.startswith(("|", "#", "* ", "!")):
+        return block
+    text = " ".join(block.split()).replace(" %", "\N{NO-BREAK SPACE}%")  # which textwrap does not break at
+    return textwrap.fill(text, 120, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def write(out: Path) -> list[Path]:
@@ -87,9 +89,9 @@ def _picture(part: str, found: Findings) -> str:
     return f"![{module(part).CAPTION}]({FOLDER}/{part}.png)" if _drawn(part) else ""
 
 
-def _conditions(found: Findings) -> str:
+def _conditions(part: str, found: Findings) -> str:
     made = found.made
+    count = min(made["samples"], getattr(module(part), "SAMPLES", made["samples"]))
     return (
-        f"*n = {made['samples']}. {made['steps']} steps, CPU, float32, torch {made['torch']}. Measured in "
-        f"{made['seconds']} s.*"
+        f"*n = {count}. {made['steps']} steps, CPU, float32, torch {made['torch']}. Measured in {made['seconds']} s.*"
     )
