@@ -17,6 +17,7 @@ from fastrope.checks import require
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork
 from .models import Family
+from .rescaled import Rescaled
 
 PATCH, OVERRIDE = "attn1_patch", "optimized_attention_override"
 TABLE = 2e-2  # how far cosines may be off: some hosts keep them in half precision
@@ -55,6 +56,7 @@ class ModelCall:
         positions: of the tokens.
         works: of each layer, None where it stays as it is.
         probes: of each layer, called with its queries and keys; None where nobody looks.
+        rescaled: other angles for all layers, which ``works`` have already.
         backend: as in :func:`fastrope.attention`.
     """
 
@@ -65,10 +67,12 @@ class ModelCall:
         positions: Positions,
         works: tuple[LayerWork | None, ...],
         probes: tuple[Callable | None, ...],
+        rescaled: Rescaled | None = None,
         backend: str = "auto",
     ) -> None:
         self._family, self._transformer = family, transformer
         self._positions, self._works, self._probes = positions, works, probes
+        self._rescaled, self._table = rescaled, None
         self._backend = backend
         self._tokens = len(positions.sequence.layout())
         self._unrotated: int | None = None  # the layer whose queries and keys the host has left unrotated
@@ -77,7 +81,7 @@ class ModelCall:
     @property
     def idle(self) -> bool:
         """Whether the host does everything."""
-        return not any(self._works) and not any(self._probes)
+        return self._rescaled is None and not any(self._works) and not any(self._probes)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The host's options for this call, with both doors open: behind all patches, around any override."""
@@ -106,12 +110,15 @@ class ModelCall:
         if self._unrotated is not None:
             self._refuse_detour()
         layer = self._family.layer(self._transformer, extra_options or {})
-        if layer is None or self._idle(layer):
+        if layer is None or (self._rescaled is None and self._idle(layer)):
             return {}
         self._positions.compare(pe)
+        answer = {} if self._rescaled is None else {"pe": self._own_table(self._rescaled, pe)}
+        if self._idle(layer):
+            return answer
         fits = q.shape[2] == k.shape[2] == self._tokens and self._works[layer] is not None
         if pe is None or not (self._family.rotates_last and self._positions.trusted and fits):
-            return {}
+            return answer
         self._unrotated = layer
         return {"pe": None}
 
@@ -143,6 +150,21 @@ class ModelCall:
             _IGNORING.add(name)
             logging.warning(f"fastrope: {name} computes attention of its own; layers that are steered go past it")
         return attend(q, k, v, heads, *args, **kwargs)
+
+    def _own_table(self, rescaled: Rescaled, pe: Any) -> Tensor:
+        """In the place of the host's table, the same for all layers.
+
+        Raises:
+            NotImplementedError: another node moved the tokens, or rotates them.
+        """
+        if not (isinstance(pe, Tensor) and self._positions.trusted):
+            raise NotImplementedError(
+                "positions: expected the host's own, received those of a node that changes its position embedding; "
+                "High resolution does not go with it"
+            )
+        if self._table is None:
+            self._table = rescaled.table(pe)
+        return self._table
 
     def _idle(self, layer: int) -> bool:
         return self._works[layer] is None and self._probes[layer] is None

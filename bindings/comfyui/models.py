@@ -75,7 +75,8 @@ class Family:
         blocks: the lists of its blocks, in order of execution, with the host's name and ours for their kind.
         embedder: name of the module that turns positions into angles.
         describe: ``describe(transformer, call) -> Tokens``.
-        rotates_last: whether a patch before the rotation may do without it, by answering ``pe=None``.
+        patched: whether the host calls patches before it rotates queries and keys.
+        rotates_last: whether such a patch may do without the rotation, by answering ``pe=None``.
     """
 
     models: Mapping[str, str]
@@ -83,6 +84,7 @@ class Family:
     blocks: Sequence[tuple[str, str, str]]
     embedder: str
     describe: Callable[[Any, Call], Tokens]
+    patched: bool
     rotates_last: bool
 
     def kinds(self, transformer: Any) -> tuple[str, ...]:
@@ -115,8 +117,11 @@ class Family:
 
     def rope(self, transformer: Any, positions: Tensor) -> fr.RoPE:
         """The angles of tokens."""
-        embedder = getattr(transformer, self.embedder)
-        return fr.RoPE.axial(positions, self.axes_dim(transformer), float(embedder.theta))
+        return fr.RoPE.axial(positions, self.axes_dim(transformer), self.theta(transformer))
+
+    def theta(self, transformer: Any) -> float:
+        """Base of the frequencies."""
+        return float(getattr(transformer, self.embedder).theta)
 
     def axes_dim(self, transformer: Any) -> tuple[int, ...]:
         """RoPE channels of each axis."""
@@ -255,14 +260,14 @@ FAMILIES = (
     Family(
         {"Flux": "Flux.1 (dev, schnell, Kontext)", "Flux2": "Flux.2 and Klein"}, "Flux",
         (("double_blocks", "double", "double"), ("single_blocks", "single", "single")),
-        "pe_embedder", _describe_flux, True,
+        "pe_embedder", _describe_flux, True, True,
     ),
     Family(
         {"QwenImage": "Qwen-Image and Qwen-Image-Edit"}, "QwenImageTransformer2DModel",
-        (("transformer_blocks", "double", "double"),), "pe_embedder", _describe_qwen, False,
+        (("transformer_blocks", "double", "double"),), "pe_embedder", _describe_qwen, True, False,
     ),
     Family({"Lumina2": "Z-Image"}, "NextDiT",
-        (("layers", "double", "joint"),), "rope_embedder", _describe_z_image, False),
+        (("layers", "double", "joint"),), "rope_embedder", _describe_z_image, False, False),
     Family({"Krea2": "Krea 2"}, "SingleStreamDiT",
-        (("blocks", "single", "joint"),), "pe_embedder", _describe_krea, True),
+        (("blocks", "single", "joint"),), "pe_embedder", _describe_krea, True, True),
 )  # fmt: skip

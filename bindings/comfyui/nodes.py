@@ -6,9 +6,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from .nodes_edit import GRAG, LooseRoPE
 from .nodes_inspect import AttentionChart, Inspect
+from .nodes_positions import HighResolution
 from .nodes_style import UntwistingRoPE
 
-NODES: tuple[type[io.ComfyNode], ...] = (GRAG, LooseRoPE, UntwistingRoPE, Inspect, AttentionChart)
+NODES: tuple[type[io.ComfyNode], ...] = (GRAG, LooseRoPE, UntwistingRoPE, HighResolution, Inspect, AttentionChart)
 
 
 class FastRoPE(ComfyExtension):

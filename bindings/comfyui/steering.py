@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,6 +29,8 @@ from .calls import ModelCall, Positions
 from .compiled import COMPILED, CompiledDoor
 from .models import Call, Family, family_of
 from .references import LatentReference
+from .rescaled import Rescaled, asked
+from .sites import Sites
 from .steps import Step, Steps
 
 KEY = "fastrope"
@@ -80,6 +81,7 @@ class Steering:
         self._positions: OrderedDict[Hashable, Positions] = OrderedDict()
         self._requests: OrderedDict[Hashable, list[LayerRequest]] = OrderedDict()
         self._works: OrderedDict[Hashable, tuple[tuple, Work]] = OrderedDict()
+        self._tables: OrderedDict[Hashable, Rescaled] = OrderedDict()
         if self.reference is not None:
             self.reference.forget()
 
@@ -136,17 +138,26 @@ class Steering:
             its_key, its = self._positions_of(family, transformer, alone)
             layout = with_shared(layout, (its.sequence.layout().target_grid,) * self.reference.rows)
             key = key, its_key
-        sites = _Sites(layout, step, family.axes_dim(transformer), kinds)
+        sites = Sites(layout, step, family.axes_dim(transformer), kinds, family.theta(transformer))
+        obstacles = {
+            "this model, whose rotation no patch reaches": not family.patched,
+            "compiled code, which would keep the positions of its first step": _compiled(options),
+            "a reference latent, whose keys have the model's own positions": self.reference is not None,
+        }
+        rescaling, rescaled = asked(methods, sites[0], obstacles), None
+        if rescaling is not None:
+            rescaled = _remember(self._tables, (key, rescaling), lambda: Rescaled.of(positions.rope, rescaling))
+            key = key, rescaling
         requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
         applied = _compiled(options) or not (family.rotates_last and positions.trusted)
         sharing = [n for n, each in enumerate(requests) if each.shares]
-        works = [self._work(key, positions, request, layout, applied, device) for request in requests]
+        works = [self._work(key, positions, rescaled, request, layout, applied, device) for request in requests]
         if sharing:
             snapshot = self._snapshot(executor, alone, family, transformer, (its_key, its), step, set(sharing))
             for n, work in zip(sharing, self._sharing(key, positions, requests, layout, snapshot, device), strict=True):
                 works[n] = work
-        probes = self._probes(sites, positions) if self.watchers else [None] * len(kinds)
-        return ModelCall(family, transformer, positions, tuple(works), tuple(probes), self.backend)
+        probes = self._probes(sites, positions, rescaled) if self.watchers else [None] * len(kinds)
+        return ModelCall(family, transformer, positions, tuple(works), tuple(probes), rescaled, self.backend)
 
     # ---- a reference latent ------------------------------------------------------------------------------------------
 
@@ -169,7 +180,9 @@ class Steering:
         count = len(family.kinds(transformer))
         works = [Recorder(plain, reference.store, snapshot, n) if n in layers else None for n in range(count)]
         self._run(
-            executor, alone, ModelCall(family, transformer, positions, tuple(works), (None,) * count, self.backend)
+            executor,
+            alone,
+            ModelCall(family, transformer, positions, tuple(works), (None,) * count, None, self.backend),
         )
         return reference.put(key, snapshot)
 
@@ -210,7 +223,7 @@ class Steering:
 
         return key, _remember(self._positions, key, make)
 
-    def _requests_of(self, key: Hashable, methods: list, sites: _Sites) -> list[LayerRequest]:
+    def _requests_of(self, key: Hashable, methods: list, sites: Sites) -> list[LayerRequest]:
         def make() -> list[LayerRequest]:
             awake = [method for method in methods if not rests(method, sites[0])]
             if not awake:
@@ -228,57 +241,38 @@ class Steering:
         return _remember(self._requests, key, make)
 
     def _work(
-        self, key: Hashable, positions: Positions, request: LayerRequest, layout: fr.TokenLayout, applied: bool,
-        device: torch.device,
+        self, key: Hashable, positions: Positions, rescaled: Rescaled | None, request: LayerRequest,
+        layout: fr.TokenLayout, applied: bool, device: torch.device,
     ) -> LayerWork | None:  # fmt: skip
         modulations, sharings = request
         if request.shares or not (modulations or sharings):
             return None  # layers that share come later
-        work = self._plain_work(key, positions, modulations)
+        work = self._plain_work(key, positions, rescaled, modulations)
         if sharings:
             return SharedWork(work, request, layout)
         return work if work.modulates(applied, device) else None
 
-    def _plain_work(self, key: Hashable, positions: Positions, modulations: tuple[Modulation, ...]) -> Work:
+    def _plain_work(
+        self, key: Hashable, positions: Positions, rescaled: Rescaled | None, modulations: tuple[Modulation, ...]
+    ) -> Work:
         """The same for the same objects, which are kept with it."""
         _refuse_moved(positions, modulations)
 
         def make() -> tuple[tuple, Work]:
-            return modulations, Work(positions.sequence, positions.rope, modulations)
+            rope, gain = (positions.rope, None) if rescaled is None else (rescaled.rope, rescaled.gain)
+            return modulations, Work(positions.sequence, rope, modulations, gain=gain)
 
         found = _remember(self._works, (key, *map(id, modulations)), make)[1]
         while len(self._works) > 1 and _bytes_of(self._works) > PLAN_BYTES:
             self._works.popitem(last=False)
         return found
 
-    def _probes(self, sites: _Sites, positions: Positions) -> list[Callable | None]:
-        plain = self._plain_work((), positions, ())
+    def _probes(self, sites: Sites, positions: Positions, rescaled: Rescaled | None) -> list[Callable | None]:
+        plain = self._plain_work((id(positions), id(rescaled)), positions, rescaled, ())
         found: list[Callable | None] = []
         for layer in range(len(sites.kinds)):
             looks = [each[0].probe(sites[layer], positions.sequence, plain) for each in self.watchers]
             found.append(_all(looks) if any(looks) else None)
-        return found
-
-
-class _Sites:
-    """The sites of a call, made when asked for."""
-
-    def __init__(self, layout: fr.TokenLayout, step: Step, axes_dim: tuple[int, ...], kinds: tuple[str, ...]) -> None:
-        self.layout, self.kinds = layout, kinds
-        self._where = step.index, step.count, axes_dim, (1, 2), len(kinds)
-        self._known_kinds = tuple(dict.fromkeys(kinds))
-
-    def __getitem__(self, layer: int) -> fr.Site:
-        return fr.Site(self.layout, layer, *self._where, self.kinds[layer], self._known_kinds)
-
-    def all(self) -> list[fr.Site]:
-        """Of all layers; checked once, since they differ in nothing that could be wrong."""
-        first, found = self[0], []
-        for layer, kind in enumerate(self.kinds):
-            site = copy.copy(first)
-            object.__setattr__(site, "layer", layer)
-            object.__setattr__(site, "kind", kind)
-            found.append(site)
         return found
 
 

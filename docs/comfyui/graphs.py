@@ -25,7 +25,7 @@ COLOURS = {
 TITLES = {
     "FastRoPE_GRAG": "GRAG (edit strength)", "FastRoPE_LooseRoPE": "LooseRoPE (blend a paste in)",
     "FastRoPE_UntwistingRoPE": "Untwisting RoPE (style reference)", "FastRoPE_Inspect": "Inspect attention",
-    "FastRoPE_AttentionChart": "Attention chart",
+    "FastRoPE_AttentionChart": "Attention chart", "FastRoPE_HighResolution": "High resolution (positions)",
 }  # fmt: skip
 
 

@@ -59,6 +59,13 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
         },
         ["MODEL"],
     ),
+    "FastRoPE_HighResolution": (
+        {
+            "model": "MODEL", "kind": "combo", "trained_width": "int", "trained_height": "int", "exponent": "float",
+            "start_percent": "float", "end_percent": "float",
+        },
+        ["MODEL"],
+    ),
     "FastRoPE_Inspect": ({"model": "MODEL", "layers": "string", "every": "int"}, ["MODEL", "FASTROPE_RECORD"]),
     "FastRoPE_AttentionChart": ({"record": "FASTROPE_RECORD", "latent": "LATENT"}, ["IMAGE", "LATENT"]),
 }  # fmt: skip
@@ -72,6 +79,9 @@ OURS = {
     "FastRoPE_UntwistingRoPE": dict(
         preset="paper", reference=0, s_hf_start=0.25, s_hf_end=0.75, s_lf_start=1.0, s_lf_end=1.4, beta=2.0, adain=0.5,
         other_axes="low", blocks="all", start_percent=0.0, end_percent=1.0, layers="", noise_seed=0, keep=False,
+    ),
+    "FastRoPE_HighResolution": dict(
+        kind="dype", trained_width=1024, trained_height=1024, exponent=2.0, start_percent=0.0, end_percent=1.0
     ),
     "FastRoPE_Inspect": dict(layers="", every=1),
     "FastRoPE_AttentionChart": {},
@@ -210,6 +220,31 @@ WORKFLOWS: dict[str, tuple[str, dict, dict]] = {
             "model": (0, 0), "clip": (0, 1), "vae": (0, 2), "picture": (0, 3), "shifted": (1, 0), "prompt": (1, 1),
             "shown": (1, 2), "encoded": (1, 3), "steered": (2, 0), "nothing": (2, 1), "empty": (2, 3),
             "sampler": (3, 0), "decoded": (4, 0), "saved": (5, 0),
+        },
+    ),
+    "high-resolution-flux": (
+        "FLUX.1 at 2048 x 2048, twice its trained size",
+        {
+            **KONTEXT,
+            "model": ("UNETLoader", dict(unet_name="flux1-dev.safetensors", weight_dtype="fp8_e4m3fn")),
+            "prompt": ("CLIPTextEncode", dict(clip=("clip", 0), text="a market street at dawn, in great detail")),
+            "guidance": ("FluxGuidance", dict(conditioning=("prompt", 0), guidance=3.5)),
+            "nothing": ("ConditioningZeroOut", dict(conditioning=("prompt", 0))),
+            "empty": ("EmptySD3LatentImage", dict(width=2048, height=2048, batch_size=1)),
+            "steered": ("FastRoPE_HighResolution", {**OURS["FastRoPE_HighResolution"], "model": ("model", 0)}),
+            "sampler": (
+                "KSampler",
+                dict(
+                    model=("steered", 0), positive=("guidance", 0), negative=("nothing", 0), latent_image=("empty", 0),
+                    seed=1, steps=28, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+                ),
+            ),
+            "decoded": ("VAEDecode", dict(samples=("sampler", 0), vae=("vae", 0))),
+            "saved": ("SaveImage", dict(images=("decoded", 0), filename_prefix="fastrope")),
+        },
+        {
+            "model": (0, 0), "clip": (0, 1), "vae": (0, 2), "steered": (1, 0), "prompt": (1, 1), "guidance": (2, 1),
+            "nothing": (2, 2), "empty": (1, 2), "sampler": (3, 0), "decoded": (4, 0), "saved": (5, 0),
         },
     ),
     "inspect-flux-kontext": (

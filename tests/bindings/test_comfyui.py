@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import comfyui_doubles as host
@@ -225,6 +226,48 @@ def test_masks_and_other_tokens_are_refused():
     )
     with pytest.raises(NotImplementedError, match="tokens: expected 35 .*Flux KV Cache"):
         host.sample(longer, POSITIVE)
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ntk", "yarn", "dype"])
+def test_rescaled_positions_are_the_hosts_for_every_layer(kind):
+    """Equal to a host whose own embedding turns by the rescaled angles, alone and beside a method."""
+    method = fr.HighResolution(kind, trained=(2, 3))
+    site = fr.Site(fr.TokenLayout(5, (4, 6), [(2, 3)]), axes_dim=(4, 6, 6), theta=10000.0)
+
+    class Embedding(host.EmbedND):
+        def forward(self, ids):
+            sigma = self.sigmas.pop(0)
+            found = method.rescaling(replace(site, sigma=sigma))
+            factor, gain = (torch.tensor(x, dtype=torch.float64) for x in (found.factor, found.gain))
+            phi = factor * oracle.angles(ids[0].double(), self.axes_dim, self.theta)
+            rows = torch.stack([phi.cos(), -phi.sin(), phi.sin(), phi.cos()], dim=-1).unflatten(-1, (2, 2))
+            return (gain[:, None, None] * rows).float()[None, None]
+
+    moved = host.tiny()
+    moved.model.diffusion_model.pe_embedder.__class__ = Embedding
+    moved.model.diffusion_model.pe_embedder.sigmas = [1.0, 2 / 3, 1 / 3] * 2
+    for beside in ((), (fr.GRAG(0.8, 1.5),)):
+        steered, expected = steer(host.tiny(), method), moved
+        for each in beside:
+            steered, expected = steer(steered, each), oracle_of(expected)
+        found = host.sample(steered, POSITIVE)
+        torch.testing.assert_close(found, host.sample(expected, POSITIVE), rtol=0, atol=2e-5)
+        assert not torch.allclose(found, host.sample(host.tiny(), POSITIVE), rtol=0, atol=1e-3)
+    within = steer(host.tiny(), fr.HighResolution(kind, trained=(64, 64)))
+    assert torch.equal(host.sample(within, POSITIVE), host.sample(host.tiny(), POSITIVE))
+
+
+def oracle_of(model):
+    def override(func, q, k, v, heads, **kwargs):
+        out = oracle.grag(0.8, 1.5)(q.double(), k.double(), v.double(), kwargs["transformer_options"], None)
+        return out.transpose(1, 2).flatten(2).float()
+
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    return clone
 
 
 # ---- costs ----------------------------------------------------------------------------------------------------------

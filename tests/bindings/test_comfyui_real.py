@@ -393,3 +393,39 @@ def test_a_kept_reference_runs_once_per_level():
             counts.append(len(calls))
         assert counts == expected
         assert torch.equal(*found)
+
+
+# ---- positions beyond training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", real.MODELS)
+def test_high_resolution_equals_other_frequencies_in_the_hosts_own_embedding(name, capsys):
+    """NTK is another base on two axes; the host's embedding is given that, axis by axis."""
+    model, (positive, negative) = real.patcher(name), edit(name)
+    trained, grid = (2, 3), ((8, 12) if name == "flux2" else (4, 6))
+    steered = steer(steer(model, fr.HighResolution("ntk", trained)), fr.GRAG(1.0, 1.0, 1.2, 0.9))
+    run = dict(positive=positive, negative=negative, cfg=2.0)
+    if name == "z-image":
+        with pytest.raises(NotImplementedError, match="no patch reaches"):
+            real.sample(steered, name, **run)
+        return
+    from comfy.ldm.flux.layers import EmbedND
+    from comfy.ldm.flux.math import rope
+
+    found = real.sample(steered, name, **run)
+    text = {"flux2": 512}.get(name, 5)
+    dit = model.model.diffusion_model
+    scale = [1.0, grid[0] / trained[0], grid[1] / trained[1], 1.0]
+
+    def forward(self, ids):
+        bases = [self.theta * s ** (d / (d - 2)) if s > 1 else self.theta for s, d in zip(scale, self.axes_dim)]  # noqa: B905
+        parts = [rope(ids[..., n], d, bases[n]) for n, d in enumerate(self.axes_dim)]
+        return torch.cat(parts, dim=-3).unsqueeze(1)
+
+    dit.pe_embedder.__class__ = type("Other", (EmbedND,), {"forward": forward})
+    expected = real.sample(oracle.patched(model, oracle.grag(1, 1, text, (1.2, 0.9))), name, **run)
+    report(capsys, f"High resolution and GRAG, {name}", found, expected)
+    assert not torch.allclose(
+        found, real.sample(steer(real.patcher(name), fr.GRAG(1.0, 1.0, 1.2, 0.9)), name, **run), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(found, expected, **NEAR)

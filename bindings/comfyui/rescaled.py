@@ -1,0 +1,60 @@
+"""Other frequencies for the positions of a whole call: the host's rotary table, replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrope as fr
+from fastrope.methods.schedules import rests
+from fastrope.rescaling import Rescaling, rescales, rescaling_of
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled:
+    """Angles with other frequencies, for all layers of a call.
+
+    Args:
+        rope: the angles.
+        gain: ``(D/2,)`` float64, of queries and keys; None where it is 1.
+    """
+
+    rope: fr.RoPE
+    gain: Tensor | None
+
+    @classmethod
+    def of(cls, rope: fr.RoPE, rescaling: Rescaling) -> Rescaled:
+        """Of the model's own angles."""
+        factor, gain = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (rescaling.factor, rescaling.gain))
+        return cls(rope.rescaled(factor), None if bool((gain == 1).all()) else gain)
+
+    def table(self, like: Tensor) -> Tensor:
+        """The host's rotary table, ``(1, 1, S, D/2, 2, 2)``, in the dtype and on the device of its own."""
+        cos, sin = self.rope.angles.cos(), self.rope.angles.sin()
+        rows = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+        if self.gain is not None:
+            rows = rows * self.gain[:, None, None]
+        return rows[None, None].to(like)
+
+
+def asked(methods: Sequence[Any], site: fr.Site, obstacles: dict[str, bool]) -> Rescaling | None:
+    """What methods ask of the positions at a step; None where nothing changes.
+
+    Args:
+        site: any of the step.
+        obstacles: what this does not go with, and whether it is there.
+
+    Raises:
+        NotImplementedError: one of them is.
+    """
+    if not rescales(methods):
+        return None
+    found = rescaling_of([m for m in methods if not rests(m, site)], site)
+    for obstacle, there in obstacles.items():
+        if found is not None and there:
+            raise NotImplementedError(f"High resolution: does not go with {obstacle}")
+    return found
