@@ -5,9 +5,10 @@ from .looserope import Curve, LooseRoPE
 from .nag import NAG
 from .positions import HighResolution, LongVideo
 from .schedules import Linear, PerLayer, PerStep
+from .strength import ReferenceStrength
 from .untwisting import UntwistingRoPE
 
 __all__ = [
     "GRAG", "NAG", "Curve", "HighResolution", "Linear", "LongVideo", "LooseRoPE", "PerLayer", "PerStep",
-    "UntwistingRoPE",
+    "ReferenceStrength", "UntwistingRoPE",
 ]  # fmt: skip

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from numbers import Integral
 
 from ..activity import Indices
-from ..checks import require
 from ..modulations import BiasDelta
 from ..tokens import Site, TokenLayout
+from .per_reference import Dial, checked_dial, checked_references, for_each, present, require_reference, values_of
 from .schedules import Activity, Schedule, Steps, check_schedule, value_at
 
 
@@ -42,8 +41,8 @@ class GRAG:
             sequence without a reference, or without one of ``references``.
     """
 
-    bias: Schedule | Sequence[Schedule] = 1.0
-    delta: Schedule | Sequence[Schedule] = 1.1
+    bias: Dial = 1.0
+    delta: Dial = 1.1
     text_bias: Schedule = 1.0
     text_delta: Schedule = 1.0
     references: Sequence[int] | None = None
@@ -53,30 +52,17 @@ class GRAG:
 
     def __post_init__(self) -> None:
         for name in ("bias", "delta"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                require(len(value) > 0, f"GRAG.{name}", "a value per reference", repr(value))
-                object.__setattr__(self, name, tuple(value))
-                for i, v in enumerate(value):
-                    check_schedule(f"GRAG.{name}[{i}]", v)
-            else:
-                check_schedule(f"GRAG.{name}", value)
+            object.__setattr__(self, name, checked_dial(f"GRAG.{name}", getattr(self, name)))
         for name in ("text_bias", "text_delta"):
             check_schedule(f"GRAG.{name}", getattr(self, name))
-        chosen = self.references
-        if chosen is not None:
-            ok = isinstance(chosen, (list, tuple, range)) and len(chosen) > 0
-            ok = ok and all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in chosen)
-            require(ok and len(set(chosen)) == len(chosen), "GRAG.references", "distinct indices from 0, or None",
-                    repr(chosen))  # fmt: skip
-            object.__setattr__(self, "references", tuple(chosen))
+        object.__setattr__(self, "references", checked_references("GRAG.references", self.references))
         object.__setattr__(self, "_active", Activity(self.layers, self.steps))
 
     def modulations(self, site: Site) -> list[BiasDelta]:
         """One :class:`fastrope.BiasDelta` per group that is not neutral. Equal values give the same objects."""
         if site not in self._active:
             return []
-        bias, delta = (self._values(name, site) for name in ("bias", "delta"))
+        bias, delta = (values_of(f"GRAG.{name}", getattr(self, name), site) for name in ("bias", "delta"))
         references = () if {*bias, *delta} == {1.0} else self._references(site.tokens, bias, delta)
         text = value_at("GRAG.text_bias", self.text_bias, site), value_at("GRAG.text_delta", self.text_delta, site)
         return list(_groups(site.tokens, references, text))
@@ -87,27 +73,15 @@ class GRAG:
         default = (self.bias, self.delta, self.references) == (GRAG.bias, GRAG.delta, None)
         return default and (self.text_bias, self.text_delta) != (1.0, 1.0)
 
-    def _values(self, name: str, site: Site) -> tuple[float, ...]:
-        """One per reference, or one for all."""
-        value = getattr(self, name)
-        if not isinstance(value, tuple):
-            return (value_at(f"GRAG.{name}", value, site),)
-        return tuple(value_at(f"GRAG.{name}[{i}]", v, site) for i, v in enumerate(value))
-
     def _references(
         self, tokens: TokenLayout, bias: tuple[float, ...], delta: tuple[float, ...]
     ) -> tuple[tuple[int, float, float], ...]:
         """Index, lambda and delta of the references that are groups."""
-        count = len(tokens.reference_grids)
-        require(count > 0 or self._text_only, "GRAG", "a sequence with at least one reference picture", repr(tokens))
-        chosen = self.references or range(count)
-        require(all(i < count for i in chosen), "GRAG.references", f"references in [0, {count})", chosen)
-        found = []
-        for name, values in (("bias", bias), ("delta", delta)):
-            listed, several = isinstance(getattr(self, name), tuple), len(chosen)
-            expected = f"{several} values, one per reference"
-            require(not listed or len(values) == several, f"GRAG.{name}", expected, len(values))
-            found.append(values if listed else values * several)
+        if not self._text_only:
+            require_reference("GRAG", tokens)
+        chosen = present("GRAG", tokens, self.references)
+        dials = (("bias", self.bias, bias), ("delta", self.delta, delta))
+        found = [for_each(f"GRAG.{name}", dial, values, len(chosen)) for name, dial, values in dials]
         return tuple(zip(chosen, *found, strict=True))
 
 

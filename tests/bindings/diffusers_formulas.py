@@ -43,8 +43,12 @@ class Attention:
         factor = torch.ones(batch, length, length, dim // 2, dtype=torch.float64)
         weight = torch.ones(length, dim // 2, dtype=torch.float64)
         gain = torch.ones(batch, length, length, dtype=torch.float64)
-        groups = []
+        added, value_gain = torch.zeros_like(gain), torch.ones(batch, length, dtype=torch.float64)
+        groups, value_groups = [], []
         for m in self.mods:
+            if isinstance(m, fr.KeyBias):
+                added = added + m.bias.double().reshape(-1, 1, length)
+                continue
             keys = torch.zeros(length, dtype=torch.bool)
             keys[m.keys] = True
             if isinstance(m, fr.QueryScale):
@@ -54,7 +58,13 @@ class Attention:
             elif isinstance(m, fr.BandWeight):
                 weight = weight * torch.where(keys[:, None], m.weight.double(), 1.0)
             elif isinstance(m, fr.BiasDelta):
-                groups.append((keys, m.bias, m.delta))
+                (groups if m.on == "keys" else value_groups).append((keys, m.bias, m.delta))
+            elif isinstance(m, fr.LogitBias):
+                bias = torch.as_tensor(m.bias, dtype=torch.float64)
+                bias = bias.reshape(bias.shape if bias.ndim == 2 else (1, -1))[..., None]  # (B or 1, S or 1, 1)
+                added = added + torch.where(keys, bias, 0.0)
+            elif isinstance(m, fr.ValueGain):
+                value_gain[:, m.keys] *= torch.as_tensor(m.gain, dtype=torch.float64)
             else:
                 gain = gain * torch.where(keys, m.gain.double().reshape(-1, length, 1), 1.0)
         q = torch.view_as_complex(q.double().unflatten(-1, (-1, 2)).contiguous())  # (B, S, H, pairs)
@@ -68,12 +78,19 @@ class Attention:
             k_hat = torch.where(keys[:, None, None], bias * mu[:, :, None] + delta * (k_hat - mu[:, :, None]), k_hat)
         k_hat = k_hat * weight[:, None, :]
         s = torch.einsum("bihc,bijc,bijhc->bhij", q.conj(), turn_q.conj(), k_hat).real
-        s = (s * gain[:, None] * dim**-0.5).masked_fill(~alive[:, None, None], -torch.inf)
+        s = s * gain[:, None] * dim**-0.5 + added[:, None]
+        s = s.masked_fill(~alive[:, None, None], -torch.inf)
         if self.bias is not None:
             s = s + self.bias[:, None]
         p = s.softmax(dim=-1)
         self.weights.append(p)
-        return torch.einsum("bhij,bjhd->bihd", p, v.double()).to(v.dtype).flatten(2)
+        values = v.double()
+        for keys, bias, delta in value_groups:
+            member = (keys & alive).double()
+            nu = torch.einsum("bjhd,bj->bhd", values, member) / member.sum(1)[:, None, None]
+            values = torch.where(keys[:, None, None], bias * nu[:, None] + delta * (values - nu[:, None]), values)
+        values = values * value_gain[..., None, None]
+        return torch.einsum("bhij,bjhd->bihd", p, values).to(v.dtype).flatten(2)
 
 
 class Flux:

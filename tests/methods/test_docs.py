@@ -1,5 +1,5 @@
-"""docs/grag.md and docs/looserope.md run as they stand: published names lead to tiny random models, and commands with
-``--model tiny`` are carried out, the others parsed."""
+"""docs/grag.md, docs/looserope.md and docs/strength.md run as they stand: published names lead to tiny random models,
+and commands with ``--model tiny`` are carried out, the others parsed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pages import carry_out, commands_of, page, snippets
@@ -131,6 +132,12 @@ def test_looserope(published, monkeypatch):
     assert [t.verdict.kind for t in found["steered"].tries] == ["neglect", "success"]
     assert asked == [(16, 16)] * 2
     assert set(STEPS) == {28}
+
+
+def test_strength(published):
+    found = run("strength.md")
+    assert STEPS == [28]
+    assert np.asarray(found["freer"]).std() > 0
 
 
 def test_the_table_of_looserope_is_the_codes():

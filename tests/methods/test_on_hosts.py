@@ -3,6 +3,7 @@ estimate is decoded by whatever the pipeline does with its latents."""
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_grag(host):
         [fr.BiasDelta(1.2, delta, keys=span) for delta, span in zip(deltas, spans, strict=True)]
         + [fr.BiasDelta(1.0, 0.9, keys=slice(0, 5))],
     )
+
+
+def test_reference_strength():
+    """Text of 5 tokens, a target of 3 x 5, references of 2 x 3 and 4 x 3; one host, because the plan is the same."""
+    mods = [fr.LogitBias(math.log(3), keys=slice(20, 26)), fr.LogitBias(-math.inf, keys=slice(26, 38))]
+    check(hosts.TINY_HOSTS["flux2"], fr.ReferenceStrength([3, 0]), mods)
 
 
 @ON_HOSTS
