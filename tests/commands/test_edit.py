@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing_half_written(only_line, monkeypatch):
 
 
 @pytest.mark.parametrize(("error", "code", "message"), [
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory; use --offload, --dtype bfloat16 or a s"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory; "),
     (KeyboardInterrupt(), 130, "interrupted"),
 ])  # fmt: skip
 def test_a_run_that_is_broken_off_is_told_in_one_line(error, code, message, only_line, monkeypatch):
