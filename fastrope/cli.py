@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "doctor": Command("fastrope.doctor", "what is installed, which backend would run and why, and a self-check"),
-    "demo": Command("fastrope.demo", "pictures of what the modulations do", smaller="--quick or --device cpu"),
+    "demo": Command("fastrope.demo", "the methods at work on small trained models", smaller="--quick or --device cpu"),
     "bench": Command("fastrope.bench", "time the backends against other implementations", "bench", "--workload tiny"),
     "edit": Command("fastrope.commands.edit", "edit a picture with LooseRoPE or GRAG on a diffusers pipeline"),
     "style": Command("fastrope.commands.style", "draw in the style of a picture (Untwisting RoPE)"),
