@@ -18,7 +18,7 @@ from fastrope.checks import require, require_tensor
 from fastrope.extras import importing
 
 from .sequence import JointSequence
-from .work import LayerWork, Work
+from .work import LayerWork, Work, weighing
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ class Inspector:
         found = []
         for some in values.split(q.shape[3], dim=1):
             v = torch.nn.functional.pad(some, (0, q.shape[3] - some.shape[1]))[None, :, None].expand(*k.shape)
-            found.append(work.attend(q.to(wide), k.to(wide), v, applied)[..., : some.shape[1]])
+            with weighing():
+                found.append(work.attend(q.to(wide), k.to(wide), v, applied)[..., : some.shape[1]])
         queries = self._queries if self._queries is not None else site.tokens.target
         queries = queries if isinstance(queries, slice) else queries.to(q.device)
         out = torch.cat(found, dim=-1)[:, queries].unflatten(-1, (-1, 4))  # (B, queries, H, groups, 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
@@ -16,6 +18,18 @@ from fastrope.joint import fused_joint_attention
 from .rotation import Rotation
 from .sequence import JointSequence
 from .subset import subset_of
+
+_WEIGHING: ContextVar[bool] = ContextVar("weighing", default=False)
+
+
+@contextlib.contextmanager
+def weighing() -> Iterator[None]:
+    """Inside, :class:`Work` takes values as they are, so that those of a probe show the weights of attention."""
+    token = _WEIGHING.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHING.reset(token)
 
 
 class LayerWork(Protocol):
@@ -66,6 +80,7 @@ class Work:
         self._known_subsets = {} if like is None else like._subsets
         self._gain = () if gain is None else (fr.BandWeight(gain.square()),)
         self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
+        self._biases = [m.bias for m in modulations if isinstance(m, fr.LogitBias)]
         self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]
         self._plans: dict[tuple, fr.Plan] = {}
         self._known = {} if like is None else like._plans
@@ -132,7 +147,7 @@ class Work:
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device
         if key not in self._plans and key in self._known and self._fits(self._known[key]):
-            plan = self._known[key].with_groups(self._groups)
+            plan = self._known[key].with_groups(self._groups).with_biases(self._biases)
             self._plans[key] = plan.with_weight(self._weights[0]) if len(self._weights) == 1 else plan
         if key not in self._plans:
             key_mask = self._masks[keys]
@@ -147,7 +162,7 @@ class Work:
                 modulations=[with_tensors(m, lambda x: on_device(x, device)) for m in modulations],
                 key_mask=None if key_mask is None else key_mask.to(device),
             )
-        return self._plans[key]
+        return self._plans[key].without_values if _WEIGHING.get() else self._plans[key]
 
     def _fits(self, plan: fr.Plan) -> bool:
         """True if a plan of ``like`` becomes ours with other numbers. Neutral numbers need a plan without them, so that
@@ -155,25 +170,30 @@ class Work:
         held = plan.resolved
         if len(held.groups) != len(self._groups) or (len(self._weights) == 1 and len(held.weights) != 1):
             return False
+        if len(held.biases) != len(self._biases) or any(_neutral((b,), 0) for b in self._biases):
+            return False
         return not any(map(_neutral, self._groups)) and not any(_neutral((weight,)) for weight in self._weights)
 
 
 def structure_of(modulations: tuple) -> list:
-    """Modulations without the numbers that ``Plan.with_groups`` and ``Plan.with_weight`` can replace: those of all
-    BiasDelta, and those of a single BandWeight."""
+    """Modulations without the numbers that ``Plan.with_groups``, ``Plan.with_biases`` and ``Plan.with_weight`` can
+    replace: those of all BiasDelta, of every LogitBias that has one for all queries, and those of a single BandWeight.
+    """
     found = list(modulations)
     bands = sum(isinstance(m, fr.BandWeight) for m in modulations)
     for n, m in enumerate(modulations):
         if isinstance(m, fr.BiasDelta):
             shapes = (x.shape if isinstance(x, Tensor) else () for x in (m.bias, m.delta))
-            found[n] = "BiasDelta", m.keys, *shapes
+            found[n] = "BiasDelta", m.on, m.keys, *shapes
+        elif isinstance(m, fr.LogitBias) and not (isinstance(m.bias, Tensor) and m.bias.ndim):
+            found[n] = "LogitBias", m.keys
         elif isinstance(m, fr.BandWeight) and bands == 1:
             found[n] = "BandWeight", m.keys
     return found
 
 
-def _neutral(numbers: tuple) -> bool:
-    return all(bool(torch.all(x == 1)) if isinstance(x, Tensor) else x == 1 for x in numbers)
+def _neutral(numbers: tuple, value: float = 1) -> bool:
+    return all(bool(torch.all(x == value)) if isinstance(x, Tensor) else x == value for x in numbers)
 
 
 def _check_groups(modulations: tuple, bonus: Tensor) -> None:

@@ -66,6 +66,14 @@ class Plan:
         """Memory the plan's tables hold, bytes."""
         return sum(t.nbytes for t in self.tensors)
 
+    @property
+    def without_values(self) -> Plan:
+        """This plan without what it does to values: its output shows the weights of attention."""
+        if self.lowered.values is None:
+            return self
+        resolved = replace(self.resolved, groups=self.resolved.key_groups, value_gains=())
+        return Plan.of(resolved, replace(self.lowered, values=None))
+
     def with_groups(self, numbers: Sequence[tuple[float | Tensor, float | Tensor]]) -> Plan:
         """This plan with other numbers in its BiasDelta groups. Everything else is shared, so that a schedule with a
         lambda and delta for every layer and step costs next to nothing.

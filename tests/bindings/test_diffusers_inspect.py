@@ -64,6 +64,27 @@ def test_mass_and_distance_are_those_of_the_full_softmax(host, rotation):
         assert look.distance == pytest.approx(distance, rel=1e-5)
 
 
+def test_biases_are_seen_and_changes_of_values_are_not():
+    """Mass is a share of attention, whatever is done to the values; a bias of -inf leaves a group none."""
+    host = TINY_HOSTS["kontext"]
+    model, call = host.build().double(), host.call(host.layout)
+    reference = host.layout.reference(0)
+    bias = fr.LogitBias(0.7, keys=reference)
+    changes = [fr.ValueGain(-2.0, keys=reference), fr.BiasDelta(1.4, 0.2, keys=reference, on="values")]
+    looks = []
+    for mods in ([bias], [bias, *changes], [fr.LogitBias(-torch.inf, keys=reference)], []):
+        with fr.apply(model, *mods) as handle, handle.inspect(layers=0) as record:
+            out = run(model, call)
+        looks.append((record.looks[0].mass, out))
+    (raised, _), (same, changed), (hidden, _), (plain, stock) = looks
+    assert same == pytest.approx(raised)
+    assert_differ(changed, stock)
+    assert hidden["reference 0"] == 0
+    assert sum(hidden.values()) == pytest.approx(1)
+    odds = [mass["reference 0"] / (1 - mass["reference 0"]) for mass in (raised, plain)]
+    assert 1 < odds[0] / odds[1] < 2.1  # e^0.7 for every query, means over them
+
+
 def test_a_record_of_nothing_bound_is_of_the_stock_attention():
     host = TINY_HOSTS["kontext"]
     model, call = host.build().double(), host.call(host.layout)
