@@ -77,7 +77,7 @@ class CachedReference:
             )
         count, layout = state.host.rows.count(alone), sequence.layout()
         snapshot = Snapshot(image_angles(sequence, rope, count), (layout.target_grid,) * count)
-        work = state.remember((key, "alone"), lambda: ReferenceWork(sequence, rope))
+        work = state.works.remember((key, "alone"), lambda: ReferenceWork(sequence, rope))
         works = [Recorder(work, cache.store, snapshot, n) if n in layers else None for n in range(len(state.layers))]
         with torch.no_grad():
             state.forwards.run(Forward(tuple(map(LayerState, works))), module, alone)

@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,8 @@ from ..image.inspection import Inspector
 from ..image.layers import SharedWork
 from ..image.requests import LayerRequest
 from ..image.sequence import JointSequence
-from ..image.work import LayerWork, Work, structure_of
+from ..image.work import LayerWork, Work
+from ..image.works import Works
 from .checkpoints import follow
 from .fingerprints import Fingerprints, Memo
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
@@ -35,11 +36,7 @@ from .parallel import Split, context_parallel, digest_of, require_alike
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
 
-PLAN_BYTES = 1 << 30  # of plans held for reuse; a plan of FLUX Kontext at 1024 px takes some 50 MB
-KNOWN_WORKS = 512  # enough for different numbers in each of 60 layers, in two branches of guidance and four steps
 KNOWN_SEQUENCES = 8
-
-Held = TypeVar("Held")
 
 
 class Identified(NamedTuple):
@@ -122,8 +119,7 @@ class CallState:
         self._signature = inspect.signature(type(model).forward)
         self._fingerprints, self._memo = Fingerprints(), Memo()
         self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
-        self._works: OrderedDict[Hashable, Any] = OrderedDict()  # anything with plans
-        self._alike: weakref.WeakValueDictionary[Hashable, Work] = weakref.WeakValueDictionary()
+        self.works = Works(self.digest)
 
     @property
     def bound(self) -> bool:
@@ -319,7 +315,7 @@ class CallState:
         for modulations, content in zip(distinct, contents, strict=True):
             work = self._work(found, content, modulations) if modulations else None
             works.append(work if work is not None and work.modulates(self._applied, device) else None)
-        self.forget()
+        self.works.forget()
         return [works[n] for n in index]
 
     def _guided(
@@ -333,12 +329,12 @@ class CallState:
             if guidance is None:
                 raise ValueError("guidance: expected a Guidance in every layer, received None in some")
             span = guidance.negative
-            keys = self.remember(
+            keys = self.works.remember(
                 (found.key, self.digest(modulations), "guided", span.start, span.stop),
                 lambda modulations=modulations, span=span: GuidedKeys(found, modulations, span),
             )
             states.append(LayerState(GuidedWork(keys, guidance, found.sequence.masked)))
-        self.forget()
+        self.works.forget()
         return tuple(states)
 
     @property
@@ -347,36 +343,11 @@ class CallState:
 
     def _work(self, found: Identified, content: Hashable, modulations: tuple) -> Work:
         key, sequence, rope, gain = found
-        return self.remember(
-            (key, content),
-            lambda: self.alike(key, modulations, lambda like: Work(sequence, rope, modulations, gain=gain, like=like)),
-        )
 
-    def alike(self, key: Hashable, modulations: tuple, make: Callable[[Work | None], Work]) -> Work:
-        """``make(like)``. ``like`` is the latest work under the same key whose modulations differ in numbers alone, if
-        there is one. Schedules change numbers from layer to layer and step to step; tables of plans stay the same."""
-        structure = key, self.digest(structure_of(modulations))
-        work = make(self._alike.get(structure))
-        self._alike[structure] = work
-        return work
+        def make(like: Work | None) -> Work:
+            return Work(sequence, rope, modulations, gain=gain, like=like)
 
-    def remember(self, key: Hashable, make: Callable[[], Held]) -> Held:
-        """What an earlier call made under the same key, or something new."""
-        if key not in self._works:
-            self._works[key] = make()
-        self._works.move_to_end(key)
-        return self._works[key]
-
-    def forget(self) -> None:
-        """Drop what was used longest ago, until at most ``KNOWN_WORKS`` are left and fit into ``PLAN_BYTES``."""
-        while len(self._works) > 1 and (len(self._works) > KNOWN_WORKS or self._nbytes > PLAN_BYTES):
-            self._works.popitem(last=False)
-
-    @property
-    def _nbytes(self) -> int:
-        """Memory of the plans, bytes. A tensor that several plans share counts once."""
-        held = {id(t): t.nbytes for work in self._works.values() for plan in work.plans for t in plan.tensors}
-        return sum(held.values())
+        return self.works.remember((key, content), lambda: self.works.alike(key, modulations, make))
 
 
 def _same(a: tuple, b: tuple) -> bool:

@@ -105,14 +105,14 @@ class SharedAttention:
         angles = angles if request.shares else None
 
         def make() -> SharedWork:
-            targets = self._state.alike(
+            targets = self._state.works.alike(
                 (key, place, request.shares),
                 modulations,
                 lambda like: target_work(sequence, rope, modulations, angles, like),
             )
             return SharedWork(targets, request, tokens)
 
-        return self._state.remember((key, place, self._state.digest(modulations), request.sharings), make)
+        return self._state.works.remember((key, place, self._state.digest(modulations), request.sharings), make)
 
     # ---- the reference in the same batch ----------------------------------------------------------------------------
 
@@ -138,7 +138,9 @@ class SharedAttention:
             requests = [LayerRequest.of(methods, replace(site, tokens=tokens)) for site in sites]
         count = state.host.rows.count(joined.call) - rows
         target, others = whole.some(slice(count)), whole.some(slice(count, None))
-        reference = state.remember((whole.key, rows, "reference"), lambda: ReferenceWork(others.sequence, others.rope))
+        reference = state.works.remember(
+            (whole.key, rows, "reference"), lambda: ReferenceWork(others.sequence, others.rope)
+        )
         angles = image_angles(others.sequence, others.rope, rows)
 
         def work(request: LayerRequest) -> LayerWork | None:
@@ -146,10 +148,10 @@ class SharedAttention:
                 return BatchedWork(self._shared_work(target, rows, request, tokens, angles), reference, rows)
             if joined.text_mask is None:
                 return None  # the host's own attention will do
-            return state.remember((whole.key, rows, "all"), lambda: Work(whole.sequence, whole.rope, ()))
+            return state.works.remember((whole.key, rows, "all"), lambda: Work(whole.sequence, whole.rope, ()))
 
         layers = tuple(LayerState(work(each)) for each in requests)
-        state.forget()
+        state.works.forget()
         return Prepared(Forward(layers, rows), joined.call)
 
     def _identify(self, module: torch.nn.Module, joined: Joined) -> Identified:
@@ -192,5 +194,5 @@ class SharedAttention:
             rotation = Rotation(snapshot.angles, target.rope.pairing)
             for position, n in enumerate(order):
                 works[n] = CachedWork(cast(SharedWork, works[n]), ahead, position, rotation)
-        self._state.forget()
+        self._state.works.forget()
         return Prepared(Forward(tuple(map(LayerState, works))))

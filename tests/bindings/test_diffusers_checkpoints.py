@@ -141,7 +141,7 @@ def test_a_graph_holds_what_it_needs_and_no_more():
     model.enable_gradient_checkpointing()
     handle = fr.apply(model, METHOD)
     total = loss_of(model, call)
-    plan = weakref.ref(next(iter(handle._state._works.values())).plans[0])
+    plan = weakref.ref(next(iter(handle._state.works)).plans[0])
     state = weakref.ref(handle._state)
     handle.remove()
     gc.collect()

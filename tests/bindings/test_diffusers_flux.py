@@ -25,7 +25,7 @@ from diffusers_hosts import (
 )
 from tiny_transformers import DIM, TARGET, TEXT, build_flux, run
 
-from fastrope.bindings.diffusers import calls
+from fastrope.bindings.image import works
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ def test_numbers_of_every_layer_and_step_share_one_plan(transformer, monkeypatch
     with fr.apply(transformer, types.SimpleNamespace(modulations=lambda s: at(s.layer, s.step))) as handle:
         outs = [handle.set_step(step) or run(transformer, call) for step in (0, 1, 2, 0)]
         assert len(built) == 1
-        assert handle._state._nbytes < 1.2 * next(iter(handle._state._works.values())).plans[0].nbytes
+        assert handle._state.works.nbytes < 1.2 * next(iter(handle._state.works)).plans[0].nbytes
     for step, out in enumerate(outs[:3]):
         with contextlib.ExitStack() as stack:
             for n in range(LAYERS):
@@ -159,7 +159,7 @@ def test_other_keys_make_another_plan(transformer, made):
 
 
 def test_works_kept_are_bounded(transformer, monkeypatch):
-    monkeypatch.setattr(calls, "KNOWN_WORKS", 5)
+    monkeypatch.setattr(works, "KNOWN_WORKS", 5)
     method = types.SimpleNamespace(
         modulations=lambda s: [fr.BiasDelta(1.1 + s.layer + 10 * s.step, keys=LAYOUT.reference(0))]
     )
@@ -167,7 +167,7 @@ def test_works_kept_are_bounded(transformer, monkeypatch):
         for step in range(4):
             handle.set_step(step)
             run(transformer, kontext_call())
-            assert len(handle._state._works) <= 5
+            assert len(handle._state.works) <= 5
 
 
 def test_the_hosts_own_embedding_decides(transformer, monkeypatch):

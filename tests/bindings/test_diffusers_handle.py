@@ -108,7 +108,7 @@ def test_a_removed_handle_holds_nothing():
     layout = TINY_HOSTS["flux"].layout
     handle = fr.apply(pipe, grag_like(layout))
     flux_generate(pipe)
-    held = [pipe, pipe.transformer, next(iter(handle._state._works.values())).plans[0]]
+    held = [pipe, pipe.transformer, next(iter(handle._state.works)).plans[0]]
     held = [weakref.ref(x) for x in held]
     handle.remove()
     del pipe
