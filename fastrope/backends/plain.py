@@ -46,9 +46,11 @@ class Plain:
         """
         if plain is None or isinstance(plain, Plain):
             return plain
-        if isinstance(plain, str) and plain in KERNELS:
+        expected = f"None, a function or one of {tuple(KERNELS)}"
+        if isinstance(plain, str):
+            require(plain in KERNELS, "plain", expected, repr(plain))
             return Plain(f"torch's {plain} attention", partial(_torch, plain))
-        require(callable(plain), "plain", f"None, a function or one of {tuple(KERNELS)}", repr(plain))
+        require(callable(plain), "plain", expected, repr(plain))
         name = getattr(plain, "__name__", type(plain).__name__)
         return Plain(name, plain, bool(getattr(plain, "returns_lse", False)))
 
