@@ -19,10 +19,10 @@ from fastrope.lab import digits, judge, scenes
 from fastrope.lab.evidence import looserope, page, untwisting
 from fastrope.lab.evidence.findings import Findings, Row, digest, outcomes, strip
 from fastrope.lab.evidence.studio import TOKENS, Studio, as_task, only
+from fastrope.lab.evidence.telling import share
 
 DOCS = ROOT / "docs"
 STORED = DOCS / page.FOLDER
-PARTS = [part for part in page.PARTS if (STORED / f"{part}.json").exists()]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,21 @@ def test_the_page_is_what_the_stored_numbers_give():
     assert (DOCS / page.PAGE).read_text(encoding="utf-8") == page.text(STORED)
 
 
-@pytest.mark.parametrize("part", PARTS)
+def test_the_readme_tells_what_is_stored():
+    found = Findings.load(STORED / "grag.json")
+    one, more = (share(found.row("digit, delta", x), "source") for x in (1.0, 1.5))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"keeps the source's in {one} of its pictures at GRAG's delta 1 and in {more} at 1.5" in readme
+
+
+@pytest.mark.parametrize("part", page.PARTS)
 def test_numbers_are_of_the_weights_that_ship(part):
     found, sums = Findings.load(STORED / f"{part}.json"), (digits.WEIGHTS / "SHA256SUMS").read_text().splitlines()
     assert len(found.made["weights"]) == len(page.module(part).USES)
     assert set(found.made["weights"]) <= set(sums)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", page.PARTS)
 def test_pictures_are_of_the_stored_numbers(part):
     image = pytest.importorskip("PIL.Image")
     numbers, picture = STORED / f"{part}.json", STORED / f"{part}.png"

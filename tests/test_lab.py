@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from fastrope.lab import author, classifier, codes, digits, editor, evaluation, judge, models, scenes, words
-from fastrope.lab.training import Job, Run, train
+from fastrope.lab.training import REPORT, Job, Run, train
 
 FLOORS = {"real digits": ("digit", 0.97), "editor: draw": ("colours", 0.9), "author: draw": ("colours", 0.4)}
 
@@ -187,6 +189,27 @@ def test_the_sampler_of_the_evaluation_is_the_pipeline(edit):
 def test_weights_are_the_ones_of_the_checksums_and_small():
     assert models.checksums() == (digits.WEIGHTS / "SHA256SUMS").read_text()
     assert sum(path.stat().st_size for path in digits.WEIGHTS.iterdir()) < 8e6
+
+
+def test_the_card_and_the_curves_are_of_these_weights():
+    """Steps, samples and last loss; nothing is stored as a pickle."""
+    from safetensors import safe_open
+
+    card = (digits.WEIGHTS.parent / "README.md").read_text(encoding="utf-8")
+    for column, name in enumerate(("editor", "author", "classifier")):
+        with safe_open(digits.WEIGHTS / f"{name}.safetensors", "pt") as stored:
+            made = {key: json.loads(value) for key, value in stored.metadata().items()}
+        with (digits.WEIGHTS / f"{name}.csv").open() as file:
+            last = list(csv.DictReader(file))[-1]
+        assert made["steps"] - REPORT <= int(last["step"]) <= made["steps"]
+        told = {line.split(" | ")[0].strip("| "): line.strip(" |").split(" | ")[1:] for line in card.splitlines()}
+        assert told["steps"][column] == f"{made['steps']:,}"
+        assert told["samples"][column] == f"{made['samples']:,}"
+        assert told["seed"][column] == str(made["seed"])
+        assert float(told["last loss"][column]) == pytest.approx(float(last["loss"]), abs=6e-4)
+        parameters = sum(p.numel() for p in models.load(name).parameters())
+        assert told["parameters"][column] == f"{parameters:,}"
+    assert {path.suffix for path in digits.WEIGHTS.iterdir()} == {".safetensors", ".csv", ""}
 
 
 def test_exported_weights_load_as_they_were(tmp_path):

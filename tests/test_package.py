@@ -90,6 +90,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 12e6
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
@@ -102,6 +103,9 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
             expected = "/".join([*package.split("."), *path.relative_to(ROOT / folder).parts])
             assert expected in names, f"{expected} is not in the wheel: list its package in pyproject.toml"
     assert "fastrope/py.typed" in names
+    weights = {path.name for path in (ROOT / "fastrope" / "lab" / "weights").iterdir()}
+    assert {f"fastrope/lab/weights/{name}" for name in weights} <= set(names)
+    assert not [name for name in names if name.endswith((".pt", ".pth", ".pkl", ".bin"))]
     code = """
 import importlib.util, sys, fastrope
 for name in ("fastrope", "fastrope.kernels", "fastrope.bindings", "fastrope.bindings.diffusers"):

@@ -22,7 +22,6 @@ def text(found: Findings) -> str:
 
 What the classifier recognises in real held-out digits bounds what it can find in drawn ones. Guidance above 1 is
 `true_cfg_scale` of the pipeline, away from a prompt whose words are left open. Distances are mean absolute differences
-per channel, as a share of a pixel's range. Twice the samples of the other sections, and every held-out digit four
-times.
+per channel, as a share of a pixel's range. Every held-out real digit is shown four times.
 
 {models.table([*real, *tasks], ("digit", "colours", "distance"))}"""

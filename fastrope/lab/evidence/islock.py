@@ -141,8 +141,8 @@ def draw(found: Findings, figure) -> None:
         axes.set_xticks(places, [f"{row.value:g}" for row in rows])
         axes.set_xlabel("tau")
         axes.set_title(f"another {slot}")
-        axes.set_ylim(-0.02, 1.02)
-        axes.legend(loc="lower right")
+        axes.set_ylim(-0.02, 1.2)
+        axes.legend(loc="upper left")
     panels[0].set_title("another digit (dotted: prompt change)")
     names = ["original", *(name for name in found.pictures if name.startswith("ground"))]
     show_strips(right, found, {name: name.removeprefix("ground, ") for name in names})
