@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes_edit import GRAG, LooseRoPE
+from .nodes_edit import GRAG, LooseRoPE, ReferenceStrength
 from .nodes_inspect import AttentionChart, Inspect
 from .nodes_positions import HighResolution
 from .nodes_style import UntwistingRoPE
 
-NODES: tuple[type[io.ComfyNode], ...] = (GRAG, LooseRoPE, UntwistingRoPE, HighResolution, Inspect, AttentionChart)
+NODES: tuple[type[io.ComfyNode], ...] = (
+    GRAG,
+    ReferenceStrength,
+    LooseRoPE,
+    UntwistingRoPE,
+    HighResolution,
+    Inspect,
+    AttentionChart,
+)
 
 
 class FastRoPE(ComfyExtension):

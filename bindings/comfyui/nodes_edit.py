@@ -1,4 +1,4 @@
-"""Nodes for editing with a reference picture: GRAG and LooseRoPE."""
+"""Nodes for editing with a reference picture: GRAG, reference strength and LooseRoPE."""
 
 from __future__ import annotations
 
@@ -102,6 +102,57 @@ class GRAG(io.ComfyNode):
             steps_of(start_percent, end_percent),
         )
         return io.NodeOutput(steer(model, method, refers=(strength, delta) != (1.0, 1.0)))
+
+
+class ReferenceStrength(io.ComfyNode):
+    """How much attention references get."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="FastRoPE_ReferenceStrength",
+            display_name="Reference strength",
+            category=CATEGORY,
+            description="How much attention goes to a reference picture as a whole: with weight 2 every token of it "
+            "counts as two. GRAG, in contrast, changes how attention is spread inside the picture.",
+            search_aliases=["guide strength", "reference weight", "image weight", "attention bias", "conditioning"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to steer. The one you hand in stays as it is."),
+                io.Float.Input(
+                    "weight",
+                    default=1.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="1 is neutral, 2 counts the picture twice, 0.5 half, 0 hides it.",
+                ),
+                io.Int.Input(
+                    "reference",
+                    default=-1,
+                    min=-1,
+                    max=63,
+                    tooltip="Which reference picture, from 0, in the order of the ReferenceLatent nodes; -1: all.",
+                ),
+                *place_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="The steered model, for a sampler or a further node.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        weight: float,
+        reference: int = -1,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        layers: str = "",
+    ) -> io.NodeOutput:
+        """A steered clone."""
+        chosen = None if reference < 0 else [reference]
+        method = fr.ReferenceStrength(weight, chosen, layers_of(layers), steps_of(start_percent, end_percent))
+        return io.NodeOutput(steer(model, method, refers=True))
 
 
 class LooseRoPE(io.ComfyNode):

@@ -42,6 +42,13 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
         },
         ["MODEL"],
     ),
+    "FastRoPE_ReferenceStrength": (
+        {
+            "model": "MODEL", "weight": "float", "reference": "int", "start_percent": "float", "end_percent": "float",
+            "layers": "string",
+        },
+        ["MODEL"],
+    ),
     "FastRoPE_LooseRoPE": (
         {
             "model": "MODEL", "composite": "IMAGE", "mask": "MASK", "original": "IMAGE", "boost": "float",
@@ -75,6 +82,7 @@ OURS = {
         delta=1.1, strength=1.0, reference=-1, text_strength=1.0, text_delta=1.0, start_percent=0.0, end_percent=1.0,
         layers="",
     ),
+    "FastRoPE_ReferenceStrength": dict(weight=1.5, reference=-1, start_percent=0.0, end_percent=1.0, layers=""),
     "FastRoPE_LooseRoPE": dict(boost=0.83, levels=5, dilation=2, timing="scaled", reference=0, layers=""),
     "FastRoPE_UntwistingRoPE": dict(
         preset="paper", reference=0, s_hf_start=0.25, s_hf_end=0.75, s_lf_start=1.0, s_lf_end=1.4, beta=2.0, adain=0.5,
@@ -169,6 +177,11 @@ WORKFLOWS: dict[str, tuple[str, dict, dict]] = {
     "grag-flux-kontext": (
         "GRAG on FLUX.1 Kontext",
         _kontext("make it evening", "photo.png", "FastRoPE_GRAG", {}),
+        KONTEXT_PLACES,
+    ),
+    "reference-strength-flux-kontext": (
+        "Reference strength on FLUX.1 Kontext",
+        _kontext("make it evening", "photo.png", "FastRoPE_ReferenceStrength", {}),
         KONTEXT_PLACES,
     ),
     "looserope-flux-kontext": (

@@ -80,6 +80,22 @@ def test_grag_edits(nodes):
     assert len({out.sum().item() for out in outs}) == 4
 
 
+def test_reference_strength_counts_a_picture_twice(nodes):
+    """Weight 2 equals a second copy of every key and value of the reference."""
+    model, count = host.tiny(), 4 * 6
+    steered = run(nodes["FastRoPE_ReferenceStrength"], model, weight=2.0).args[0]
+
+    def twice(func, q, k, v, heads, **kwargs):
+        k, v = (torch.cat([x, x[:, :, -count:]], dim=2) for x in (k, v))
+        return func(q, k, v, heads, **kwargs)
+
+    expected = model.clone()
+    expected.model_options["transformer_options"]["optimized_attention_override"] = twice
+    torch.testing.assert_close(host.sample(steered, PROMPT), host.sample(expected, PROMPT), rtol=0, atol=1e-5)
+    neutral = run(nodes["FastRoPE_ReferenceStrength"], model, weight=1.0).args[0]
+    assert torch.equal(host.sample(neutral, PROMPT), host.sample(model, PROMPT))
+
+
 def test_looserope_shows_what_it_sees(nodes):
     composite, mask = torch.rand(1, 64, 96, 3), torch.zeros(1, 64, 96)
     mask[:, 16:48, 32:64] = 1

@@ -68,6 +68,24 @@ def test_grag_equals_an_independent_computation(name, batch, capsys):
     torch.testing.assert_close(found, expected, **NEAR)
 
 
+@pytest.mark.parametrize("name", real.EDITS)
+def test_reference_strength_equals_copies_of_the_reference(name, capsys):
+    model, (positive, negative) = real.patcher(name), edit(name)
+
+    def thrice(q, k, v, options, ids):
+        """The last of two references three times."""
+        count = options["reference_image_num_tokens"][-1]
+        k, v = (torch.cat([x, x[:, :, -count:], x[:, :, -count:]], dim=2) for x in (k, v))
+        return oracle.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, v)
+
+    run = dict(positive=positive, negative=negative, cfg=2.0)
+    found = real.sample(steer(model, fr.ReferenceStrength(3.0, [1])), name, **run)
+    expected = real.sample(oracle.patched(model, thrice), name, **run)
+    report(capsys, f"Reference strength, {name}", found, expected)
+    assert not torch.allclose(found, real.sample(model, name, **run), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected, **NEAR)
+
+
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "krea"])
 @pytest.mark.parametrize("placed", [None, "offset", "uxo", "negative_index", "index_timestep_zero"])
 def test_looserope_equals_an_independent_computation(name, placed, capsys):
