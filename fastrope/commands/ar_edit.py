@@ -20,7 +20,7 @@ from .words import understand
 MODELS = tuple(ar_hosts.DEFAULTS)
 LOCK = ("candidates", "alpha", "tau", "metric")
 CLASSES = {"kept": BLUE, "moved": ORANGE, "fallback": PINK}  # of tokens, and their colours on the map
-TINY_PROMPT, TINY_EDIT = "a red 3 on white", "a blue 3 on white"
+TINY_PROMPT, TINY_EDIT = "a red 3 on white", "a red 3 on yellow"
 
 
 def _parser() -> argparse.ArgumentParser:

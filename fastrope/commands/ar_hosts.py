@@ -38,7 +38,7 @@ DEFAULTS = {
     "llamagen": Defaults(150, 1.0, 7.5, 1000, 32),  # the paper's
     "emu3": Defaults(150, 1.0, 3.0, 2048, 90),
     "janus": Defaults(150, 1.0, 5.0, 0, 24),
-    "tiny": Defaults(8, 1.0, 2.0, 0, 8),
+    "tiny": Defaults(8, 4.0, 2.0, 0, 8),
 }
 
 

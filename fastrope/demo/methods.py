@@ -115,7 +115,7 @@ SHOWS = {
         "Style without copying: Untwisting RoPE",
         "The words say which digit to draw; the reference shows another one. Plain sharing of its keys and values "
         "(s_hf 1) copies the reference. A lower s_hf weakens the frequencies that bind a query to its own place: the "
-        "shape is the asked-for one again, and less of the style is left.",
+        "copy goes, and part of the style with it. On a model this small the asked-for digit does not always come.",
         untwisting,
     ),
     "looserope": Show(
