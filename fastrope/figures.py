@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -45,12 +46,13 @@ def sheet(rows: Sequence[Sequence[Cell | None]], caption: str = "", paper: Paper
 
     Args:
         rows: cells from the left; None leaves a place empty, and so does a row that ends early.
-        caption: a line on top.
+        caption: on top, in as many lines as it needs.
         side: width of a cell, inches.
     """
     columns = max(map(len, rows))
     heights = [max(_height(cell, side) for cell in row if cell is not None) for row in rows]
-    with canvas(side * columns, sum(heights) + (0.3 if caption else 0), paper) as figure:
+    lines = textwrap.wrap(caption, width=int(13 * side * columns))  # characters of this size per inch, about
+    with canvas(side * columns, sum(heights) + 0.2 * len(lines) + 0.1, paper) as figure:
         panels = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
         for line, row in zip(panels, rows, strict=True):
             for axes, cell in zip_longest(line, row):
@@ -60,7 +62,7 @@ def sheet(rows: Sequence[Sequence[Cell | None]], caption: str = "", paper: Paper
                     show(axes, cell.picture, paper)
                     axes.set_title(cell.title)
                     axes.set_xlabel(cell.below)
-        figure.suptitle(caption, fontsize=9)
+        figure.suptitle("\n".join(lines), fontsize=9)
         return as_picture(figure)
 
 
