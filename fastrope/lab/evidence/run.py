@@ -13,7 +13,7 @@ from ..digits import WEIGHTS
 from . import page
 from .studio import STEPS, Studio
 
-SAMPLES, QUICK = 96, 16
+SAMPLES, QUICK = 64, 16
 
 
 def measure(
