@@ -60,8 +60,9 @@ MODULATIONS = {
     "a group in parts": lambda g: [fr.BiasDelta(1.3, 0.6, torch.tensor([1, 2, 3, 17, 18, 30]))],
     "scattered": lambda g: [weight(g, keys=key_set(g, "mask", 37)), *(
         fr.BiasDelta(1.2, 0.6, keys) for keys in disjoint_sets(g, 2, 37))],
-    "value gains": lambda g: [fr.ValueGain(-0.5, slice(3, 20)), fr.ValueGain(uniform(g, 2, 9), slice(15, 24))],
-    "a group of values": lambda g: [fr.BiasDelta(1.3, 0.6 + uniform(g, 2), slice(10, None), on="values")],
+    "value gains": lambda g: [fr.ValueGain(-0.5, slice(3, 20)), fr.ValueGain(uniform(g, 2, 9), slice(15, 24)),
+                              fr.BiasDelta(1.3, 0.6 + uniform(g, 2), slice(9, 30), on="values")],
+    "a group of values": lambda g: [fr.BiasDelta(1.3, 0.6, slice(10, None), on="values")],
     "values and scattered": lambda g: [
         *(weight(g, keys=key_set(g, "mask", 37)) for _ in range(2)), fr.ValueGain(2.0, key_set(g, "mask", 37)),
         *(fr.BiasDelta(1.2, 0.6, keys, on="values") for keys in disjoint_sets(g, 2, 37))],

@@ -29,13 +29,11 @@ class Plain:
         name: what ``explain`` calls it.
         function: ``function(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
             enable_gqa=False)`` on ``(B, S, H, D)``, as diffusers' ``dispatch_attention_fn``. It returns
-            ``(B, Sq, H, D)``; with ``return_lse=True`` also ``lse (B, H, Sq)``, natural log.
-        returns_lse: whether it takes ``return_lse``. A function says so by an attribute ``returns_lse = True``.
+            ``(B, Sq, H, D)``.
     """
 
     name: str
     function: Callable[..., Any]
-    returns_lse: bool = False
 
     @staticmethod
     def of(plain: str | Callable | Plain | None) -> Plain | None:
@@ -52,7 +50,7 @@ class Plain:
             return Plain(f"torch's {plain} attention", partial(_torch, plain))
         require(callable(plain), "plain", expected, repr(plain))
         name = getattr(plain, "__name__", type(plain).__name__)
-        return Plain(name, plain, bool(getattr(plain, "returns_lse", False)))
+        return Plain(name, plain)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """``(B, Sq, H, D)`` of ``q (B, Sq, H, D)`` and ``k, v (B, Sk, Hkv, D)``. Grouped heads become more rows of the
