@@ -15,7 +15,17 @@ from .api import attention, explain
 from .functional import scaled_dot_product_attention
 from .islock import ISLock
 from .joint import Norm, Stream, joint_attention
-from .methods import GRAG, NAG, HighResolution, LongVideo, LooseRoPE, ReferenceStrength, UntwistingRoPE
+from .methods import (
+    GRAG,
+    NAG,
+    HighResolution,
+    LongVideo,
+    LooseRoPE,
+    PromptWeights,
+    ReferenceStrength,
+    Temperature,
+    UntwistingRoPE,
+)
 from .methods.judges import MOVES as _MOVES
 from .methods.trajectories import GAMMA as _GAMMA
 from .modulations import BandWeight, BiasDelta, KeyBias, LogitBias, LogitGain, QueryScale, ValueGain
@@ -31,9 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "KeyBias", "LogitBias", "LogitGain",
-    "LongVideo", "LooseRoPE", "Norm", "Plan", "QueryScale", "Reference", "ReferenceCache", "ReferenceStrength", "RoPE",
-    "Site", "Stream", "TokenLayout", "UntwistingRoPE", "ValueGain", "apply", "attention", "explain", "joint_attention",
-    "plan", "prepare_reference", "remove", "scaled_dot_product_attention", "steer",
+    "LongVideo", "LooseRoPE", "Norm", "Plan", "PromptWeights", "QueryScale", "Reference", "ReferenceCache",
+    "ReferenceStrength", "RoPE", "Site", "Stream", "Temperature", "TokenLayout", "UntwistingRoPE", "ValueGain", "apply",
+    "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove", "scaled_dot_product_attention",
+    "steer",
 ]  # fmt: skip
 
 

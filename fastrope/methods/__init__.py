@@ -5,10 +5,10 @@ from .looserope import Curve, LooseRoPE
 from .nag import NAG
 from .positions import HighResolution, LongVideo
 from .schedules import Linear, PerLayer, PerStep
-from .strength import ReferenceStrength
+from .strength import PromptWeights, ReferenceStrength, Temperature
 from .untwisting import UntwistingRoPE
 
 __all__ = [
     "GRAG", "NAG", "Curve", "HighResolution", "Linear", "LongVideo", "LooseRoPE", "PerLayer", "PerStep",
-    "ReferenceStrength", "UntwistingRoPE",
+    "PromptWeights", "ReferenceStrength", "Temperature", "UntwistingRoPE",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ import tiny_pipelines  # noqa: E402
 from methods import tiny_run  # noqa: E402
 
 STEPS: list[int] = []
+TOKENIZER = None
 
 
 def words(prompt: str, *shape: int) -> torch.Tensor:
@@ -32,6 +33,7 @@ def words(prompt: str, *shape: int) -> torch.Tensor:
 
 def small_kontext():
     pipe = tiny_run.pipeline()
+    pipe.tokenizer_2 = TOKENIZER
 
     class Small(type(pipe)):
         def __call__(self, num_inference_steps, **arguments):
@@ -134,10 +136,13 @@ def test_looserope(published, monkeypatch):
     assert set(STEPS) == {28}
 
 
-def test_strength(published):
+def test_strength(published, monkeypatch, tokenizer):
+    monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", tokenizer)
     found = run("strength.md")
-    assert STEPS == [28]
-    assert np.asarray(found["freer"]).std() > 0
+    assert STEPS == [28] * 5
+    assert found["louder"].weights == {2: 1.4, 3: 0.8}
+    pictures = [np.asarray(found[name]) for name in ("freer", "weighted", "kept", "large")]
+    assert all((a != b).any() for n, a in enumerate(pictures) for b in pictures[:n])
 
 
 def test_the_table_of_looserope_is_the_codes():

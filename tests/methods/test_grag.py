@@ -45,6 +45,19 @@ def test_the_text_alone_needs_no_reference():
         assert len(last) == (not callable(method.text_delta))
 
 
+def test_values_move_like_keys():
+    """DCAG: the values of a picture, about their own mean."""
+    method = fr.GRAG(1, 1, value_bias=0.9, value_delta=[1.5, Linear(1.0, 0.6)])
+    found = [(m.on, m.keys, m.bias, m.delta) for m in method.modulations(site(step=1, num_steps=3))]
+    assert found == [("values", slice(18, 24), 0.9, 1.5), ("values", slice(24, 36), 0.9, 0.8)]
+    both = fr.GRAG(1, 1.1, text_delta=0.9, value_delta=1.15).modulations(site())
+    assert [(m.on, m.delta) for m in both] == [("keys", 1.1)] * 2 + [("keys", 0.9)] + [("values", 1.15)] * 2
+    with pytest.raises(ValueError, match="GRAG: expected a sequence with at least one reference picture"):
+        fr.GRAG(text_delta=0.9, value_delta=1.1).modulations(fr.Site(fr.TokenLayout(3, (2, 2))))
+    with pytest.raises(ValueError, match="^GRAG.value_delta: expected 2 values, one per reference, received 1"):
+        fr.GRAG(value_delta=[1.1]).modulations(site())
+
+
 def test_chosen_references():
     check(fr.GRAG(1.2, 0.8, references=[1]), [(1, 1.2, 0.8)], site())
 
@@ -87,7 +100,8 @@ def test_same_objects_while_nothing_changes():
 @pytest.mark.parametrize(("kwargs", "name"), [
     (dict(bias="1"), "GRAG.bias"), (dict(delta=None), "GRAG.delta"), (dict(delta=True), "GRAG.delta"),
     (dict(bias=[]), "GRAG.bias"), (dict(delta=[1.0, "x"]), r"GRAG.delta\[1\]"),
-    (dict(text_bias=[1.0]), "GRAG.text_bias"),
+    (dict(text_bias=[1.0]), "GRAG.text_bias"), (dict(value_bias="1"), "GRAG.value_bias"),
+    (dict(value_delta=[]), "GRAG.value_delta"),
     (dict(text_delta=float("inf")), "GRAG.text_delta"), (dict(references=[0, 0]), "GRAG.references"),
     (dict(references=0), "GRAG.references"), (dict(layers="all"), "layers"), (dict(steps=0.5), "steps"),
 ])  # fmt: skip

@@ -71,10 +71,33 @@ def test_grag(host):
     )
 
 
-def test_reference_strength():
-    """Text of 5 tokens, a target of 3 x 5, references of 2 x 3 and 4 x 3; one host, because the plan is the same."""
-    mods = [fr.LogitBias(math.log(3), keys=slice(20, 26)), fr.LogitBias(-math.inf, keys=slice(26, 38))]
-    check(hosts.TINY_HOSTS["flux2"], fr.ReferenceStrength([3, 0]), mods)
+# Text of 5 tokens, a target of 3 x 5, references of 2 x 3 and 4 x 3. One or two hosts, because the plans are the same.
+PER_TOKEN = torch.zeros(38, dtype=torch.float64)
+PER_TOKEN[1], PER_TOKEN[3] = math.log(3), -math.inf
+BIASES = {
+    "strength": (
+        fr.ReferenceStrength([3, 0]),
+        [fr.LogitBias(math.log(3), keys=slice(20, 26)), fr.LogitBias(-math.inf, keys=slice(26, 38))],
+    ),
+    "words": (fr.PromptWeights({1: 3, 3: 0}), [fr.KeyBias(PER_TOKEN)]),
+    "negative words": (
+        fr.PromptWeights([1, -2, 1, 1, 0.5], on="values"),
+        [fr.ValueGain(-2.0, keys=slice(1, 2)), fr.ValueGain(0.5, keys=slice(4, 5))],
+    ),
+    "values": (
+        fr.GRAG(1.2, 0.7, references=[1], value_bias=0.8, value_delta=1.6),
+        [fr.BiasDelta(1.2, 0.7, keys=slice(26, 38)), fr.BiasDelta(0.8, 1.6, keys=slice(26, 38), on="values")],
+    ),
+    "temperature": (
+        fr.Temperature(2),
+        [fr.LogitGain(torch.full_like(PER_TOKEN, math.sqrt(math.log(15) / math.log(2))))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_strength(name):
+    check(hosts.TINY_HOSTS["flux2"], *BIASES[name])
 
 
 @ON_HOSTS
