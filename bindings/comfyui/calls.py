@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from fastrope.backends.plain import Plain, using
 from fastrope.checks import require
 
 from ..image.sequence import JointSequence
@@ -136,20 +138,22 @@ class ModelCall:
                 if others is None
                 else others(func, q, k, v, heads, *args, **kwargs)
             )
-        calls = []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append(heads)
-            return self._attend(func, layer, unrotated != layer, q, k, v, heads, *args, **kwargs)
-
+        steered = partial(self._attend, layer, unrotated != layer)
         name = _name_of(others)
         if others is not None and name not in _IGNORING:
+            calls = []
+
+            def attend(*given: Any, **named: Any) -> Tensor:
+                calls.append(layer)
+                return steered(func, *given, **named)
+
             out = others(attend, q, k, v, heads, *args, **kwargs)
             if calls:
                 return out
             _IGNORING.add(name)
-            logging.warning(f"fastrope: {name} computes attention of its own; layers that are steered go past it")
-        return attend(q, k, v, heads, *args, **kwargs)
+            logging.warning(f"fastrope: {name} computes attention of its own; it is given the steered queries and keys")
+        host = func if others is None else partial(others, func)
+        return steered(host, q, k, v, heads, *args, **kwargs)
 
     def _own_table(self, rescaled: Rescaled, pe: Any) -> Tensor:
         """In the place of the host's table, the same for all layers.
@@ -184,9 +188,9 @@ class ModelCall:
 
     def _attend(
         self,
-        func: Callable,
         layer: int,
         applied: bool,
+        host: Callable,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -205,8 +209,9 @@ class ModelCall:
         if work is None:  # a probe alone
             given = dict(mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
                          skip_output_reshape=skip_output_reshape, **kwargs)  # fmt: skip
-            return func(q, k, v, heads, **given)
-        out = work.attend(tokens_first[0], tokens_first[1], tokens_first[2], applied, self._backend)
+            return host(q, k, v, heads, **given)
+        with using(_plain(host, kwargs)):
+            out = work.attend(tokens_first[0], tokens_first[1], tokens_first[2], applied, self._backend)
         return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 
     def _check(self, qkv: list[Tensor], mask: Tensor | None, work: LayerWork | None, scale: Any) -> None:
@@ -236,6 +241,17 @@ class ModelCall:
 def _tokens_first(x: Tensor, heads: int, q: Tensor, skip_reshape: bool) -> Tensor:
     """``(B, S, H, D)`` of what the host hands to its attention: ``(B, H, S, D)``, or ``(B, S, H D)``."""
     return x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (-1, q.shape[-1] // heads))
+
+
+def _plain(host: Callable, given: Mapping[str, Any]) -> Plain:
+    """The host's attention, for what folds into queries and keys and for queries that nothing modulates."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        out = host(*heads_first, query.shape[2], skip_reshape=True, skip_output_reshape=True, **given)
+        return out.transpose(1, 2)
+
+    return Plain("ComfyUI's attention", attend)
 
 
 def _name_of(override: Callable | None) -> str:

@@ -126,12 +126,35 @@ def test_two_nodes_and_a_foreign_override_in_any_order():
         assert not torch.allclose(host.sample(fewer, POSITIVE, NEGATIVE), found[0], rtol=0, atol=1e-4)
 
 
-def test_an_override_with_attention_of_its_own_does_not_undo_the_node(monkeypatch, caplog):
+def test_an_override_with_attention_of_its_own_is_given_steered_keys(monkeypatch, caplog):
+    """A kernel switch: it never asks the host's attention, and computes that of the steered layers, too."""
     monkeypatch.setattr(calls, "_IGNORING", set())
-    method = fr.GRAG(0.8, 1.5)
-    alone, stacked = (host.sample(steer(m, method), POSITIVE) for m in (host.tiny(), foreign(host.tiny(), wraps=False)))
+    method, counts = fr.GRAG(0.8, 1.5), []
+    another = foreign(host.tiny(), wraps=False)
+    switch = another.model_options["transformer_options"]["optimized_attention_override"]
+
+    def counted(func, q, k, v, heads, **kwargs):
+        counts.append(q.shape[2])
+        return switch(func, q, k, v, heads, **kwargs)
+
+    another.model_options["transformer_options"]["optimized_attention_override"] = counted
+    alone, stacked = (host.sample(steer(m, method), POSITIVE) for m in (host.tiny(), another))
     torch.testing.assert_close(stacked, alone, **NEAR)
-    assert "computes attention of its own" in caplog.text
+    assert counts == [35] * (3 * 4 + 1)  # once more, to find out
+    assert caplog.text.count("computes attention of its own") == 1
+
+
+def test_what_folds_runs_on_the_hosts_own_attention(monkeypatch):
+    """So a kernel that the user chose for all of ComfyUI is used in steered layers as well."""
+    shapes, plain = [], host.F.scaled_dot_product_attention
+
+    def spy(q, k, v, **kwargs):
+        shapes.append((q.shape[2], k.shape[2]))
+        return plain(q, k, v, **kwargs)
+
+    monkeypatch.setattr(host.F, "scaled_dot_product_attention", spy)
+    host.sample(steer(host.tiny(), fr.GRAG(0.8, 1.5)), POSITIVE, steps=1)
+    assert shapes == [(35, 35)] * 4
 
 
 def test_attention_past_the_override_is_refused():
