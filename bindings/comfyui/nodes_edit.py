@@ -93,13 +93,13 @@ class GRAG(io.ComfyNode):
     ) -> io.NodeOutput:
         """A steered clone."""
         method = fr.GRAG(
-            strength,
-            delta,
-            text_strength,
-            text_delta,
-            None if reference < 0 else [reference],
-            layers_of(layers),
-            steps_of(start_percent, end_percent),
+            bias=strength,
+            delta=delta,
+            text_bias=text_strength,
+            text_delta=text_delta,
+            references=None if reference < 0 else [reference],
+            layers=layers_of(layers),
+            steps=steps_of(start_percent, end_percent),
         )
         return io.NodeOutput(steer(model, method, refers=(strength, delta) != (1.0, 1.0)))
 
@@ -151,7 +151,8 @@ class ReferenceStrength(io.ComfyNode):
     ) -> io.NodeOutput:
         """A steered clone."""
         chosen = None if reference < 0 else [reference]
-        method = fr.ReferenceStrength(weight, chosen, layers_of(layers), steps_of(start_percent, end_percent))
+        window = steps_of(start_percent, end_percent)
+        method = fr.ReferenceStrength(weight, references=chosen, layers=layers_of(layers), steps=window)
         return io.NodeOutput(steer(model, method, refers=True))
 
 
