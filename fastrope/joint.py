@@ -112,7 +112,7 @@ def _decide(
     q, k, v, norms = _unzip(streams)
     _check_parts(q, k, v, plan.lowered, scale, backend)
     observed = ops.observed(*q, *k, *v, *(n.weight for n in norms if n.weight is not None))
-    decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend, plain=plain)
+    decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend, False, plain)
     decision = by_torch(decision) if observed else decision
     return None if observed and decision.kernels else decision
 
