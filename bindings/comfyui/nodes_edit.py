@@ -73,6 +73,13 @@ class GRAG(io.ComfyNode):
                     advanced=True,
                     tooltip="The same as delta, for the prompt. 1 changes nothing.",
                 ),
+                io.Float.Input(
+                    "value_delta",
+                    default=1.0,
+                    **DIAL,
+                    advanced=True,
+                    tooltip="The same as delta, for the reference's values (DCAG: 1.15 beside delta 1.1). Neutral: 1.",
+                ),
                 *place_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The steered model, for a sampler or a further node.")],
@@ -87,6 +94,7 @@ class GRAG(io.ComfyNode):
         reference: int = -1,
         text_strength: float = 1.0,
         text_delta: float = 1.0,
+        value_delta: float = 1.0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
         layers: str = "",
@@ -97,11 +105,12 @@ class GRAG(io.ComfyNode):
             delta=delta,
             text_bias=text_strength,
             text_delta=text_delta,
+            value_delta=value_delta,
             references=None if reference < 0 else [reference],
             layers=layers_of(layers),
             steps=steps_of(start_percent, end_percent),
         )
-        return io.NodeOutput(steer(model, method, refers=(strength, delta) != (1.0, 1.0)))
+        return io.NodeOutput(steer(model, method, refers={strength, delta, value_delta} != {1.0}))
 
 
 class ReferenceStrength(io.ComfyNode):

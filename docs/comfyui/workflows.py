@@ -38,7 +38,8 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
     "FastRoPE_GRAG": (
         {
             "model": "MODEL", "delta": "float", "strength": "float", "reference": "int", "text_strength": "float",
-            "text_delta": "float", "start_percent": "float", "end_percent": "float", "layers": "string",
+            "text_delta": "float", "value_delta": "float", "start_percent": "float", "end_percent": "float",
+            "layers": "string",
         },
         ["MODEL"],
     ),
@@ -79,8 +80,8 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
 
 OURS = {
     "FastRoPE_GRAG": dict(
-        delta=1.1, strength=1.0, reference=-1, text_strength=1.0, text_delta=1.0, start_percent=0.0, end_percent=1.0,
-        layers="",
+        delta=1.1, strength=1.0, reference=-1, text_strength=1.0, text_delta=1.0, value_delta=1.0, start_percent=0.0,
+        end_percent=1.0, layers="",
     ),
     "FastRoPE_ReferenceStrength": dict(weight=1.5, reference=-1, start_percent=0.0, end_percent=1.0, layers=""),
     "FastRoPE_LooseRoPE": dict(boost=0.83, levels=5, dilation=2, timing="scaled", reference=0, layers=""),

@@ -76,8 +76,9 @@ def test_grag_edits(nodes):
     assert not torch.allclose(host.sample(kept, PROMPT), stock, rtol=0, atol=1e-3)
     late = run(nodes["FastRoPE_GRAG"], model, delta=1.6, start_percent=0.5).args[0]
     one = run(nodes["FastRoPE_GRAG"], model, delta=1.6, layers="1, 3-3").args[0]
-    outs = [host.sample(m, PROMPT) for m in (kept, late, one, model)]
-    assert len({out.sum().item() for out in outs}) == 4
+    values = run(nodes["FastRoPE_GRAG"], model, delta=1.0, value_delta=1.5).args[0]
+    outs = [host.sample(m, PROMPT) for m in (kept, late, one, values, model)]
+    assert len({out.sum().item() for out in outs}) == 5
 
 
 def test_reference_strength_counts_a_picture_twice(nodes):
