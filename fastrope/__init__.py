@@ -23,6 +23,8 @@ from .methods import (
     LooseRoPE,
     PromptWeights,
     ReferenceStrength,
+    Region,
+    Regions,
     Temperature,
     UntwistingRoPE,
 )
@@ -42,9 +44,9 @@ if TYPE_CHECKING:
 __all__ = [
     "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "KeyBias", "LogitBias", "LogitGain",
     "LongVideo", "LooseRoPE", "Norm", "Plan", "PromptWeights", "QueryScale", "Reference", "ReferenceCache",
-    "ReferenceStrength", "RoPE", "Site", "Stream", "Temperature", "TokenLayout", "UntwistingRoPE", "ValueGain", "apply",
-    "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove", "scaled_dot_product_attention",
-    "steer",
+    "ReferenceStrength", "Region", "Regions", "RoPE", "Site", "Stream", "Temperature", "TokenLayout", "UntwistingRoPE",
+    "ValueGain", "apply", "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove",
+    "scaled_dot_product_attention", "steer",
 ]  # fmt: skip
 
 

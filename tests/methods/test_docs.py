@@ -41,7 +41,9 @@ def small_kontext():
             small = dict(width=16, height=16, max_area=256, _auto_resize=False)
             return super().__call__(num_inference_steps=num_inference_steps, **(arguments | small))
 
-        def encode_prompt(self, prompt=None, **arguments):
+        def encode_prompt(self, prompt=None, prompt_embeds=None, pooled_prompt_embeds=None, **arguments):
+            if prompt_embeds is not None:
+                return prompt_embeds, pooled_prompt_embeds, torch.zeros(prompt_embeds.shape[1], 3)
             return words(prompt, 1, 8, 32), words(prompt, 1, 32), torch.zeros(8, 3)
 
         def to(self, *args, **kwargs):
@@ -139,9 +141,9 @@ def test_looserope(published, monkeypatch):
 def test_strength(published, monkeypatch, tokenizer):
     monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", tokenizer)
     found = run("strength.md")
-    assert STEPS == [28] * 5
+    assert STEPS == [28] * 6
     assert found["louder"].weights == {2: 1.4, 3: 0.8}
-    pictures = [np.asarray(found[name]) for name in ("freer", "weighted", "kept", "large")]
+    pictures = [np.asarray(found[name]) for name in ("freer", "weighted", "kept", "divided", "large")]
     assert all((a != b).any() for n, a in enumerate(pictures) for b in pictures[:n])
 
 

@@ -46,10 +46,10 @@ WITH_REFERENCES = {name: host for name, host in hosts.TINY_HOSTS.items() if host
 ON_HOSTS = pytest.mark.parametrize("host", WITH_REFERENCES.values(), ids=WITH_REFERENCES)
 
 
-def check(host, method, mods) -> None:
+def check(host, method, mods, **arguments) -> None:
     """A method on a call of two rows equals the reference processors with modulations put down by hand."""
     model, call = host.build().double(), host.call(host.layout)
-    with host.by_formulas(model, host.attend(mods)):
+    with host.by_formulas(model, host.attend(mods, **arguments)):
         expected = tiny_transformers.run(model, call)
     with fr.apply(model, method) as handle:
         handle.set_step(0)
@@ -98,6 +98,49 @@ BIASES = {
 @pytest.mark.parametrize("name", BIASES)
 def test_strength(name):
     check(hosts.TINY_HOSTS["flux2"], *BIASES[name])
+
+
+SOFT = torch.zeros(6, 10)
+SOFT[:, :4], SOFT[:, 4:6] = 1.0, 0.25  # on 3 x 5 cells: columns 0 and 1 inside, column 2 at a quarter
+OF_KEY = {0: {0}, 1: {0}, 2: {1}, 3: {1, 2}} | {j: {0} for j in range(20, 26)} | {j: {1} for j in range(26, 38)}
+
+
+def weight_of(query: int, region: int) -> float:
+    """How much a token takes part in one of the three regions of :func:`dense`."""
+    if not 5 <= query < 20:
+        return float(region in OF_KEY.get(query, {0, 1, 2}))
+    row, column = divmod(query - 5, 5)
+    return [(1.0, 1.0, 0.25, 0.0, 0.0)[column], float(column in (2, 3)), float(row == 2 and column == 3)][region]
+
+
+def dense(local: bool) -> torch.Tensor:
+    """The biases of every pair, one after the other."""
+    found = torch.zeros(1, 38, 38, dtype=torch.float64)
+    for i in range(38):
+        for j in range(38):
+            if j in OF_KEY:
+                most = max(weight_of(i, region) for region in OF_KEY[j])
+                found[0, i, j] = math.log(most) if most > 0 else -math.inf
+            elif local and 5 <= i < 20 and 5 <= j < 20:
+                mine, theirs = ({r for r in range(3) if weight_of(n, r) > 0} for n in (i, j))
+                found[0, i, j] = 0.0 if not theirs or mine & theirs else -math.inf
+    return found
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_regions(local):
+    """Three regions and two references: text 3 is of two regions, text 4 and column 4 of none."""
+    columns, cell = torch.zeros(3, 5, dtype=torch.bool), torch.zeros(3, 5)
+    columns[:, 2:4], cell[2, 3] = True, 1
+    method = fr.Regions(
+        [
+            fr.Region(SOFT, text=slice(0, 2), references=[0]),
+            fr.Region(columns.numpy(), text=slice(2, 4), references=(1,)),
+            fr.Region(cell, text=slice(3, 4)),
+        ],
+        local=local,
+    )
+    check(hosts.TINY_HOSTS["flux2"], method, [], bias=dense(local))
 
 
 @ON_HOSTS
