@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from watch import Watch
 
 import fastrope as fr
 
@@ -48,12 +49,17 @@ def test_where_it_acts():
 
 
 def test_memory_grows_with_regions_and_not_with_pairs():
-    large = fr.TokenLayout(64, (64, 64), [(64, 64)])
+    large = fr.TokenLayout(64, (32, 32), [(32, 32)])
     masks = torch.rand(8, 32, 32, generator=torch.Generator().manual_seed(0))
     regions = [fr.Region(mask, slice(8 * n, 8 * n + 8)) for n, mask in enumerate(masks)]
     found = fr.Regions(regions).modulations(site(large))
     assert len(found) == 8
     assert all(m.bias.shape == m.keys.shape == (len(large),) for m in found)
+    q, k, v = torch.randn(3, 1, len(large), 1, 16)
+    plan = fr.plan(rope=fr.RoPE.axial(large.positions("flux"), axes_dim=(4, 6, 6)), modulations=found)
+    with Watch() as watch:
+        fr.attention(q, k, v, plan=plan, backend="sdpa")
+    assert watch.largest < len(large) ** 2 * q.element_size() / 8, watch.where
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
