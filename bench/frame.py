@@ -37,8 +37,9 @@ class Selection:
         return [w for w in workloads.values() if w.small == self.small][: 1 if self.quick else None]
 
     def cases_of(self, names: Iterable[str]) -> list[str]:
-        """The cases of ``names`` that are asked for."""
-        return [name for name in names if self.cases is None or name in self.cases]
+        """The cases of ``names`` that are asked for, in the order in which they are."""
+        known = list(names)
+        return known if self.cases is None else [name for name in self.cases if name in known]
 
     def peers_of(self, names: Iterable[str]) -> list[str]:
         """The peers of ``names`` that are asked for."""

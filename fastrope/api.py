@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import debug as debugging
 from . import ops, verification
+from .backends.folded import kernel_name
 from .backends.plain import chosen as chosen_plain
 from .checks import require
 from .dispatch import Decision, by_torch, choose, decide, execute
@@ -20,7 +22,7 @@ from .planning import plan as make_plan
 from .planning.resolve import as_tuple
 from .planning.segments import Segment
 from .rope import RoPE
-from .validation import check_plan, check_tensors, scale_of
+from .validation import check_call, check_plan, check_tensors, scale_of
 
 
 @overload
@@ -93,21 +95,24 @@ def attention(
         plan = _plan_for_compiled(plan, rope, key_rope, modulations, key_mask)
         out, lse = _through_op(q, k, v, plan, scale, return_lse, _traceable(backend, q, k, v))
         return out if lse is None else (out, lse)
-    check_tensors(q, k, v, scale, backend)
     handed = chosen_plain(plain, backend)
+    if plan is None:
+        check_tensors(q, k, v, backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
-    check_plan(q, k, plan.lowered)
-    observed = ops.observed(q, k, v)
-    decision = (choose if observed else decide)(plan.lowered, q, k, v, backend, return_lse, handed)
-    decision = by_torch(decision) if observed else decision
-    check = debugging.enabled(debug)
-    if check:
+    check, observed = partial(check_call, q, k, v, plan.lowered, backend), ops.observed(q, k, v)
+    if observed:
+        check()
+        decision = by_torch(choose(plan.lowered, q, k, v, backend, return_lse, handed))
+    else:
+        decision = decide(plan.lowered, q, k, v, backend, return_lse, handed, check)
+    checked = debugging.enabled(debug)
+    if checked:
         debugging.check_inputs(q, k, v, plan.resolved, scale)
     if observed and decision.kernels:
         out, lse = _through_op(q, k, v, plan, scale, return_lse, backend)
     else:
         out, lse = execute(decision, plan.lowered, q, k, v, scale, return_lse, plan.resolved)
-    if check:
+    if checked:
         debugging.check_output(q, k, v, plan.resolved, scale, out, decision.backend)
     return out if lse is None else (out, lse)
 
@@ -188,6 +193,7 @@ class Explanation:
         trust: what is known of the kernels on this card, see :mod:`fastrope.verification`; None where none run unasked.
         key_bias: True where a KeyBias counts.
         values: names of the modulations of values.
+        torch_kernel: what torch's attention runs, where our kernels prepare its inputs on a GPU.
     """
 
     decision: Decision
@@ -201,6 +207,7 @@ class Explanation:
     trust: str | None = None
     key_bias: bool = False
     values: tuple[str, ...] = ()
+    torch_kernel: str | None = None
 
     @property
     def backend(self) -> str:
@@ -248,6 +255,8 @@ class Explanation:
             lines.append(f"unmodulated queries: {self.unmodulated}, through {name}")
         if decision.packs:
             lines.append(f"prologue: kernels over {', '.join(decision.packs)}")
+        if self.torch_kernel:
+            lines.append(f"torch's attention: {self.torch_kernel}")
         if self.trust:
             lines.append(f"trust in the kernels: {self.trust}")
         if self.passes > 1:
@@ -283,13 +292,15 @@ def explain(
         ValueError, NotImplementedError: what :func:`attention` would raise.
     """
     modulations = as_tuple(modulations)
-    check_tensors(q, k, v, scale_of(q, scale), backend)
+    scale_of(q, scale)
+    check_tensors(q, k, v, backend)
     plan = _plan_for(q, k, rope, key_rope, modulations, key_mask, plan)
     lowered = plan.lowered
     check_plan(q, k, lowered)
     decision = decide(lowered, q, k, v, backend, return_lse, chosen_plain(plain, backend))
     scales = lowered.scales
     folded = {"BiasDelta": plan.resolved.value_groups, "ValueGain": plan.resolved.value_gains}
+    prepared = (decision.folded or decision.split) and decision.plain is None
     return Explanation(
         decision, lowered.segments,
         scale_buckets=() if scales is None else tuple(scales.buckets.tolist()),
@@ -300,4 +311,5 @@ def explain(
         trust=verification.status(decision.kind, q.device) if decision.trusted else None,
         key_bias=lowered.keys.biased,
         values=tuple(name for name, held in folded.items() if held),
+        torch_kernel=kernel_name(q, k) if prepared and q.device.type == "cuda" else None,
     )  # fmt: skip

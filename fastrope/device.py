@@ -52,6 +52,11 @@ def switched_on(name: str, default: bool) -> bool:
     return SWITCHES[value.lower()] if value else default
 
 
+def switches() -> tuple[str | None, ...]:
+    """The environment variables that a choice of kernels depends on, as they are."""
+    return tuple(os.environ.get(f"FASTROPE_{name}") for name in ("KERNELS", "TMA", "POLYNOMIAL"))
+
+
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
     """True when triton is installed."""

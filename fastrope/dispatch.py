@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -23,7 +24,7 @@ from .planning.lowered import Lowered
 from .planning.resolved import Resolved
 from .sample import Kind, disagreement, draw
 
-BACKENDS = ("triton", "sdpa", "eager")
+Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Decision:
             :mod:`fastrope.backends.split_rows`.
         passes: runs over the keys, merged by their log-sum-exps.
         packs: those of ``"q"``, ``"k"``, ``"v"`` that take a pass of our kernels before attention.
+        prepares: those that take one before torch's attention.
         launch: how the fused loop runs; None where it does not.
         plain: the attention that folded or split-off work is handed to; None: torch's.
         trusted: kernels that nobody asked for by name run on a GPU; ``kind`` is what has to be verified before, None
@@ -52,6 +54,7 @@ class Decision:
     split: bool = False
     passes: int = 1
     packs: tuple[str, ...] = ()
+    prepares: tuple[str, ...] = ()
     launch: fused.Launch | None = None
     plain: Plain | None = None
     trusted: bool = False
@@ -68,24 +71,52 @@ class Decision:
 
 def decide(
     lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool = False,
-    plain: Plain | None = None,
+    plain: Plain | None = None, check: Callable[[], object] = lambda: None,
 ) -> Decision:  # fmt: skip
-    """How a checked call runs. A backend that is asked for runs or raises; ``auto`` never changes the mathematics.
+    """How a call runs. A backend that is asked for runs or raises; ``auto`` never changes the mathematics. Decided once
+    for tensors of one layout, and remembered with the plan.
 
     Args:
         q, k, v: ``(B, S, H, D)`` tensors, or :class:`fastrope.kernels.Streams` of them.
         backend: one of ``BACKENDS``, or ``"auto"``.
         plain: the attention for work that folds or splits off; None: torch's, where that is faster.
+        check: called before a decision is made: what it checks must depend on nothing else.
 
     Raises:
         NotImplementedError: the backend asked for cannot run this call.
     """
+
+    def make() -> Decision:
+        check()
+        return _decide(lowered, q, k, v, backend, return_lse, plain)
+
+    if plain is not None:  # anybody's function, which need not be hashable
+        chosen = make()
+    else:
+        key = backend, return_lse, _differentiates(q, k, v), devices.switches(), *map(_layout, (q, k, v))
+        chosen = lowered.once(("decision", key), make)
+    if chosen.kind is not None and verification.failed(chosen.kind, q.device):
+        return _without_kernels(chosen, lowered)
+    return chosen
+
+
+def _layout(x: Projected) -> tuple:
+    """All that a decision reads of a tensor, or of streams."""
+    if isinstance(x, Streams):
+        return tuple(map(_layout, x.parts))
+    if not hasattr(x, "data_ptr"):
+        return (type(x),)  # no tensor, which the check refuses
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+
+
+def _decide(
+    lowered: Lowered, q: Projected, k: Projected, v: Projected, backend: str, return_lse: bool,
+    plain: Plain | None,
+) -> Decision:  # fmt: skip
     chosen = _completed(choose(lowered, q, k, v, backend, return_lse, plain), lowered, q, k, v)
     if backend == "triton" or not (chosen.kernels and devices.on_gpu(q)):  # who names the kernels has them
         return chosen
     kind = _kind(chosen, lowered, q, k) if verification.needed(q.device) else None
-    if kind is not None and verification.failed(kind, q.device):
-        return _without_kernels(chosen, lowered)
     return replace(chosen, trusted=True, kind=kind)
 
 
@@ -118,14 +149,17 @@ def _without_kernels(decision: Decision, lowered: Lowered) -> Decision:
 
 def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
     """The rest of a decision, which reads strides."""
-    if chosen.folded:
-        return replace(chosen, packs=folded.packs(q, k, v, lowered))
+    prepares, packs = (), set()
+    if chosen.folded or chosen.split:
+        prepares = folded.prepares(q, k, v, lowered)
+        packs = {*prepares, *(() if lowered.keys.masked is None else ("k", "v"))}  # under a mask these are gathered
     if chosen.backend == "triton":
         launch = fused.Launch.of(q, k, v, lowered)
-        others = folded.packs(q, k, v, lowered) if chosen.split else ()
-        packs = tuple(name for name in "qkv" if name in (*launch.packs, *others))
-        return replace(chosen, passes=max(len(lowered.passes), 1), packs=packs, launch=launch)
-    return replace(chosen, passes=len(sdpa.passes(lowered))) if chosen.backend == "sdpa" else chosen
+        chosen = replace(chosen, passes=max(len(lowered.passes), 1), launch=launch)
+        packs |= {*launch.packs}
+    elif not chosen.folded and chosen.backend == "sdpa":
+        chosen = replace(chosen, passes=len(sdpa.passes(lowered)))
+    return replace(chosen, prepares=prepares, packs=tuple(name for name in "qkv" if name in packs))
 
 
 def choose(
@@ -133,7 +167,7 @@ def choose(
     plain: Plain | None = None,
 ) -> Decision:  # fmt: skip
     """The backend part of :func:`decide`, which reads neither values nor addresses: tensors may be fake ones."""
-    grad = torch.is_grad_enabled() and any(not isinstance(x, Streams) and differentiated(x) for x in (q, k, v))
+    grad = _differentiates(q, k, v)
     found = _backend_for(lowered, q, grad, backend, return_lse)
     if plain is not None and backend in ("auto", "sdpa") and not return_lse:
         found = _handed_over(found, lowered, q, grad, backend, plain)
@@ -195,6 +229,10 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
     return Decision(chosen, f"{rule.reason} ({rule.basis})", rejected, split=split)
 
 
+def _differentiates(*inputs: Projected) -> bool:
+    return torch.is_grad_enabled() and any(hasattr(x, "requires_grad") and differentiated(x) for x in inputs)
+
+
 def differentiated(x: Tensor) -> bool:
     """Whether reverse or forward mode follows ``x``."""
     return x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
@@ -231,17 +269,17 @@ def _attend(
     decision: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected, scale: float, return_lse: bool,
     resolved: Resolved | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    tensors = cast(tuple[Tensor, Tensor, Tensor], (q, k, v))  # streams go to our kernels alone
+    tensors = cast(Tensors, (q, k, v))  # streams go to our kernels alone
     if decision.backend == "eager":
         return reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
     if decision.folded:
-        return folded.run(q, k, v, lowered, scale, (None, None), decision.plain), None
+        return folded.run(q, k, v, lowered, scale, decision.prepares, (None, None), decision.plain), None
     if decision.launch is None and decision.plain is not None:
         return hand_over.run(*tensors, lowered, scale, decision.plain, decision.split), None
     if decision.launch is None:
         return sdpa.run(*tensors, lowered, scale, return_lse)
     if decision.split:
-        return split_rows.run(q, k, v, lowered, scale, decision.launch, decision.plain), None
+        return split_rows.run(q, k, v, lowered, scale, decision.launch, decision.prepares, decision.plain), None
     return fused.run(q, k, v, lowered, scale, decision.launch)
 
 

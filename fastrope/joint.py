@@ -270,6 +270,7 @@ def _check_parts(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], lowered: Lowered, scale: float, backend: str
 ) -> None:
     """What can be said of the streams beside a plan; an op checks it again, as a graph may be handed other tensors."""
-    check_tensors(q[0], k[0], v[0], scale, backend)
+    scale_of(q[0], scale)
+    check_tensors(q[0], k[0], v[0], backend)
     queries, keys = (parts[0][:, :1].expand(-1, sum(x.shape[1] for x in parts), -1, -1) for parts in (q, k))
     check_plan(queries, keys, lowered)

@@ -8,6 +8,7 @@ lines are the same checks as outside a graph, so a wrong shape raises while trac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .backends import sdpa
 from .dispatch import decide, execute
 from .planning import Lowered
-from .validation import check_plan, check_tensors
+from .validation import check_call, scale_of
 
 
 def observed(*tensors: Tensor) -> bool:
@@ -59,12 +60,10 @@ def planned_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """:func:`fastrope.attention` of a plan given as ``list(plan.tensors)`` and ``plan.spec``."""
-    lowered = Lowered.unflatten(tensors, spec)
-    check_tensors(q, k, v, scale, backend)
-    check_plan(q, k, lowered)
+    lowered, scale = Lowered.unflatten(tensors, spec), scale_of(q, scale)
     refuse_eager(backend)
     with torch.no_grad():
-        decision = decide(lowered, q, k, v, backend, return_lse)
+        decision = decide(lowered, q, k, v, backend, return_lse, check=partial(check_call, q, k, v, lowered, backend))
         return _outputs(q, *execute(decision, lowered, q, k, v, scale, return_lse))
 
 
@@ -72,8 +71,8 @@ def planned_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], spec: str, scale: float, return_lse: bool, backend: str
 ):
-    check_tensors(q, k, v, scale, backend)
-    check_plan(q, k, Lowered.unflatten(tensors, spec))
+    scale_of(q, scale)
+    check_call(q, k, v, Lowered.unflatten(tensors, spec), backend)
     refuse_eager(backend)
     batch, length, heads, _ = q.shape
     lse = q.new_empty((batch, heads, length) if return_lse else (0,), dtype=_wide(q))

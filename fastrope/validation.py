@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .checks import require, require_tensor
-from .dispatch import BACKENDS
 from .planning.lowered import Lowered
 from .planning.resolve import same_device
 
+BACKENDS = ("triton", "sdpa", "eager")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> None:
-    """What can be said of q, k, v without a plan."""
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+    """What can be said of q, k, v without a plan: nothing that depends on their values."""
     for name, x, heads in (("q", q, "H"), ("k", k, "Hkv"), ("v", v, "Hkv")):
         require_tensor(name, x, (4,), f"(B, S, {heads}, D)")
     require(q.dtype in DTYPES, "q", "float64, float32, float16 or bfloat16", q.dtype)
@@ -30,7 +30,6 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -
     for name, x in (("k", k), ("v", v)):
         require(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
         require(x.device == q.device, name, f"the device of q, {q.device}", x.device)
-    require(-float("inf") < scale < float("inf"), "scale", "a finite number", scale)
     require(backend in ("auto", *BACKENDS), "backend", f"one of {('auto', *BACKENDS)}", repr(backend))
 
 
@@ -49,10 +48,17 @@ def check_plan(q: Tensor, k: Tensor, lowered: Lowered) -> None:
         require(same, "plan", f"tensors on the device of q, {q.device}", segments.device)
 
 
+def check_call(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, backend: str) -> None:
+    """Both: what depends on dtypes, shapes, devices and the plan alone."""
+    check_tensors(q, k, v, backend)
+    check_plan(q, k, lowered)
+
+
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the logits, ``D ** -0.5`` where none is given."""
     require_tensor("q", q, (4,), "(B, S, H, D)")
     if scale is None:
         return q.shape[-1] ** -0.5
     require(isinstance(scale, Real) and not isinstance(scale, bool), "scale", "a number or None", repr(scale))
+    require(-float("inf") < scale < float("inf"), "scale", "a finite number", scale)
     return float(scale)

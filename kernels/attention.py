@@ -6,6 +6,8 @@ bias ``(lambda - delta) g <w q, mu> + b``); the loop body is that of plain atten
 number per key.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +28,10 @@ from .common import (
     softmax_step,
     when,
 )  # fmt: skip
-from .config import LaunchConfig, precision
-from .descriptors import descriptor, load_block
-from .tables import LOG2E, KernelTables, batch_stride, strides
+from .config import LaunchConfig
+from .descriptors import load_block, tile
+from .launch import Launch, Layout, batch_stride, launch, strides
+from .tables import LOG2E, KernelTables
 
 
 @triton.jit
@@ -36,7 +39,7 @@ def attend(
     acc, l_i, m_i, q, row_scale, row_bias,
     K, V, KEY_BIAS, b, h, start, stop, key_shift, stride_ks, stride_kd, stride_vs, stride_vd,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MODULATED: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr, TMA: tl.constexpr, PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr, TMA: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of one query tile over keys [start, stop), whose rows in K lie key_shift further.
 
@@ -63,7 +66,7 @@ def attend(
         k = load_block(
             K, b, h, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA
         )
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_M, BLOCK_N] float32
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_M, BLOCK_N] float32
         if MODULATED:
             qk += row_bias[:, None]  # one instruction with the factor
         if HAS_KEY_BIAS:
@@ -81,7 +84,7 @@ def attend(
             acc = acc * alpha[:, None]  # before the values take registers
             # Rows beyond the tile load as zeros: 0 x NaN of what lies behind the buffer would poison the sum.
             v = load_block(V, b, h, start_n, offs_n, valid, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)
-            acc = tl.dot(p.to(dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] float32
+            acc = tl.dot(p.to(dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_D] float32
     if PIPELINED:
         last = start + (tl.cdiv(stop - start, BLOCK_N) - 1) * BLOCK_N
         v = load_block(
@@ -127,7 +130,7 @@ def attention_kernel(
     bucket_batch_stride, log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY_TILE: tl.constexpr, MODULATED: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, TMA: tl.constexpr,
-    PIPELINED: tl.constexpr, PRECISION: tl.constexpr,
+    PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head against all segments. num_sorted is 0 where queries keep their order."""
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -181,7 +184,7 @@ def attention_kernel(
                 acc, l_i, m_i, q, row_scale, row_bias,
                 k_head, v_head, key_biases, b.to(tl.int32), kv_head, start, stop, key_shift,
                 stride_ks, stride_kd, stride_vs, stride_vd,
-                HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_KEY_BIAS, TMA, PIPELINED, PRECISION,
+                HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_KEY_BIAS, TMA, PIPELINED,
             )  # fmt: skip
         state = bh.to(tl.int64) * num_per_query + offs_m
         acc, l_i, m_i = resume(
@@ -194,7 +197,7 @@ def attention_kernel(
             acc, l_i, m_i, q, log2_scale, 0.0,
             k_head, v_head, key_biases, b.to(tl.int32), kv_head, 0, num_keys, 0,
             stride_ks, stride_kd, stride_vs, stride_vd,
-            HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_KEY_BIAS, TMA, PIPELINED, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, MODULATED, HAS_KEY_BIAS, TMA, PIPELINED,
         )  # fmt: skip
 
     # No key left: zeros, and a log-sum-exp of -inf.
@@ -242,31 +245,41 @@ def fused_attention(
     Returns:
         out ``(B, Sq, H, D)`` and lse ``(B, H, Sq)`` float32, natural log.
     """
-    batch, heads, _, rows, dim = q.shape
+    batch, heads, _, _, dim = q.shape
     out = torch.empty((batch, num_queries, heads, dim), dtype=dtype, device=q.device)
     lse = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
-    t = tables or KernelTables(lse)
-    # A pointer stands in for a table that a call has not: its loads are masked off. A flag for each would double the
-    # number of binaries each time.
-    bias, groups, gains, biases = (lse if x is None else x for x in (bias, t.groups, t.gains, t.biases))
-    sorted_queries, tile_bucket = (t.segments if x is None else x for x in (t.sorted_queries, t.tile_bucket))
-    acc, m, l_sum = state or (lse, lse, lse)
-    keys, values = (descriptor(x, config.block_n, config.block_d) for x in (k, v)) if config.tma else (k, v)
-    attention_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        Q=q, K=keys, V=values, OUT=out, LSE=lse, SEGMENTS=t.segments, BIAS=bias, GROUPS=groups, GAINS=gains,
-        LOGIT_BIASES=biases, KEY_BIAS=lse if key_bias is None else key_bias, SORTED_QUERIES=sorted_queries,
-        TILE_BUCKET=tile_bucket, STATE=acc, STATE_M=m, STATE_L=l_sum,
-        **strides("q", q, "bhvsd"), **strides("k", k, "bhsd"), **strides("v", v, "bhsd"),
-        num_segments=t.segments.shape[0], num_queries=num_queries, num_keys=num_keys, num_rows=rows, heads=heads,
-        key_heads=k.shape[1], scaled_keys=t.scaled_keys,
-        num_sorted=0 if t.sorted_queries is None else t.sorted_queries.shape[1], num_per_query=t.num_per_query,
-        groups_batch_stride=batch_stride(t.groups), gains_batch_stride=batch_stride(t.gains),
-        biases_batch_stride=batch_stride(t.biases),
-        key_bias_batch_stride=batch_stride(key_bias), sorted_batch_stride=batch_stride(t.sorted_queries),
-        bucket_batch_stride=batch_stride(t.tile_bucket), log2_scale=scale * LOG2E,
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        QUERY_TILE=abi.QUERY_TILE, MODULATED=tables is not None, HAS_KEY_BIAS=key_bias is not None, TMA=config.tma,
-        PIPELINED=config.pipelined, PRECISION=precision(q.dtype), num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )  # fmt: skip
+    t, (acc, m, l_sum) = tables or KernelTables(lse), state or (None, None, None)
+    tensors = {
+        "Q": q, "K": k, "V": v, "OUT": out, "LSE": lse, "SEGMENTS": t.segments, "BIAS": bias, "GROUPS": t.groups,
+        "GAINS": t.gains, "LOGIT_BIASES": t.biases, "KEY_BIAS": key_bias, "SORTED_QUERIES": t.sorted_queries,
+        "TILE_BUCKET": t.tile_bucket, "STATE": acc, "STATE_M": m, "STATE_L": l_sum,
+    }  # fmt: skip
+    modulated = tables is not None
+    launch(_attention, tensors, num_keys, modulated, t.scaled_keys, t.num_per_query, scale, config)
     return out, lse
+
+
+def _attention(
+    at: dict[str, Layout | None], num_keys: int, modulated: bool, scaled_keys: int, num_per_query: int, scale: float,
+    config: LaunchConfig,
+) -> Launch:  # fmt: skip
+    batch, heads, _, rows, dim = at["Q"].shape
+    order, key_bias = at["SORTED_QUERIES"], at["KEY_BIAS"]
+    arguments = dict(
+        **strides("q", at["Q"], "bhvsd"), **strides("k", at["K"], "bhsd"), **strides("v", at["V"], "bhsd"),
+        num_segments=at["SEGMENTS"].shape[0], num_queries=at["OUT"].shape[1], num_keys=num_keys, num_rows=rows,
+        heads=heads, key_heads=at["K"].shape[1], scaled_keys=scaled_keys,
+        num_sorted=0 if order is None else order.shape[1], num_per_query=num_per_query,
+        groups_batch_stride=batch_stride(at["GROUPS"]), gains_batch_stride=batch_stride(at["GAINS"]),
+        biases_batch_stride=batch_stride(at["LOGIT_BIASES"]), key_bias_batch_stride=batch_stride(key_bias),
+        sorted_batch_stride=batch_stride(order),
+        bucket_batch_stride=batch_stride(at["TILE_BUCKET"]), log2_scale=scale * LOG2E,
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        QUERY_TILE=abi.QUERY_TILE, MODULATED=modulated, HAS_KEY_BIAS=key_bias is not None, TMA=config.tma,
+        PIPELINED=config.pipelined, **config.options,
+    )  # fmt: skip
+    floats = ("BIAS", "GROUPS", "GAINS", "LOGIT_BIASES", "KEY_BIAS", "STATE", "STATE_M", "STATE_L")
+    stand_ins = {**dict.fromkeys(floats, "LSE"), **dict.fromkeys(("SORTED_QUERIES", "TILE_BUCKET"), "SEGMENTS")}
+    tiles = {name: tile(at[name], config.block_n, config.block_d) for name in "KV"} if config.tma else {}
+    grid = (triton.cdiv(rows, config.block_m) * batch * heads,)
+    return Launch(attention_kernel, grid, arguments, stand_ins, tiles)

@@ -9,6 +9,8 @@ Those of a row share the angles of pair class A, those of a column those of clas
 is two batched products and a plain one. The fused loop resumes the running softmax.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,9 @@ from .common import (
     store_state,
     when,
 )  # fmt: skip
-from .config import LaunchConfig, precision
-from .tables import LOG2E, AxisBlocks, KernelTables, batch_stride, strides
+from .config import LaunchConfig
+from .launch import Launch, Layout, batch_stride, launch, strides
+from .tables import LOG2E, AxisBlocks, KernelTables
 
 AXIS_BLOCK = tl.constexpr(abi.AXIS_BLOCK)
 CHUNK = tl.constexpr(abi.PAIR_CHUNK)
@@ -72,7 +75,7 @@ def key_turns(KEY_PHASE, keys, mask, pair, phase_low, PAIRS: tl.constexpr):
 def turned_product(
     s, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
     K, KEY_PHASE, phase_low, representatives, keys, present, stride_ks, stride_kd,
-    COLUMNS, num_columns, interleaved, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS, num_columns, interleaved, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Add one pair class's scores of a block to s [U, M, N]: queries turned once per representative, times U x N keys.
 
@@ -93,8 +96,8 @@ def turned_product(
         k_x, k_y = load_pairs(
             K, keys[:, None, :], mask, pair[None, :, None], stride_ks, stride_kd, interleaved, PAIRS
         )  # [U, C, N]
-        s = tl.dot(turned_x, k_x, s, input_precision=PRECISION)
-        s = tl.dot(turned_y, k_y, s, input_precision=PRECISION)
+        s = tl.dot(turned_x, k_x, s, input_precision="ieee")
+        s = tl.dot(turned_y, k_y, s, input_precision="ieee")
     return s
 
 
@@ -102,7 +105,7 @@ def turned_product(
 def whole_block_product(
     qk, Q, COS, SIN, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
     K, KEY_PHASE, phase_low, representative, keys, present, stride_ks, stride_kd,
-    COLUMNS, num_columns, interleaved, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS, num_columns, interleaved, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Add the scores of the pairs whose angles a whole block shares to qk [M, KEYS]: queries turned once.
 
@@ -117,15 +120,15 @@ def whole_block_product(
         k_x, k_y = load_pairs(
             K, keys[None, :], mask, pair[:, None], stride_ks, stride_kd, interleaved, PAIRS
         )  # [C, KEYS]
-        qk = tl.dot((x * cos - y * sin).to(k_x.dtype), k_x, qk, input_precision=PRECISION)
-        qk = tl.dot((y * cos + x * sin).to(k_y.dtype), k_y, qk, input_precision=PRECISION)
+        qk = tl.dot((x * cos - y * sin).to(k_x.dtype), k_x, qk, input_precision="ieee")
+        qk = tl.dot((y * cos + x * sin).to(k_y.dtype), k_y, qk, input_precision="ieee")
     return qk
 
 
 @triton.jit
 def weigh_values(
     acc, p, V, keys, present, stride_vs, stride_vd,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """acc += p V over the keys of a block, ROWS of its rows at a time (in float32 a product holds all its operands in
     registers). p: [M, AXIS_BLOCK * AXIS_BLOCK]; keys, present: [AXIS_BLOCK, AXIS_BLOCK]."""
@@ -147,7 +150,7 @@ def weigh_values(
             here = tl.sum(found, 0) != 0
         mask = here[:, None] & (offs_d < HEAD_DIM)[None, :]
         v = tl.load(V + (key[:, None] * stride_vs + offs_d[None, :] * stride_vd), mask=mask, other=0.0)
-        acc = tl.dot(p_i.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(p_i.to(v.dtype), v, acc, input_precision="ieee")
     return acc
 
 
@@ -174,7 +177,7 @@ def axis_block_kernel(
     bucket_batch_stride, interleaved,
     log2_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    QUERY_TILE: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_TILE: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries with per-query scales of one head against the axis blocks of all scaled segments."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
@@ -221,13 +224,13 @@ def axis_block_kernel(
                 tl.zeros([AXIS_BLOCK, BLOCK_M, AXIS_BLOCK], dtype=tl.float32),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
                 k_base, key_phase, phase_low, tl.load(BLOCK_B + block * AXIS_BLOCK + offs_u), tl.trans(keys),
-                tl.trans(present), stride_ks, stride_kd, COLUMNS_B, columns_b, interleaved, PAIRS, PRECISION,
+                tl.trans(present), stride_ks, stride_kd, COLUMNS_B, columns_b, interleaved, PAIRS,
             )  # [N, M, U]  # fmt: skip
             qk = turned_product(
                 tl.permute(across, (2, 1, 0)),
                 q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
                 k_base, key_phase, phase_low, tl.load(BLOCK_A + block * AXIS_BLOCK + offs_u), keys, present,
-                stride_ks, stride_kd, COLUMNS_A, columns_a, interleaved, PAIRS, PRECISION,
+                stride_ks, stride_kd, COLUMNS_A, columns_a, interleaved, PAIRS,
             )  # [U, M, N]  # fmt: skip
             qk = tl.reshape(tl.permute(qk, (1, 0, 2)), (BLOCK_M, KEYS))
 
@@ -235,7 +238,7 @@ def axis_block_kernel(
             qk = whole_block_product(
                 qk, q_base, cos, sin, WEIGHTS, rows, row_mask, factor, factor_low, weight, stride_qs, stride_qd,
                 k_base, key_phase, phase_low, tl.load(BLOCK_C + block).to(tl.int64), tl.reshape(keys, (KEYS,)), flat,
-                stride_ks, stride_kd, COLUMNS_C, columns_c, interleaved, PAIRS, PRECISION,
+                stride_ks, stride_kd, COLUMNS_C, columns_c, interleaved, PAIRS,
             )  # fmt: skip
             qk = qk * row_scale[:, None] + row_bias[:, None]
             if HAS_KEY_BIAS:
@@ -244,7 +247,7 @@ def axis_block_kernel(
             p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
             acc = weigh_values(
                 acc * alpha[:, None], p, V=v_base, keys=keys, present=present, stride_vs=stride_vs, stride_vd=stride_vd,
-                HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // AXIS_BLOCK, PRECISION=PRECISION,
+                HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROWS=BLOCK_N // AXIS_BLOCK,
             )  # fmt: skip
 
     state = bh.to(tl.int64) * num_per_query + offs_m
@@ -276,32 +279,43 @@ def axis_block_attention(
     Returns:
         ``acc (B, H, C, D)``, ``m`` and ``l (B, H, C)``, float32: unnormalised output, running maximum (base 2), sum.
     """
-    batch, num_queries, heads, dim = q.shape
-    t, count = tables, tables.num_per_query
-    acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=q.device)
-    m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=q.device) for _ in range(2))
-    # A pointer stands in for a table that a call has not; its loads are masked off.
-    weights, groups, gains, biases = (m if x is None else x for x in (t.weights, t.groups, t.gains, t.biases))
+    batch, _, heads, dim = q.shape
+    t, shape = tables, (batch, heads, tables.num_per_query)
+    acc = torch.empty((*shape, dim), dtype=torch.float32, device=q.device)
+    m, l_sum = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     cos, sin = (x[:, 1] for x in rotation)
-    axis_block_kernel[(count // config.block_m * batch * heads,)](
-        Q=q, K=k, V=v, STATE=acc, STATE_M=m, STATE_L=l_sum, SEGMENTS=t.segments, BLOCK_KEYS=blocks.keys,
-        BLOCK_A=blocks.rows_a, BLOCK_B=blocks.rows_b, BLOCK_C=blocks.rows_c, COLUMNS_A=blocks.pairs_a,
-        COLUMNS_B=blocks.pairs_b, COLUMNS_C=blocks.pairs_c, QUERY_COS=cos, QUERY_SIN=sin, KEY_PHASE=blocks.phase,
-        FACTOR=blocks.factor, WEIGHTS=weights, BIAS=bias, GROUPS=groups, GAINS=gains, LOGIT_BIASES=biases,
-        KEY_BIAS=m if key_bias is None else key_bias,
-        SORTED_QUERIES=t.sorted_queries, TILE_BUCKET=t.tile_bucket,
-        **strides("q", q, "bshd"), **strides("k", k, "bhsd"), **strides("v", v, "bhsd"),
-        num_segments=t.segments.shape[0], num_queries=num_queries, num_sorted=t.sorted_queries.shape[1], heads=heads,
-        key_heads=k.shape[1], num_per_query=count, columns_a=blocks.pairs_a.shape[0],
-        columns_b=blocks.pairs_b.shape[0], columns_c=blocks.pairs_c.shape[0], cos_batch_stride=batch_stride(cos),
-        phase_batch_stride=batch_stride(blocks.phase), phase_low=blocks.phase.stride(1),
-        factor_batch_stride=batch_stride(blocks.factor), groups_batch_stride=batch_stride(t.groups),
-        gains_batch_stride=batch_stride(t.gains), biases_batch_stride=batch_stride(t.biases),
-        key_bias_batch_stride=batch_stride(key_bias),
-        sorted_batch_stride=batch_stride(t.sorted_queries), bucket_batch_stride=batch_stride(t.tile_bucket),
-        interleaved=int(interleaved), log2_scale=scale * LOG2E,
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        QUERY_TILE=abi.QUERY_TILE, HAS_KEY_BIAS=key_bias is not None, PRECISION=precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    tensors = {
+        "Q": q, "K": k, "V": v, "STATE": acc, "STATE_M": m, "STATE_L": l_sum, "SEGMENTS": t.segments,
+        "BLOCK_KEYS": blocks.keys, "BLOCK_A": blocks.rows_a, "BLOCK_B": blocks.rows_b, "BLOCK_C": blocks.rows_c,
+        "COLUMNS_A": blocks.pairs_a, "COLUMNS_B": blocks.pairs_b, "COLUMNS_C": blocks.pairs_c, "QUERY_COS": cos,
+        "QUERY_SIN": sin, "KEY_PHASE": blocks.phase, "FACTOR": blocks.factor, "WEIGHTS": t.weights, "BIAS": bias,
+        "GROUPS": t.groups,
+        "GAINS": t.gains, "LOGIT_BIASES": t.biases, "KEY_BIAS": key_bias,
+        "SORTED_QUERIES": t.sorted_queries, "TILE_BUCKET": t.tile_bucket,
+    }  # fmt: skip
+    launch(_axis_blocks, tensors, interleaved, scale, config)
     return acc, m, l_sum
+
+
+def _axis_blocks(at: dict[str, Layout | None], interleaved: bool, scale: float, config: LaunchConfig) -> Launch:
+    (batch, num_queries, heads, dim), count = at["Q"].shape, at["STATE_M"].shape[2]
+    columns = {f"columns_{x}": at[f"COLUMNS_{x.upper()}"].shape[0] for x in "abc"}
+    batches = {
+        f"{name}_batch_stride": batch_stride(at[table])
+        for name, table in (
+            ("cos", "QUERY_COS"), ("phase", "KEY_PHASE"), ("factor", "FACTOR"), ("groups", "GROUPS"),
+            ("gains", "GAINS"), ("biases", "LOGIT_BIASES"), ("key_bias", "KEY_BIAS"),
+            ("sorted", "SORTED_QUERIES"), ("bucket", "TILE_BUCKET"),
+        )
+    }  # fmt: skip
+    arguments = dict(
+        **strides("q", at["Q"], "bshd"), **strides("k", at["K"], "bhsd"), **strides("v", at["V"], "bhsd"), **columns,
+        **batches, num_segments=at["SEGMENTS"].shape[0], num_queries=num_queries,
+        num_sorted=at["SORTED_QUERIES"].shape[1], heads=heads, key_heads=at["K"].shape[1], num_per_query=count,
+        phase_low=at["KEY_PHASE"].strides[1], interleaved=int(interleaved), log2_scale=scale * LOG2E,
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        QUERY_TILE=abi.QUERY_TILE, HAS_KEY_BIAS=at["KEY_BIAS"] is not None,
+        **config.options,
+    )  # fmt: skip
+    stand_ins = dict.fromkeys(("WEIGHTS", "GROUPS", "GAINS", "LOGIT_BIASES", "KEY_BIAS"), "STATE_M")
+    return Launch(axis_block_kernel, (count // config.block_m * batch * heads,), arguments, stand_ins)

@@ -38,13 +38,26 @@ def load_tile(X, start, offs, valid, stride_s, stride_d, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def stream_rows(X, X2, rows, split, stride_s, stride2_s, STREAMS: tl.constexpr):
-    """Where rows begin, [rows, 1] pointers; rows from ``split`` on lie in X2."""
+def stream_rows(X, X2, rows, split, stride_s, stride2_s):
+    """Where rows begin in X, and in X2, which has those from ``split`` on: [rows, 1] pointers."""
     row = rows.to(tl.int64)
-    first = X + row * stride_s
+    return (X + row * stride_s)[:, None], (X2 + (row - split) * stride2_s)[:, None]
+
+
+@triton.jit
+def load_stream_members(
+    ROWS, ROWS2, in_first, mask, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_members` of rows of two streams, float32. Each is read under its own mask: of a pointer chosen
+    between two the compiler knows no alignment, and reads one channel at a time."""
     if STREAMS:
-        first = tl.where(rows < split, first, X2 + (row - split) * stride2_s)
-    return first[:, None]
+        x, y = load_members(ROWS, mask & in_first, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        x2, y2 = load_members(ROWS2, mask & (in_first == 0), stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        x, y = tl.where(in_first, x, x2), tl.where(in_first, y, y2)
+    else:
+        x, y = load_members(ROWS, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+    return x.to(tl.float32), y.to(tl.float32)
 
 
 @triton.jit

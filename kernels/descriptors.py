@@ -3,9 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import load_tile
+from .launch import Layout
 
 
 @triton.jit
@@ -30,8 +30,9 @@ def describable(x: torch.Tensor) -> bool:
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and fits
 
 
-def descriptor(x: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    """``x (B, H, R, D)`` in tiles of ``block_n`` rows; the free stride of an axis of length 1 is made a legal one."""
-    row = -(-x.shape[3] * x.element_size() // 16) * 16 // x.element_size()
-    strides = [stride if size > 1 else row for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_n, block_d])
+def tile(x: Layout, block_n: int, block_d: int) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and tile of a descriptor of ``x (B, H, R, D)`` in tiles of ``block_n`` rows; the free stride of an
+    axis of length 1 is made a legal one."""
+    row = -(-x.shape[3] * x.dtype.itemsize // 16) * 16 // x.dtype.itemsize
+    strides = [stride if size > 1 else row for size, stride in zip(x.shape, x.strides, strict=True)]
+    return list(x.shape), [*strides[:3], 1], [1, 1, block_n, block_d]

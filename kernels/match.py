@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .config import ARCHS
+from .launch import Launch, Layout, launch
 
 LIMIT = tl.constexpr(104.0)
 EPS = tl.constexpr(1e-8)
@@ -53,7 +54,7 @@ def select_match(arch: str, dim: int) -> MatchConfig:
         raise ValueError(f"launch: expected an architecture of {ARCHS} and a dim from 1, received {arch!r}, {dim}")
     block_d = min(128, 1 << (dim - 1).bit_length())
     block_k = min(128, 2048 // block_d)
-    if arch == "gfx942":
+    if arch.startswith("gfx"):
         return MatchConfig(4096, block_k, block_d, 8, None)
     # Left alone, ptxas spills to reach 64 registers, for an occupancy that a program per row never uses.
     return MatchConfig(4096, block_k, block_d, 16, 128)
@@ -275,11 +276,23 @@ def match_anchors(
         for dtype in (torch.int64, torch.float32, torch.int32, torch.bool)
     )
     keys = torch.empty((batch, vocab + candidates), dtype=torch.int64, device=logits.device)
-    match_kernel[(batch,)](
-        logits, anchors, position, seeds.contiguous(), anchors if active is None else active.contiguous(), codebook,
-        rows, windows, keys, tokens, distance, window, accepted, *logits.stride(), anchors.stride(0),
-        position.stride(0), vocab, rows.shape[0], windows.shape[0], codebook.shape[1], candidates, tau,
-        BLOCK_V=config.block_v, BLOCK_K=config.block_k, BLOCK_D=config.block_d, COSINE=metric == "cosine",
-        HAS_ACTIVE=active is not None, **config.options,
-    )  # fmt: skip
+    tensors = {
+        "LOGITS": logits, "ANCHORS": anchors, "POSITION": position, "SEEDS": seeds.contiguous(),
+        "ACTIVE": None if active is None else active.contiguous(), "CODEBOOK": codebook, "ROWS": rows,
+        "WINDOWS": windows, "KEYS": keys, "TOKENS": tokens, "DISTANCE": distance, "WINDOW": window,
+        "ACCEPTED": accepted,
+    }  # fmt: skip
+    launch(_match, tensors, candidates, tau, metric == "cosine", config)
     return tokens, distance, window, accepted
+
+
+def _match(at: dict[str, Layout | None], candidates: int, tau: float, cosine: bool, config: MatchConfig) -> Launch:
+    (batch, vocab), (row_stride, stride_lv) = at["LOGITS"].shape, at["LOGITS"].strides
+    arguments = dict(
+        row_stride=row_stride, stride_lv=stride_lv, anchor_stride=at["ANCHORS"].strides[0],
+        position_stride=at["POSITION"].strides[0], vocab=vocab, known=at["ROWS"].shape[0],
+        steps=at["WINDOWS"].shape[0], dim=at["CODEBOOK"].shape[1], candidates=candidates, tau=tau,
+        BLOCK_V=config.block_v, BLOCK_K=config.block_k, BLOCK_D=config.block_d, COSINE=cosine,
+        HAS_ACTIVE=at["ACTIVE"] is not None, **config.options,
+    )  # fmt: skip
+    return Launch(match_kernel, (batch,), arguments, {"ACTIVE": "ANCHORS"})

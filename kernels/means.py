@@ -1,5 +1,7 @@
 """BiasDelta: means of rotated keys, one per key head, group and bucket; keys re-weighted around them."""
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -22,8 +24,8 @@ from .common import (
     when,
 )  # fmt: skip
 from .config import LaunchConfig
-from .streams import Projected, stream_arguments
-from .tables import batch_stride, strides
+from .launch import Launch, Layout, batch_stride, launch, strides
+from .streams import Projected, Streams, stream_arguments, stream_tensors
 
 MEANS_COUNTS = (
     "heads", "num_groups", "num_buckets", "scaled_keys", "groups_batch_stride", "key_bias_batch_stride", "split",
@@ -41,10 +43,9 @@ def means_kernel(
     """OUT[b, h, g, l] = sum of the group's unmasked rows of X at bucket l / their number, for BLOCK_D channels. Every
     thread sums its own rows and channels; they are added up once, at the end."""
     d_blocks: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
-    d_block = tl.program_id(0) % d_blocks
-    bh = tl.program_id(0) // d_blocks
-    g = tl.program_id(1) // num_buckets
-    bucket = tl.program_id(1) % num_buckets
+    d_block, rest = tl.program_id(0) % d_blocks, tl.program_id(0) // d_blocks
+    bucket, rest = rest % num_buckets, rest // num_buckets
+    g, bh = rest % num_groups, rest // num_groups
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     first, second = X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh
@@ -61,9 +62,13 @@ def means_kernel(
             valid = offs_n < stop
             if HAS_KEY_BIAS:
                 valid = load_key_bias(KEY_BIAS + b * key_bias_batch_stride, offs_n, valid) > -float("inf")
-            rows = stream_rows(first, second, offs_n + shift, split, stride_xs, stride_ys, STREAMS)
-            ptrs = rows + offs_d[None, :] * stride_d
-            total += tl.load(ptrs, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+            x_rows, y_rows = stream_rows(first, second, offs_n + shift, split, stride_xs, stride_ys)
+            mask, channels = valid[:, None] & (offs_d < HEAD_DIM)[None, :], offs_d[None, :] * stride_d
+            if STREAMS:
+                in_first = (offs_n + shift < split)[:, None]
+                total += tl.load(y_rows + channels, mask=mask & (in_first == 0), other=0.0).to(tl.float32)
+                mask = mask & in_first
+            total += tl.load(x_rows + channels, mask=mask, other=0.0).to(tl.float32)
     count = tl.load(GROUPS + b * groups_batch_stride + g * GROUP_FIELDS + GROUP_COUNT)
     mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
     out = OUT + ((bh.to(tl.int64) * num_groups + g) * num_buckets + bucket) * HEAD_DIM + offs_d
@@ -99,16 +104,25 @@ def group_means(
     batch, _, heads, dim = x.shape
     count = groups.shape[1]
     out = torch.empty((batch, heads, count, 1 + num_buckets, dim), dtype=torch.float32, device=x.device)
-    rows = {name: found for name, found in stream_arguments(x).items() if name not in ("W", "W2", "eps", "eps2")}
-    grid = (triton.cdiv(dim, config.block_d) * batch * heads, count * (1 + num_buckets))
-    means_kernel[grid](
-        OUT=out, SEGMENTS=segments, GROUPS=groups, MEMBERS=members, MEMBER_BOUNDS=member_bounds,
-        KEY_BIAS=key_bias, **rows, heads=heads, num_groups=count, num_buckets=1 + num_buckets,
-        scaled_keys=scaled_keys, groups_batch_stride=batch_stride(groups), key_bias_batch_stride=batch_stride(key_bias),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        HAS_KEY_BIAS=key_bias is not None, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    parts = stream_tensors(x)
+    tensors = {
+        "X": parts["X"], "X2": parts["X2"], "OUT": out, "SEGMENTS": segments, "GROUPS": groups, "MEMBERS": members,
+        "MEMBER_BOUNDS": member_bounds, "KEY_BIAS": key_bias,
+    }  # fmt: skip
+    launch(_means, tensors, isinstance(x, Streams), scaled_keys, config)
     return out
+
+
+def _means(at: dict[str, Layout | None], streamed: bool, scaled_keys: int, config: LaunchConfig) -> Launch:
+    batch, heads, groups, buckets, dim = at["OUT"].shape
+    rows = {name: found for name, found in stream_arguments(at, streamed, (0.0,)).items() if not name.startswith("eps")}
+    arguments = dict(
+        **rows, heads=heads, num_groups=groups, num_buckets=buckets, scaled_keys=scaled_keys,
+        groups_batch_stride=batch_stride(at["GROUPS"]), key_bias_batch_stride=batch_stride(at["KEY_BIAS"]),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        HAS_KEY_BIAS=at["KEY_BIAS"] is not None, **config.options,
+    )  # fmt: skip
+    return Launch(means_kernel, (triton.cdiv(dim, config.block_d) * batch * heads * groups * buckets,), arguments)
 
 
 REWEIGHT_COUNTS = ("heads", "num_segments", "num_keys", "num_groups", "groups_batch_stride")
@@ -167,10 +181,16 @@ def reweight_keys(
         weights: ``(W, D/2)`` float32 band weights, or None.
         interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
     """
-    batch, heads, num_keys, dim = keys.shape
-    reweight_kernel[(triton.cdiv(num_keys, config.block_n) * batch * heads,)](
-        K=keys, SEGMENTS=segments, GROUPS=groups, MEANS=means, WEIGHTS=means if weights is None else weights,
-        **strides("k", keys, "bhsd"), heads=heads, num_segments=segments.shape[0], num_keys=num_keys,
-        num_groups=groups.shape[1], groups_batch_stride=batch_stride(groups), HEAD_DIM=dim, BLOCK_D=config.block_d,
-        BLOCK_N=config.block_n, INTERLEAVED=interleaved, num_warps=config.num_warps, num_stages=config.num_stages,
+    tensors = {"K": keys, "SEGMENTS": segments, "GROUPS": groups, "MEANS": means, "WEIGHTS": weights}
+    launch(_reweight, tensors, interleaved, config)
+
+
+def _reweight(at: dict[str, Layout | None], interleaved: bool, config: LaunchConfig) -> Launch:
+    batch, heads, num_keys, dim = at["K"].shape
+    arguments = dict(
+        **strides("k", at["K"], "bhsd"), heads=heads, num_segments=at["SEGMENTS"].shape[0], num_keys=num_keys,
+        num_groups=at["GROUPS"].shape[1], groups_batch_stride=batch_stride(at["GROUPS"]), HEAD_DIM=dim,
+        BLOCK_D=config.block_d, BLOCK_N=config.block_n, INTERLEAVED=interleaved, **config.options,
     )  # fmt: skip
+    grid = (triton.cdiv(num_keys, config.block_n) * batch * heads,)
+    return Launch(reweight_kernel, grid, arguments, {"WEIGHTS": "MEANS"})

@@ -4,6 +4,10 @@ One pass over k and one over q take all rotation and weighting out of the attent
 loads.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +25,7 @@ from .common import (
     VARIANT,
     WEIGHT,
     load_members,
+    load_stream_members,
     load_turns,
     load_vector,
     norm_weights,
@@ -30,8 +35,9 @@ from .common import (
     when,
 )  # fmt: skip
 from .config import LaunchConfig
-from .streams import Streams, stream_arguments
-from .tables import KernelTables, ValueFactors, batch_stride
+from .launch import Launch, Layout, batch_stride, launch
+from .streams import Streams, stream_arguments, stream_facts, stream_tensors
+from .tables import KernelTables, ValueFactors
 
 PACK_COUNTS = (
     "heads", "num_rows", "table_rows", "split", "head_rows", "token_rows", "num_tokens", "num_groups",
@@ -60,15 +66,14 @@ def pack_kernel(
     source = offs_n
     if GATHER:
         source = tl.load(SOURCE + offs_n, mask=valid, other=0)
-    x_rows = stream_rows(
-        X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, source, split, stride_xs, stride_ys,
-        STREAMS,
-    )  # fmt: skip
+    x_rows, y_rows = stream_rows(
+        X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, source, split, stride_xs, stride_ys
+    )
+    in_first = (source < split)[:, None]
     row = b * heads * num_rows + h * head_rows + offs_n.to(tl.int64) * token_rows
     out = (OUT + row * HEAD_DIM)[:, None]
     if ROTATE:
-        x, y = load_members(x_rows, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-        x, y = x.to(tl.float32), y.to(tl.float32)
+        x, y = load_stream_members(x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS)
         if STREAMS:
             w_x, w_y = norm_weights(W, W2, source, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
             x, y = normalised(x, y, w_x, w_y, tl.where(source < split, eps, eps2), HEAD_DIM)
@@ -77,7 +82,12 @@ def pack_kernel(
     else:
         channel = tl.arange(0, BLOCK_D)[None, :]
         known = mask & (channel < HEAD_DIM)
-        x = tl.load(x_rows + channel * stride_d, mask=known)
+        if STREAMS:
+            x = tl.load(x_rows + channel * stride_d, mask=known & in_first)
+            y = tl.load(y_rows + channel * stride_d, mask=known & (in_first == 0))
+            x = tl.where(in_first, x, y)
+        else:
+            x = tl.load(x_rows + channel * stride_d, mask=known)
         if VALUES:
             factors = FACTORS + b * factors_batch_stride + source
             factor = tl.load(factors, mask=valid, other=1.0)[:, None]
@@ -114,22 +124,37 @@ def pack_rows(
     """
     batch, tokens, heads, dim = x.shape
     rows = tokens if source is None else source.shape[0]
-    lead, head_rows, token_rows = ((rows, heads), 1, heads) if tokens_first else ((heads, rows), rows, 1)
-    out = torch.empty((batch, *lead, dim), dtype=x.dtype, device=x.device)
-    means = None if values is None else values.means
-    pack_kernel[(triton.cdiv(rows, config.block_n) * batch * heads,)](
-        OUT=out, SOURCE=out if source is None else source, COS=out if cos is None else cos,
-        SIN=out if sin is None else sin, FACTORS=out if values is None else values.factors,
-        MEMBER=out if values is None else values.member, MEANS=out if means is None else means,
-        num_tokens=tokens, num_groups=0 if means is None else means.shape[2],
-        factors_batch_stride=batch_stride(values and values.factors), heads=heads, num_rows=rows,
-        table_rows=batch_stride(cos) // max(dim // 2, 1), head_rows=head_rows, token_rows=token_rows,
-        **stream_arguments(x), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
-        INTERLEAVED=interleaved and cos is not None, GATHER=source is not None, ROTATE=cos is not None,
-        VALUES=values is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    shape = (batch, rows, heads, dim) if tokens_first else (batch, heads, rows, dim)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    factors, member, means = (None,) * 3 if values is None else (values.factors, values.member, values.means)
+    tensors = {
+        **stream_tensors(x), "OUT": out, "SOURCE": source, "COS": cos, "SIN": sin, "FACTORS": factors,
+        "MEMBER": member, "MEANS": means,
+    }  # fmt: skip
+    launch(_pack, tensors, tokens, tokens_first, interleaved and cos is not None, config, *stream_facts(x))
     return out.transpose(1, 2) if tokens_first else out
+
+
+def _pack(
+    at: dict[str, Layout | None], tokens: int, tokens_first: bool, interleaved: bool, config: LaunchConfig,
+    *streams: Any,
+) -> Launch:  # fmt: skip
+    batch, rows, heads, dim = at["OUT"].shape
+    means, factors = at["MEANS"], at["FACTORS"]
+    if not tokens_first:
+        heads, rows = rows, heads
+    head_rows, token_rows = (1, heads) if tokens_first else (rows, 1)
+    arguments = dict(
+        **stream_arguments(at, *streams), heads=heads, num_rows=rows, table_rows=batch_stride(at["COS"]) // (dim // 2),
+        head_rows=head_rows, token_rows=token_rows, HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
+        INTERLEAVED=interleaved, GATHER=at["SOURCE"] is not None, ROTATE=at["COS"] is not None,
+        VALUES=factors is not None, num_tokens=tokens, num_groups=0 if means is None else means.shape[2],
+        factors_batch_stride=batch_stride(factors), **config.options,
+    )  # fmt: skip
+    grid = (triton.cdiv(rows, config.block_n) * batch * heads,)
+    return Launch(
+        pack_kernel, grid, arguments, dict.fromkeys(("SOURCE", "COS", "SIN", "FACTORS", "MEMBER", "MEANS"), "OUT")
+    )
 
 
 SCATTER_COUNTS = ("rows", "num_queries")
@@ -151,10 +176,15 @@ def scatter_kernel(
 def scatter_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor, config: LaunchConfig) -> None:
     """``out[:, places] = x``: ``x (B, n, H, D)`` and ``out (B, S, H, D)``, contiguous; ``places (n,)`` int32, all
     different."""
-    scatter_kernel[(x.shape[0] * x.shape[1],)](
-        X=x, OUT=out, PLACES=places, rows=x.shape[1], num_queries=out.shape[1], width=x.shape[2] * x.shape[3],
-        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    launch(_scatter, {"X": x, "OUT": out, "PLACES": places}, config)
+
+
+def _scatter(at: dict[str, Layout], config: LaunchConfig) -> Launch:
+    batch, rows, heads, dim = at["X"].shape
+    arguments = dict(
+        rows=rows, num_queries=at["OUT"].shape[1], width=heads * dim, BLOCK_N=config.block_n, **config.options
+    )
+    return Launch(scatter_kernel, (batch * rows,), arguments)
 
 
 QUERIES_COUNTS = (
@@ -194,10 +224,10 @@ def queries_kernel(
     bucket = tl.load(TILE_BUCKET + b * bucket_batch_stride + block * BLOCK_M // QUERY_TILE, mask=sorted_tile, other=0)
     row_mask = (rows >= 0) & in_range
     mask = row_mask[:, None]
-    x_rows = stream_rows(
-        X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, rows, split, stride_xs, stride_ys,
-        STREAMS,
-    )  # fmt: skip
+    x_rows, y_rows = stream_rows(
+        X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, rows, split, stride_xs, stride_ys
+    )
+    in_first = (rows < split)[:, None]
     pair = tl.arange(0, BLOCK_D // 2)
     groups = GROUPS + b * groups_batch_stride
     for s in range(num_segments):
@@ -208,8 +238,9 @@ def queries_kernel(
             w = tl.load(
                 WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, pair < HEAD_DIM // 2), other=1.0
             )[None, :]  # fmt: skip
-            x, y = load_members(x_rows, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-            x, y = x.to(tl.float32), y.to(tl.float32)
+            x, y = load_stream_members(
+                x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS
+            )
             if STREAMS:
                 w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
                 x, y = normalised(x, y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
@@ -250,6 +281,7 @@ def prepare_queries(
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
     interleaved: bool,
     tables: KernelTables,
+    means: tuple[torch.Tensor | None, torch.Tensor | None],
     residual: bool,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -259,7 +291,9 @@ def prepare_queries(
         q: ``(B, Sq, H, D)``, any strides, or streams (with a rotation).
         rotation: cos and sin ``(Bx, variants, Sq, D/2)`` float32, or None.
         interleaved: pairing ``(2c, 2c + 1)`` rather than ``(c, c + D/2)``.
-        tables: the plan's tables, with the means of the groups.
+        tables: the plan's tables.
+        means: of the groups ``(B, Hkv, G, 1 + buckets, D)`` float32 at each scale bucket, and
+            ``(B, Hkv, G', C, D)`` of the G' groups of the pass under per-query scales; None without any.
         residual: also return the rounding residual of queries with per-query scales.
 
     Returns:
@@ -275,26 +309,40 @@ def prepare_queries(
     out = torch.empty((batch, heads, t.num_variants, rows, dim), dtype=q.dtype, device=q.device)
     bias = torch.empty((batch, heads, segments, rows), dtype=torch.float32, device=q.device)
     left = out.new_empty((batch, heads, t.num_variants, t.num_per_query, dim)) if residual else None
-    cos, sin = rotation or (bias, bias)
-    # A pointer stands in for a table that a call has not; its loads are masked off.
-    weights, groups, means, per_query_means = (
-        bias if x is None else x for x in (t.weights, t.groups, t.means, t.per_query_means)
-    )
-    queries_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
-        OUT=out, RESIDUAL=out if left is None else left, BIAS=bias, SEGMENTS=t.segments, COS=cos, SIN=sin,
-        WEIGHTS=weights, GROUPS=groups, MEANS=means, PER_QUERY_MEANS=per_query_means,
-        SORTED_QUERIES=t.segments if t.sorted_queries is None else t.sorted_queries,
-        TILE_BUCKET=t.segments if t.tile_bucket is None else t.tile_bucket,
-        num_segments=segments, num_variants=t.num_variants, num_rows=rows, num_sorted=num_sorted, heads=heads,
-        key_heads=t.key_heads, num_groups=0 if t.groups is None else t.groups.shape[1],
-        num_buckets=1 + t.num_buckets, pass_groups=0 if t.per_query_means is None else t.per_query_means.shape[2],
-        num_per_query=t.num_per_query, num_residual=t.num_per_query if residual else 0,
-        table_rows=batch_stride(rotation and cos) // (dim // 2),
-        variant_rows=num_queries if rotation and cos.shape[1] > 1 else 0,
-        groups_batch_stride=batch_stride(t.groups), sorted_batch_stride=batch_stride(t.sorted_queries),
-        bucket_batch_stride=batch_stride(t.tile_bucket), **stream_arguments(q),
-        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, QUERY_TILE=abi.QUERY_TILE,
-        INTERLEAVED=interleaved, ROTATE=rotation is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    cos, sin = rotation or (None, None)
+    tensors = {
+        **stream_tensors(q), "OUT": out, "RESIDUAL": left, "BIAS": bias, "SEGMENTS": t.segments, "COS": cos, "SIN": sin,
+        "WEIGHTS": t.weights, "GROUPS": t.groups, "MEANS": means[0], "PER_QUERY_MEANS": means[1],
+        "SORTED_QUERIES": t.sorted_queries, "TILE_BUCKET": t.tile_bucket,
+    }  # fmt: skip
+    facts = num_queries, t.num_buckets, t.num_per_query
+    launch(_queries, tensors, facts, interleaved, config, *stream_facts(q))
     return out, bias, left
+
+
+def _queries(
+    at: dict[str, Layout | None], facts: tuple[int, ...], interleaved: bool, config: LaunchConfig, *streams: Any
+) -> Launch:
+    batch, heads, variants, rows, dim = at["OUT"].shape
+    num_queries, num_buckets, num_per_query = facts
+    segments, cos, groups, means, per_query_means, order = (
+        at[name] for name in ("SEGMENTS", "COS", "GROUPS", "MEANS", "PER_QUERY_MEANS", "SORTED_QUERIES")
+    )
+    arguments = dict(
+        num_segments=segments.shape[0], num_variants=variants, num_rows=rows,
+        num_sorted=0 if order is None else order.shape[1], heads=heads,
+        key_heads=heads if means is None else means.shape[1],
+        num_groups=0 if groups is None else groups.shape[1], num_buckets=1 + num_buckets,
+        pass_groups=0 if per_query_means is None else per_query_means.shape[2], num_per_query=num_per_query,
+        num_residual=0 if at["RESIDUAL"] is None else num_per_query, table_rows=batch_stride(cos) // (dim // 2),
+        variant_rows=num_queries if cos is not None and cos.shape[1] > 1 else 0,
+        groups_batch_stride=batch_stride(groups), sorted_batch_stride=batch_stride(order),
+        bucket_batch_stride=batch_stride(at["TILE_BUCKET"]), **stream_arguments(at, *streams),
+        HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_M=config.block_m, QUERY_TILE=abi.QUERY_TILE,
+        INTERLEAVED=interleaved, ROTATE=cos is not None, **config.options,
+    )  # fmt: skip
+    stand_ins = {
+        "RESIDUAL": "OUT", "SORTED_QUERIES": "SEGMENTS", "TILE_BUCKET": "SEGMENTS",
+        **dict.fromkeys(("COS", "SIN", "WEIGHTS", "GROUPS", "MEANS", "PER_QUERY_MEANS"), "BIAS"),
+    }  # fmt: skip
+    return Launch(queries_kernel, (triton.cdiv(rows, config.block_m) * batch * heads,), arguments, stand_ins)

@@ -13,6 +13,10 @@ scaled keys, ``-f`` the scale, less 1 where keys arrive rotated. The half of the
 the running softmax.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,8 +39,9 @@ from .common import (
     store_state,
 )  # fmt: skip
 from .config import LaunchConfig
-from .descriptors import descriptor, load_block
-from .tables import LOG2E, KernelTables, Polynomial, batch_stride, strides
+from .descriptors import load_block, tile
+from .launch import Launch, Layout, batch_stride, launch, strides
+from .tables import LOG2E, KernelTables, Polynomial
 
 FAR, NEAR = tl.constexpr(3), tl.constexpr(1)  # degrees
 TERMS = tl.constexpr(6)  # FAR + 1 of the pairs that reach furthest, then NEAR + 1 of the others
@@ -289,41 +294,74 @@ def polynomial_attention(
     Returns:
         as :func:`axis_block_attention`.
     """
-    batch, heads, variants, rows, dim = queries.shape
-    t, p, count, half_pairs = tables, polynomial, tables.num_per_query, k.shape[3] // 2
-    tiles = p.tiles(queries.dtype)
-    num_tiles, segments, device = tiles.bounds.shape[1] - 1, t.segments.shape[0], queries.device
-    shared = dict(
-        SEGMENTS=t.segments, TILES=tiles.bounds, MIDDLE=tiles.middle, SORTED_QUERIES=t.sorted_queries,
-        num_tiles=num_tiles, num_segments=segments, num_queries=num_queries, num_variants=variants,
-        num_per_query=count, heads=heads, tiles_batch_stride=batch_stride(tiles.bounds),
-        middle_batch_stride=batch_stride(tiles.middle), sorted_batch_stride=batch_stride(t.sorted_queries),
-        max_key_angle=p.max_key_angle, HEAD_DIM=dim, BLOCK_P=half_pairs, QUERY_TILE=abi.QUERY_TILE,
-    )  # fmt: skip
-    terms = queries.new_empty((batch, heads, variants, count, TERMS.value * 2 * half_pairs))
-    terms_kernel[(num_tiles * (abi.QUERY_TILE // terms_config.block_m) * batch * heads,)](
-        Q=queries, RESIDUAL=residual, OUT=terms, FACTOR=p.factor, ORIGIN=p.origin, SHARE=p.share, COLUMNS=p.columns,
-        **strides("q", queries, "bhvsd"), factor_batch_stride=batch_stride(p.factor),
-        origin_batch_stride=batch_stride(p.origin), interleaved=int(interleaved), BLOCK_M=terms_config.block_m,
-        **shared, num_warps=terms_config.num_warps, num_stages=terms_config.num_stages,
-    )  # fmt: skip
-    acc = torch.empty((batch, heads, count, dim), dtype=torch.float32, device=device)
-    m, l_sum = (torch.empty((batch, heads, count), dtype=torch.float32, device=device) for _ in range(2))
-    # A pointer stands in for a table that a call has not; its loads are masked off.
-    groups, gains, biases = (m if x is None else x for x in (t.groups, t.gains, t.biases))
-    keys, phase, values = k, p.phase, v
-    if config.tma:
-        keys, values = descriptor(k, config.block_n, 2 * half_pairs), descriptor(v, config.block_n, config.block_d)
-        phase = descriptor(phase, config.block_n, half_pairs)
-    polynomial_kernel[(num_tiles * (abi.QUERY_TILE // config.block_m) * batch * heads,)](
-        Q=terms, K=keys, V=values, PHASE=phase, STATE=acc, STATE_M=m, STATE_L=l_sum, BIAS=bias, GROUPS=groups,
-        GAINS=gains, LOGIT_BIASES=biases, KEY_BIAS=m if key_bias is None else key_bias,
-        **strides("v", v, "bhsd"), num_rows=rows, num_keys=v.shape[2],
-        num_scaled=k.shape[2], key_heads=v.shape[1], phase_rows=p.phase.shape[0],
-        groups_batch_stride=batch_stride(t.groups), gains_batch_stride=batch_stride(t.gains),
-        biases_batch_stride=batch_stride(t.biases),
-        key_bias_batch_stride=batch_stride(key_bias), log2_scale=scale * LOG2E, BLOCK_D=config.block_d,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_KEY_BIAS=key_bias is not None, TMA=config.tma, **shared,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    batch, heads, variants, _, dim = queries.shape
+    t, p, tiles = tables, polynomial, polynomial.tiles(queries.dtype)
+    terms = queries.new_empty((batch, heads, variants, t.num_per_query, TERMS.value * k.shape[3]))
+    tensors = {
+        "Q": queries, "RESIDUAL": residual, "OUT": terms, "SEGMENTS": t.segments, "TILES": tiles.bounds,
+        "MIDDLE": tiles.middle, "SORTED_QUERIES": t.sorted_queries, "FACTOR": p.factor, "ORIGIN": p.origin,
+        "SHARE": p.share, "COLUMNS": p.columns,
+    }  # fmt: skip
+    launch(_terms, tensors, num_queries, p.max_key_angle, interleaved, terms_config)
+    shape = batch, heads, t.num_per_query
+    acc = torch.empty((*shape, dim), dtype=torch.float32, device=queries.device)
+    m, l_sum = (torch.empty(shape, dtype=torch.float32, device=queries.device) for _ in range(2))
+    tensors = {
+        "Q": terms, "K": k, "V": v, "PHASE": p.phase, "STATE": acc, "STATE_M": m, "STATE_L": l_sum,
+        "SEGMENTS": t.segments, "TILES": tiles.bounds, "MIDDLE": tiles.middle, "SORTED_QUERIES": t.sorted_queries,
+        "BIAS": bias, "GROUPS": t.groups, "GAINS": t.gains, "LOGIT_BIASES": t.biases,
+        "KEY_BIAS": key_bias,
+    }  # fmt: skip
+    launch(_polynomial, tensors, num_queries, p.max_key_angle, scale, config)
     return acc, m, l_sum
+
+
+def _of_tiles(
+    at: dict[str, Layout | None], num_queries: int, max_key_angle: float, config: LaunchConfig
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments that both kernels have."""
+    (batch, heads, variants), tiles = at["Q"].shape[:3], at["TILES"].shape[1] - 1
+    grid = (tiles * (abi.QUERY_TILE // config.block_m) * batch * heads,)
+    return grid, dict(
+        num_tiles=tiles, num_segments=at["SEGMENTS"].shape[0], num_queries=num_queries, num_variants=variants,
+        heads=heads, tiles_batch_stride=batch_stride(at["TILES"]), middle_batch_stride=batch_stride(at["MIDDLE"]),
+        sorted_batch_stride=batch_stride(at["SORTED_QUERIES"]), max_key_angle=max_key_angle, BLOCK_M=config.block_m,
+        QUERY_TILE=abi.QUERY_TILE, **config.options,
+    )  # fmt: skip
+
+
+def _terms(
+    at: dict[str, Layout], num_queries: int, max_key_angle: float, interleaved: bool, config: LaunchConfig
+) -> Launch:
+    grid, shared = _of_tiles(at, num_queries, max_key_angle, config)
+    arguments = dict(
+        **shared, **strides("q", at["Q"], "bhvsd"), num_per_query=at["OUT"].shape[3],
+        factor_batch_stride=batch_stride(at["FACTOR"]), origin_batch_stride=batch_stride(at["ORIGIN"]),
+        interleaved=int(interleaved), HEAD_DIM=at["Q"].shape[4], BLOCK_P=at["OUT"].shape[4] // (2 * TERMS.value),
+    )  # fmt: skip
+    return Launch(terms_kernel, grid, arguments)
+
+
+def _polynomial(
+    at: dict[str, Layout | None], num_queries: int, max_key_angle: float, scale: float, config: LaunchConfig
+) -> Launch:
+    grid, shared = _of_tiles(at, num_queries, max_key_angle, config)
+    keys, values, phase, key_bias = (at[name] for name in ("K", "V", "PHASE", "KEY_BIAS"))
+    arguments = dict(
+        **shared, **strides("v", values, "bhsd"), num_rows=at["BIAS"].shape[3], num_keys=values.shape[2],
+        num_scaled=keys.shape[2], num_per_query=at["STATE_M"].shape[2], key_heads=values.shape[1],
+        phase_rows=phase.shape[0], groups_batch_stride=batch_stride(at["GROUPS"]),
+        gains_batch_stride=batch_stride(at["GAINS"]), biases_batch_stride=batch_stride(at["LOGIT_BIASES"]),
+        key_bias_batch_stride=batch_stride(key_bias), log2_scale=scale * LOG2E,
+        HEAD_DIM=values.shape[3], BLOCK_D=config.block_d, BLOCK_N=config.block_n, BLOCK_P=keys.shape[3] // 2,
+        HAS_KEY_BIAS=key_bias is not None, TMA=config.tma,
+    )  # fmt: skip
+    channels = {"K": keys.shape[3], "PHASE": keys.shape[3] // 2, "V": config.block_d}
+    tiles = {name: tile(at[name], config.block_n, n) for name, n in channels.items()} if config.tma else {}
+    return Launch(
+        polynomial_kernel,
+        grid,
+        arguments,
+        dict.fromkeys(("GROUPS", "GAINS", "LOGIT_BIASES", "KEY_BIAS"), "STATE_M"),
+        tiles,
+    )

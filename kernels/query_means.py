@@ -24,7 +24,8 @@ from .common import (
     sincos_of_product,
 )  # fmt: skip
 from .config import LaunchConfig
-from .tables import KeyRuns, batch_stride, strides
+from .launch import Launch, Layout, batch_stride, launch, strides
+from .tables import KeyRuns
 
 BLOCK_U = tl.constexpr(16)  # runs turned at once: the least a dot product takes
 
@@ -176,23 +177,39 @@ def per_query_means(
     batch, heads, _, dim = keys.shape
     count, columns = runs.bounds.shape[0] - 1, heads * pass_groups
     sums = torch.empty((batch, count, dim, columns), dtype=torch.float32, device=keys.device)
-    run_sums_kernel[(count * batch * heads,)](
-        K=keys, OUT=sums, PASS=segments, GROUPS=groups, RUN_KEYS=runs.keys, RUN_GROUPS=runs.groups, BOUNDS=runs.bounds,
-        PAIR_RUNS=runs.pair_runs, KEY_BIAS=key_bias, **strides("k", keys, "bhsd"),
-        pass_segments=segments.shape[0], num_runs=count, heads=heads, pass_groups=pass_groups,
-        groups_batch_stride=batch_stride(groups), key_bias_batch_stride=batch_stride(key_bias), HEAD_DIM=dim,
-        BLOCK_D=sums_config.block_d, BLOCK_N=sums_config.block_n, INTERLEAVED=interleaved,
-        HAS_KEY_BIAS=key_bias is not None, num_warps=sums_config.num_warps, num_stages=sums_config.num_stages,
-    )  # fmt: skip
+    tensors = {
+        "K": keys, "OUT": sums, "PASS": segments, "GROUPS": groups, "RUN_KEYS": runs.keys, "RUN_GROUPS": runs.groups,
+        "BOUNDS": runs.bounds, "PAIR_RUNS": runs.pair_runs, "KEY_BIAS": key_bias,
+    }  # fmt: skip
+    launch(_run_sums, tensors, pass_groups, interleaved, sums_config)
     out = torch.empty((batch, heads, pass_groups, num_per_query, dim), dtype=torch.float32, device=keys.device)
-    blocks = triton.cdiv(num_per_query, config.block_m) * triton.cdiv(columns, config.block_n)
-    per_query_means_kernel[(dim // 2 * blocks * batch,)](
-        SUMS=sums, MEANS=means, OUT=out, PASS=segments, SORTED_QUERIES=sorted_queries, FACTOR=factor,
-        PHASE=runs.phase, PAIR_RUNS=runs.pair_runs, pass_segments=segments.shape[0], num_runs=count,
-        num_queries=factor.shape[2], num_per_query=num_per_query, heads=heads, pass_groups=pass_groups,
-        num_groups=means.shape[2], num_buckets=means.shape[3], sorted_batch_stride=batch_stride(sorted_queries),
-        factor_batch_stride=batch_stride(factor), phase_batch_stride=batch_stride(runs.phase), HEAD_DIM=dim,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERLEAVED=interleaved,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    tensors = {
+        "SUMS": sums, "MEANS": means, "OUT": out, "PASS": segments, "SORTED_QUERIES": sorted_queries, "FACTOR": factor,
+        "PHASE": runs.phase, "PAIR_RUNS": runs.pair_runs,
+    }  # fmt: skip
+    launch(_per_query_means, tensors, interleaved, config)
     return out
+
+
+def _run_sums(at: dict[str, Layout | None], pass_groups: int, interleaved: bool, config: LaunchConfig) -> Launch:
+    (batch, count, dim, columns), key_bias = at["OUT"].shape, at["KEY_BIAS"]
+    arguments = dict(
+        **strides("k", at["K"], "bhsd"), pass_segments=at["PASS"].shape[0], num_runs=count,
+        heads=columns // pass_groups, pass_groups=pass_groups, groups_batch_stride=batch_stride(at["GROUPS"]),
+        key_bias_batch_stride=batch_stride(key_bias), HEAD_DIM=dim, BLOCK_D=config.block_d, BLOCK_N=config.block_n,
+        INTERLEAVED=interleaved, HAS_KEY_BIAS=key_bias is not None, **config.options,
+    )  # fmt: skip
+    return Launch(run_sums_kernel, (count * batch * columns // pass_groups,), arguments)
+
+
+def _per_query_means(at: dict[str, Layout], interleaved: bool, config: LaunchConfig) -> Launch:
+    batch, heads, pass_groups, count, dim = at["OUT"].shape
+    blocks = triton.cdiv(count, config.block_m) * triton.cdiv(heads * pass_groups, config.block_n)
+    arguments = dict(
+        pass_segments=at["PASS"].shape[0], num_runs=at["SUMS"].shape[1], num_queries=at["FACTOR"].shape[2],
+        num_per_query=count, heads=heads, pass_groups=pass_groups, num_groups=at["MEANS"].shape[2],
+        num_buckets=at["MEANS"].shape[3], sorted_batch_stride=batch_stride(at["SORTED_QUERIES"]),
+        factor_batch_stride=batch_stride(at["FACTOR"]), phase_batch_stride=batch_stride(at["PHASE"]), HEAD_DIM=dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERLEAVED=interleaved, **config.options,
+    )  # fmt: skip
+    return Launch(per_query_means_kernel, (dim // 2 * blocks * batch,), arguments)

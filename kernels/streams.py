@@ -1,6 +1,7 @@
 """Queries, keys or values as a host's projections leave them: tokens in one or two streams, RMS norm still to come."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,18 +51,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 Projected = torch.Tensor | Streams  # queries, keys or values (B, S, H, D), joined or not yet
 
 
-def stream_arguments(x: Projected) -> dict:
-    """What a kernel that reads rows needs to know of ``x``, by the names of its parameters. A plain tensor is its own
-    second stream, which no row reaches, and has no norm. Parts whose channels lie differently, or further apart than
-    int32 offsets reach, are copied."""
+def stream_tensors(x: Projected) -> dict[str, torch.Tensor]:
+    """What a kernel reads of ``x``, by the names of its parameters: two streams and the weights of their norms. A plain
+    tensor is its own second stream, which no row reaches, and has no norm. Parts whose channels lie differently, or
+    further apart than int32 offsets reach, are copied."""
     streamed = isinstance(x, Streams)
     parts = x.parts if streamed else (x,)
-    if parts[0].stride(3) != parts[-1].stride(3) or parts[0].stride(3) * parts[0].shape[3] >= 2**31:
+    apart = parts[0].stride(3)
+    if apart != parts[-1].stride(3) or apart * parts[0].shape[3] >= 2**31:
         parts = tuple(part.contiguous() for part in parts)
-    first, second = parts[0], parts[-1]
     weights = (x.weights if streamed else ()) or parts
-    arguments = {"X": first, "X2": second, "W": weights[0], "W2": weights[-1], "STREAMS": streamed}
-    for name, part in (("stride_x", first), ("stride_y", second)):
-        arguments |= {f"{name}{axis}": stride for axis, stride in zip("bsh", part.stride(), strict=False)}
-    eps = x.eps if streamed else (0.0,)
-    return arguments | {"stride_d": first.stride(3), "split": first.shape[1], "eps": eps[0], "eps2": eps[-1]}
+    return {"X": parts[0], "X2": parts[-1], "W": weights[0], "W2": weights[-1]}
+
+
+def stream_facts(x: Projected) -> tuple[bool, tuple[float, ...]]:
+    """Whether ``x`` comes in streams, and the eps of their norms."""
+    return (True, x.eps) if isinstance(x, Streams) else (False, (0.0,))
+
+
+def stream_arguments(at: dict[str, Any], streamed: bool, eps: tuple[float, ...]) -> dict[str, Any]:
+    """What a kernel needs to know of :func:`stream_tensors` beside them, by the names of its parameters. ``at`` has
+    their layouts."""
+    arguments: dict[str, Any] = {"STREAMS": streamed, "eps": eps[0], "eps2": eps[-1]}
+    for name, part in (("stride_x", at["X"]), ("stride_y", at["X2"])):
+        arguments |= {f"{name}{axis}": stride for axis, stride in zip("bsh", part.strides, strict=False)}
+    return arguments | {"stride_d": at["X"].strides[3], "split": at["X"].shape[1]}

@@ -18,11 +18,8 @@ class KernelTables:
         groups: ``(Bx, G, 3)`` float32: lambda, delta, number of unmasked keys.
         gains: ``(Bx, N, Sq)`` float32, products of gains.
         biases: ``(Bx, N, Sq)`` float32, sums of logit biases, natural log units.
-        means: ``(B, Hkv, G, 1 + buckets, D)`` float32, of the groups at each scale bucket.
-        per_query_means: ``(B, Hkv, G', C, D)`` float32, of the G' groups of the pass, under per-query scales.
         sorted_queries: ``(Bx, T * QUERY_TILE)`` int32, query index or -1. Queries with per-query scales come first.
         tile_bucket: ``(Bx, T)`` int32, the scale bucket of each tile: 0 at r = 1, -1 for per-query scales.
-        key_heads: ``Hkv``.
         num_variants: query variants of the pass.
         num_buckets: scale buckets beside r = 1.
         scaled_keys: keys that a QueryScale covers.
@@ -34,11 +31,8 @@ class KernelTables:
     groups: torch.Tensor | None = None
     gains: torch.Tensor | None = None
     biases: torch.Tensor | None = None
-    means: torch.Tensor | None = None
-    per_query_means: torch.Tensor | None = None
     sorted_queries: torch.Tensor | None = None
     tile_bucket: torch.Tensor | None = None
-    key_heads: int = 1
     num_variants: int = 1
     num_buckets: int = 0
     scaled_keys: int = 0
@@ -157,13 +151,3 @@ class Polynomial:
     def tiles(self, dtype: torch.dtype) -> PolynomialTiles | None:
         """Those for inputs of ``dtype``."""
         return {torch.float16: self.float16, torch.bfloat16: self.bfloat16}.get(dtype)
-
-
-def batch_stride(x: torch.Tensor | None) -> int:
-    """Elements from one batch row to the next of a ``(1 or B, ...)`` table; 0 where the rows share it."""
-    return x.stride(0) if x is not None and x.shape[0] > 1 else 0
-
-
-def strides(name: str, x: torch.Tensor, axes: str) -> dict[str, int]:
-    """Strides of ``x`` by the names of a kernel's parameters: ``stride_<name><axis>``."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, x.stride(), strict=True)}

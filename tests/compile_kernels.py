@@ -36,6 +36,7 @@ from fastrope.kernels import abi, attention, axis_blocks, config, match, means, 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_86": GPUTarget("cuda", 86, 32), "sm_120": GPUTarget("cuda", 120, 32),
 }  # fmt: skip
 FUNCTIONS = {
     **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},
@@ -115,7 +116,7 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
                 continue
             if kernel in ONE_FOR_ALL_DTYPES and dtype == torch.float32 and not everything:
                 continue
-            if kernel != "match" and not config.ships(kernel, arch, dtype, head_dim):
+            if kernel != "match" and not config.ships(kernel, config.LIKE.get(arch, arch), dtype, head_dim):
                 continue
             found += [
                 (kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)
@@ -125,20 +126,34 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
     return found
 
 
+ROTATED = {"INTERLEAVED": True, "GATHER": True, "ROTATE": True, "STREAMS": False, "VALUES": False}
+# Jobs whose machine code is read: what takes every query and key through the prologue of a call.
+MACHINE_CODE = [
+    (kernel, "sm_90", "bf16", dim, variant)
+    for kernel, dim, variant in (
+        ("pack", 128, ROTATED), ("pack", 128, {**ROTATED, "INTERLEAVED": False}),
+        ("pack", 128, {**ROTATED, "STREAMS": True}),
+        ("queries", 128, {"INTERLEAVED": True, "ROTATE": True, "STREAMS": False}),
+        ("queries", 128, {"INTERLEAVED": True, "ROTATE": True, "STREAMS": True}),
+        ("means", 64, {"HAS_KEY_BIAS": False, "STREAMS": False}), ("reweight", 128, {"INTERLEAVED": True}),
+    )
+]  # fmt: skip
+
+
 def compile_one(job: tuple) -> dict:
     """Compile one variant and read its cost from the binary."""
     kernel, arch, element, head_dim, variant = job
     dtype = next(d for d, name in ELEMENT.items() if name == element)
     fn = FUNCTIONS[kernel]
     if kernel == "match":
-        launch = match.select_match(arch, head_dim)
+        launch = match.select_match(config.LIKE.get(arch, arch), head_dim)
         constants = {"BLOCK_V": launch.block_v, "BLOCK_K": launch.block_k, "BLOCK_D": launch.block_d, **variant}
         block_m, block_n, num_stages, options = 1, launch.block_v, 1, launch.options
     else:
-        launch = config.select(kernel, arch, dtype, head_dim, variant.get("HAS_KEY_BIAS", False))
+        launch = config.select(kernel, config.LIKE.get(arch, arch), dtype, head_dim, variant.get("HAS_KEY_BIAS", False))
         constants = {
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-            "QUERY_TILE": abi.QUERY_TILE, "PRECISION": config.precision(dtype), "TMA": launch.tma,
+            "QUERY_TILE": abi.QUERY_TILE, "TMA": launch.tma,
             "PIPELINED": launch.pipelined, "STAGES": launch.num_stages,
             "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
@@ -178,7 +193,10 @@ def compile_one(job: tuple) -> dict:
     row["shared"] = binary.metadata.shared
     if kernel in config.TMA_LOOPS and launch.pipelined:
         row["order"] = order_of_products(binary.asm["ttgir"])
-    return {**row, **(_amd_cost(binary) if arch.startswith("gfx") else _nvidia_cost(binary, log.getvalue()))}
+    if arch.startswith("gfx"):
+        return {**row, **_amd_cost(binary)}
+    code = machine_code(binary) if job in MACHINE_CODE else {}
+    return {**row, **_nvidia_cost(binary, log.getvalue()), **code}
 
 
 def _described(kernel: str, element: str, launch) -> dict[str, str]:
@@ -215,6 +233,30 @@ def _nvidia_cost(binary, log: str) -> dict:
                 fused="fma.rn.f32" in binary.asm["ptx"])  # fmt: skip
 
 
+def machine_code(binary) -> dict:
+    """Instructions of a binary, its accesses of global memory by their width, and what innermost loops hold that makes
+    threads wait for one another."""
+    labels, found = {}, []
+    for line in binary.asm["sass"].splitlines()[1:]:
+        if label := re.match(r"(\w+):$", line):
+            labels[label[1]] = len(found)
+        elif "\t" in line:
+            found.append(re.sub(r"^@!?U?P\w+ ", "", line.split("\t")[1]))
+    jumps = [(labels.get(match[1], 0), n) for n, op in enumerate(found) if (match := re.match(r"BRA (\w+);", op))]
+    back = [(first, last) for first, last in jumps if first < last]
+    inner = [(a, b) for a, b in back if not any(a <= c and d < b for c, d in back)]
+    in_loops = [op for first, last in inner for op in found[first:last]]
+    loads = [op for op in found if op.startswith("LDG.")]
+    return dict(
+        instructions=sum(not op.startswith("NOP") for op in found) - 1,  # the last jumps to itself
+        wide_loads=sum(op.startswith("LDG.E.128") for op in loads),
+        narrow_loads=sum(op.startswith(("LDG.E.U16", "LDG.E.S16", "LDG.E.U8")) for op in loads),
+        wide_stores=sum(op.startswith("STG.E.128") for op in found),
+        reductions=sum(op.startswith(("SHFL", "REDUX")) for op in in_loops),
+        barriers=sum(op.startswith("BAR") for op in in_loops), loops=len(inner),
+    )  # fmt: skip
+
+
 def _amd_cost(binary) -> dict:
     """Spills are bytes of scratch memory; moves between the register files of CDNA are not."""
     text = binary.asm["amdgcn"]
@@ -231,14 +273,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--kernel", action="append", choices=KERNELS)
-    parser.add_argument("--arch", action="append", choices=config.ARCHS)
+    parser.add_argument("--arch", action="append", choices=TARGETS)
     parser.add_argument("--head-dim", action="append", type=int)
     parser.add_argument("--dtype", action="append")
     parser.add_argument("--all", action="store_true", help="every head block and dtype, not one per configuration")
+    parser.add_argument("--machine-code", action="store_true", help="the kernels whose machine code is read, no others")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    todo = [j for j in jobs(args.kernel or KERNELS, args.arch or config.ARCHS, args.all)
+    archs = args.arch or (*config.ARCHS, *(config.LIKE if args.all else ()))
+    todo = [j for j in jobs(args.kernel or KERNELS, archs, args.all)
             if (not args.head_dim or j[3] in args.head_dim) and (not args.dtype or j[2] in args.dtype)]  # fmt: skip
+    todo = MACHINE_CODE if args.machine_code else todo
     with ProcessPoolExecutor(args.workers) as pool:
         rows = list(pool.map(compile_one, todo, chunksize=4))
     Path(args.out).write_text(json.dumps(rows, indent=0))

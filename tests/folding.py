@@ -28,7 +28,8 @@ def run(call: Call, plan: fr.Plan | None = None) -> torch.Tensor:
     plan = call.planned() if plan is None else plan
     assert folded.folds(plan.lowered)
     scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
-    return folded.run(call.q, call.k, call.v, plan.lowered, scale)
+    prepares = folded.prepares(call.q, call.k, call.v, plan.lowered)
+    return folded.run(call.q, call.k, call.v, plan.lowered, scale, prepares)
 
 
 def weight(g, dim: int = 16, keys=slice(None)) -> fr.BandWeight:

@@ -11,7 +11,7 @@ import fastrope as fr
 from fastrope.backends import folded, fused
 
 pytest.importorskip("triton")
-from fastrope.kernels import attention, axis_blocks, means, pack, polynomial, query_means
+from fastrope.kernels import attention, axis_blocks, launch, means, pack, polynomial, query_means
 
 BACKENDS = " ".join(page("backends.md").split())  # what compilation costs
 
@@ -21,7 +21,7 @@ class Recorder:
     specializes whether an integer is 1, divides by 16 or leaves int32, and whether a pointer is aligned."""
 
     def __init__(self, kernel):
-        self.names = kernel.arg_names
+        self.names = self.arg_names = kernel.arg_names
         self.plain = {self.names[p.num] for p in kernel.params if p.do_not_specialize}
         self.run_time = [self.names[p.num] for p in kernel.params if not p.is_constexpr]
         self.keys = set()
@@ -45,6 +45,7 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch):
     found = {}
+    monkeypatch.setattr(launch, "_PREPARED", {})  # launches prepared before know the kernel itself
     for module, name in ((attention, "attention_kernel"), (axis_blocks, "axis_block_kernel"), (pack, "pack_kernel"),
                          (pack, "queries_kernel"), (means, "means_kernel"), (polynomial, "terms_kernel"),
                          (polynomial, "polynomial_kernel"), (means, "reweight_kernel"), (pack, "scatter_kernel"),
@@ -98,7 +99,8 @@ def test_compilations_of_a_call_that_folds(recorders):
     def launch(length, batch=1, heads=2, modulations=()):
         q, x = torch.randn(batch, length, heads, 16), torch.randn(batch, length, 2, 16)
         rope = fr.RoPE.axial(torch.arange(length)[:, None], (16,))
-        folded.run(q, x, x, fr.plan(rope=rope, modulations=modulations).lowered, 0.25)
+        lowered = fr.plan(rope=rope, modulations=modulations).lowered
+        folded.run(q, x, x, lowered, 0.25, folded.prepares(q, x, x, lowered))
         return {name: len(r.keys) for name, r in recorders.items() if r.keys}
 
     for length in (1, 16, 113, 128, 239, 256, 1000, 1023, 1024):

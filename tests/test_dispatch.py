@@ -50,6 +50,7 @@ def on_gpu(monkeypatch):
 
     def decide(plan, dtype=torch.bfloat16, backend="auto", return_lse=False):
         x = OnGpu(torch.empty(1, 12, 2, 16, dtype=dtype))
+        plan.lowered._known.clear()  # cards and rules change from test to test
         return dispatch.decide(plan.lowered, x, x, x, backend, return_lse)
 
     return decide
@@ -115,6 +116,27 @@ def test_gradients_go_to_sdpa_as_it_is(on_gpu, monkeypatch):
     for backend in ("auto", "sdpa"):
         found = on_gpu(fr.plan(rope=ROPE), backend=backend)
         assert (found.backend, found.folded) == ("sdpa", False)
+
+
+def test_a_decision_is_made_once_for_what_it_depends_on(monkeypatch):
+    plan, made, choose = fr.plan(rope=ROPE), [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *call: made.append(call) or choose(*call))
+    x = torch.zeros(1, 12, 2, 16)
+    calls = [
+        ((x, x, x), {}), ((x, x, x), {"backend": "sdpa"}), ((x, x, x), {"return_lse": True}),
+        ((x.half(),) * 3, {}), ((torch.zeros(1, 2, 12, 16).transpose(1, 2), x, x), {}),
+        ((x, x, torch.zeros(385)[1:].view(1, 12, 2, 16)), {}), ((x.clone().requires_grad_(), x, x), {}),
+    ]  # fmt: skip
+    for n, (inputs, options) in enumerate(calls, start=1):
+        for _ in range(2):
+            fr.attention(*inputs, plan=plan, **options)
+        assert len(made) == n
+    for n, switch in enumerate(("FASTROPE_TMA", "FASTROPE_POLYNOMIAL", "FASTROPE_KERNELS"), start=len(calls) + 1):
+        monkeypatch.setenv(switch, "0")
+        fr.attention(x, x, x, plan=plan)
+        assert len(made) == n
+    with pytest.raises(ValueError, match="v: expected"):
+        fr.attention(x, x, x[:, :5], plan=plan)
 
 
 def test_every_family_has_one_rule_and_the_last_takes_what_is_left():

@@ -261,10 +261,10 @@ def test_host_and_kernels_agree_on_constants():
 def test_channels_beyond_32_bits_are_copied(apart, copied):
     """Offsets of channels are int32 in the kernels."""
     x = torch.empty_strided((1, 2, 3, 16), (2**40, 2**36, 2**34, apart), dtype=torch.float16, device="meta")
-    assert (streams.stream_arguments(x)["stride_d"] == 1) == (copied or apart == 1)
+    assert (streams.stream_tensors(x)["X"].stride(3) == 1) == (copied or apart == 1)
 
 
 def test_streams_whose_channels_lie_differently_are_copied():
     first, second = torch.empty(1, 2, 3, 16), torch.empty(1, 5, 3, 32)[..., ::2]
-    found = streams.stream_arguments(streams.Streams((first, second), (torch.ones(16),) * 2, (0.0, 0.0)))
-    assert (found["stride_d"], found["X2"].stride()) == (1, (240, 48, 16, 1))
+    found = streams.stream_tensors(streams.Streams((first, second), (torch.ones(16),) * 2, (0.0, 0.0)))
+    assert (found["X"].stride(3), found["X2"].stride()) == (1, (240, 48, 16, 1))

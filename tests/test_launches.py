@@ -127,6 +127,20 @@ def test_a_check_compiles_nothing_that_its_call_does_not(folder):
         assert set(names(check)) == set(names(call))
 
 
+def test_a_call_repeated_goes_to_the_binaries_that_triton_would_take(folder):
+    found = rows("sm_90", folder)
+    assert [row["case"] for row in found if row["again"] != row["launched"]] == []
+    assert [row["case"] for row in found if row["direct"] != len(row["again"])] == []
+    assert [(row["case"], row["other"]) for row in found if row["other"]] == []
+
+
+def test_a_launch_hook_sees_every_launch(folder):
+    """Such as that of triton's profiler."""
+    found = [row for row in rows("sm_90", folder) if row["observed"] is not None]
+    assert len(found) > 5
+    assert [row["case"] for row in found if row["observed"] != row["launched"]] == []
+
+
 def test_what_a_device_refuses_is_refused(folder):
     """The same calls where a block has less shared memory than the loops were made for."""
     rows("sm_90", folder)

@@ -28,7 +28,7 @@ from watch import Watch
 
 import fastrope as fr
 from fastrope import dispatch, joint, ops
-from fastrope.backends import fused, split_rows
+from fastrope.backends import folded, fused, split_rows
 from fastrope.kernels.abi import QUERY_TILE
 from fastrope.planning import polynomial
 
@@ -72,7 +72,8 @@ def picture(
 
 def run(call: Call, plan: fr.Plan, scale: float) -> torch.Tensor:
     launch = fused.Launch.of(call.q, call.k, call.v, plan.lowered)
-    return split_rows.run(call.q, call.k, call.v, plan.lowered, scale, launch)
+    prepares = folded.prepares(call.q, call.k, call.v, plan.lowered)
+    return split_rows.run(call.q, call.k, call.v, plan.lowered, scale, launch, prepares)
 
 
 def check(call: Call) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from fastrope.activity import Indices, Where, flat_methods
 from fastrope.backends.plain import chosen
 from fastrope.checks import require
-from fastrope.dispatch import BACKENDS
 from fastrope.rescaling import rescales
+from fastrope.validation import BACKENDS
 
 from ..image.inspection import Inspector, Record
 from .calls import CallState

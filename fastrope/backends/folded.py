@@ -11,10 +11,13 @@ over as many keys as it has: a mask in the call would send torch to a slower ker
 
 from __future__ import annotations
 
+import contextlib
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import device as devices
 from .. import kernels
@@ -23,6 +26,11 @@ from ..planning.lowered import Lowered
 from .fused import configs, key_bias, launching_on, pack_values
 from .plain import Plain, each_row
 
+CUDNN_ARCHS = ("sm_90", "sm_100")  # where torch itself prefers cuDNN's kernel, if cuDNN is new; measured on sm_90
+NAMES = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "FlashAttention",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient", SDPBackend.MATH: "logits materialised",
+}  # fmt: skip
 MOST_ROWS = 16  # of a mask: a call each; two are measured, more are predicted to pay
 
 
@@ -45,23 +53,34 @@ def run(
     v: Projected,
     lowered: Lowered,
     scale: float,
+    prepares: tuple[str, ...],
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
     plain: Plain | None = None,
 ) -> Tensor:
     """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the unmodulated queries of any plan; forward only.
 
-    Arguments as of :func:`fastrope.backends.fused.run`. ``packed`` has keys and values ``(B, Hkv, Sk, D)`` that are
-    prepared already, ``plain`` the attention that takes the work, torch's by default. Extra memory: one copy each of k,
-    of q where it is rotated, and of v where it is joined, sorted or modulated; under a mask, one more of k and of v,
-    and one of the output.
+    Arguments as of :func:`fastrope.backends.fused.run`. ``prepares`` as of :func:`prepares`; ``packed`` has keys and
+    values ``(B, Hkv, Sk, D)`` that are prepared already; ``plain`` is the attention that takes the work, torch's by
+    default. Extra memory: one copy each of k, of q where it is rotated, and of v where it is joined, sorted or
+    modulated; under a mask, one more of k and of v, and one of the output.
     """
-    rows, heads, key_heads = _rows(lowered), q.shape[2], k.shape[2]
+    heads, key_heads = q.shape[2], k.shape[2]
+
+    def prepared(name: str, x: Projected, tokens_first: bool = False) -> Tensor:
+        """``(B, H, R, D)``."""
+        if name not in prepares:
+            return cast(Tensor, x).transpose(1, 2)  # streams are prepared
+        if name == "v":
+            return pack_values(x, _rows(lowered)["v"][0], lowered)
+        config, interleaved = configs(x)("pack"), lowered.pairing == "interleaved"
+        return kernels.pack_rows(x, *_rows(lowered)[name], interleaved, config, tokens_first)
+
     with launching_on(q.device):
         # The output lies as the queries do: tokens first, so that it is not copied. Grouped heads, which become more
         # rows of the same key head, lie together the other way.
-        queries = _prepared("q", q, lowered, rows, tokens_first=heads == key_heads)
+        queries = prepared("q", q, tokens_first=heads == key_heads)
         keys, values = (
-            _prepared(name, x, lowered, rows) if done is None or not kernels.describable(done) else done
+            prepared(name, x) if done is None or not kernels.describable(done) else done
             for name, x, done in zip("kv", (k, v), packed, strict=True)
         )
         if lowered.groups is not None:
@@ -74,10 +93,15 @@ def _plain(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
     """Torch's attention of ``(B, Sq, H, D)`` and ``(B, Sk, Hkv, D)``, whose heads come first in memory."""
     queries, keys, values = map(_tokens, (queries, keys, values))
     (heads, key_heads), dim = (queries.shape[1], keys.shape[1]), queries.shape[3]
-    queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
-    queries, keys, values = map(_in_eights, (queries, keys, values))
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[..., :dim]
-    return _tokens(out.unflatten(2, (heads // key_heads, -1)).flatten(1, 2))
+    if heads != key_heads:
+        queries = queries.unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
+    if dim % 8:  # as many channels as CUDA's kernels want
+        queries, keys, values = (F.pad(x, (0, -dim % 8)) for x in (queries, keys, values))
+    with _pinned(queries, keys, values, scale):
+        out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    if dim % 8:
+        out = out[..., :dim]
+    return _tokens(out if heads == key_heads else out.unflatten(2, (heads // key_heads, -1)).flatten(1, 2))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -89,20 +113,59 @@ def _gathered(x: Tensor, places: Tensor) -> Tensor:
     return _tokens(kernels.pack_rows(x, places, None, None, False, configs(x)("pack")))
 
 
-def _in_eights(x: Tensor) -> Tensor:
-    """``x`` with as many channels as CUDA's kernels want."""
-    return F.pad(x, (0, -x.shape[3] % 8)) if x.shape[3] % 8 else x
+def _pinned(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> contextlib.AbstractContextManager:
+    """A context in which torch takes cuDNN's kernel, where it is what ``auto`` rests on and torch would not: among the
+    kernels that the caller has enabled, and where it can."""
+    wanted = queries.dtype.itemsize == 2 and queries.device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled()
+    if not (wanted and devices.architecture(queries.device) in CUDNN_ARCHS):
+        return contextlib.nullcontext()
+    if _choice(queries, keys, values, scale) == SDPBackend.CUDNN_ATTENTION:  # asked first: a pin takes the host longer
+        return contextlib.nullcontext()
+    of = torch.backends.cuda
+    enabled = (
+        (SDPBackend.FLASH_ATTENTION, of.flash_sdp_enabled()), (SDPBackend.EFFICIENT_ATTENTION,
+        of.mem_efficient_sdp_enabled()), (SDPBackend.MATH, of.math_sdp_enabled()),
+    )  # fmt: skip
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *(x for x, on in enabled if on)], set_priority=True)
 
 
-def packs(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
-    """Those of ``"q"``, ``"k"``, ``"v"`` that take a pass of the kernels before attention."""
-    rows, gathered = _rows(lowered), () if lowered.keys.masked is None else ("k", "v")
-    named = ("q", q), ("k", k), ("v", v)
-    return tuple(name for name, x in named if name in gathered or _needs_pass(name, x, lowered, rows))
+def _choice(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> SDPBackend:
+    """The kernel that torch would run."""
+    choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+    return SDPBackend(choose(queries, keys, values, scale=scale))
+
+
+def kernel_name(q: Tensor, k: Tensor) -> str:
+    """The kernel of torch's that :func:`run` ends in for tensors like these, as :func:`fastrope.explain` says it."""
+    queries = torch.empty((1, 1, q.shape[1], q.shape[3]), dtype=q.dtype, device=q.device)
+    keys = torch.empty((1, 1, k.shape[1], k.shape[3]), dtype=q.dtype, device=q.device)
+    queries, keys = (F.pad(x, (0, -q.shape[3] % 8)) for x in (queries, keys))
+    with _pinned(queries, keys, keys, 1.0):
+        chosen = _choice(queries, keys, keys, 1.0)
+    return NAMES.get(chosen, chosen.name)
+
+
+def prepares(q: Projected, k: Projected, v: Projected, lowered: Lowered) -> tuple[str, ...]:
+    """Those of ``"q"``, ``"k"``, ``"v"`` whose rows change, or lie where not all of torch's kernels read them: what a
+    descriptor cannot describe may go to the one that materialises the logits. They take a pass of the kernels."""
+    rows = _rows(lowered)
+
+    def needs(name: str, x: Projected) -> bool:
+        source, cos, _ = rows[name]
+        moved = name == "k" and lowered.groups is not None  # in place, so not the caller's
+        moved = moved or (name == "v" and lowered.values is not None)
+        changed = source is not None or cos is not None or moved
+        return changed or isinstance(x, kernels.Streams) or not kernels.describable(cast(Tensor, x).transpose(1, 2))
+
+    return tuple(name for name, x in (("q", q), ("k", k), ("v", v)) if needs(name, x))
 
 
 def _rows(lowered: Lowered) -> dict[str, tuple]:
     """Of q, k and v: the token each row is made from, its cosines and its sines; None where it stays as it is."""
+    return lowered.once("rows", lambda: _find_rows(lowered))
+
+
+def _find_rows(lowered: Lowered) -> dict[str, tuple]:
     keys, alone, tokens = lowered.keys, lowered.unmodulated, lowered.num_keys
     rotation = alone.rotation if alone is not None else lowered.queries and lowered.queries.rotation
     query = (rotation.cos[:, 0], rotation.sin[:, 0]) if rotation else (None, None)
@@ -114,25 +177,6 @@ def _rows(lowered: Lowered) -> dict[str, tuple]:
         "k": (source, *key),
         "v": (source if keys.order is not None else None, None, None),
     }
-
-
-def _needs_pass(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple]) -> bool:
-    """Whether rows change, or lie where not all of torch's kernels read them: what a descriptor cannot describe may go
-    to the one that materialises the logits."""
-    source, cos, _ = rows[name]
-    moved = name == "k" and lowered.groups is not None  # in place, so not the caller's
-    moved = moved or (name == "v" and lowered.values is not None)
-    changed = source is not None or cos is not None or moved
-    return changed or isinstance(x, kernels.Streams) or not kernels.describable(cast(Tensor, x).transpose(1, 2))
-
-
-def _prepared(name: str, x: Projected, lowered: Lowered, rows: dict[str, tuple], tokens_first: bool = False) -> Tensor:
-    """``(B, H, R, D)``."""
-    if not _needs_pass(name, x, lowered, rows):
-        return cast(Tensor, x).transpose(1, 2)  # streams take a pass
-    if name == "v":
-        return pack_values(x, rows[name][0], lowered)
-    return kernels.pack_rows(x, *rows[name], lowered.pairing == "interleaved", configs(x)("pack"), tokens_first)
 
 
 def _move_groups(keys: Tensor, lowered: Lowered) -> None:

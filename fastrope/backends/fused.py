@@ -254,11 +254,12 @@ def _run_pass(
         places: leading sorted queries; None: all.
     """
     config, of_keys, interleaved = configs(q), key_bias(lowered), lowered.pairing == "interleaved"
-    tables = _tables(keys, means, places, lowered, bounds, config)
+    tables = lowered.once(("tables", places, bounds), lambda: _tables(places, lowered, bounds))
+    per_query_means = _per_query_means(keys, means, lowered, bounds, tables, config)
     rotation = lowered.queries and lowered.queries.rotation
     rotation = rotation and (rotation.cos, rotation.sin)
     queries, bias, residual = kernels.prepare_queries(
-        q, rotation, interleaved, tables, launch.polynomial, config("queries")
+        q, rotation, interleaved, tables, (means, per_query_means), launch.polynomial, config("queries")
     )
     state, suffix = None, "_tma" if launch.descriptors else ""
     if launch.polynomial:
@@ -287,11 +288,8 @@ def _run_pass(
     )  # fmt: skip
 
 
-def _tables(
-    keys: Tensor, means: Tensor | None, places: int | None, lowered: Lowered, bounds: tuple[int, int],
-    config: Callable[..., LaunchConfig],
-) -> kernels.KernelTables:  # fmt: skip
-    """The plan's tables and the means of its groups, for the segments of one pass."""
+def _tables(places: int | None, lowered: Lowered, bounds: tuple[int, int]) -> kernels.KernelTables:
+    """The plan's tables for the segments of one pass."""
     here, table = lowered.segments[slice(*bounds)], lowered.keys.segments[slice(*bounds)]
     groups, queries = lowered.groups, lowered.sorted_queries
     before = [s for first, last in lowered.passes if last <= bounds[0] for s in [lowered.segments[first:last]]]
@@ -300,21 +298,29 @@ def _tables(
         first = sum(len(numbers_of(segments, column)) for segments in before)
         return per_query and per_query.for_kernels[:, first : first + len(numbers_of(here, column))]
 
-    per_query_means = None
-    if means is not None and lowered.key_runs is not None and numbers_of(here, "group"):
-        per_query_means = kernels.per_query_means(
-            keys, means, lowered.key_runs, table, groups.for_kernels, len(numbers_of(here, "group")),
-            queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, key_bias(lowered),
-            lowered.pairing == "interleaved",
-            config("run_sums"), config("per_query_means"),
-        )  # fmt: skip
     rows, buckets = (None, None) if queries is None else (queries.queries, queries.tile_bucket)
     if places is not None:
         rows, buckets = rows[:, :places], buckets[:, : places // abi.QUERY_TILE]
     return kernels.KernelTables(
         segments=table, weights=lowered.bands and lowered.bands.for_kernels, groups=groups and groups.for_kernels,
-        gains=of_pass(lowered.gains, "gain"), biases=of_pass(lowered.biases, "bias"), means=means,
-        per_query_means=per_query_means, sorted_queries=rows, tile_bucket=buckets, key_heads=keys.shape[1],
+        gains=of_pass(lowered.gains, "gain"), biases=of_pass(lowered.biases, "bias"), sorted_queries=rows,
+        tile_bucket=buckets,
         num_variants=len({s.variant for s in here}), num_buckets=lowered.num_buckets,
         scaled_keys=0 if lowered.scales is None else lowered.scales.scaled_keys, num_per_query=lowered.num_per_query,
+    )  # fmt: skip
+
+
+def _per_query_means(
+    keys: Tensor, means: Tensor | None, lowered: Lowered, bounds: tuple[int, int], tables: kernels.KernelTables,
+    config: Callable[..., LaunchConfig],
+) -> Tensor | None:  # fmt: skip
+    """Of the groups of one pass; None without per-query scales or groups."""
+    wanted = means is not None and lowered.key_runs is not None
+    groups = numbers_of(lowered.segments[slice(*bounds)], "group") if wanted else ()
+    if not groups:
+        return None
+    return kernels.per_query_means(
+        keys, cast(Tensor, means), lowered.key_runs, tables.segments, lowered.groups.for_kernels, len(groups),
+        lowered.sorted_queries.queries, lowered.axis_blocks.factor, lowered.num_per_query, key_bias(lowered),
+        lowered.pairing == "interleaved", config("run_sums"), config("per_query_means"),
     )  # fmt: skip

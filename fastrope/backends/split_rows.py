@@ -25,7 +25,7 @@ def splits(lowered: Lowered) -> bool:
 
 def run(
     q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float, launch: fused.Launch,
-    plain: Plain | None = None,
+    prepares: tuple[str, ...], plain: Plain | None = None,
 ) -> Tensor:  # fmt: skip
     """``out (B, Sq, H, D)`` of a plan that :func:`splits`; forward only. Arguments and memory as of both
     :func:`fastrope.backends.fused.run` and :func:`fastrope.backends.folded.run`."""
@@ -34,7 +34,7 @@ def run(
         out, _ = fused.attend(q, keys, values, k, lowered, scale, launch, modulated_only=True)
     more = lowered.groups is not None or lowered.keys.weighted is not None  # folds into keys that the loop wants plain
     packed = None if more else keys[:, :, : k.shape[1]], values
-    others = folded.run(q, k, v, lowered, scale, packed, plain)
+    others = folded.run(q, k, v, lowered, scale, prepares, packed, plain)
     with fused.launching_on(q.device):
         kernels.scatter_rows(others.contiguous(), lowered.unmodulated.source, out, fused.configs(q)("scatter"))
     return out

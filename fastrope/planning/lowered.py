@@ -9,9 +9,10 @@ in every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ..kernels.tables import AxisBlocks, KeyRuns, Polynomial, PolynomialTiles
 from .flattening import flatten, tables, unflatten
 from .resolved import Bias, Group
 from .segments import Segment
+
+MOST_KNOWN = 256  # layouts of tensors that come and go must not pile up
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +315,20 @@ class Lowered:
     key_runs: KeyRuns | None = None
     polynomial: Polynomial | None = None
 
-    @property
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """``make()``, remembered beside these tables: what follows from them and from ``key`` alone."""
+        known = self._known
+        if key not in known:
+            if len(known) >= MOST_KNOWN:
+                known.clear()
+            known[key] = make()
+        return known[key]
+
+    @cached_property
+    def _known(self) -> dict[Hashable, Any]:
+        return {}
+
+    @cached_property
     def modulated(self) -> bool:
         """True when some key is modulated."""
         return any(s.modulated for s in self.segments)
@@ -333,7 +350,7 @@ class Lowered:
         """Leading sorted queries that may have per-query scales."""
         return 0 if self.sorted_queries is None else self.sorted_queries.num_per_query
 
-    @property
+    @cached_property
     def num_buckets(self) -> int:
         """Scale buckets other than r = 1."""
         return 0 if self.scales is None else len(self.scales.buckets)

@@ -12,7 +12,7 @@ import torch
 from bench_rows import a_row
 
 from fastrope import bench, cli
-from fastrope.bench import attention, suites
+from fastrope.bench import attention, block, suites
 from fastrope.bench.environment import environment, revision
 from fastrope.bench.frame import Selection, Session, Task
 from fastrope.bench.peers import PEERS, Contestant, Peer
@@ -137,6 +137,16 @@ def test_a_second_run_measures_what_the_first_left_out(tmp_path, capsys):
     assert [row["case"] for row in read(tmp_path / "attention.jsonl")] == ["plain", "grag"]
     assert bench.main([*ARGUMENTS, *out, "--resume", "--rev", "def"]) == 0
     assert [row["rev"] for row in read(tmp_path / "attention.jsonl")] == ["abc", "abc", "def", "def"]
+
+
+@pytest.mark.parametrize("suite", [attention, block])
+def test_cases_come_in_the_order_in_which_they_are_asked_for(suite):
+    asked = ["grag", "plain", "bands"]
+    tasks = suite.tasks(Selection(workloads=["tiny"], cases=asked))
+    cases = (
+        [task.case for task in tasks] if suite is attention else [c.name for c in tasks[0].measure.keywords["cases"]]
+    )
+    assert cases == asked
 
 
 # ---- order and budget ------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_the_folded_output_is_not_copied(dtype):
     """torch's kernels lay it out as the queries, which are packed for that."""
     q, k, v = tensors(generator(0), queries=300, heads=4, dim=128, dtype=dtype)
     plan = fr.plan(rope=axial(grid(300), 128))
-    assert folded.run(q, k, v, plan.lowered, 0.1).is_contiguous()
+    assert folded.run(q, k, v, plan.lowered, 0.1, folded.prepares(q, k, v, plan.lowered)).is_contiguous()
 
 
 def test_streams_fold_into_the_keys():

@@ -2,7 +2,9 @@
 
 ``python tests/launches/lane.py --arch sm_90 --out launches.json`` runs calls of every kind: just-in-time compilation,
 C launchers and tensor maps are triton's own, the driver below them is ``stub_cuda.c``. Numbers mean nothing, since no
-kernel runs. Rows: case, kernels launched, kernels compiled for it, and the error if a launch was refused.
+kernel runs. Rows: case, kernels launched, kernels compiled for it, and the error if a launch was refused; then of the
+same call again: kernels launched, how many went to their binary directly, and those whose binary triton would not have
+taken.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def pretend(arch: str) -> None:
     import torch
 
     from fastrope import device
-    from fastrope.backends import folded
+    from fastrope.backends import folded, per_query
     from fastrope.kernels import config
 
     device.architecture = lambda _: config.arch_of(*divmod(capability, 10))
@@ -84,6 +86,9 @@ def pretend(arch: str) -> None:
             return torch.empty_like(q)
 
     folded.F = NoAttention()
+    per_query.in_order = lambda keys, p: keys.new_empty(
+        (len(keys), 2 * keys.shape[1], len(p.rows), p.channels.shape[1])
+    )
 
 
 def calls():
@@ -188,11 +193,59 @@ def calls():
     yield "match", match.problem(match.WORKLOADS["llamagen"], cpu)["triton"]
 
 
+class Watch:
+    """Direct launches of what runs inside, each held to what triton would launch."""
+
+    def __init__(self):
+        self.direct, self.other = 0, []
+
+    def __enter__(self):
+        from fastrope.kernels import launch
+
+        prepared, watch = launch.Prepared, self
+        self.directly = directly = prepared.directly
+
+        def compared(self, binary, stream, tensors):
+            directly(self, binary, stream, list(tensors))
+            watch.direct += 1
+            for at, *tile in self.tiles:
+                tensors[at] = launch.TensorDescriptor(tensors[at], *tile)
+            named = dict(zip(self.names, tensors, strict=True))
+            if self.kernel.run(**named, **self.arguments, grid=self.grid, warmup=True) is not binary:
+                watch.other.append(self.kernel.__name__)
+
+        prepared.directly = compared
+        return self
+
+    def __exit__(self, *_):
+        from fastrope.kernels import launch
+
+        launch.Prepared.directly = self.directly
+
+
+def observed(call) -> list[str]:
+    """Kernels that a launch hook of triton's sees in a call."""
+    from triton import knobs
+
+    seen = []
+
+    def note(metadata):
+        seen.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(note)
+    try:
+        call()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(note)
+    return seen
+
+
 def main() -> None:
     """Run what the arguments select and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=TARGETS, default="sm_90")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--host", action="store_true", help="print host times instead, see bench/host.py")
     options = parser.parse_args()
     start_over(options.arch)
     pretend(options.arch)
@@ -200,6 +253,10 @@ def main() -> None:
     from triton import knobs
 
     driver, compiled, rows = ctypes.CDLL("libcuda.so.1"), [], []
+    if options.host:
+        from fastrope.bench import host
+
+        raise SystemExit(not host.report(torch.device("cpu"), driver.stub_reset))
     driver.stub_launched.restype = ctypes.c_char_p
     knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
     with torch.no_grad():
@@ -214,7 +271,14 @@ def main() -> None:
             except Exception as problem:  # one refused launch must not hide the others
                 error = f"{type(problem).__name__}: {problem}"
             launched = driver.stub_launched().decode().split()
-            rows.append({"case": name, "launched": launched, "compiled": len(compiled), "error": error})
+            row = {"case": name, "launched": launched, "compiled": len(compiled), "error": error}
+            if error is None:
+                driver.stub_reset()
+                with Watch() as watch:
+                    call()
+                row |= {"again": driver.stub_launched().decode().split(), "direct": watch.direct, "other": watch.other}
+                row["observed"] = observed(call) if name.startswith("plain") else None
+            rows.append(row)
     options.out.write_text(json.dumps(rows, indent=0))
 
 
