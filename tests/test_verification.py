@@ -17,6 +17,7 @@ import fastrope as fr
 from fastrope import card, dispatch, joint, rules, sample, verification
 from fastrope import device as devices
 from fastrope.modulations import MODULATIONS
+from fastrope.planning import build
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("not devices.interpreted()", reason="pretends that the CPU is a GPU")
@@ -41,6 +42,7 @@ def a_card(monkeypatch, tmp_path):
         monkeypatch.setattr(card, "_WARNED", set())
         for cached in (card.key, rules.local, verification.needed):
             cached.cache_clear()
+        build._CACHE.clear()  # plans remember decisions
 
     monkeypatch.setattr(devices, "on_gpu", lambda x: True)
     monkeypatch.setattr(devices, "capability", lambda device: "sm_89")
