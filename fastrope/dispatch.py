@@ -230,7 +230,10 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
 
 
 def _differentiates(*inputs: Projected) -> bool:
-    return torch.is_grad_enabled() and any(hasattr(x, "requires_grad") and differentiated(x) for x in inputs)
+    return torch.is_grad_enabled() and any(
+        hasattr(x, "requires_grad") and differentiated(cast(Tensor, x))
+        for x in inputs  # streams are not followed
+    )
 
 
 def differentiated(x: Tensor) -> bool:

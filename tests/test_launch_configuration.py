@@ -106,7 +106,7 @@ def test_launches_that_come_and_go_do_not_pile_up(described, monkeypatch):
 
 def test_groups_beyond_what_a_grid_has_in_its_second_axis():
     """A device takes 65535 there."""
-    layouts = {"OUT": (1, 1, 8000, 9, 64), "K": (1, 1, 8000, 64), "GROUPS": (1, 8000, 3)}
+    layouts = {"OUT": (1, 1, 8000, 9, 64), **dict.fromkeys(("X", "X2"), (1, 8000, 1, 64)), "GROUPS": (1, 8000, 3)}
     at = {name: launch.Layout(torch.float32, shape, (1,) * len(shape), 0) for name, shape in layouts.items()}
     select = kernels.select("means", "sm_90", torch.bfloat16, 64)
-    assert means._means({**at, "KEY_MASK": None}, 0, select).grid == (2 * 8000 * 9,)
+    assert means._means({**at, "KEY_BIAS": None}, False, 0, select).grid == (2 * 8000 * 9,)
