@@ -294,3 +294,34 @@ def test_what_is_taken(monkeypatch):
     monkeypatch.setattr(devices, "kernel_obstacle", lambda q: "float64" if q.dtype == torch.float64 else None)
     assert [folded.takes(like(dtype), plan) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1, 1, 0]
     assert not folded.takes(like(torch.bfloat16), other)
+
+
+def test_the_kernel_of_torchs_attention_has_a_name(monkeypatch):
+    """The one that torch says it would take; the pin, where there is one, before that."""
+    q = torch.empty(1, 9, 4, 20, dtype=torch.float16)
+    for choice, name in folded.NAMES.items():
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, scale, choice=choice: int(choice.value))
+        assert folded.kernel_name(q, q[:, :5]) == name
+
+
+def test_cudnn_is_pinned_where_torch_would_take_another(monkeypatch):
+    """Among the kernels that the caller has left on, and only then: asking is cheap, pinning is not."""
+
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.bfloat16
+
+    pins, x = [], OnGpu()
+    monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "mem_efficient_sdp_enabled", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "math_sdp_enabled", lambda: True)
+    monkeypatch.setattr(folded, "sdpa_kernel", lambda kernels, set_priority: pins.append((kernels, set_priority)))
+    kind = folded.SDPBackend
+    for choice in (kind.CUDNN_ATTENTION, kind.FLASH_ATTENTION):
+        monkeypatch.setattr(folded, "_choice", lambda *call, choice=choice: choice)
+        folded._pinned(x, x, x, 1.0)
+    assert pins == [([kind.CUDNN_ATTENTION, kind.FLASH_ATTENTION, kind.MATH], True)]
+    monkeypatch.setattr(devices, "architecture", lambda device: "sm_80")
+    folded._pinned(x, x, x, 1.0)
+    assert len(pins) == 1

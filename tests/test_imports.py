@@ -158,6 +158,7 @@ LATE = {
     ("fastrope.commands.evidence", "fastrope.lab.*"): "the same, for hosts",
     ("fastrope.lab.*", "fastrope.bindings.*"): "hosts are extras",
     ("fastrope.doctor", "fastrope.bench.first_run"): "the benchmark is no part of the library",
+    ("fastrope.bench.host", "fastrope.kernels.launch"): "triton need not be installed where its tables are made",
     ("fastrope.bench.run", "fastrope.cli"): "a clone that is not installed is made importable before",
 }
 FRONT_DOOR = ("fastrope", "fastrope.bindings")  # the one pair that import each other: apply and its kin, when called

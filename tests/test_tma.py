@@ -31,7 +31,7 @@ from fastrope import device as devices
 
 pytest.importorskip("triton")
 from fastrope import kernels
-from fastrope.kernels import attention, config, descriptors
+from fastrope.kernels import attention, config, descriptors, launch
 
 pytestmark = pytest.mark.skipif(not devices.interpreted(), reason="chooses Hopper's loops on CPU tensors")
 HALF = torch.float16
@@ -181,14 +181,15 @@ def test_masked_values_are_copied_once(layout, launches, monkeypatch):
     def refuse(*args):
         raise AssertionError("masked_fill copies, then fills the copy")
 
-    monkeypatch.setattr(torch.Tensor, "masked_fill", refuse)
     g = generator(4)
     q, k, v = (draw(g, 2, 21, 2, 16, dtype=HALF) for _ in range(3))
     mask, v = torch.rand(2, 21, generator=g) < 0.7, lay_out(v, layout)
-    fr.attention(q, k, v, key_mask=mask, backend="triton", debug=False)
+    plan = fr.plan(key_mask=mask)
+    monkeypatch.setattr(torch.Tensor, "masked_fill", refuse)
+    fr.attention(q, k, v, plan=plan, backend="triton", debug=False)
     expected = "attention" if layout == "transposed" else "attention_tma"
     assert launches == [expected]
-    found = fr.explain(q, k, v, key_mask=mask, backend="triton").decision.launch.loop
+    found = fr.explain(q, k, v, plan=plan, backend="triton").decision.launch.loop
     assert found.startswith("tensor descriptors" if expected == "attention_tma" else "pointers (v: ")
 
 
@@ -209,10 +210,10 @@ def test_an_axis_of_length_one_has_a_legal_stride():
         odd = part.as_strided(part.shape, [s if n > 1 else 3 for n, s in zip(part.shape, part.stride(), strict=True)])
         odd = odd.transpose(1, 2)
         assert kernels.describable(odd)
-        found = descriptors.descriptor(odd, 64, 16)
-        assert found.shape == list(odd.shape)
-        assert all(2 * stride % 16 == 0 for stride in found.strides[:3])
-        assert found.block_shape == [1, 1, 64, 16]
+        shape, strides, tile = descriptors.tile(launch.Layout(odd.dtype, odd.shape, odd.stride(), 0), 64, 16)
+        assert shape == list(odd.shape)
+        assert all(2 * stride % 16 == 0 for stride in strides[:3])
+        assert tile == [1, 1, 64, 16]
 
 
 def test_one_binary_for_all_shapes(monkeypatch):
@@ -220,14 +221,17 @@ def test_one_binary_for_all_shapes(monkeypatch):
     seen = set()
 
     class Recorder:
+        arg_names = attention.attention_kernel.arg_names
+
         def __getitem__(self, grid):
-            def launch(K, V, **named):
+            def run(K, V, **named):
                 described = tuple((x.base.dtype, tuple(x.block_shape)) for x in (K, V))
                 constants = {n: x for n, x in named.items() if n.isupper() and not isinstance(x, torch.Tensor)}
                 seen.add((described, tuple(sorted(constants.items()))))
 
-            return launch
+            return run
 
+    monkeypatch.setattr(launch, "_PREPARED", {})  # launches prepared before know the kernel itself
     monkeypatch.setattr(attention, "attention_kernel", Recorder())
     for batch, length, heads in ((1, 1, 1), (1, 113, 2), (3, 128, 5), (2, 1023, 2)):
         x = torch.zeros(batch, length, heads, 16, dtype=HALF)

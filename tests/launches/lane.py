@@ -137,7 +137,7 @@ def calls():
 
     def verified(case):
         """The small call by which the kernels of a case are verified on a card without rows."""
-        problem = Problem.make(small, CASES[case], cpu, torch.bfloat16)
+        problem = Problem.make(small, cases[case], cpu, torch.bfloat16)
         call = problem.plan.lowered, *problem.inputs()
         kind = dispatch._kind(dispatch.decide(*call, "auto"), *call[:3])
         drawn = sample.draw(kind, cpu)
