@@ -22,7 +22,7 @@ from fastrope.methods.saliency import feature_energy
 from fastrope.planning import build
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("demo", "commands")  # these run by themselves, where nobody has set a default device
+PROGRAMS = ("demo", "commands", "lab")  # these run by themselves, where nobody has set a default device
 BACKENDS = ("eager", "sdpa")
 
 

@@ -36,7 +36,7 @@ class LatentReference:
         expected = "a CONDITIONING of one part: what the reference shows, an empty prompt will do"
         require(told, "reference_conditioning", expected, conditioning and f"{len(conditioning)} parts")
         self._latent, self._conditioning, self.keep = latent, conditioning, keep
-        self._noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        self._noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed), device="cpu")
         self._cache = ReferenceCache(Reference(lambda step, sigma: latent, {}), "cpu" if keep else None)
 
     @property
