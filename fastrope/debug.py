@@ -42,8 +42,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, resolved: Resolved, scale: flo
     q, k, v = q.detach(), k.detach(), v.detach()
     mask = resolved.present
     if mask is not None:
-        absent = ~mask.to(k.device)[:, :, None, None]
-        k, v = (x.masked_fill(absent, 0) for x in (k, v))
+        k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
     for name, x, token in (("q", q, "query"), ("k", k, "key"), ("v", v, "key")):
         require_finite(name, x, ("batch row", token, "head", "channel"))
     for name, rope in (("rope.angles", resolved.rope), ("key_rope.angles", resolved.key_rope)):

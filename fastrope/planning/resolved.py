@@ -99,7 +99,9 @@ class Resolved:
     @property
     def key_bias(self) -> Tensor | None:
         """``(Bx, Sk)`` sum of the key biases, ``-inf`` where the mask is False; None without either."""
-        total = None if self.key_mask is None else torch.where(self.key_mask, 0.0, -torch.inf)
+        total, mask = None, self.key_mask
+        if mask is not None:
+            total = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
         for beta in self.key_biases:
             total = beta if total is None else total + beta
         return total
@@ -107,13 +109,15 @@ class Resolved:
     @property
     def present(self) -> Tensor | None:
         """``(Bx, Sk)`` bool, keys that neither the mask nor a key bias of ``-inf`` takes away; None where all are."""
-        bias = self.key_bias
-        found = None if bias is None else bias > -torch.inf
+        found = self.key_mask
+        for beta in self.key_biases:
+            there = beta > -torch.inf
+            found = there if found is None else found & there
         return None if found is None or bool(found.all()) else found
 
     def to(self, device: torch.device | None) -> Resolved:
-        """The same with its modulations on another device, floating-point values in the widest dtype it has; angles and
-        mask stay."""
+        """The same with mask and modulations on another device, floating-point values in the widest dtype it has;
+        angles stay."""
 
         def move(m: Any):
             if isinstance(m, Tensor):
@@ -122,7 +126,8 @@ class Resolved:
 
         several = "weights", "groups", "gains", "biases", "key_biases", "value_gains"
         moved = {name: tuple(map(move, getattr(self, name))) for name in several}
-        return replace(self, scale=self.scale and move(self.scale), **moved)
+        mask = None if self.key_mask is None else move(self.key_mask)
+        return replace(self, key_mask=mask, scale=self.scale and move(self.scale), **moved)
 
     def with_groups(self, numbers: Sequence[tuple[Tensor, Tensor]]) -> Resolved:
         """The same with other ``(bias, delta)``, ``(Bg,)`` each, in its groups, in their order."""
