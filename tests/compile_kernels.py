@@ -101,6 +101,10 @@ def variants(kernel: str) -> list[dict]:
     return [v for v in found if not (v.get("VALUES") and v["ROTATE"])]  # values have no positions
 
 
+# Kernels that take longest to compile, or have most variants: away from ALL_FLAGS_AT with biases of keys alone.
+LONGEST = ("axis_blocks", "polynomial", "run_sums")
+
+
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
     """(kernel, arch, dtype name, head dim, variant) of what ships."""
     found = []
@@ -121,7 +125,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
             found += [
                 (kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)
                 if everything or head_dim == min(ALL_FLAGS_AT, dims[-1])
-                or (v.get("STREAMS", True) and (v.get("INTERLEAVED", True) or not v.get("ROTATE", True)))
+                or (v.get("STREAMS", True) and (v.get("INTERLEAVED", True) or not v.get("ROTATE", True))
+                    and (kernel not in LONGEST or v["HAS_KEY_BIAS"]))
             ]  # fmt: skip
     return found
 
