@@ -186,7 +186,7 @@ def test_the_op_meets_its_contract():
     from fastrope.bindings.diffusers.layer_op import Layer, host_attention
 
     forwards = Forwards(torch.nn.Identity(), 1)
-    layer = Layer(forwards, 0, "auto", applied=True)
+    layer = Layer(forwards, 0, "auto", None, applied=True)
     layer.original = types.SimpleNamespace(_attention_backend=None)
     forwards.enter(sys._getframe(), Forward((LayerState(),)))
     q, k, v = torch.randn(3, 2, 7, 2, 16).unbind()
