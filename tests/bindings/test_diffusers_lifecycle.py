@@ -126,7 +126,7 @@ def test_attention_backends(host, when):
     assert first._attention_backend == backend
 
 
-def test_set_attention_backend_and_its_context():
+def test_set_attention_backend_and_its_context(own_backend):
     """Through diffusers' own switches, on a pipeline."""
     from diffusers.models.attention_dispatch import attention_backend
 
@@ -146,8 +146,16 @@ def test_set_attention_backend_and_its_context():
     assert_same(flux_generate(pipe), stock, 1e-4)
 
 
+@pytest.fixture
+def own_backend(monkeypatch):
+    """A model that sets its attention backend sets that of all models of the process: until the test ends."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    monkeypatch.setattr(Registry, "_active_backend", Registry._active_backend)
+
+
 @pytest.mark.parametrize("name", ["_native_math", "flex"])
-def test_the_models_own_backend_takes_what_folds_or_splits_off(name, monkeypatch):
+def test_the_models_own_backend_takes_what_folds_or_splits_off(name, monkeypatch, own_backend):
     """All queries under a BiasDelta, the unmodulated ones under scales; what hands work to it changes no result."""
     from diffusers.models import attention_dispatch as diffusers_dispatch
 

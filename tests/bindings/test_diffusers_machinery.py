@@ -133,9 +133,7 @@ def test_loading_an_ip_adapter_into_a_bound_model_is_refused(name):
     load = dict(weight_name="", subfolder="", image_encoder_pretrained_model_name_or_path=None)
     handle = fr.apply(pipe, grag_like(host.layout))
     before = run(model, call)
-    with pytest.raises(
-        NotImplementedError, match=r"^IP-Adapter: .*call handle\.remove\(\) before loading it$"
-    ):
+    with pytest.raises(NotImplementedError, match=r"^IP-Adapter: .*call handle\.remove\(\) before loading it$"):
         pipe.load_ip_adapter(ip_adapter(model), **load)
     assert torch.equal(run(model, call), before)
     handle.remove()
