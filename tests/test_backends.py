@@ -281,6 +281,15 @@ def test_large_biases(backend, dtype):
     check(Call(q, k, v, modulations=[fr.LogitBias(b, slice(9, 20)), fr.KeyBias(140 + uniform(g, 30))]), backend)
 
 
+@over(SDPA_TARGETS)
+def test_biases_are_rounded_once(backend, dtype):
+    """Torch's factor comes after its sum, in which biases are. With many rows the rule tells means apart."""
+    g = generator(41)
+    q, k, v = tensors(g, batch=2, queries=1000, keys=300, heads=4, dim=16, dtype=dtype)
+    biases = [fr.LogitBias(-0.7), *(fr.KeyBias(uniform(g, 300, high=4)) for _ in range(2))]
+    check(Call(q, k, v, scale=0.05, modulations=biases, label="biases"), backend)
+
+
 @targets
 def test_values_may_be_large(backend, dtype):
     """Logits of some hundreds: the softmax must subtract its maximum."""

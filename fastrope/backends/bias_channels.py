@@ -35,8 +35,12 @@ def append_biases(
     scale: float,
     of_queries: Callable[[Tensor], Tensor],
     of_batch: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """``queries (B, n, H, C)`` and ``keys (B, m, Hkv, C)``, of the tokens of ``segments``, with channels for biases.
+) -> tuple[Tensor, Tensor, float]:
+    """``queries (B, n, H, C)`` and ``keys (B, m, Hkv, C)`` of the tokens of ``segments``, with channels for biases; the
+    third result is the factor of their logits.
+
+    In float32 and wider, the queries are multiplied by the factor, which is then 1. Torch would multiply logits that
+    hold the biases already, and round them once more than the reference does.
 
     Args:
         scale: factor of the logits, not 0.
@@ -45,8 +49,10 @@ def append_biases(
     """
     bias, sets = lowered.keys.bias, list(dict.fromkeys(s.bias for s in segments if s.bias >= 0))
     if not sets and (bias is None or bias.finite is None):
-        return queries, keys
+        return queries, keys, scale
     dtype, first = queries.dtype, segments[0].start
+    if dtype not in PARTS:
+        queries, scale = queries * scale, 1.0
     unit = 2.0 ** min(max(round(-math.log2(abs(scale))) + 4, -14), 15)  # what stands for 1, so that float16 holds both
     of_query, of_key, members, hidden = [], [], [], []
     for n in sets:
@@ -70,7 +76,7 @@ def append_biases(
         root = (1.01 * enough.sqrt()).clamp(max=torch.finfo(dtype).max).to(dtype)
         queries = _with_channels(queries, [-math.copysign(1.0, scale) * root * x for x in hidden])
         keys = _with_channels(keys, [root * member for member in members])
-    return queries, keys
+    return queries, keys, scale
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -191,7 +191,7 @@ def _attend_pass(
     variants = sorted({_variant(s, rows) for s in segments})
     queries = torch.cat([x for variant in variants for x in _query_variant(q, lowered, rows, variant)], dim=-1)
     laid = _lay_out(keys, segments, rows, variants)
-    queries, laid = append_biases(queries, laid, lowered, segments, scale, rows.of_queries, rows.of_batch)
+    queries, laid, scale = append_biases(queries, laid, lowered, segments, scale, rows.of_queries, rows.of_batch)
     heads, key_heads, dim = q.shape[2], v.shape[2], v.shape[3]
     # Grouped heads become more rows of the same key head: no copy of the keys.
     queries = queries.unflatten(2, (key_heads, heads // key_heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
