@@ -36,8 +36,8 @@ from fastrope import device as devices
 from fastrope.backends import fused
 from fastrope.kernels.abi import QUERY_TILE
 from fastrope.planning import polynomial
-from fastrope.planning.lowered import SortedQueries
 from fastrope.planning.resolved import Scale
+from fastrope.planning.tables import SortedQueries
 
 pytest.importorskip("triton")
 from fastrope import kernels

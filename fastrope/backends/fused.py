@@ -20,8 +20,9 @@ from .. import kernels
 from ..kernels import abi
 from ..kernels.config import LaunchConfig
 from ..kernels.streams import Projected, Streams
-from ..planning.lowered import Lowered, PerQueryTables
+from ..planning.lowered import Lowered
 from ..planning.segments import numbers_of
+from ..planning.tables import PerQueryTables
 from . import per_query
 from .lse_merge import merge
 

@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,10 @@ from ..planning.lowered import Lowered
 from ..planning.segments import MAX_VARIANTS, Segment, split_passes
 from ..rope import rotate
 from .bias_channels import append_biases
+from .log_sum_exp import BLOCK_ROWS, log_sum_exp
 from .lse_merge import Part, merge
 from .values import modulated_values
 
-BLOCK_ROWS = 256  # query rows per step wherever logits must be materialised (lse, and devices without a fused kernel)
 MAX_BIASES = 8  # distinct biases of segments, a few channels each
 COPY_KEYS = 4  # key copies alive at once for queries with per-query scales
 
@@ -198,7 +198,7 @@ def _attend_pass(
     laid, values = laid.transpose(1, 2), v.transpose(1, 2)
     shown = None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
     out = _fused(queries, laid, values, shown, scale)[..., :dim]
-    lse = _log_sum_exp(queries, laid, shown, scale) if return_lse else None
+    lse = log_sum_exp(queries, laid, shown, scale) if return_lse else None
     out = out.unflatten(2, (heads // key_heads, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     lse = lse.unflatten(2, (heads // key_heads, -1)).flatten(1, 2) if return_lse else None
     alive = _sees_a_key(lowered, segments, mask, rows)
@@ -309,53 +309,3 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     blocks = [q] if fused else q.split(BLOCK_ROWS, dim=2)
     outs = [F.scaled_dot_product_attention(block, k, v, attn_mask=mask, scale=scale) for block in blocks]
     return torch.cat(outs, dim=2)
-
-
-def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return _LogSumExp.apply(q.to(wide), k.to(wide), mask, scale)
-
-
-class _LogSumExp(torch.autograd.Function):
-    """``lse (B, H, Sq)`` of ``q (B, H, Sq, D)`` and ``k (B, H, Sk, D)`` in blocks of queries, also in its derivatives:
-    ``d lse_i = sum_j p_ij d s_ij``."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        return torch.cat([s.logsumexp(dim=-1) for _, s in _blocks_of_logits(q, k, mask, scale)], dim=2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        q, k, mask, ctx.scale = inputs
-        ctx.save_for_backward(q, k, mask)
-        ctx.save_for_forward(q, k, mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q, k, mask = ctx.saved_tensors
-        grad_q, grad_k = [], torch.zeros_like(k)
-        for rows, s in _blocks_of_logits(q, k, mask, ctx.scale):
-            grad_s = s.softmax(dim=-1) * (ctx.scale * grad[:, :, rows, None])
-            grad_q.append(grad_s @ k)
-            grad_k = grad_k + grad_s.transpose(-1, -2) @ q[:, :, rows]
-        return torch.cat(grad_q, dim=2), grad_k, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, q_tangent: Tensor | None, k_tangent: Tensor | None, *_: Any) -> Tensor:
-        q, k, mask = ctx.saved_tensors
-        tangents = []
-        for rows, s in _blocks_of_logits(q, k, mask, ctx.scale):
-            change = torch.zeros_like(s)
-            if q_tangent is not None:
-                change = change + q_tangent[:, :, rows] @ k.transpose(-1, -2)
-            if k_tangent is not None:
-                change = change + q[:, :, rows] @ k_tangent.transpose(-1, -2)
-            tangents.append((s.softmax(dim=-1) * change).sum(dim=-1) * ctx.scale)
-        return torch.cat(tangents, dim=2)
-
-
-def _blocks_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float):
-    for start in range(0, q.shape[2], BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        s = (q[:, :, rows] @ k.transpose(-1, -2)) * scale
-        yield rows, s if mask is None else s.masked_fill(~mask, -torch.inf)

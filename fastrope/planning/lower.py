@@ -14,21 +14,7 @@ from ..device import wide_on_cpu
 from ..kernels.tables import AxisBlocks, KeyRuns, Polynomial
 from ..rope import RoPE
 from .axis_blocks import axis_blocks
-from .lowered import (
-    BandTables,
-    GroupTables,
-    KeyBiasTables,
-    KeyTables,
-    Lowered,
-    PerQueryTables,
-    QueryTables,
-    Rotation,
-    ScaleTables,
-    SortedQueries,
-    UnmodulatedQueries,
-    ValueTables,
-    weighted_rotation,
-)  # fmt: skip
+from .lowered import Lowered
 from .polynomial import polynomial
 from .resolved import Group, Resolved
 from .scales import find_buckets, scale_tables, sort_queries, unmodulated_queries
@@ -41,6 +27,20 @@ from .segments import (
     numbers_of,
     runs_of,
     segment_keys,
+)  # fmt: skip
+from .tables import (
+    BandTables,
+    GroupTables,
+    KeyBiasTables,
+    KeyTables,
+    PerQueryTables,
+    QueryTables,
+    Rotation,
+    ScaleTables,
+    SortedQueries,
+    UnmodulatedQueries,
+    ValueTables,
+    weighted_rotation,
 )  # fmt: skip
 
 

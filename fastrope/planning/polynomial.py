@@ -16,8 +16,8 @@ import torch
 from ..kernels.abi import QUERY_TILE
 from ..kernels.tables import Polynomial, PolynomialTiles
 from .axis_blocks import split
-from .lowered import Rotation, SortedQueries
 from .resolved import Scale
+from .tables import Rotation, SortedQueries
 
 LEAST_FILLED = 0.5  # of a tile's places; with less, axis blocks, whose tiles hold 16 queries, are predicted faster
 

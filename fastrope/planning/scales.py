@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.abi import QUERY_TILE
-from .lowered import ScaleTables, SortedQueries
 from .resolved import Scale
+from .tables import ScaleTables, SortedQueries
 
 MAX_BUCKETS = 8  # key copies a plan may ask for: bounds memory at MAX_BUCKETS times the covered keys
 MIN_BUCKET_QUERIES = QUERY_TILE  # with more distinct scales than MAX_BUCKETS, a value that a whole tile shares is one
