@@ -52,3 +52,11 @@ def users_cache_folder(tmp_path_factory):
 def _seed():
     """The same random numbers for a test whichever others ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def runnable(request):
+    """Skips a test whose parameter ``backend`` cannot run here."""
+    from numerics import skip_unless_runnable
+
+    skip_unless_runnable(request.node.callspec.params["backend"])

@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import torch
-from numerics import (
-    Call,
-    axial,
-    every_modulation,
-    generator,
-    grid,
-    key_masks,
-    tensors,
-)
+from numerics import Call, axial, every_modulation, generator, grid, key_masks, tensors
 
 SCALE = 0.25
 

@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from numerics import (
-    DEVICE,
-    Call,
-    axial,
-    every_modulation,
-    generator,
-    grid,
-    scales,
-    tensors,
-)
+from numerics import DEVICE, Call, axial, every_modulation, generator, grid, scales, tensors
 from small_calls import BATCH, TOKENS, good, modulated, ones
 from strategies import calls
 

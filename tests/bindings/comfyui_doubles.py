@@ -1,7 +1,7 @@
 """ComfyUI as far as the binding touches it, small enough for CI: a model patcher, the wrappers around a model's call,
 one transformer of Flux's shape, a sampler, and the classes that nodes are made of.
 
-The signatures are held to ``comfyui_interface.json``, which ``test_comfyui_real.py`` holds to the real ones.
+The signatures are held to ``comfyui_interface.json``, which ``test_comfyui_real.py`` compares with the real ones.
 """
 
 from __future__ import annotations

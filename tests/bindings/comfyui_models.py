@@ -8,9 +8,14 @@ import os
 import sys
 from functools import cache
 
+import pytest
 import torch
 
+if not os.environ.get("COMFYUI_PATH"):
+    pytest.skip("set COMFYUI_PATH to a checkout of ComfyUI to run these", allow_module_level=True)
+
 DTYPE = torch.float32
+NEAR = dict(rtol=0, atol=2e-5)
 FLUX = dict(
     in_channels=4, out_channels=4, vec_in_dim=8, context_in_dim=12, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
     depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True,
@@ -94,6 +99,12 @@ def conditioning(name: str, tokens: int = 5, seed: int = 2, references=(), **mor
     return [[text, options]]
 
 
+def edit(name: str, **options):
+    """Conditionings of an edit, where the family has references; else of a prompt."""
+    references = [latent(name, 4, 6, seed=9), latent(name, 6, 4, seed=8)] if name in EDITS else []
+    return [conditioning(name, seed=seed, references=references, **options) for seed in (2, 3)]
+
+
 def sample(model, name: str, positive=None, negative=None, steps: int = 3, cfg: float = 1.0, **options) -> torch.Tensor:
     """What the real sampler makes."""
     host = comfy()
@@ -113,6 +124,11 @@ def sample(model, name: str, positive=None, negative=None, steps: int = 3, cfg: 
     )
     with torch.no_grad():
         return host.sample.sample(model, noise, *order, **options)
+
+
+def report(capsys, what: str, found, expected) -> None:
+    with capsys.disabled():
+        print(f"\n  {what}: largest difference {float((found - expected).abs().max()):.2e}", end="")
 
 
 def interface(functions) -> dict:

@@ -6,16 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from numerics import (
-    DEVICE,
-    Call,
-    axial,
-    every_modulation,
-    generator,
-    grid,
-    key_masks,
-    tensors,
-)
+from numerics import DEVICE, Call, axial, every_modulation, generator, grid, key_masks, tensors
 
 import fastrope as fr
 from fastrope.bench.cases import CASES
