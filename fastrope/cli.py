@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if sys.stdout is not None:
                     sys.stdout.flush()
         except BaseException as error:
-            told = _told(error, name)
-            if told is None:
+            found = _advice(error, name)
+            if found is None:
                 raise
-            code, line = told
+            code, line = found
             if isinstance(error, OSError):
                 _leave_stdout()
             if line:
@@ -91,7 +91,7 @@ def _load(module: str):
     return run
 
 
-def _told(error: BaseException, name: str) -> tuple[int, str] | None:
+def _advice(error: BaseException, name: str) -> tuple[int, str] | None:
     """The exit code of an error and the line for the user; None for an error that the user cannot mend."""
     if isinstance(error, BrokenPipeError):
         return 141, ""  # the shell's code for a program that SIGPIPE ends

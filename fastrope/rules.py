@@ -1,8 +1,9 @@
-"""Which way a call goes where several could take it on a GPU: one table, of shipped rules and of those measured here.
+"""Which route ``auto`` takes on a GPU where several compute a call: one table of rules, shipped or measured on a card.
 
-A family says which calls a rule is about, and which routes compute them; a rule says which of these ``auto`` takes.
+A family is a set of calls, with the routes that can compute them. A rule says which of its routes ``auto`` takes.
 ``fastrope doctor --gpu --write`` measures the routes on a card and stores rules in the user's cache folder, in the form
-of those below. They are read once and win. No rule changes the mathematics: every route of a family gives its result.
+of those below. They are read once, and replace the shipped ones. No rule changes the mathematics: every route of a
+family gives the same result.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ROUTES = {"sdpa": ("sdpa", False), "split": ("triton", True), "loop": ("triton",
 
 @dataclass(frozen=True)
 class Family:
-    """Calls that ``applies(lowered, dtype, return_lse)`` is true of, and of no family before. Any of ``routes``
-    computes them."""
+    """Calls for which ``applies(lowered, dtype, return_lse)`` is true, and that of no earlier family is. Each of
+    ``routes`` computes them."""
 
     name: str
     calls: str
@@ -40,7 +41,7 @@ class Family:
 class Rule:
     """Calls of ``family`` take ``route``.
 
-    ``reason`` says why, ``against`` why not the other backend. ``basis`` says what that rests on: rows under
+    ``reason`` says why, ``against`` why not the other backend. ``basis`` says what supports it: rows under
     ``bench/results/``, rows measured on this card, or a prediction (``bench/NOTEBOOK.md`` has the reasoning).
     """
 
@@ -76,10 +77,10 @@ FAMILIES = (
     ),
     Family("keys", "weights, groups and values, in 16 bits, no log-sum-exp", _short(folded.folds), _WHOLE),
     Family(
-        "own scales", "most queries unmodulated, others with per-query scales, in 16 bits, no log-sum-exp",
+        "per-query scales", "most queries unmodulated, others with per-query scales, in 16 bits, no log-sum-exp",
         _short(lambda lowered: bool(lowered.num_per_query) and split_rows.splits(lowered)), _ROWS,
     ),
-    Family("levels", "most queries unmodulated, in 16 bits, no log-sum-exp", _short(split_rows.splits), _ROWS),
+    Family("unmodulated", "most queries unmodulated, in 16 bits, no log-sum-exp", _short(split_rows.splits), _ROWS),
     Family(
         "float32", "float32 without per-query scales",
         lambda lowered, dtype, return_lse: dtype == torch.float32 and not lowered.num_per_query, _WHOLE,
@@ -99,8 +100,8 @@ RULES = (
     Rule("masked", "sdpa", *_FOLDS, MEASURED),
     Rule("rotation", "sdpa", *_FOLDS, MEASURED),
     Rule("keys", "sdpa", *_FOLDS, MEASURED),
-    Rule("own scales", "split", *_SPLITS, MEASURED),
-    Rule("levels", "split", *_SPLITS, MEASURED),
+    Rule("per-query scales", "split", *_SPLITS, MEASURED),
+    Rule("unmodulated", "split", *_SPLITS, MEASURED),
     Rule(
         "float32", "sdpa", "torch's float32 kernels have larger tiles",
         "multiplies float32 on CUDA cores, in tiles of 16 queries",
@@ -127,8 +128,8 @@ def rule_for(lowered: Lowered, dtype: torch.dtype, return_lse: bool, device: tor
 
 @lru_cache(maxsize=64)
 def local(device: torch.device) -> dict[str, Rule]:
-    """Rules measured on a GPU, by family; read once in a process. None of a file that is damaged or older than the
-    software, of which one warning tells."""
+    """Rules measured on a GPU, by family; read once in a process. A file that is damaged or was measured by other
+    versions holds none, and one warning says so."""
     cards = card.read(FILE)
     if not cards:
         return {}
@@ -145,7 +146,7 @@ def local(device: torch.device) -> dict[str, Rule]:
 
 
 def store(rules: list[Rule], device: torch.device) -> None:
-    """Write rules measured on a GPU, for processes to come.
+    """Write rules measured on a GPU, for later processes.
 
     Raises:
         OSError, RuntimeError: the file cannot be written.

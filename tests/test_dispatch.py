@@ -164,7 +164,7 @@ def measured(on_gpu, tmp_path, monkeypatch):
         cached.cache_clear()
 
 
-HERE = rules.Rule("levels", "loop", "the fastest: loop 1.50 ms, split 1.63 ms", "slower here", rules.HERE)
+HERE = rules.Rule("unmodulated", "loop", "the fastest: loop 1.50 ms, split 1.63 ms", "slower here", rules.HERE)
 LEVELS = fr.plan(rope=ROPE, modulations=[BUCKETS])
 
 
@@ -197,7 +197,7 @@ def test_another_measurement_replaces_the_first_and_leaves_other_cards(on_gpu, m
         lambda text: "[]",
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace('"loop"', '"sdpa"'),  # which has not the result of these calls' family
-        lambda text: text.replace('"levels"', '"nobody"'),
+        lambda text: text.replace('"unmodulated"', '"nobody"'),
         lambda text: text.replace('"against"', '"because"'),
         lambda text: text.replace("torch ", "torch 1."),  # as an update of torch leaves it
     ],

@@ -41,12 +41,12 @@ class Rescaled:
         return rows[None, None].to(like)
 
 
-def asked(methods: Sequence[Any], site: fr.Site, obstacles: dict[str, bool]) -> Rescaling | None:
-    """What methods ask of the positions at a step; None where nothing changes.
+def requested_rescaling(methods: Sequence[Any], site: fr.Site, obstacles: dict[str, bool]) -> Rescaling | None:
+    """The rescaling that methods want at a step; None where nothing changes.
 
     Args:
         site: any of the step.
-        obstacles: what this does not go with, and whether it is there.
+        obstacles: what a rescaling cannot be combined with, and whether it is there.
 
     Raises:
         NotImplementedError: one of them is.

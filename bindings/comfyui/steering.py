@@ -29,7 +29,7 @@ from .calls import ModelCall, Positions
 from .compiled import COMPILED, CompiledDoor
 from .models import Call, Family, family_of
 from .references import LatentReference
-from .rescaled import Rescaled, asked
+from .rescaled import Rescaled, requested_rescaling
 from .sites import Sites
 from .steps import Step, Steps
 
@@ -144,7 +144,7 @@ class Steering:
             "compiled code, which would keep the positions of its first step": _compiled(options),
             "a reference latent, whose keys have the model's own positions": self.reference is not None,
         }
-        rescaling, rescaled = asked(methods, sites[0], obstacles), None
+        rescaling, rescaled = requested_rescaling(methods, sites[0], obstacles), None
         if rescaling is not None:
             rescaled = _remember(self._tables, (key, rescaling), lambda: Rescaled.of(positions.rope, rescaling))
             key = key, rescaling

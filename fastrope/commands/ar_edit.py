@@ -35,10 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f'once for every edit (default of tiny: "{TINY_EDIT}")')  # fmt: skip
     add("--image", type=file_path, help="a picture to edit, instead of an original generated from --prompt")
     add_out(add, "DIR", "ar-edit")
-    add("--candidates", type=int, help=f"K, tokens drawn at the first position (default: {_told('candidates')})")
-    add("--alpha", type=float, default=0.6, help="how much of the window is gone at the end (default: 0.6)")
+    add("--candidates", type=int, help=f"K, tokens drawn at the first position (default: {_defaults('candidates')})")
+    add("--alpha", type=float, default=0.6, help="how far the window shrinks to the end, 0 to 1 (default: 0.6)")
     add("--tau", type=float, help="largest distance accepted, inf too; larger: closer to the original (default: "
-        f"{_told('tau')})")  # fmt: skip
+        f"{_defaults('tau')})")  # fmt: skip
     add("--metric", choices=("l2", "cosine"), default="l2", help="of the codebook space (default: l2, squared)")
     add("--seed", type=int, default=0, help="(default: 0)")
     add("--plain", action="store_true", help="also draw the edit prompts without anchors, for comparison")
@@ -48,16 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative-prompt", default="lowres, blurry, worst quality", help="emu3: what guidance leads away from")
     sizes = "llamagen 32, or 16 for a file ..._256.pt; emu3 90; janus and tiny have one"
     add("--size", type=int, help=f"tokens per side (default: {sizes})")
-    add("--guidance", type=float, help=f"scale of classifier-free guidance (default: {_told('guidance')})")
+    add("--guidance", type=float, help=f"scale of classifier-free guidance (default: {_defaults('guidance')})")
     add("--temperature", type=float, default=1.0, help="above 0 (default: 1); --top-k 1 is greedy")
-    add("--top-k", type=int, help=f"0 keeps all (default: {_told('top_k')})")
+    add("--top-k", type=int, help=f"0 keeps all (default: {_defaults('top_k')})")
     add("--top-p", type=float, default=1.0, help="1 keeps all (default: 1)")
     add_machine_options(add)
     return parser
 
 
-def _told(name: str) -> str:
-    """The defaults of all models, for people."""
+def _defaults(name: str) -> str:
+    """The defaults of all models, for ``--help``."""
     return ", ".join(f"{model} {getattr(ar_hosts.DEFAULTS[model], name):g}" for model in MODELS)
 
 
@@ -109,15 +109,15 @@ def _run(options: argparse.Namespace) -> list[Path]:
     files = dict(zip(names, [draw(options, lock, host, made, pictures), *pictures["original"], *pictures["edit"]],
                      strict=True))  # fmt: skip
     lists = {name: getattr(made.record, name).tolist() for name in ("anchors", "distance", "window", "accepted")}
-    told = record(
+    description = record(
         out / "record.json", options, lock={name: getattr(lock, name) for name in LOCK}, host=host.name, grid=host.grid,
         device=device, dtype=dtype, counts=made.record.counts(), tokens=made.tokens.tolist(), **lists,
     )  # fmt: skip
-    return [told, *(write_picture(out / name, made) for name, made in files.items())]
+    return [description, *(write_picture(out / name, made) for name, made in files.items())]
 
 
 def draw(options: argparse.Namespace, lock: ISLock, host: ar_hosts.Host, made, pictures: dict[str, list]):
-    """The sheet: the original and the edits, without anchors too if asked for, and a map of tokens for each edit."""
+    """The sheet: the original and the edits, with ``--plain`` also without anchors, and a map of tokens per edit."""
     title = "original" if options.image is not None else short(options.prompt)
     edits = [Cell(x, short(prompt)) for x, prompt in zip(pictures["edit"], options.edit_prompt, strict=True)]
     rows = [[Cell(pictures["original"][0], title), *edits]]

@@ -1,4 +1,4 @@
-"""The models ``ar-edit`` can drive, behind one face: prompts and pictures to tokens, tokens to pixels."""
+"""The models of ``ar-edit`` behind one interface: prompts and pictures to tokens, tokens to pixels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LLAMAGEN_FILES = (
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model takes where the command line says nothing; ``size`` is in tokens per side."""
+    """The values of a model for options that are not given; ``size`` is in tokens per side."""
 
     candidates: int
     tau: float
@@ -76,7 +76,7 @@ class Host:
         return tuple(torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
 
     def encode(self, picture) -> torch.Tensor:
-        """Vocabulary ids ``(1, N)`` of a PIL picture, of which the largest centred part of the grid's aspect counts."""
+        """Vocabulary ids ``(1, N)`` of a PIL picture, cropped around its centre to the proportions of the grid."""
         mean, std = self._normalisation()
         pixels = to_pixels(picture, *(side * self.patch for side in self.grid))
         return self.encoder(((pixels - mean) / std).to(self.codebook.device))
@@ -89,7 +89,7 @@ class Host:
 
 
 def to_pixels(picture, height: int, width: int) -> torch.Tensor:
-    """``(1, 3, height, width)`` float32 in 0..1 of an RGB picture: the largest centred part of that aspect, resized."""
+    """``(1, 3, height, width)`` float32 in 0..1 of an RGB picture, cropped around its centre and resized."""
     from PIL import Image, ImageOps
 
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
@@ -98,8 +98,8 @@ def to_pixels(picture, height: int, width: int) -> torch.Tensor:
 
 
 def default_size(model: str, weights: str | None) -> int:
-    """Tokens per side: what a published file of LlamaGen has in its name, since its weights do not tell; else the
-    model's own."""
+    """Tokens per side. For LlamaGen the name of a published file decides, since its weights do not; else the model
+    does."""
     found = re.search(r"_(256|384|512)\.pt$", str(weights)) if model == "llamagen" else None
     return int(found[1]) // 16 if found else DEFAULTS[model].size
 
@@ -171,7 +171,7 @@ def _llamagen(options, size: int, settings: dict, device, dtype) -> Host:
 
 
 def _llamagen_run(model, describe: Callable, settings: dict) -> Callable:
-    """``describe(prompts)`` gives features, and the mask of those that count or None."""
+    """``describe(prompts)`` returns features, and the mask of those that count or None."""
     from tqdm import tqdm
 
     from ..bindings.llamagen import generate
@@ -243,7 +243,7 @@ def _emu3(options, size: int, settings: dict, device, dtype) -> Host:
 
 @contextmanager
 def _ticks(total: int, label: str) -> Iterator[Callable]:
-    """A progress bar that is a logits processor: every call of it is a token."""
+    """A logits processor that moves a progress bar: each of its calls is a token."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=label, unit="token") as bar:

@@ -15,7 +15,7 @@ OWN = re.compile(r'^name = "fastrope"$', re.MULTILINE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and run."""
+    """Run the command; prints what it wrote."""
     parser = argparse.ArgumentParser(prog="fastrope comfyui", description="The node pack for ComfyUI.")
     actions = parser.add_subparsers(dest="action", required=True)
     install = actions.add_parser("install", help="put the nodes into a ComfyUI")
@@ -103,5 +103,5 @@ def _make_way(place: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    told = folder / "pyproject.toml"
-    return told.is_file() and bool(OWN.search(told.read_text(encoding="utf-8", errors="replace")))
+    project = folder / "pyproject.toml"
+    return project.is_file() and bool(OWN.search(project.read_text(encoding="utf-8", errors="replace")))

@@ -121,14 +121,14 @@ def _run(options: argparse.Namespace) -> list[Path]:
         "saliency": options.saliency or SALIENCY[0], "front_end": options.front_end or FRONT_ENDS[0],
     }  # fmt: skip
     dials = {name: getattr(method, name) for name in names}
-    written = [write_picture(out, made), record(out, options, dials=dials, tries=tries, **model.told(prompt), **extra)]
+    written = [write_picture(out, made), record(out, options, dials=dials, tries=tries, **model.facts(prompt), **extra)]
     if options.plain:
         written.append(write_picture(plain_path(out), model.draw(call, options.seed, "plain")))
     return written
 
 
 def _pictures(options: argparse.Namespace) -> tuple[list, dict]:
-    """The pictures to edit, and what tells where the paste is: ``{"mask": ...}`` or ``{"original": ...}``."""
+    """The pictures to edit, and what shows where the paste is: ``{"mask": ...}`` or ``{"original": ...}``."""
     read = {"mask": open_mask, "original": open_picture}
     pasted = {name: read[name](flag(name), path) for name, path in given(options, *read).items()}
     if options.image is not None:
@@ -159,12 +159,12 @@ def _steer(options: argparse.Namespace, model: Model, method: LooseRoPE, call: d
     for t in steered.tries:
         said = "not judged" if t.verdict is None else f"{t.verdict.kind} ({t.verdict.reasoning})"
         print(f"boost {t.value:.3f}: {said}", file=sys.stderr)
-    told = [
+    described = [
         {"boost": t.value, "verdict": t.verdict and {"class": t.verdict.kind, "reasoning": t.verdict.reasoning,
          "readable": t.verdict.readable, "measures": dict(t.verdict.measures)}}
         for t in steered.tries
     ]  # fmt: skip
-    return model.finished(steered.images[0]), steered.method, told
+    return model.finished(steered.images[0]), steered.method, described
 
 
 def _chat(name: str):

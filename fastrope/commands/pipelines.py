@@ -58,23 +58,23 @@ class Model:
 
     Args:
         pipe: of diffusers.
-        told: ``steps``, ``guidance`` and ``negative_prompt`` that go before the usual ones.
+        chosen: ``steps``, ``guidance`` and ``negative_prompt`` of the user, which replace the usual ones.
         steps: the command's own default for Qwen-Image.
 
     Raises:
         ValueError: a negative prompt for a pipeline that makes nothing of it.
     """
 
-    def __init__(self, pipe, told: dict[str, object], qwen_steps: int = 28) -> None:
+    def __init__(self, pipe, chosen: dict[str, object], qwen_steps: int = 28) -> None:
         self.pipe, self.kind = pipe, type(pipe).__name__
         settings = self._defaults()
         if self.kind.startswith("QwenImage"):
             settings = replace(settings, steps=qwen_steps)
-        if "negative_prompt" in told:
+        if "negative_prompt" in chosen:
             known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters
             takes = known and not self.kind.startswith("Flux")  # which ignores it at these settings
             require(takes, "--negative-prompt", "none", f"one; the guidance of {self.kind} is distilled")
-        self.settings = replace(settings, **told)
+        self.settings = replace(settings, **chosen)
 
     def _defaults(self) -> Settings:
         return next(found for start, found in SETTINGS.items() if self.kind.startswith(start))
@@ -95,7 +95,7 @@ class Model:
         return call
 
     def text(self, option: str, prompt: str, rows: int = 1) -> dict[str, object]:
-        """Arguments that stand for a prompt, of ``rows`` pictures."""
+        """Arguments that carry a prompt, for ``rows`` pictures."""
         return {"prompt": prompt}
 
     def editing(self, images: Sequence[Image]) -> dict[str, object]:
@@ -117,11 +117,11 @@ class Model:
         return self.finished(self.pipe(**call, **self.drawing(seed)).images[0])
 
     def drawing(self, seed: int) -> dict[str, object]:
-        """Further arguments of a call whose picture :meth:`finished` takes."""
+        """Further arguments of a call; :meth:`finished` takes its picture."""
         return {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
 
-    def told(self, prompt: str) -> dict[str, object]:
-        """For a record: what the options leave open."""
+    def facts(self, prompt: str) -> dict[str, object]:
+        """For a record: what a run used where options were left open."""
         settings = self.settings
         return {
             "pipeline": self.kind, "prompt": prompt, "steps": settings.steps, "guidance": settings.guidance,
@@ -143,9 +143,9 @@ class Model:
 class Trained(Model):
     """The tiny model of :mod:`fastrope.lab`: 16 x 16 pixels, prompts of a few words."""
 
-    def __init__(self, pipe, told: dict[str, object]) -> None:
-        require("guidance" not in told, "--guidance", "none with --model tiny", told.get("guidance"))
-        super().__init__(pipe, told)
+    def __init__(self, pipe, chosen: dict[str, object]) -> None:
+        require("guidance" not in chosen, "--guidance", "none with --model tiny", chosen.get("guidance"))
+        super().__init__(pipe, chosen)
 
     def _defaults(self) -> Settings:
         return Settings(16)
@@ -190,11 +190,11 @@ def load(options: argparse.Namespace, editor: str | None = None, qwen_steps: int
         ValueError: a model that does not fit the options.
     """
     device, dtype = machine(options)
-    told = given(options, "steps", "guidance", "negative_prompt")
+    chosen = given(options, "steps", "guidance", "negative_prompt")
     if options.model == TINY:
         from ..lab import pipeline
 
-        return Trained(pipeline(device, dtype, edit=editor is not None), told)
+        return Trained(pipeline(device, dtype, edit=editor is not None), chosen)
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -213,7 +213,7 @@ def load(options: argparse.Namespace, editor: str | None = None, qwen_steps: int
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
-    model = Model(pipe, told, qwen_steps)
+    model = Model(pipe, chosen, qwen_steps)
     if editor is not None:
         model.require_editor(editor)
     return model

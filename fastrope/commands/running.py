@@ -1,4 +1,4 @@
-"""What the commands have in common: how one runs, options of a run, where and in what it is computed, its record."""
+"""What the commands share: how one runs, the options of a run, its device and dtype, its record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(
 
     Args:
         make_parser: its options, ``--model`` among them.
-        run: does the work and gives the files it wrote, which are printed.
+        run: does the work and returns the files it wrote, which are printed.
         check: ends the program where options contradict each other.
 
     Returns:
@@ -153,7 +153,7 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 
 def machine(options: argparse.Namespace, kinds: Sequence[str] | None = None) -> tuple[torch.device, torch.dtype]:
-    """Where and in what to compute.
+    """The device and the dtype to compute with.
 
     Args:
         kinds: of device that will do; None: all.

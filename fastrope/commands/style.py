@@ -123,7 +123,7 @@ class Styling:
         size = {name: self.call.get(name) for name in ("height", "width")}
         if self.options.native:
             size |= {"trajectory": None, "reference_seed": None}
-        return record(out, self.options, dials=dials, **self.model.told(self.options.prompt), **size)
+        return record(out, self.options, dials=dials, **self.model.facts(self.options.prompt), **size)
 
 
 def method_of(options: argparse.Namespace, usual: dict | None = None, **dials: object) -> UntwistingRoPE:

@@ -1,4 +1,4 @@
-"""``fastrope sweep``: one picture of many: Untwisting RoPE over a grid of s_hf and s_lf."""
+"""``fastrope sweep``: a contact sheet of Untwisting RoPE over a grid of s_hf and s_lf."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _value(text: str) -> Value:
 
 
 def _name(value: Value) -> str:
-    """Short where that tells the value."""
+    """A value as text, short if that is exact."""
     numbers = value if isinstance(value, tuple) else (value,)
     return ":".join(f"{n:g}" if float(f"{n:g}") == n else repr(n) for n in numbers)
 
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> list[Path]:
     with tqdm(total=1 + len(grid), desc="sweep", unit="picture") as bar:
 
         def picture(path: Path):
-            """Of an earlier run, else drawn and kept."""
+            """The cell of an earlier run, else a new one, which is stored."""
             if not (resumed and path.exists()):
                 write_picture(path, ready.draw())
             bar.update()

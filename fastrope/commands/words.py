@@ -47,6 +47,6 @@ def understand(option: str, text: str, editing: bool) -> dict[str, object]:
         found[slot] = value
     if not editing:
         return {"task": "draw", **found}
-    asked = "digit" if "digit" in found else "recolour" if "ink" in found else "background"
+    task = "digit" if "digit" in found else "recolour" if "ink" in found else "background"
     require(bool(found), option, f"something to change, in {known}", repr(text))
-    return {"task": asked, **found}
+    return {"task": task, **found}
