@@ -18,8 +18,8 @@ from fastrope.commands.evidence import main
 from fastrope.lab import digits, judge, scenes
 from fastrope.lab.evidence import looserope, page, untwisting
 from fastrope.lab.evidence.findings import Findings, Row, digest, outcomes, strip
+from fastrope.lab.evidence.report import share
 from fastrope.lab.evidence.studio import TOKENS, Studio, as_task, only
-from fastrope.lab.evidence.telling import share
 
 DOCS = ROOT / "docs"
 STORED = DOCS / page.FOLDER
@@ -46,7 +46,7 @@ def test_the_readme_tells_what_is_stored():
     found = Findings.load(STORED / "grag.json")
     one, more = (share(found.row("digit, delta", x), "source") for x in (1.0, 1.5))
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"keeps the source's in {one} of its pictures at GRAG's delta 1 and in {more} at 1.5" in readme
+    assert f"the old digit stays in {one} of its pictures at GRAG's delta 1 and in {more} at delta 1.5" in readme
 
 
 @pytest.mark.parametrize("part", page.PARTS)

@@ -3,7 +3,7 @@
     from fastrope import lab
 
     pipe = lab.pipeline()  # diffusers' FluxKontextPipeline, trained weights
-    picture = lab.pictures(8)[0]  # 16 x 16 pixels of a digit that no training saw
+    picture = lab.pictures(8)[0]  # 16 x 16 pixels, a digit held out from training
     edited = pipe(picture, **lab.prompt("digit", digit=3), **lab.CALL).images[0]
 
 How the weights were made and how to go on training: ``README.md`` here.

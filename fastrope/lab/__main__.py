@@ -14,6 +14,7 @@ from .training import Run, train
 
 
 def main() -> None:
+    """Run a command: train, export, evaluate or digits."""
     args = _parser().parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
@@ -56,21 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(_train, "train", "train a model from where its checkpoint stands")
     checkpoints(sub)
     sub.add_argument("--minutes", type=float, default=30, help="stop after (%(default)s); call again to go on")
-    sub.add_argument("--anneal", type=int, default=0, metavar="STEPS", help="let the rate fall to zero, then stop")
+    sub.add_argument("--anneal", type=int, default=0, metavar="STEPS", help="lower the rate to zero, then stop")
     sub.add_argument("--device", default="cpu")
-    sub.add_argument("--compile", action="store_true", help="minutes at first, then half as fast again on a CPU")
+    sub.add_argument("--compile", action="store_true", help="slow at first, then 1.5 times as fast on a CPU")
 
     sub = command(_export, "export", "write the weights of a checkpoint")
     checkpoints(sub)
-    sub.add_argument("--annealed", action="store_true", help="of the run that --anneal ended")
+    sub.add_argument("--annealed", action="store_true", help="the checkpoint that --anneal wrote")
     sub.add_argument("--to", type=Path, default=digits.WEIGHTS, help="folder (the package's own)")
 
-    sub = command(_evaluate, "evaluate", "success on prompts and pictures that no training saw")
+    sub = command(_evaluate, "evaluate", "success on held-out prompts and pictures")
     sub.add_argument("models", nargs="*", default=["editor", "author"], metavar="MODEL", help="editor, author (both)")
     sub.add_argument("--weights", type=Path, default=digits.WEIGHTS, help="folder (the package's own)")
     sub.add_argument("--count", type=int, default=500, help="pictures per task (%(default)s)")
-    sub.add_argument("--steps", type=int, default=16, help="of the editor (%(default)s)")
-    sub.add_argument("--guidance", type=float, default=1.0, help="of both models (%(default)s)")
+    sub.add_argument("--steps", type=int, default=16, help="denoising steps of the editor (%(default)s)")
+    sub.add_argument("--guidance", type=float, default=1.0, help="guidance scale of both models (%(default)s)")
 
     command(lambda args: digits.store(), "digits", "write digits.safetensors from scikit-learn")
     return parser

@@ -1,4 +1,4 @@
-"""A recogniser of digits that presumes no colours: the judge of everything the lab makes, trained apart from it."""
+"""A classifier of digits in any colours. It judges what the lab's models draw, and was trained separately."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Classifier(nn.Module):
         )  # fmt: skip
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Logits ``(B, 10)`` of ``pictures (B, 3, 16, 16)``."""
         return self.layers(whitened(pictures))
 
 
@@ -41,7 +42,7 @@ def whitened(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def losses(model, generator: torch.Generator, device: torch.device) -> Iterator[torch.Tensor]:
-    """Digits in colours of no palette, on grounds of any texture, blurred and noisy to different degrees."""
+    """The loss on digits in random colours, on grounds of any texture, more or less blurred and noisy."""
     shown = scenes.draw(BATCH, generator)
     pictures = vivid(shown, generator)
     logits = model(pictures.to(device))

@@ -52,7 +52,7 @@ def positions(references: int, device: torch.device) -> tuple[torch.Tensor, torc
 
 
 def velocity(model, tokens, prompt, time, reference=None) -> torch.Tensor:
-    """What the model says for ``tokens (B, 64, 12)`` at ``time (B,)``; ``prompt (B, 5)``, ``reference`` packed."""
+    """The predicted velocity of ``tokens (B, 64, 12)`` at ``time (B,)``; ``prompt (B, 5)``, ``reference`` packed."""
     text, pooled = (x.to(tokens.device) for x in words.embed(prompt))
     image_ids, text_ids = positions(int(reference is not None), tokens.device)
     given = tokens if reference is None else torch.cat([tokens, reference], dim=1)

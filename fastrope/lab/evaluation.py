@@ -1,4 +1,4 @@
-"""How good the shipped models are, on prompts and pictures that no training saw."""
+"""How good the shipped models are, on held-out prompts and pictures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .codes import Codebook
 def evaluate(
     models: dict[str, torch.nn.Module], count: int = 500, steps: int = 16, guidance: float = 1.0
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Outcomes by what was asked for: of every picture whether its digit and its colours are right, and of edits the
-    distance to the right answer.
+    """Outcomes by task: whether the digit and the colours of every picture are right, and for edits also the distance
+    to the right answer.
 
     Args:
-        models: "classifier", and of "editor" and "author" what is to be judged.
+        models: "classifier", and those of "editor" and "author" that are evaluated.
         count: pictures per task.
-        steps: of the editor.
-        guidance: of both.
+        steps: denoising steps of the editor.
+        guidance: guidance scale of both models.
     """
     see = models["classifier"]
     found = {"real digits": {"digit": classifier.recognised(see)}}

@@ -13,7 +13,7 @@ import torch
 from .scenes import PERIOD, RGB, TEXTURES, patterns
 
 INK_PIXELS = 12  # fewer than any digit covers
-TEXTURED = 0.07  # of the relief that fits best, in units of a pixel; scenes have 0.22 or none
+TEXTURED = 0.07  # least strength of a texture, in units of a pixel; scenes have 0.22 or none
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def colours(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def textures(pictures: torch.Tensor) -> torch.Tensor:
-    """Index ``(B,)`` of the texture whose relief, at the phase that fits best, the border shows most of."""
+    """Index ``(B,)`` of the texture that the border shows most clearly, each at the phase that fits best."""
     border = _border()
     brightness = pictures.mean(1)[..., border]
     brightness = brightness - brightness.mean(1, keepdim=True)
@@ -50,7 +50,7 @@ def textures(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def contrast(pictures: torch.Tensor) -> torch.Tensor:
-    """How much of each pixel is ink, ``(B, 16, 16)``, about 0..1: its way along the line from ground to ink."""
+    """How much of each pixel is ink, ``(B, 16, 16)``, about 0..1: its place on the line from ground to ink."""
     ink, ground = (colour[..., None, None] for colour in palette(pictures))
     line = ink - ground
     return ((pictures - ground) * line).sum(1) / line.square().sum(1).clamp(min=1e-4)
@@ -82,8 +82,8 @@ def _border() -> torch.Tensor:
 
 @lru_cache
 def _reliefs() -> torch.Tensor:
-    """What one unit of every texture adds to the border at every phase: ``(textures * phases, pixels)``, each row such
-    that its product with itself gives 1."""
+    """What every texture adds to the border at every phase, ``(textures * phases, pixels)``, less its mean. Rows are
+    scaled so that the product of a row with a border that shows one unit of it is 1."""
     phase = torch.cartesian_prod(torch.arange(PERIOD), torch.arange(PERIOD))
     found = patterns(phase)[:, 1:].transpose(0, 1).flatten(0, 1)[:, _border()]
     found = found - found.mean(1, keepdim=True)

@@ -23,7 +23,7 @@ JOBS: dict[str, Job] = {job.name: job for job in (classifier.JOB, editor.JOB, au
 
 
 def export(run: Run, folder: Path = WEIGHTS) -> Path:
-    """Write the averaged weights of a run as ``NAME.safetensors``, float16, with what is known of their making."""
+    """Write the averaged weights of a run as ``NAME.safetensors``, float16, with a record of the training."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in run.averaged().items()}
@@ -77,7 +77,7 @@ def pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
 
 
 def prompt(task: str = "draw", **slots) -> dict[str, torch.Tensor]:
-    """The arguments that stand for a text: ``prompt("recolour", ink="red")``. Slots not named are left open.
+    """The arguments that replace a text: ``prompt("recolour", ink="red")``. Slots that are not named are left open.
 
     Raises:
         ValueError: a slot or a word that does not exist, with those that do.
@@ -87,12 +87,12 @@ def prompt(task: str = "draw", **slots) -> dict[str, torch.Tensor]:
 
 
 def pictures(count: int, seed: int = 0) -> list:
-    """PIL pictures of random scenes with digits that no training saw."""
+    """PIL pictures of random scenes with digits held out from training."""
     return _as_pictures(scenes.draw(count, torch.Generator().manual_seed(seed), held_out=True).render())
 
 
 def pasted(seed: int = 0) -> tuple:
-    """PIL pictures of a digit that was pasted into another ground with a box of its own, and of the ground before."""
+    """Two PIL pictures: a digit pasted with a box of its own ground onto another ground, and that ground alone."""
     task = torch.tensor([scenes.TASKS.index("blend")])
     drawn = scenes.to_edit(task, torch.Generator().manual_seed(seed), held_out=True)
     return tuple(_as_pictures(torch.cat([drawn.reference, drawn.source.background()])))

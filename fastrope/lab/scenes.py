@@ -94,7 +94,7 @@ def draw(batch: int, generator: torch.Generator, held_out: bool = False) -> Scen
 class Examples:
     """A batch of one step: ``prompt (B, 5)`` long, ``reference (B, 3, 16, 16)`` or None, and the scenes of the target.
 
-    ``source``: what the reference shows; equal to ``target`` where nothing is asked for.
+    ``source``: what the reference shows; equal to ``target`` where nothing is to change.
     """
 
     prompt: torch.Tensor
@@ -150,8 +150,8 @@ def shorten(examples: Examples, generator: torch.Generator) -> torch.Tensor:
 
 def box(strokes: torch.Tensor, margin: int = 1) -> torch.Tensor:
     """The bounding boxes of ``strokes (B, 1, 16, 16)``, grown by ``margin``, bool."""
-    touched = torch.nn.functional.max_pool2d((strokes > 0.05).float(), 2 * margin + 1, 1, margin) > 0
-    rows, columns = touched.any(3, keepdim=True), touched.any(2, keepdim=True)
+    covered = torch.nn.functional.max_pool2d((strokes > 0.05).float(), 2 * margin + 1, 1, margin) > 0
+    rows, columns = covered.any(3, keepdim=True), covered.any(2, keepdim=True)
     return rows & columns
 
 

@@ -63,7 +63,7 @@ class Run:
         self.step, self.samples, self.seconds = 0, 0, 0.0
 
     def advance(self, factor: float = 1.0) -> float:
-        """One step at ``factor`` times the rate; the loss."""
+        """Take one step at ``factor`` times the rate; returns the loss."""
         seed, total = self.seed * 10**9 + self.step, 0.0
         with torch.random.fork_rng():  # dropout draws from the global generator
             torch.manual_seed(seed)
@@ -86,6 +86,7 @@ class Run:
         return {**self.model.state_dict(), **dict(zip(names, self.average, strict=True))}
 
     def save(self, path: Path) -> None:
+        """Write a checkpoint, replacing the file in one move."""
         state = {
             "model": self.model.state_dict(), "average": self.average, "optimiser": self.optimiser.state_dict(),
             "seed": self.seed, "step": self.step, "samples": self.samples, "seconds": self.seconds,
@@ -123,7 +124,7 @@ def train(
         folder: gets ``NAME.pt`` (the checkpoint) and ``NAME.csv`` (step, samples, seconds, mean loss).
         anneal: steps in which the rate falls to zero; the run ends there, and goes to ``NAME-annealed.pt``, so that
             the constant run can still go on.
-        compile: compile the blocks: minutes at first, then half as fast again on a CPU.
+        compile: compile the blocks: minutes at first, then 1.5 times as fast on a CPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run, path, curve = Run(job, device, seed), folder / f"{job.name}.pt", folder / f"{job.name}.csv"
@@ -149,8 +150,8 @@ def train(
 
 @contextlib.contextmanager
 def fast(device: torch.device):
-    """Products in bfloat16, and attention by plain products, which at these sizes is far faster to differentiate on a
-    CPU than torch's fused one."""
+    """Products in bfloat16, and attention without a fused kernel: at these sizes its derivative is far faster on a
+    CPU than that of torch's fused attention."""
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
         yield
 

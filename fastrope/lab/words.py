@@ -1,4 +1,4 @@
-"""Prompts as five fixed random embeddings, one word per slot: what stands for a text encoder."""
+"""Prompts as five fixed random embeddings, one word per slot, in the place of a text encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHANNELS = 32
 
 @lru_cache
 def table() -> torch.Tensor:
-    """The embedding ``(words, CHANNELS)`` of every word; each slot's first is that of :data:`ANY`."""
+    """The embedding ``(words, CHANNELS)`` of every word; the first one of each slot is that of :data:`ANY`."""
     count = sum(1 + len(words) for words in SLOTS.values())
     return torch.randn(count, CHANNELS, generator=torch.Generator().manual_seed(0))
 

@@ -1,6 +1,6 @@
-"""What the methods do on the models of the lab: measured, stored, and told from what is stored.
+"""What the methods do on the models of the lab: measured, stored, and reported from the stored numbers.
 
 Each method has a module of its own with ``measure``, ``text`` and ``draw``. ``measure`` runs pipelines through the
-public interface and gives :class:`fastrope.lab.evidence.findings.Findings`, numbers per sample. The page and its
+public interface and returns :class:`fastrope.lab.evidence.findings.Findings`, numbers per sample. The page and its
 pictures are made of these and of nothing else, by :mod:`fastrope.lab.evidence.page`.
 """

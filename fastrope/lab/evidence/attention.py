@@ -1,4 +1,4 @@
-"""What attention does while the dials move: its mass on the reference and how far it looks, by layer and by step."""
+"""Attention while the dials move: its mass on the reference and the distance it spans, by layer and by step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import fastrope as fr
 
 from .. import scenes
 from .findings import Findings, Row
+from .report import BLUE, GREEN, ORANGE
 from .studio import Studio, only
-from .telling import BLUE, GREEN, ORANGE
 
-USES = ("editor",)  # of the models, whose digests stand beside the numbers
+USES = ("editor",)  # models, whose digests are stored with the numbers
 SAMPLES = 16  # at most; one call per setting
 HELD = {"crop_curve": None, "range_growth": 1.0, "dilation": 0}
 
 
 def settings(composite: torch.Tensor, box: torch.Tensor) -> list[tuple[str, float | str, list]]:
-    """Sweeps, values and what is bound."""
+    """Sweeps, values and the methods that are applied."""
 
     def loose(r: float) -> fr.LooseRoPE:
         return fr.LooseRoPE.from_images(composite, mask=box, range_curve=(r, r, 0.0), **HELD)
@@ -34,8 +34,7 @@ def settings(composite: torch.Tensor, box: torch.Tensor) -> list[tuple[str, floa
 
 
 def measure(studio: Studio, samples: int, each) -> Findings:
-    """The target's queries in edits that ask for another digit; for LooseRoPE in pictures with a paste, told to keep
-    it."""
+    """The target's queries, in edits that ask for another digit; for LooseRoPE, in edits that blend a paste."""
     count, rows = min(samples, SAMPLES), []
     runs = {}
     for task in ("digit", "blend"):
@@ -67,37 +66,38 @@ def text(found: Findings) -> str:
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in found.rows:
         mass = [row.mean(f"mass on {group} by layer") for group in ("text", "target", GROUP)]
-        told = [f"{100 * x:.1f} %" for x in mass]
-        lines.append(f"| {row.sweep} | {row.value:g} | {' | '.join(told)} | {_distance(row):.2f} |")
+        shares = [f"{100 * x:.1f} %" for x in mass]
+        lines.append(f"| {row.sweep} | {row.value:g} | {' | '.join(shares)} | {_distance(row):.2f} |")
     rows = "\n".join(lines)
     return f"""## Attention under the dials
 
-`handle.inspect()` on the editor: the share of the target's attention on each group of tokens, and how far the attended
-keys of the reference are from the query (root mean square, tokens), mean over layers and steps. GRAG and Untwisting
-RoPE (here on the host's own reference) in edits that ask for another digit; LooseRoPE with one range factor for the
-whole paste, in edits that blend it. {SAMPLES} pictures at most.
+`handle.inspect()` measures the editor: the share of the target's attention on each group of tokens, and the distance
+between a query and the keys of the reference that it attends to (root mean square, in tokens). Both are means over
+layers and steps. GRAG and Untwisting RoPE (here on the host's own reference) act in edits that ask for another digit.
+LooseRoPE, with one range factor for the whole paste, acts in edits that blend it. There are at most {SAMPLES}
+pictures.
 
 {rows}
 
-{_told(found)}"""
+{_summary(found)}"""
 
 
 def _distance(row: Row) -> float:
     return row.mean(f"distance on {GROUP} by layer")
 
 
-def _told(found: Findings) -> str:
+def _summary(found: Findings) -> str:
     dials = dict.fromkeys(row.sweep for row in found.rows)
-    told = []
+    lines = []
     for dial in dials:
         rows = sorted(found.sweep(dial), key=lambda row: row.value)
         mass = [100 * row.mean(f"mass on {GROUP} by layer") for row in (rows[0], rows[-1])]
         far = [_distance(row) for row in (rows[0], rows[-1])]
-        told.append(
+        lines.append(
             f"* {dial} from {rows[0].value:g} to {rows[-1].value:g}: mass on the reference {mass[0]:.1f} to "
             f"{mass[1]:.1f} %, distance {far[0]:.2f} to {far[1]:.2f} tokens."
         )
-    return "\n".join(told)
+    return "\n".join(lines)
 
 
 def draw(found: Findings, figure) -> None:

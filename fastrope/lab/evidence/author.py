@@ -1,4 +1,4 @@
-"""The author itself: how often it does what it is told."""
+"""The author itself: how often it draws what the prompt names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from . import models
 from .findings import Findings
 from .studio import Studio
 
-USES = ("author", "classifier")  # of the models, whose digests stand beside the numbers
+USES = ("author", "classifier")  # models, whose digests are stored with the numbers
 
 
 def measure(studio: Studio, samples: int, each) -> Findings:
-    """Text to image."""
+    """How often pictures show what the prompt names."""
     return models.measure("author", studio.author, studio, samples, each)
 
 
@@ -19,6 +19,6 @@ def text(found: Findings) -> str:
     drawn = [row for row in found.rows if not row.sweep.startswith("real")]
     return f"""## The author
 
-The autoregressive model for ISLock: 64 codes of 2 x 2 pixels, drawn one after the other.
+The author is the autoregressive model for ISLock. It draws 64 codes of 2 x 2 pixels, one after the other.
 
 {models.table(drawn, ("digit", "colours"))}"""

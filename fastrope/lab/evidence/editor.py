@@ -1,4 +1,4 @@
-"""The editor itself: how often it does what it is told."""
+"""The editor itself: how often its pictures are what the prompt asks for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from . import models
 from .findings import Findings
 from .studio import Studio
 
-USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+USES = ("editor", "classifier")  # models, whose digests are stored with the numbers
 
 
 def measure(studio: Studio, samples: int, each) -> Findings:
-    """Of every task."""
+    """Success in every task."""
     return models.measure("editor", studio.editing.transformer, studio, samples, each)
 
 
@@ -20,8 +20,8 @@ def text(found: Findings) -> str:
     tasks = sorted((row for row in found.rows if row not in real), key=lambda row: row.value)
     return f"""## The editor
 
-What the classifier recognises in real held-out digits bounds what it can find in drawn ones. Guidance above 1 is
-`true_cfg_scale` of the pipeline, away from a prompt whose words are left open. Distances are mean absolute differences
-per channel, as a share of a pixel's range. Every held-out real digit is shown four times.
+The first two rows are real pictures: the classifier can hardly recognise more in drawn ones. Guidance above 1 is the
+pipeline's `true_cfg_scale`; its negative prompt names the task and leaves all other words open. Distances are mean
+absolute differences per channel, as a share of a pixel's range. Every held-out real digit is shown four times.
 
 {models.table([*real, *tasks], ("digit", "colours", "distance"))}"""

@@ -31,7 +31,7 @@ class Row:
     outcomes: Mapping[str, Sequence[float]]
 
     def mean(self, outcome: str) -> float:
-        """Over the samples."""
+        """Mean over the samples."""
         return float(np.mean(self.outcomes[outcome]))
 
     def interval(self, outcome: str) -> tuple[float, float]:
@@ -65,7 +65,7 @@ class Findings:
         return [row for row in self.rows if row.sweep == name]
 
     def row(self, sweep: str, value: float | str) -> Row:
-        """One of them."""
+        """The row of a sweep at one value."""
         (found,) = (row for row in self.sweep(sweep) if row.value == value)
         return found
 

@@ -1,4 +1,4 @@
-"""GRAG: how much of the source is kept, against delta and lambda, beside a sweep of the guidance scale."""
+"""GRAG: how much of the source is kept at each delta and lambda, and for comparison at each guidance scale."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import fastrope as fr
 
 from .. import judge, scenes
 from .findings import Findings, Row, outcomes, strip
+from .report import BLUE, ORANGE, curve, share, show_strips, table
 from .studio import Studio, only
-from .telling import BLUE, ORANGE, curve, share, show_strips, table
 
-USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+USES = ("editor", "classifier")  # models, whose digests are stored with the numbers
 DELTAS = (0.5, 0.75, 1.0, 1.25, 1.5)
 LAMBDAS = (0.5, 0.75, 1.0, 1.25, 1.5)
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0)
@@ -64,8 +64,8 @@ def measure(studio: Studio, samples: int, each) -> Findings:
 
 
 def evenness(rows: list[Row]) -> tuple[float, float]:
-    """Of a dial in even steps: the largest step's share of the way its mean distance goes (0.25 for four even steps),
-    and the share of single pictures' steps that go the way of the mean."""
+    """How evenly a dial acts over equal steps: the part of the whole change in mean distance that its largest step
+    makes (at best 0.25 of four), and the share of single pictures' steps that go in the direction of the mean."""
     distance = np.array([row.outcomes["distance"] for row in rows])  # (values, samples)
     steps = np.diff(distance.mean(1))
     way = distance[-1].mean() - distance[0].mean()
@@ -86,36 +86,36 @@ def text(found: Findings) -> str:
     even = {name: evenness(found.sweep(f"digit, {name}")) for name in ("delta", "guidance")}
     return f"""## GRAG: how much of the source is kept
 
-The editor gets a picture and one word, another digit; true guidance is {GUIDANCE:g}. `fr.GRAG(delta=...)` decides
-between picture and word. *Asked for*: the classifier finds the digit of the prompt; *source's*: it finds the one that
-was there.
+The editor gets a picture and a prompt of one word: another digit. True guidance is {GUIDANCE:g}. `fr.GRAG(delta=...)`
+decides between picture and word. *Digit asked for* means that the classifier finds the digit of the prompt, *source's
+digit* that it finds the digit that was there before.
 
 {table([r for r in found.rows if r.sweep in MAIN], columns)}
 
-*Delta on values* is the rule of DCAG (arXiv 2602.18022), which modulates values as well; here
-alone.
+DCAG (arXiv 2602.18022) modulates both keys and values. The rows *delta on values* modulate values alone.
 
-As published: a higher delta keeps more. From delta 0.5 to 1.5 the source's digit goes from {share(low, "source")} of
-the outputs to {share(high, "source")}, the distance to the source from {low.mean("distance"):.3f} to
-{high.mean("distance"):.3f}. At delta 1 the edit succeeds in {share(one, "asked")}. Lambda does little here: from 0.5 to
-1.5 the distance goes from {few.mean("distance"):.3f} to {many.mean("distance"):.3f}, although the reference gets more
-of the attention (see below).
+As published, a higher delta keeps more. From delta 0.5 to 1.5, the share of outputs with the source's digit goes from
+{share(low, "source")} to {share(high, "source")}, and the distance to the source from {low.mean("distance"):.3f} to
+{high.mean("distance"):.3f}. At delta 1, {share(one, "asked")} of the edits succeed. Lambda has little effect here: from
+0.5 to 1.5, the distance goes from {few.mean("distance"):.3f} to {many.mean("distance"):.3f}, although the reference
+gets more of the attention ([below](#attention-under-the-dials)).
 
-The same in another edit, one word for the colour of the ink:
+The same in another edit, where the prompt is one word for the colour of the ink:
 
 {table(found.sweep("ink, delta"), ink, "delta")}
 
-Is delta an even dial, beside the guidance scale, the dial that users have without it?
+How evenly does delta act? For comparison, this is the guidance scale, the dial that users have without GRAG:
 
 {table(found.sweep("digit, guidance"), columns, "guidance scale")}
 
-Delta moves the mean distance over {_way(found, "delta"):.3f}; its largest of four even steps is
-{100 * even["delta"][0]:.0f} % of that, and {100 * even["delta"][1]:.0f} % of all steps of single pictures go the right
-way. Guidance moves it over {_way(found, "guidance"):.3f}, {100 * even["guidance"][0]:.0f} % in its largest step, with
-{100 * even["guidance"][1]:.0f} % of the steps in the right direction."""
+Delta changes the mean distance by {_change(found, "delta"):.3f}. The largest of its four equal steps makes
+{100 * even["delta"][0]:.0f} % of this change, and {100 * even["delta"][1]:.0f} % of the steps of single pictures go in
+the same direction as the mean. Guidance changes it by {_change(found, "guidance"):.3f}, of which the largest step makes
+{100 * even["guidance"][0]:.0f} %, and {100 * even["guidance"][1]:.0f} % of the steps go in the direction of the
+mean."""
 
 
-def _way(found: Findings, dial: str) -> float:
+def _change(found: Findings, dial: str) -> float:
     rows = found.sweep(f"digit, {dial}")
     return abs(rows[-1].mean("distance") - rows[0].mean("distance"))
 

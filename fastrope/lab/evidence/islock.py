@@ -1,4 +1,4 @@
-"""ISLock: pictures of the author edited by another prompt: does the edit come, does the structure stay."""
+"""ISLock: pictures of the author, edited by another prompt: does the edit succeed, and does the structure stay?"""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import fastrope as fr
 
 from .. import judge, scenes
 from .findings import Findings, Row, outcomes, strip
+from .report import BLUE, GREEN, curve, share, show_strips, table
 from .studio import TOKENS, Studio
-from .telling import BLUE, GREEN, curve, share, show_strips, table
 
-USES = ("author", "classifier")  # of the models, whose digests stand beside the numbers
+USES = ("author", "classifier")  # models, whose digests are stored with the numbers
 GUIDANCE = 2.0
 TAUS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 TAU, CANDIDATES, ALPHA = 4.0, 8, 0.6  # the paper's K is 150 of 16384 codes: one in a hundred
@@ -21,7 +21,7 @@ EDITS = ("digit", "ground")
 
 
 def settings() -> list[tuple[str, float | str, fr.ISLock | None]]:
-    """Sweeps, values and what is bound; None: the new prompt alone."""
+    """Sweeps, values and the ISLock that is used; None: the new prompt alone."""
 
     def lock(candidates=CANDIDATES, alpha=ALPHA, tau=TAU):
         return fr.ISLock(candidates=candidates, alpha=alpha, tau=tau)
@@ -44,11 +44,11 @@ def measure(studio: Studio, samples: int, each) -> Findings:
     for slot, (sweep, value, lock) in each([(slot, setting) for slot in EDITS for setting in settings()]):
         changed = prompt.clone()
         changed[:, list(scenes.SLOTS).index(slot)] = _other(shown, slot)
-        told = {"guidance": GUIDANCE}
+        options = {"guidance": GUIDANCE}
         if lock is not None:
             matcher = lock.matcher(studio.author.codebook, num_tokens=TOKENS)
-            told |= {"matcher": matcher, "anchors": original}
-        result = studio.write(changed, seed=1000, **told)
+            options |= {"matcher": matcher, "anchors": original}
+        result = studio.write(changed, seed=1000, **options)
         made = studio.codebook.decode(result.tokens)
         ground = judge.colours(made)[1]
         digit = judge.digits(studio.see, made)
@@ -84,45 +84,46 @@ def text(found: Findings) -> str:
     windows = [row for row in found.rows if row.sweep in ("ground, K", "ground, alpha")]
     return f"""## ISLock: another prompt, the same structure
 
-The author draws a picture, then one word of its prompt changes and it draws again, with other noise. With ISLock every
-token is the nearest of the K candidates to the original's, where that is within tau (squared distance of codes: here
-of patches of 12 numbers, so tau is on a scale of its own). K = {CANDIDATES} of 512 codes (the
-paper's 150 of 16384 are one in a hundred), alpha = {ALPHA}, guidance {GUIDANCE:g}.
+The author draws a picture. Then one word of its prompt changes, and it draws again with other noise. ISLock draws K
+candidates for every token and takes the one nearest to the token of the original, if its distance is at most tau. This
+is the squared distance between codes, here patches of 12 numbers, so values of tau do not carry over to other models.
+K is {CANDIDATES} of 512 codes (the paper's 150 of 16384 are about one in a hundred), alpha is {ALPHA}, guidance
+{GUIDANCE:g}.
 
-Another colour of the ground; the digit should stay:
+The prompt names another colour of the ground; the digit should stay:
 
 {table(tables["ground"], ground)}
 
-Another digit; now structure and edit contradict each other:
+The prompt names another digit; now structure and edit contradict each other:
 
 {table(tables["digit"], COLUMNS)}
 
-{_told(found, plain)}
+{_summary(found, plain)}
 
-The window: K candidates at every position (alpha = 0), and a window of {CANDIDATES} that shrinks (tau = {TAU:g}):
+The window of candidates: K at every position (alpha = 0), and a window of {CANDIDATES} that shrinks (tau = {TAU:g}):
 
 {table(windows, ground)}
 
 {_window(found)}"""
 
 
-def _told(found: Findings, plain: dict[str, Row]) -> str:
+def _summary(found: Findings, plain: dict[str, Row]) -> str:
     ground, digit = ({x: found.row(f"{slot}, tau", x) for x in TAUS} for slot in ("ground", "digit"))
     some, most = ground[1.0], ground[TAUS[-1]]
-    return f"""As published: a larger tau stays closer to the original. For the ground, the distance falls from
+    return f"""As published, a larger tau stays closer to the original. For the ground, the distance falls from
 {plain["ground"].mean("distance"):.3f} without ISLock to {some.mean("distance"):.3f} at tau = 1 and
 {most.mean("distance"):.3f} at {TAUS[-1]:g}; for the digit, from {plain["digit"].mean("distance"):.3f} to
-{digit[1.0].mean("distance"):.3f} and {digit[TAUS[-1]].mean("distance"):.3f}. A small tau is the better bargain: at
-tau = 1 the new ground is found in {share(some, "asked")} (without ISLock {share(plain["ground"], "asked")}), and the
-layout's likeness has risen from {plain["ground"].mean("layout"):.2f} to {some.mean("layout"):.2f}; at {TAUS[-1]:g}
-the edit comes in {share(most, "asked")} only. The digit can change only by leaving the
-layout, so there every gain in structure costs success."""
+{digit[1.0].mean("distance"):.3f} and {digit[TAUS[-1]].mean("distance"):.3f}. A small tau is the better
+choice: at tau = 1 the new ground is found in {share(some, "asked")} ({share(plain["ground"], "asked")} without ISLock),
+and the correlation of layouts rises from {plain["ground"].mean("layout"):.2f} to {some.mean("layout"):.2f}. At tau =
+{TAUS[-1]:g} only {share(most, "asked")} of the edits succeed. A digit cannot change while its layout stays, so there
+every gain in structure costs successful edits."""
 
 
 def _window(found: Findings) -> str:
     fixed, shrinking = found.row("ground, K", CANDIDATES), found.row("ground, alpha", ALPHA)
-    return f"""As published, the window that shrinks has the better ratio: it finds the new ground in
-{share(shrinking, "asked")} instead of {share(fixed, "asked")} with a fixed window of {CANDIDATES}, at a layout of
+    return f"""As published, a window that shrinks does better: the new ground is found in {share(shrinking, "asked")},
+and in {share(fixed, "asked")} with a fixed window of {CANDIDATES}; layouts correlate with the original's by
 {shrinking.mean("layout"):.2f} and {fixed.mean("layout"):.2f}."""
 
 

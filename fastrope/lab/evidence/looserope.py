@@ -1,4 +1,4 @@
-"""LooseRoPE: digits pasted in boxes of a foreign ground: what of the box stays, and what becomes of the digits."""
+"""LooseRoPE: digits pasted in boxes of another ground: how much of the box stays, and whether the digit does."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import fastrope as fr
 from .. import judge, scenes, words
 from ..models import CALL
 from .findings import Findings, Row, outcomes, strip
+from .report import BLUE, ORANGE, curve, share, show_strips, table
 from .studio import STEPS, Studio, as_task, only
-from .telling import BLUE, ORANGE, curve, share, show_strips, table
 
-USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+USES = ("editor", "classifier")  # models, whose digests are stored with the numbers
 FACTORS = (1.0, 0.5, 0.0)
 BOOSTS = (0.4, 0.83, 1.2)
 MOST = 48  # samples: masks per row are slow on a CPU
@@ -44,7 +44,7 @@ def settings() -> list[tuple[str, str, float | str, dict | None]]:
 
 
 def measure(studio: Studio, samples: int, each) -> Findings:
-    """Held-out pictures with a paste, given to the editor with the word for blending, and with the one for keeping."""
+    """Held-out pictures with a paste; the editor is told to blend them, or to keep them."""
     samples, generator = min(samples, MOST), torch.Generator().manual_seed(5)
     task = torch.full((samples,), scenes.TASKS.index("blend"))
     edits = scenes.to_edit(task, generator, held_out=True)
@@ -81,7 +81,7 @@ def measure(studio: Studio, samples: int, each) -> Findings:
 
 
 def steer(studio: Studio, prompt, composite, method, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """The picture ``(1, 3, 16, 16)`` of ``fr.steer`` with its own judge, and the verdicts on the way."""
+    """The picture ``(1, 3, 16, 16)`` of ``fr.steer`` with its built-in judge, and the verdict of every try."""
     from PIL import Image
 
     tokens, pooled = words.embed(prompt)
@@ -110,20 +110,20 @@ def text(found: Findings) -> str:
     blend = [replace(row, value=f"told to blend, {row.value}") for row in found.sweep("blend, whole")]
     dials = [row for row in found.rows if row.sweep in ("keep, range", "keep, crop")]
     boosts = [*found.sweep("keep, boost"), *found.sweep("keep, formula")]
-    asked = [len(tries) for tries in found.facts["tries"]]
+    starts = [len(tries) for tries in found.facts["tries"]]
     verdicts = Counter(kind for tries in found.facts["tries"] for kind in tries)
     return f"""## LooseRoPE: pasted boxes
 
-A digit in a box of a foreign ground is pasted over a picture; the editor gets it as reference. The *ring* is the box
-around the strokes: 1 means that it still has the paste's ground (neglect), 0 that it has the scene's. A digit that is
-no longer recognised is suppression. The editor was trained to blend boxes away when it is told to, so neglect has to
-be provoked: it is told to keep the picture. Masks are not grown (`dilation=0`) unless a row says so: two of 64 tokens
-are a quarter of a token here.
+A digit is pasted into a picture in a box of another ground, and the editor gets the result as its reference. The
+*ring* is the part of the box around the strokes. Its value is 1 if it still shows the paste's ground (neglect) and 0 if
+it shows the scene's. If the digit is no longer recognised, that is suppression. The editor was trained to blend boxes
+away when it is told to blend. To provoke neglect, it is told to keep the picture. Masks are not grown (`dilation=0`)
+unless a row says so: the published two tokens, of 64 on a side, would be a quarter of a token here.
 
 {table([*found.sweep("pictures"), *found.sweep("keep, whole"), *blend], COLUMNS)}
 
-One factor for all queries of the paste in all steps of the method: the range factor r on positions, the crop factor
-g on logits.
+In the next table, one factor is the same for all queries of the paste and all steps of the method: the range factor r
+on positions, or the crop factor g on logits.
 
 {table(dials, COLUMNS)}
 
@@ -133,8 +133,8 @@ Boost with five levels (lower loosens more), and the continuous formula on the f
 
 {table(boosts, COLUMNS)}
 
-`fr.steer` with the built-in judge ran on {len(asked)} of the pictures: {sum(asked) / len(asked):.1f} starts on average;
-verdicts: {", ".join(f"{kind} {count}" for kind, count in verdicts.most_common())}."""
+`fr.steer` with the built-in judge ran on {len(starts)} of the pictures, with {sum(starts) / len(starts):.1f} starts on
+average. Verdicts: {", ".join(f"{kind} {count}" for kind, count in verdicts.most_common())}."""
 
 
 def _verdict(found: Findings) -> str:
@@ -144,13 +144,14 @@ def _verdict(found: Findings) -> str:
     )
     low, zero, half = found.row("keep, boost", 0.4), found.row("keep, range", 0.0), found.row("keep, range", 0.5)
     return f"""The published curves blend: the ring goes from {none.mean("ring"):.2f} to {published.mean("ring"):.2f}
-at the default boost and to {low.mean("ring"):.2f} at 0.4, while the digit is recognised in {share(none, "digit")},
-{share(published, "digit")} and {share(low, "digit")}. Here it is the crop factor that does it: alone it leaves
-{crops.mean("ring"):.2f}. **The range factor alone does not blend on this model**: the published curve leaves
-{ranges.mean("ring"):.2f}, r = 0.5 {half.mean("ring"):.2f}, and r = 0 {zero.mean("ring"):.2f} with the digit
-recognised in {share(zero, "digit")}. A likely reason is the size: with a factor of 0.65 the farthest key
-of 8 tokens moves by less than three, and when told to keep, the model finds the place of a token by what is there, too.
-Told to blend, this editor leaves no ground of the paste to remove, and the method only brings some back."""
+at the default boost and to {low.mean("ring"):.2f} at boost 0.4. The digit is recognised in {share(none, "digit")},
+{share(published, "digit")} and {share(low, "digit")}. On this model, the crop factor does the work: alone, it brings
+the ring to {crops.mean("ring"):.2f}. **The range factor alone does not blend on this model**: the ring is at
+{ranges.mean("ring"):.2f} with the published curve, at {half.mean("ring"):.2f} with r = 0.5, and at
+{zero.mean("ring"):.2f} with r = 0, where the digit is recognised in {share(zero, "digit")}. A likely reason is the
+small size: a factor of 0.65 moves the farthest of 8 tokens by less than three. And when told to keep, the model finds
+the place of a token by its content, too. When told to blend, this editor removes the paste's ground without the method,
+which then only brings some of it back."""
 
 
 def draw(found: Findings, figure) -> None:

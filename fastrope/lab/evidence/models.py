@@ -1,11 +1,11 @@
-"""The models themselves: what the classifier and the judge of colours find in what they make."""
+"""The models themselves: what the classifier and the judge of colours find in their pictures."""
 
 from __future__ import annotations
 
 from ..evaluation import evaluate
 from .findings import Findings, Row, outcomes
+from .report import cell
 from .studio import STEPS, Studio
-from .telling import cell
 
 SCALES = (1.0, 5.0)  # of guidance
 COLUMNS = {"digit": "digit as asked", "colours": "both colours as asked", "distance": "distance to the right answer"}
@@ -26,6 +26,6 @@ def table(rows: list[Row], columns: tuple[str, ...]) -> str:
     lines = [f"| | guidance | {' | '.join(COLUMNS[name] for name in columns)} |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         scale = "" if row.sweep.startswith("real") else f"{row.value:g}"
-        told = [cell(row, name) if name in row.outcomes else "" for name in columns]
-        lines.append(f"| {row.sweep.partition(': ')[2] or row.sweep} | {scale} | {' | '.join(told)} |")
+        cells = [cell(row, name) if name in row.outcomes else "" for name in columns]
+        lines.append(f"| {row.sweep.partition(': ')[2] or row.sweep} | {scale} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -16,17 +16,17 @@ DPI = 110
 
 HEAD = """# Evidence: what the methods do on trained models
 
-Published models cannot be shipped with a package, but small ones can be trained by it. `fastrope.lab` holds three that
-this project trained on handwritten digits ([how](../fastrope/lab/README.md)): a FLUX-shaped editor and a
-LlamaGen-shaped autoregressive model, of about a million weights each, and a classifier that judges what they draw. On
-them every method runs through the public interface, and its effect is counted. **These are not published models.**
-Pictures have 16 x 16 pixels and 8 x 8 tokens, so dials that were tuned for 64 x 64 tokens have other best values here.
-What can be seen is whether an effect is there, in which direction, and how large it is beside the noise.
+A package cannot ship published models, but it can train small ones. `fastrope.lab` holds three that this project
+trained on handwritten digits ([how](../fastrope/lab/README.md)): a FLUX-shaped editor and a LlamaGen-shaped
+autoregressive model, of about a million weights each, and a classifier that judges their pictures. On these models,
+every method runs through the public interface, and its effect is counted. **These are not published models.** Pictures
+have 16 x 16 pixels and 8 x 8 tokens, so the best values of dials differ from those for 64 x 64 tokens. The numbers show
+whether there is an effect, in which direction, and how large it is compared with the noise.
 
-`fastrope evidence` measures all of it again; `--quick` takes fewer samples. This page is written from the numbers in
-[evidence/](evidence), one file per section with the outcome of every sample, and a test holds it to them. Square
-brackets are 95 % bootstrap intervals over samples. The pictures of digits and the combinations of words are held out
-from training; every setting of a dial gets the same samples and the same noise."""
+`fastrope evidence` measures all of it again; `--quick` takes fewer samples. This page is generated from the numbers in
+[evidence/](evidence), which has one file per section with the outcome of every sample; a test checks that they agree.
+Square brackets are 95 % bootstrap intervals over samples. The pictures of digits and the combinations of words are held
+out from training. Every setting of a dial gets the same samples and the same noise."""
 
 
 def module(part: str):
@@ -94,6 +94,5 @@ def _conditions(part: str, found: Findings) -> str:
     made = found.made
     samples = Counter(len(values) for row in found.rows for values in row.outcomes.values())
     count = getattr(module(part), "SAMPLES", samples.most_common(1)[0][0])
-    return (
-        f"*n = {count}. {made['steps']} steps, CPU, float32, torch {made['torch']}. Measured in {made['seconds']} s.*"
-    )
+    steps = f"{made['steps']} steps, " if "editor" in module(part).USES else ""
+    return f"*n = {count}. {steps}CPU, float32, torch {made['torch']}. Measured in {made['seconds']} s.*"

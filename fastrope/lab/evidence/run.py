@@ -1,4 +1,4 @@
-"""Measure and store."""
+"""Measure every part and store what was found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def measure(
 
     Args:
         samples: pictures per setting.
-        each: of a part's name, what wraps the list of its settings (``tqdm``).
+        each: for the name of a part, a function that wraps the list of its settings (``tqdm``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     studio = Studio()

@@ -1,4 +1,4 @@
-"""Pictures from the shipped models through the public interface, many per call; the same noise at every setting."""
+"""Pictures of the shipped models through the public interface, many per call, with the same noise at every setting."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Studio:
         """``reference`` edited by the Kontext pipeline, :data:`BATCH` rows a call.
 
         Args:
-            methods: for ``fr.apply``, or a function of the rows, a slice, that gives them.
-            guidance: the pipeline's true guidance, away from the task without its words.
+            methods: for ``fr.apply``, or a function that returns them for a slice of rows.
+            guidance: ``true_cfg_scale`` of the pipeline; the negative prompt names the task alone.
             backend: of the op; with a mask per row and few tokens, "eager" is the fastest on a CPU.
         """
         made = []
@@ -68,10 +68,10 @@ class Studio:
 
 def only(prompt: torch.Tensor, *slots: str) -> torch.Tensor:
     """``prompt`` with every word but the task's and those of ``slots`` left open."""
-    kept = ["task", *slots]
+    named = ["task", *slots]
     short = torch.full_like(prompt, scenes.ANY)
     for index, slot in enumerate(scenes.SLOTS):
-        if slot in kept:
+        if slot in named:
             short[:, index] = prompt[:, index]
     return short
 

@@ -1,4 +1,4 @@
-"""Untwisting RoPE: a digit drawn beside a reference picture of another one: what is copied, and what style is taken."""
+"""Untwisting RoPE: a digit drawn beside a reference picture of another one. What is copied, what style is taken?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import fastrope as fr
 from .. import judge, scenes, words
 from ..digits import SIZE
 from .findings import Findings, Row, outcomes, strip
+from .report import BLUE, GREEN, ORANGE, curve, share, show_strips, table
 from .studio import STEPS, Studio, only
-from .telling import BLUE, GREEN, ORANGE, curve, share, show_strips, table
 
-USES = ("editor", "classifier")  # of the models, whose digests stand beside the numbers
+USES = ("editor", "classifier")  # models, whose digests are stored with the numbers
 TARGETS = 8  # drawn beside each reference
 GUIDANCE = 3.0
 HIGH = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -21,7 +21,7 @@ BETAS = (1.0, 2.0, 4.0)
 
 
 def methods() -> list[tuple[str, float | str, fr.UntwistingRoPE | None]]:
-    """Sweeps, values and what is bound; None: the reference is not seen."""
+    """Sweeps, values and the method that is applied; None: the reference is not seen."""
 
     def flat(**dials):
         return fr.UntwistingRoPE(**{"s_hf": 0.25, "s_lf": 1.0, "beta": 2.0, "adain": 0.0} | dials)
@@ -93,40 +93,41 @@ def text(found: Findings) -> str:
     paper = found.row("whole", "the paper's schedule, AdaIN 0.5")
 
     def taken(row: Row) -> str:
-        """Of the style that plain sharing brings over none."""
+        """The part of the gain in colour by plain sharing that a setting has."""
         way = none.mean("ground") - plain.mean("ground")
         return f"{100 * (none.mean('ground') - row.mean('ground')) / way:.0f} %"
 
     return f"""## Untwisting RoPE: style without the copy
 
-Text to image of one digit with its colours left open (true guidance {GUIDANCE:g}), beside a reference picture of
-another digit (shared attention, linear noising). {found.facts["references"]} references with
-{found.facts["targets"]} targets each.
-*Copying* is the reference's digit in the output, and its layout (correlation of where the ink is);
-*style* is the colour of the ground (lower is nearer) and its texture.
+The model draws one digit, with its colours left open (true guidance {GUIDANCE:g}), beside a reference picture of
+another digit (shared attention, linear noising). There are {found.facts["references"]} references with
+{found.facts["targets"]} targets each. *Copying* has two measures: whether the output shows the reference's digit, and
+how the layouts of ink correlate. *Style* has two as well: the distance between the colours of the grounds (lower is
+nearer), and whether the texture is the same.
 
 {table(found.sweep("whole"), COLUMNS, "sharing")}
 
 {table(found.sweep("s_hf"), COLUMNS, "s_hf, with s_lf = 1 and beta = 2")}
 
 Plain sharing copies where the ink is: the correlation with the reference's layout is {plain.mean("layout"):.2f},
-without sharing {none.mean("layout"):.2f}. Whole digits are hardly copied on this model: the reference's is found in
-{share(plain, "copied")} and {share(none, "copied")}. But the digit asked for is found in {share(plain, "asked")} only,
-without sharing in {share(none, "asked")}. As published, a lower s_hf takes the copying away: the layout is at
-{half.mean("layout"):.2f}, {low.mean("layout"):.2f} and {zero.mean("layout"):.2f} with s_hf at 0.5, 0.25 and 0. It takes
-most of the style with it, more than the paper shows: of what plain sharing brings to the colour of the ground,
-{taken(half)}, {taken(low)} and {taken(zero)} are left; the texture is the same in {share(half, "texture")},
-{share(low, "texture")} and {share(zero, "texture")}, without sharing in {share(none, "texture")}. A likely reason is
-the size: an axis has 7 pairs over 8 tokens, and a texture of 4 pixels is itself a matter of high frequencies. s_lf and
-AdaIN bring style back: the paper's schedule with AdaIN has a layout of {paper.mean("layout"):.2f}, {taken(paper)} of
-the colour and the same texture in {share(paper, "texture")}.
+and {none.mean("layout"):.2f} without sharing. Whole digits are hardly copied on this model: the reference's digit is
+found in {share(plain, "copied")}, and in {share(none, "copied")} without sharing. But the digit asked for is found in
+only {share(plain, "asked")}, and in {share(none, "asked")} without sharing. As published, a lower s_hf stops the
+copying: the correlation is {half.mean("layout"):.2f}, {low.mean("layout"):.2f} and {zero.mean("layout"):.2f} at s_hf
+0.5, 0.25 and 0. But most of the style goes, too, more than the paper shows. Plain sharing brings the colour of the
+ground nearer to the reference's; of this gain, {taken(half)}, {taken(low)} and {taken(zero)} are left. The texture is
+the same in {share(half, "texture")}, {share(low, "texture")} and {share(zero, "texture")}, and in
+{share(none, "texture")} without sharing. A likely reason is the small size: an axis has 7 pairs over 8 tokens, and a
+texture with a period of 4 pixels needs high frequencies itself. s_lf and AdaIN bring style back: with the paper's
+schedule and AdaIN the layouts correlate by {paper.mean("layout"):.2f}, the gain in colour is {taken(paper)} of that of
+plain sharing, and the texture is the same in {share(paper, "texture")}.
 
-The other dials, with s_hf = 0.25 where they do not say otherwise:
+The other dials, at s_hf = 0.25:
 
 {table([r for r in found.rows if r.sweep in ("s_lf", "beta")], COLUMNS)}
 
-The low frequencies alone, with s_hf = 1. The project page says that this does not help; here a lower s_lf moves copying
-and style as well:
+The low frequencies alone, at s_hf = 1. The project page of the paper says that this does not help. Here, a lower s_lf
+changes both copying and style:
 
 {table(found.sweep("s_lf alone"), COLUMNS, "s_lf, with s_hf = 1")}"""
 

@@ -9,7 +9,7 @@ import numpy as np
 from .findings import Findings, Row
 
 BLUE, ORANGE, GREEN, PINK, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
-SHARES = ("asked", "source", "copied", "digit", "texture", "success", "kept", "colours")  # told in percent
+SHARES = ("asked", "source", "copied", "digit", "texture", "success", "kept", "colours")  # written in percent
 
 
 def cell(row: Row, outcome: str) -> str:
