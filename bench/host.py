@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Host time of a call over that of launching the same kernels alone: ``python -m fastrope.bench.host`` on a GPU,
-``python tests/launches/lane.py --host`` without one, over a driver that launches nothing.
+"""Host time of a call, divided by the host time of launching the same kernels and doing nothing else.
 
-"Alone" is triton's own launch, ``kernel[grid](**arguments)``, of every kernel of ours that the call launches, and
-torch's attention where the call ends in it, with all arguments at hand. Times are of the thread's CPU, the fastest of
-rounds in which both take turns: what else the machine does counts little.
+Run ``python -m fastrope.bench.host`` on a GPU. Without one, ``python tests/launches/lane.py --host`` measures the same
+over a driver that launches nothing.
+
+"Launches alone" are triton's own launches, ``kernel[grid](**arguments)``, of all our kernels that the call launches,
+and torch's attention where the call ends in it. Their arguments are prepared before. Times are CPU times of the thread.
+Both take turns in several rounds, and the fastest round counts, so that other work on the machine matters little.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ ROUNDS, REPEATS = 15, 20
 
 @dataclass(frozen=True)
 class Row:
-    """Of one case under one backend: launches, and microseconds of a call, of triton's launches of the same kernels
-    alone, and of their binaries' launchers alone."""
+    """One case on one backend: the number of launches, and microseconds of a call, of triton's launches of the same
+    kernels alone, and of the launchers of their binaries alone."""
 
     case: str
     backend: str
@@ -48,13 +50,13 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Of a call over its launches."""
+        """Time of the call, divided by that of its launches alone."""
         return self.call / self.alone
 
 
 @contextmanager
 def recorded() -> Iterator[list[Callable[[], object]]]:
-    """Launches of what runs inside, as functions that launch the same again, all through triton."""
+    """The launches made inside, as functions that repeat them, all through triton."""
     from triton.runtime import JITFunction
 
     from fastrope.kernels import launch
@@ -83,7 +85,7 @@ def recorded() -> Iterator[list[Callable[[], object]]]:
 
 
 def binary_of(again: Callable[[], object]) -> Callable[[], object]:
-    """A recorded launch, straight from the launcher of its binary."""
+    """A recorded launch as a call of the launcher of its binary."""
     from triton.runtime import driver
 
     cells = dict(zip(again.__code__.co_freevars, (c.cell_contents for c in again.__closure__), strict=True))
@@ -97,7 +99,7 @@ def binary_of(again: Callable[[], object]) -> Callable[[], object]:
 
 
 def rows(device: torch.device, between: Callable[[], object] = lambda: None) -> Iterator[Row]:
-    """A row for each case and backend, at shapes whose kernels take next to nothing."""
+    """A row for each case and backend, at shapes so small that kernels take almost no time."""
     tokens = fr.TokenLayout(8, (8, 8), references=[(8, 8)])
     workload = replace(WORKLOADS["kontext"], tokens=tokens, heads=2)
     for name, (case, near) in CALLS.items():
@@ -120,7 +122,7 @@ def rows(device: torch.device, between: Callable[[], object] = lambda: None) -> 
 
 
 def _times(runs: list[Callable[[], object]], between: Callable[[], object]) -> list[float]:
-    """Microseconds of each."""
+    """Microseconds of each run."""
     best = [float("inf")] * len(runs)
     for _ in range(ROUNDS):
         for i, run in enumerate(runs):
@@ -133,7 +135,7 @@ def _times(runs: list[Callable[[], object]], between: Callable[[], object]) -> l
 
 
 def table(found: list[Row]) -> list[str]:
-    """As ``docs/backends.md`` has it."""
+    """The lines of the table in ``docs/backends.md``."""
     lines = ["| case | backend | launches | call, us | launches alone, us | ratio |", "|---|---|---:|---:|---:|---:|"]
     for row in found:
         lines.append(f"| {row.case} | {row.backend} | {row.launches} | {row.call:.0f} | {row.alone:.0f} | "
@@ -142,13 +144,13 @@ def table(found: list[Row]) -> list[str]:
 
 
 def report(device: torch.device, between: Callable[[], object] = lambda: None) -> bool:
-    """Print the table and whether the bar holds; returns that."""
+    """Print the table; returns whether every ratio is at most ``BAR``."""
     with torch.no_grad():
         found = list(rows(device, between))
     print("\n".join(table(found)))
     worst = max(found, key=lambda row: row.ratio)
-    print(f"\nlargest ratio {worst.ratio:.2f} ({worst.case}, {worst.backend}), bar {BAR}; binaries' launchers alone: "
-          + ", ".join(f"{row.binaries:.0f}" for row in found))  # fmt: skip
+    print(f"\nlargest ratio {worst.ratio:.2f} ({worst.case}, {worst.backend}), at most {BAR} is allowed; binaries' "
+          "launchers alone: " + ", ".join(f"{row.binaries:.0f}" for row in found))  # fmt: skip
     return worst.ratio <= BAR
 
 

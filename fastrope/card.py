@@ -1,7 +1,7 @@
 """What was found out about a GPU, in the user's cache folder.
 
 A file is JSON with a list of entries for each card and the versions they hold for. It is replaced whole, so processes
-that share it see one state or another; what cannot be read or written counts as not there.
+that share it never see half of it. A file that cannot be read counts as missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def name_of(device: torch.device) -> str:
 
 @lru_cache(maxsize=64)
 def key(device: torch.device) -> str:
-    """A GPU and the versions that entries hold for, as people read them."""
+    """A GPU and the versions that entries hold for, in readable form."""
     versions = {
         "driver": devices.driver_version(), "torch": torch.__version__, "triton": devices.triton_version(),
         "fastrope": f"{__version__} {_digest()}",
@@ -54,7 +54,7 @@ def key(device: torch.device) -> str:
 
 
 def read(name: str) -> dict[str, list]:
-    """Entries by card and versions. A file that is damaged or of another format has none; one warning names it."""
+    """Entries by card and versions. A file that is damaged or has another format holds none; one warning names it."""
     file = None
     try:
         file = path(name)
@@ -70,7 +70,7 @@ def read(name: str) -> dict[str, list]:
 
 
 def write(name: str, device: torch.device, entries: list) -> Path:
-    """Replace the entries of a GPU under the present versions; gives the file.
+    """Replace the entries of a GPU under the present versions; returns the file.
 
     Raises:
         OSError, RuntimeError: it cannot be written.
@@ -87,7 +87,7 @@ def ignore(file: Path | None, why: str) -> None:
 
 
 def _digest() -> str:
-    """Of the sources of kernels and of what prepares them: a clone keeps its version while it changes."""
+    """Digest of the sources of kernels, backends and plans: they can change in a clone while its version stays."""
     folders = [Path(str(package.__file__)).parent for package in (kernels, backends, planning)]
     files = [file for each in folders for file in sorted(each.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Small calls that run the same kernels as a given one, to hold these to the reference."""
+"""Small calls that run the same kernels as a given one, to compare these kernels with the reference."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .planning import Plan, plan
 from .rope import RoPE
 from .tolerance import Errors, measure
 
-TEXT, GRID = 33, 12  # a call attends over so many tokens of text, a target and a reference of 12 x 12 each
+TEXT, GRID = 33, 12  # tokens of text; the target and the reference have GRID x GRID tokens each
 TOKENS = TEXT + 2 * GRID**2
-EVERY = 5  # one query in so many is compared
+EVERY = 5  # every fifth query is compared
 MODULATED = 80  # queries: fewer than half, and enough to fill a tile
 PASSES = 5  # band weights that no single launch holds
 
 
 class Kind(NamedTuple):
-    """What tells the kernels of calls apart: how they were compiled, and which of them run.
+    """What distinguishes the kernels of calls: how they are compiled, and which of them run.
 
     Args:
         route: of :data:`fastrope.rules.ROUTES`.
         features: of the plan, see :attr:`fastrope.planning.Lowered.features`.
-        per_query: how per-query scales are met, "polynomial" or "axis blocks"; "" without any.
+        per_query: how per-query scales are computed, "polynomial" or "axis blocks"; "" without any.
         descriptors: the loop reads through tensor descriptors.
-        passes: more than one over the keys.
-        streams: tokens come projected apart.
-        grouped: more queries' heads than keys'.
+        passes: there is more than one pass over the keys.
+        streams: tokens arrive in parts that were projected apart.
+        grouped: queries have more heads than keys.
     """
 
     route: str
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 def draw(kind: Kind, device: torch.device) -> Sample:
     """A call of a kind, the same on every device."""
-    generator = torch.Generator().manual_seed(0)  # on the CPU, and nobody else's
+    generator = torch.Generator().manual_seed(0)  # of its own, on the CPU: the same numbers for every device
     batch, heads = 2 if "mask" in kind.features else 1, 2
 
     def normal(*shape: int) -> Tensor:
@@ -85,7 +85,7 @@ def draw(kind: Kind, device: torch.device) -> Sample:
 
 
 def disagreement(sample: Sample, out: Tensor, lse: Tensor | None) -> str | None:
-    """How ``out (B, S, H, D)`` and ``lse (B, H, S)`` break the tolerance rule; None where they keep it."""
+    """How ``out (B, S, H, D)`` and ``lse (B, H, S)`` break the tolerance rule; None if they keep it."""
     resolved, scale = sample.plan.resolved, out.shape[3] ** -0.5
     rows = torch.arange(0, TOKENS, EVERY, device=out.device)
     exact, low = (
@@ -101,8 +101,8 @@ def disagreement(sample: Sample, out: Tensor, lse: Tensor | None) -> str | None:
 
 
 def _passed(errors: Errors, dtype: torch.dtype) -> bool:
-    """Within the rule; in float32 in its largest error alone: right kernels miss its mean on a GPU, as does torch's
-    attention (docs/limits.md)."""
+    """Whether errors keep the rule. In float32 only the largest error counts: on a GPU, correct kernels exceed the
+    bound of the mean error, and so does torch's attention (docs/limits.md)."""
     return errors.max_out <= errors.max_allowed if dtype == torch.float32 else errors.passed
 
 
@@ -130,7 +130,7 @@ def _plan(kind: Kind, batch: int, device: torch.device) -> Plan:
 
 def _modulations(kind: Kind, device: torch.device) -> list[Modulation]:
     covered = slice(TEXT + GRID**2, None)
-    # Those of one tile of the polynomial, or too far apart for it; two levels.
+    # Scales near enough for one tile of the polynomial, or too far apart for it, or two scale buckets.
     ends = {"polynomial": (0.7, 0.72), "axis blocks": (0.3, 0.95), "": (0.65, 0.8)}[kind.per_query]
     ramp = torch.linspace(0, 1, MODULATED, device="cpu")
     r, gain = torch.ones(2, TOKENS, device="cpu")

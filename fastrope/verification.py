@@ -1,7 +1,8 @@
-"""Kernels verified before they are trusted: on a GPU without rows in the repository, each kind is checked once.
+"""Kernels verified before they are trusted: once per kind, on a GPU without measurements in the repository.
 
 The check runs before the first call of its kind and compares the kernels with the reference on a small one. What passed
-is remembered for later processes, by card and versions. What fails is not used: torch's attention takes its calls.
+is remembered for later processes, by card and versions. A kind that fails is not used: torch's attention takes its
+calls.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from . import card
 from . import device as devices
 
 FILE = "verified"
-# Capabilities of GPUs with rows in the repository, and their folder under bench/results: trusted as they are.
+# Capabilities whose kernels need no check, and the folder under bench/results that holds the measurements of a GPU.
 ROWS = {"sm_90": "nvidia-h200"}
 _LOCK = threading.Lock()
 _PASSED: set[tuple[torch.device, Hashable]] = set()
 _FAILED: set[tuple[torch.device, Hashable]] = set()
-_RECORDED: set[torch.device] = set()  # of whose unverified graphs a warning told
+_RECORDED: set[torch.device] = set()  # GPUs for which the warning of :func:`_warn_of_graph` was given
 
 
 @lru_cache(maxsize=64)
@@ -41,7 +42,7 @@ def holds(kind: Hashable, device: torch.device, check: Callable[[], str | None])
 
     Args:
         kind: what is checked; ``str`` of it is its name.
-        check: what is wrong, None where nothing is. An error is wrong, too; memory that runs out says nothing.
+        check: returns what is wrong, or None. An exception counts as wrong; running out of memory decides nothing.
     """
     if (device, kind) in _PASSED:
         return True
@@ -69,10 +70,10 @@ def status(kind: Hashable | None, device: torch.device) -> str:
     """What is known of kernels on a GPU, in words; runs nothing.
 
     Args:
-        kind: None where none is needed.
+        kind: what is checked; None where no check is needed.
     """
     if kind is None:
-        return "rows in the repository"
+        return "measured in the repository"
     if not devices.switched_on("FASTROPE_VERIFY", default=True):
         return "not verified (FASTROPE_VERIFY=0)"
     if (device, kind) in _PASSED or _remembered(device).get(str(kind)) == "":
@@ -81,7 +82,7 @@ def status(kind: Hashable | None, device: torch.device) -> str:
 
 
 def _run(check: Callable[[], str | None], device: torch.device) -> str | None:
-    """What a check found wrong, "" where nothing, None where it could not say."""
+    """What a check found wrong; "" for nothing, None if it could not be decided."""
     devices.synchronise(device)  # an error of work before this is not ours
     try:
         wrong = check()
@@ -113,14 +114,14 @@ def _warn_of_graph(kind: Hashable, device: torch.device) -> None:
 
 
 def _remembered(device: torch.device) -> dict[str, str]:
-    """Of each kind by its name, what was wrong; "" where nothing was."""
+    """What earlier checks found wrong, by the name of the kind; "" for nothing."""
     cards = card.read(FILE)
     rows = cards.get(card.key(device), []) if cards else []
     return {row["kind"]: row["wrong"] for row in rows if isinstance(row, dict) and {"kind", "wrong"} <= row.keys()}
 
 
 def _remember(kind: Hashable, device: torch.device, wrong: str) -> None:
-    """Beside what other processes found. A folder that cannot be written to remembers nothing."""
+    """Add a result to those of other processes. Nothing is stored if the folder cannot be written to."""
     found = _remembered(device) | {str(kind): wrong}
     try:
         card.write(FILE, device, [{"kind": name, "wrong": wrong} for name, wrong in found.items()])

@@ -1,9 +1,9 @@
-"""Launches, prepared: what triton finds out anew for every launch is found out once for tensors of one layout.
+"""Prepared launches: what triton works out for every launch is worked out once for tensors of one layout.
 
 Triton's own launch binds names, classifies every argument and looks for the binary among those compiled, which takes
 the host longer than many a kernel takes the device. All of that follows from the layouts of tensors and from plain
-numbers. So a launch is described by a function that sees nothing else: it runs once for each of its arguments. The
-first launch goes through triton, which compiles and returns the binary; the next ones go to the binary's own launcher.
+numbers. So a launch is described by a function of these alone, which is called once for the same arguments. The first
+launch goes through triton, which compiles and returns the binary; later ones call the launcher of this binary.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MOST_PREPARED = 4096  # then all are forgotten: lengths that come and go must no
 
 
 class Layout(NamedTuple):
-    """What a launch may know of a tensor. On CUDA triton chooses a binary by the dtype, and by whether 16 divides the
-    address; what it makes of strides and other numbers follows from their values."""
+    """What the description of a launch may read of a tensor. On CUDA, triton chooses a binary by the dtype, by whether
+    16 divides the address, and by the values of strides and other numbers."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,15 +44,15 @@ def strides(name: str, x: Layout, axes: str) -> dict[str, int]:
 
 
 class Launch(NamedTuple):
-    """What a launch is made of, beside the tensors themselves.
+    """The description of a launch, without the tensors.
 
     Args:
-        kernel: whose leading parameters are the tensors, in their order.
-        grid: programs.
+        kernel: its first parameters are the tensors, in their order.
+        grid: numbers of programs.
         arguments: the other parameters by name, and compiler options.
-        stand_ins: which tensor's address a missing one gets: its loads are masked off, and a flag for each would double
-            the number of binaries each time. One without a stand-in is None.
-        tiles: tensors that go as descriptors: shape, strides, tile.
+        stand_ins: for a tensor that may be missing, the one whose address is passed for it. Its loads are masked off; a
+            flag for each such tensor would double the number of binaries. A missing one without a stand-in is None.
+        tiles: shape, strides and tile of the tensors that are passed as descriptors.
     """
 
     kernel: Any
@@ -92,7 +92,7 @@ class Prepared:
             self.through_triton(tensors)
 
     def directly(self, binary: Any, stream: int, tensors: list) -> None:
-        """From the launcher of a binary that triton has chosen for tensors of this layout."""
+        """Launch the binary that triton chose for tensors of this layout."""
         for (at, *_), fields in zip(self.tiles, self.described, strict=True):
             tensors[at], tensor = object.__new__(TensorDescriptor), tensors[at]
             tensors[at].__dict__.update(fields, base=tensor)
@@ -101,7 +101,7 @@ class Prepared:
         )
 
     def through_triton(self, tensors: list) -> None:
-        """Triton's own launch, which compiles where need be; the binary is kept."""
+        """Triton's own launch, which compiles where needed; remembers the binary."""
         descriptors = [TensorDescriptor(tensors[at], shape, strides, tile) for at, shape, strides, tile in self.tiles]
         for (at, *_), descriptor in zip(self.tiles, descriptors, strict=True):
             tensors[at] = descriptor
@@ -115,7 +115,7 @@ class Prepared:
 
 
 def _unobserved() -> bool:
-    """Whether nothing wants to see a launch, such as triton's profiler, or another binary than the usual one."""
+    """True unless something observes launches, such as triton's profiler, or asks for another binary than usual."""
     runtime = knobs.runtime
     listened = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
     changed = runtime.debug or knobs.compilation.instrumentation_mode
@@ -128,7 +128,8 @@ _PREPARED: dict[tuple, Prepared] = {}
 def launch(describe: Callable[..., Launch], tensors: dict[str, torch.Tensor | None], *facts: Hashable) -> None:
     """Launch what ``describe({name: Layout or None}, *facts)`` says on tensors of these layouts, on the current device.
 
-    ``describe`` is a function of a module and reads nothing but its arguments: it is not called again for the same.
+    ``describe`` is defined at the top of a module and reads nothing but its arguments: for the same arguments it is
+    called once.
     """
     key = describe, facts, *[
         None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors.values()

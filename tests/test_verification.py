@@ -333,7 +333,7 @@ def test_architectures_with_rows_are_trusted(a_card, checks, monkeypatch):
     a_card()
     _, qkv = attend()
     assert checks == []
-    assert "trust in the kernels: rows in the repository" in str(fr.explain(*qkv, rope=ROPE, modulations=[GROUP]))
+    assert "trust in the kernels: measured in the repository" in str(fr.explain(*qkv, rope=ROPE, modulations=[GROUP]))
     assert "trust" not in str(fr.explain(*qkv, rope=ROPE, backend="triton"))
 
 
