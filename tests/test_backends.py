@@ -290,6 +290,15 @@ def test_biases_are_rounded_once(backend, dtype):
     check(Call(q, k, v, scale=0.05, modulations=biases, label="biases"), backend)
 
 
+@over(SDPA_TARGETS)
+def test_parts_are_weighted_exactly(backend, dtype):
+    """Three passes, each with its log-sum-exp. Rounded to float32, those alone cost a third more of mean error."""
+    g = generator(41)
+    q, k, v = tensors(g, batch=2, queries=1000, keys=300, heads=4, dim=16, dtype=dtype)
+    gains = [fr.LogitGain(uniform(g, 1000, low=0.5, high=1.5), keys=slice(n, n + 25)) for n in range(0, 300, 25)]
+    check(Call(q, k, v, scale=0.05, modulations=gains, label="parts"), backend)
+
+
 @targets
 def test_values_may_be_large(backend, dtype):
     """Logits of some hundreds: the softmax must subtract its maximum."""

@@ -100,7 +100,7 @@ def run(
         ]
         lses = [lse for _, lse in parts if lse is not None]
         out, lse = torch.cat([out for out, _ in parts]), torch.cat(lses) if return_lse else None
-    return out.to(dtype), lse
+    return out.to(dtype), None if lse is None else lse.to(torch.promote_types(dtype, torch.float32))
 
 
 def in_key_order(k: Tensor, v: Tensor, lowered: Lowered, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
