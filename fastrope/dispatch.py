@@ -10,7 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from . import device as devices
 from . import rules, verification
 from .backends import folded, fused, hand_over, reference, sdpa, split_rows
 from .backends.plain import Plain
-from .kernels.streams import Projected, Streams
+from .kernels.streams import Projected, Streams, joined
 from .planning.lowered import Lowered
 from .planning.resolved import Resolved
 from .sample import Kind, disagreement, draw
@@ -86,18 +86,25 @@ def decide(
         NotImplementedError: the backend asked for cannot run this call.
     """
 
+    # Anybody's function may hold a model, and must not live as long as the plan.
+    name = None if plain is None else plain.name
+
     def make() -> Decision:
         check()
-        return _decide(lowered, q, k, v, backend, return_lse, plain)
+        return _decide(lowered, q, k, v, backend, return_lse, None if name is None else Plain(name, _unknown))
 
-    if plain is not None:  # anybody's function, which need not be hashable
-        chosen = make()
-    else:
-        key = backend, return_lse, _differentiates(q, k, v), devices.switches(), *map(_layout, (q, k, v))
-        chosen = lowered.once(("decision", key), make)
+    key = backend, return_lse, name, _differentiates(q, k, v), devices.switches(), *map(_layout, (q, k, v))
+    chosen = lowered.once(("decision", key), make)
+    if chosen.plain is not None:
+        chosen = replace(chosen, plain=plain)
     if chosen.kind is not None and verification.failed(chosen.kind, q.device):
         return _without_kernels(chosen, lowered)
     return chosen
+
+
+def _unknown(*_: object, **__: object) -> NoReturn:
+    """In the place of a plain attention that a decision knows by its name."""
+    raise AssertionError("a decision without its plain attention")
 
 
 def _layout(x: Projected) -> tuple:
@@ -263,7 +270,7 @@ def execute(
         kind, device = decision.kind, q.device
         if kind is not None and not verification.holds(kind, device, lambda: _wrong(kind, device)):
             decision = _without_kernels(decision, lowered)
-            q, k, v = (x.joined() if isinstance(x, Streams) else x for x in (q, k, v))
+            q, k, v = map(joined, (q, k, v))
         out, lse = _attend(decision, lowered, q, k, v, scale, return_lse, resolved)
     return out.contiguous(), lse if return_lse else None
 

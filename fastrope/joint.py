@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from .backends.plain import Plain
 from .backends.plain import chosen as chosen_plain
 from .checks import require, require_tensor
 from .dispatch import Decision, by_torch, choose, decide, differentiated, execute
-from .kernels.streams import Projected, Streams, rms_norm
+from .kernels.streams import Projected, Streams, joined, rms_norm
 from .planning import Lowered, Plan
 from .validation import check_plan, check_tensors, scale_of
 
@@ -88,7 +89,7 @@ def joint_attention(
     chosen = chosen_plain(plain, backend)
     if not _readable(streams, plan.lowered, backend):
         return attention(*join(streams), plan=plan, scale=scale, backend=backend, plain=plain)
-    return _run(_decide(streams, plan, scale, backend, chosen), streams, plan, scale, backend)
+    return _run(*_decide(streams, plan, scale, backend, chosen), streams, plan, scale, backend)
 
 
 def fused_joint_attention(
@@ -98,29 +99,35 @@ def fused_joint_attention(
     streams, scale = _checked(streams, plan, scale)
     if not _readable(streams, plan.lowered, backend):
         return None
-    decision = _decide(streams, plan, scale, backend, chosen_plain(None, backend))
-    return _run(decision, streams, plan, scale, backend) if decision is None or decision.kernels else None
+    decision, call = _decide(streams, plan, scale, backend, chosen_plain(None, backend))
+    return _run(decision, call, streams, plan, scale, backend) if decision is None or decision.kernels else None
+
+
+Call = tuple[Projected, Projected, Projected]  # q, k and v
 
 
 def _decide(
     streams: Sequence[Stream], plan: Plan, scale: float, backend: str, plain: Plain | None
-) -> Decision | None:  # fmt: skip
-    """How the call runs. None if the op decides when it runs: in compiled code, and if something that must see one op
-    watches our kernels."""
+) -> tuple[Decision | None, Call | None]:  # fmt: skip
+    """How the call runs, and on what. None if the op decides when it runs: in compiled code, and if something that must
+    see one op watches our kernels."""
     if torch.compiler.is_compiling():
-        return None
+        return None, None
     q, k, v, norms = _unzip(streams)
-    _check_parts(q, k, v, plan.lowered, scale, backend)
-    observed = ops.observed(*q, *k, *v, *(n.weight for n in norms if n.weight is not None))
-    decision = (choose if observed else decide)(plan.lowered, *_streams(q, k, v, norms), backend, False, plain)
-    decision = by_torch(decision) if observed else decision
-    return None if observed and decision.kernels else decision
+    check, call = partial(_check_parts, q, k, v, plan.lowered, scale, backend), _streams(q, k, v, norms)
+    if not ops.observed(*q, *k, *v, *(n.weight for n in norms if n.weight is not None)):
+        return decide(plan.lowered, *call, backend, False, plain, check), call
+    check()
+    decision = by_torch(choose(plan.lowered, *call, backend, False, plain))
+    return None if decision.kernels else decision, call
 
 
-def _run(decision: Decision | None, streams: Sequence[Stream], plan: Plan, scale: float, backend: str) -> Tensor:
+def _run(
+    decision: Decision | None, call: Call | None, streams: Sequence[Stream], plan: Plan, scale: float, backend: str
+) -> Tensor:
+    if decision is not None and call is not None:
+        return _execute(decision, plan.lowered, call, scale)
     q, k, v, norms = _unzip(streams)
-    if decision is not None:
-        return _execute(decision, plan.lowered, q, k, v, norms, scale)
     weights, eps = [n.weight for n in norms], [float(n.eps) for n in norms]
     return streamed_attention(q, k, v, weights, eps, list(plan.tensors), plan.spec, scale, backend)
 
@@ -163,8 +170,8 @@ def streamed_attention(
     ops.refuse_eager(backend)
     norms = [Norm(*each) for each in zip(list(weights), eps, strict=True)]
     with torch.no_grad():
-        decision = decide(lowered, *_streams(q, k, v, norms), backend)
-        return _execute(decision, lowered, q, k, v, norms, scale)
+        call = _streams(q, k, v, norms)
+        return _execute(decide(lowered, *call, backend), lowered, call, scale)
 
 
 @streamed_attention.register_fake
@@ -185,21 +192,12 @@ def _(
     return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, dim))
 
 
-def _execute(
-    decision: Decision,
-    lowered: Lowered,
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    norms: Sequence[Norm],
-    scale: float,
-) -> Tensor:
+def _execute(decision: Decision, lowered: Lowered, call: Call, scale: float) -> Tensor:
+    queries, keys, values = call
     if not decision.kernels:
-        streams = [Stream(*each) for each in zip(q, k, v, norms[: len(q)], norms[len(q) :], strict=True)]
-        return execute(decision, lowered, *join(streams), scale)[0]
-    queries, keys, values = _streams(q, k, v, norms)
-    if decision.launch is not None and lowered.num_per_query and not decision.launch.polynomial:
-        queries = _cat([norm(x) for norm, x in zip(norms, q, strict=False)])  # axis blocks read them as they are
+        queries, keys, values = map(joined, call)
+    elif decision.launch is not None and lowered.num_per_query and not decision.launch.polynomial:
+        queries = joined(queries)  # axis blocks read them as they are
     return execute(decision, lowered, queries, keys, values, scale)[0]
 
 

@@ -33,8 +33,8 @@ def needed(device: torch.device) -> bool:
 
 
 def failed(kind: Hashable, device: torch.device) -> bool:
-    """Whether a kind is known to be wrong on a GPU."""
-    return (device, kind) in _FAILED
+    """Whether a kind is known to be wrong on a GPU, and not to be used."""
+    return (device, kind) in _FAILED and devices.switched_on("FASTROPE_VERIFY", default=True)
 
 
 def holds(kind: Hashable, device: torch.device, check: Callable[[], str | None]) -> bool:

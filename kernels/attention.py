@@ -175,8 +175,9 @@ def attention_kernel(
                 row, rows, row_mask, BIAS, bias_rows, GROUPS + b * groups_batch_stride, GAINS + b * gains_batch_stride,
                 LOGIT_BIASES + b * biases_batch_stride, num_queries, log2_scale,
             )  # fmt: skip
-            # Done by an earlier kernel; a tile of padding, or of queries that the segment is hidden from.
-            nobody = tl.max(tl.where(row_mask, row_bias, -float("inf"))) == -float("inf")
+            # Done by an earlier kernel; a tile of padding, or of queries that the segment is hidden from. A maximum of
+            # the biases would not see NaN, which is to reach the output.
+            nobody = tl.max((row_mask & (row_bias != -float("inf"))).to(tl.int32), 0) == 0
             stop = tl.where((scaled & (bucket < 0)) | nobody, start, stop)
             variant = q_base + tl.load(row + VARIANT).to(tl.int64) * stride_qv
             q = load_tile(variant, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)

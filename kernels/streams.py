@@ -51,6 +51,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 Projected = torch.Tensor | Streams  # queries, keys or values (B, S, H, D), joined or not yet
 
 
+def joined(x: Projected) -> torch.Tensor:
+    """``(B, S, H, D)``: tokens as they are, or :meth:`Streams.joined`."""
+    return x.joined() if isinstance(x, Streams) else x
+
+
 def stream_tensors(x: Projected) -> dict[str, torch.Tensor]:
     """What a kernel reads of ``x``, by the names of its parameters: two streams and the weights of their norms. A plain
     tensor is its own second stream, which no row reaches, and has no norm. Parts whose channels lie differently, or

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -137,6 +139,24 @@ def test_a_decision_is_made_once_for_what_it_depends_on(monkeypatch):
         assert len(made) == n
     with pytest.raises(ValueError, match="v: expected"):
         fr.attention(x, x, x[:, :5], plan=plan)
+
+
+def test_a_decision_knows_a_plain_attention_by_its_name(monkeypatch):
+    """Made once, it hands work to the function of each call, and keeps none of them alive."""
+    plan, made, choose = fr.plan(rope=ROPE), [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *call: made.append(call) or choose(*call))
+    x, held = torch.zeros(1, 12, 2, 16), []
+    for value in (1.0, 2.0):
+
+        def plain(query, key, value, number=value, **_):
+            return torch.full_like(query, number)
+
+        held.append(weakref.ref(plain))
+        assert torch.equal(fr.attention(x, x, x, plan=plan, plain=plain), torch.full_like(x, value))
+    assert len(made) == 1
+    del plain, made[:]
+    gc.collect()
+    assert [function() for function in held] == [None, None]
 
 
 def test_every_family_has_one_rule_and_the_last_takes_what_is_left():

@@ -239,6 +239,39 @@ def test_forward_mode_is_not_dropped():
         torch.func.jvp(lambda x: fr.attention(x, q, q, backend="triton"), (q,), (q,))
 
 
+@interpreted
+def test_nan_in_a_group_reaches_the_output():
+    """Its mean is NaN, and so is what that adds to the logits of every query."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 20, 1, 16, generator=generator) for _ in range(3))
+    k[0, 3] = torch.nan
+    plan = fr.plan(modulations=[fr.BiasDelta(1.1, 0.8, keys=slice(0, 10))], num_keys=20)
+    for backend in ("eager", "triton"):
+        assert fr.attention(q, k, v, plan=plan, backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_default_dtype_does_not_reach_plans(dtype):
+    length, text = 390, 30
+    scale = torch.ones(length)
+    scale[:200] = torch.linspace(0.7, 0.72, 200)
+    hidden = torch.ones(1, length, dtype=torch.bool)
+    hidden[0, 3] = False
+    rope, modulations = grid_rope(18, 20, text), everything(length, text, scale)
+    modulations += [fr.KeyBias(scale.log()), fr.ValueGain(0.5, slice(3)), fr.BiasDelta(1.3, 0.6, on="values"),
+                    fr.LogitBias(0.5, slice(text))]  # fmt: skip
+    expected = fr.plan(rope=rope, modulations=modulations, key_mask=hidden)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = fr.plan(rope=rope, modulations=modulations, key_mask=hidden)
+    finally:
+        torch.set_default_dtype(before)
+    assert expected.lowered.polynomial is not None
+    assert [x.dtype for x in found.tensors] == [x.dtype for x in expected.tensors]
+    assert all(map(torch.equal, found.tensors, expected.tensors))
+
+
 def test_a_default_device_does_not_reach_plans():
     keys = torch.arange(8) > 3
     with torch.device("meta"):

@@ -149,6 +149,7 @@ def test_joint_attention_hands_over_too():
 @pytest.mark.parametrize(("options", "name"), [
     ({"plain": "fastest"}, "plain"), ({"plain": 3}, "plain"),
     ({"plain": lambda query, key, value, **_: key[:, :1]}, "plain"),
+    ({"plain": lambda query, key, value, **_: query.double()}, "plain"),
     ({"plain": "math", "backend": "eager"}, "backend"), ({"plain": Spy(), "backend": "triton"}, "backend"),
 ])  # fmt: skip
 def test_what_is_refused(options, name):

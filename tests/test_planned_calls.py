@@ -7,6 +7,7 @@ import torch
 from numerics import (
     DEVICE,
     axial,
+    biases_and_values,
     draw,
     every_modulation,
     generator,
@@ -38,6 +39,39 @@ def test_a_planned_call_reads_nothing_on_the_host(kind, mask, batched):
     assert watch.read == []
 
 
+@pytest.mark.parametrize("mask", [None, "row"])
+def test_biases_and_values_read_nothing_on_the_host(mask):
+    g = generator(4)
+    q, k, v = tensors(g, batch=2, queries=200, heads=2, dim=16)
+    modulations = biases_and_values(g, 200, 200, batch=2)
+    plan = fr.plan(rope=axial(grid(200), 16), modulations=modulations, key_mask=key_masks(g, mask, 2, 200))
+    for each in (plan, plan.with_groups([(1.2, 0.7)])):
+        with Watch(q, k, v, *each.tensors) as watch:
+            fr.attention(q, k, v, plan=each, backend="sdpa", return_lse=True)
+        assert watch.read == []
+
+
+@pytest.mark.parametrize("kind", ["levels", "distinct", "gain"])
+@pytest.mark.parametrize("mask", [None, "random"])
+def test_handing_over_reads_nothing_on_the_host(kind, mask):
+    g = generator(4)
+    q, k, v = tensors(g, batch=2, queries=200, heads=2, dim=16)
+    few = torch.arange(200, device=DEVICE) < 60
+    r = torch.where(few, scales(g, "levels" if kind == "gain" else kind, 200), 1.0)
+    loose = fr.LogitGain(r) if kind == "gain" else fr.QueryScale(r)
+    plan = fr.plan(rope=axial(grid(200), 16), modulations=[loose], key_mask=key_masks(g, mask, 2, 200))
+    given = []
+
+    def plain(query, key, value, scale, **_):
+        given.append(query.shape[1])
+        return query
+
+    with Watch(q, k, v, *plan.tensors) as watch:
+        fr.attention(q, k, v, plan=plan, plain=plain)
+    assert watch.read == []
+    assert given == [int((r == 1).sum())] * (1 if mask is None else 2)
+
+
 def test_the_watch_sees_reads():
     with Watch() as watch:
         x = torch.arange(4)
@@ -45,6 +79,13 @@ def test_the_watch_sees_reads():
         x[x > 1]
         x.nonzero()
     assert len(watch.read) >= 3
+    known = torch.zeros(3, 2)
+    with Watch(known) as watch:
+        known[:, [0, 1]]
+    assert watch.read == ["index"]
+    with Watch(known) as watch:
+        known[torch.arange(2)]
+    assert watch.read == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

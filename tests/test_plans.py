@@ -36,6 +36,25 @@ def test_the_same_tensors_are_lowered_once(lowered):
     assert len(lowered) == 1
 
 
+def test_views_made_anew_are_the_same_tensors(lowered):
+    call, masks = good(), ones(2, BATCH, 1, 1, TOKENS) > 0
+    masks[1, :, :, :, 3] = False
+    heads_first = {name: call.pop(name).transpose(1, 2) for name in "qkv"}
+    call["enable_gqa"] = True
+    inputs = [heads_first[name] for name in "qkv"]
+    found = [fr.scaled_dot_product_attention(*inputs, attn_mask=masks[n], **call) for n in (0, 1, 0, 1)]
+    assert len(lowered) == 2
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    masks[0] = masks[1]
+    assert torch.equal(fr.scaled_dot_product_attention(*inputs, attn_mask=masks[0], **call), found[1])
+    assert len(lowered) == 3
+    bias = ones(2, TOKENS)
+    for n in (0, 1, 0, 1):
+        fr.attention(**{name: x.transpose(1, 2) for name, x in heads_first.items()}, modulations=[fr.KeyBias(bias[n])])
+    assert len(lowered) == 5
+
+
 @pytest.mark.parametrize("what", ["scale", "angles", "mask", "bias", "keys"])
 def test_a_tensor_changed_in_place_is_seen(lowered, what):
     call = good()

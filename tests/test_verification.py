@@ -177,6 +177,7 @@ def test_a_wrong_kernel_is_not_used(a_card, monkeypatch):
     assert torch.equal(through, out)
     wrong = [fr.attention(*qkv, rope=ROPE, modulations=[GROUP], backend="triton")]
     monkeypatch.setenv("FASTROPE_VERIFY", "0")
+    wrong.append(fr.attention(*qkv, rope=ROPE, modulations=[GROUP]))  # as the warning says, in the same process too
     a_card()
     wrong.append(fr.attention(*qkv, rope=ROPE, modulations=[GROUP]))
     for found in wrong:

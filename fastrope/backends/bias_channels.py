@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def append_biases(
     unit = 2.0 ** min(max(round(-math.log2(abs(scale))) + 4, -14), 15)  # what stands for 1, so that float16 holds both
     of_query, of_key, members, hidden = [], [], [], []
     for n in sets:
-        b = of_queries(lowered.biases.values[:, list(lowered.biases.sets[n])].sum(dim=1))
+        b = of_queries(bias_of(lowered, n))
         member = torch.zeros(1, keys.shape[1], dtype=dtype, device=keys.device)
         for s in segments:
             if s.bias == n:
@@ -77,6 +78,12 @@ def append_biases(
         queries = _with_channels(queries, [-math.copysign(1.0, scale) * root * x for x in hidden])
         keys = _with_channels(keys, [root * member for member in members])
     return queries, keys, scale
+
+
+def bias_of(lowered: Lowered, n: int) -> Tensor:
+    """``(1 or B, Sq)`` float64: what set ``n`` of logit biases adds. Rows are taken one by one: an index made of Python
+    numbers is a copy from the host, for which it waits."""
+    return reduce(torch.add, (lowered.biases.values[:, row] for row in lowered.biases.sets[n]))
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:

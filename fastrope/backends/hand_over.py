@@ -23,11 +23,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, plain: 
     """
     if not split:
         return _folded(q, k, v, lowered, scale, plain, sdpa.Rows())
-    others = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
-    others[lowered.unmodulated.rows] = False
-    alone = _folded(q, k, v, lowered, scale, plain, sdpa.Rows.of(~others))
-    rest, _ = sdpa.run(q, k, v, lowered, scale, only=others)
-    places = torch.cat([others.logical_not().nonzero().flatten(), others.nonzero().flatten()])
+    unmodulated = lowered.unmodulated.rows
+    alone = _folded(q, k, v, lowered, scale, plain, sdpa.Rows.of(unmodulated))
+    rest, _ = sdpa.run(q, k, v, lowered, scale, without=unmodulated)
+    everyone = torch.arange(q.shape[1], device=q.device)
+    places = torch.cat([unmodulated, sdpa.others(unmodulated, everyone, q.shape[1])])
     return torch.cat([alone, rest], dim=1)[:, places.argsort()]
 
 

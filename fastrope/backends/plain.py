@@ -29,7 +29,7 @@ class Plain:
         name: what ``explain`` calls it.
         function: ``function(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
             enable_gqa=False)`` on ``(B, S, H, D)``, as diffusers' ``dispatch_attention_fn``. It returns
-            ``(B, Sq, H, D)``.
+            ``(B, Sq, H, D)`` in the dtype of ``query``.
     """
 
     name: str
@@ -60,8 +60,9 @@ class Plain:
         if share > 1:
             q = q.unflatten(2, (key_heads, share)).transpose(2, 3).flatten(1, 2)
         out = self.function(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=scale)
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        require(shape == tuple(q.shape), "plain", f"a function that returns {tuple(q.shape)}", shape)
+        expected = tuple(q.shape), q.dtype
+        found = (tuple(out.shape), out.dtype) if isinstance(out, Tensor) else (type(out).__name__, None)
+        require(found == expected, "plain", "a function that returns {} {}".format(*expected), "{} {}".format(*found))
         return out.unflatten(1, (length, share)).transpose(2, 3).flatten(2, 3) if share > 1 else out
 
 

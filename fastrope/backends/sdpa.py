@@ -27,7 +27,7 @@ from torch import Tensor
 from ..planning.lowered import Lowered
 from ..planning.segments import MAX_VARIANTS, Segment, split_passes
 from ..rope import rotate
-from .bias_channels import append_biases
+from .bias_channels import append_biases, bias_of
 from .log_sum_exp import BLOCK_ROWS, log_sum_exp
 from .lse_merge import Part, merge
 from .values import modulated_values
@@ -49,9 +49,9 @@ class Rows:
     r: Tensor | None = None
 
     @staticmethod
-    def of(only: Tensor | None) -> Rows:
-        """Queries ``(Sq,)`` bool at a scale of 1, of all batch rows."""
-        return Rows() if only is None else Rows(None, only.nonzero().flatten()[None])
+    def of(queries: Tensor) -> Rows:
+        """Queries ``(n,)`` int64 at a scale of 1, of all batch rows."""
+        return Rows(None, queries[None])
 
     def of_batch(self, table: Tensor) -> Tensor:
         """Batch rows of a ``(B or 1, ...)`` table."""
@@ -76,12 +76,12 @@ class Rows:
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool = False,
-    only: Tensor | None = None,
+    without: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As :func:`fastrope.backends.reference.run`. ``lse`` costs a second pass over the logits, in blocks.
 
     Args:
-        only: ``(Sq,)`` bool, queries to compute, ``out (B, n, H, D)``; None: all.
+        without: ``(n,)`` int64, queries at a scale of 1 to leave out, ``out (B, Sq - n, H, D)``.
     """
     dtype = q.dtype
     if len(passes(lowered)) > 1:  # parts are merged before they are rounded
@@ -91,16 +91,25 @@ def run(
         q, scale = q * 0, 1.0
     everyone = torch.arange(q.shape[0], device=q.device)
     if lowered.scales is None:
-        out, lse = _attend(q, k, v, lowered, scale, return_lse, Rows.of(only))
+        queries = torch.arange(q.shape[1], device=q.device)
+        rows = Rows() if without is None else Rows.of(others(without, queries, q.shape[1]))
+        out, lse = _attend(q, k, v, lowered, scale, return_lse, rows)
     elif len(lowered.scales.counts) == 1:
-        out, lse = _by_scale(q, k, v, lowered, scale, return_lse, everyone, 0, only)
+        out, lse = _by_scale(q, k, v, lowered, scale, return_lse, everyone, 0, without)
     else:
         parts = [
-            _by_scale(q, k, v, lowered, scale, return_lse, everyone[b : b + 1], b, only) for b in range(q.shape[0])
+            _by_scale(q, k, v, lowered, scale, return_lse, everyone[b : b + 1], b, without) for b in range(q.shape[0])
         ]
         lses = [lse for _, lse in parts if lse is not None]
         out, lse = torch.cat([out for out, _ in parts]), torch.cat(lses) if return_lse else None
     return out.to(dtype), None if lse is None else lse.to(torch.promote_types(dtype, torch.float32))
+
+
+def others(some: Tensor, queries: Tensor, num_queries: int) -> Tensor:
+    """``queries (m,)`` of ``num_queries`` without ``some (n,)`` of them, in their order, int64: sorted out, since the
+    host would wait for the length of what a mask leaves."""
+    out = torch.zeros(num_queries, dtype=torch.int32, device=queries.device).index_fill_(0, some, 1)
+    return queries[out[queries].argsort(stable=True)[: len(queries) - len(some)]]
 
 
 def in_key_order(k: Tensor, v: Tensor, lowered: Lowered, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -129,12 +138,12 @@ def _by_scale(
     return_lse: bool,
     batch: Tensor,
     b: int,
-    only: Tensor | None = None,
+    without: Tensor | None = None,
 ):
     """Attend scale by scale; queries with per-query scales in stacks of ``COPY_KEYS``."""
     scales = lowered.scales
-    parts = scales.order[b].split(scales.counts[b])
-    per_query, *buckets = parts if only is None else [part[only[part]] for part in parts]
+    per_query, at_one, *buckets = scales.order[b].split(scales.counts[b])
+    buckets = [at_one if without is None else others(without, at_one, q.shape[1]), *buckets]
     order = torch.cat([per_query, *buckets])
     outs, lses = [], []
 
@@ -216,8 +225,7 @@ def _sees_a_key(lowered: Lowered, segments: Sequence[Segment], mask: Tensor | No
     for s in segments:
         seen = torch.ones(1, 1, dtype=torch.bool, device=lowered.keys.segments.device)
         if s.bias >= 0:
-            biases = lowered.biases.values[:, list(lowered.biases.sets[s.bias])]
-            seen = rows.of_queries((biases > -torch.inf).all(dim=1))
+            seen = rows.of_queries(bias_of(lowered, s.bias)) > -torch.inf
         if mask is not None:
             seen = seen & mask[:, s.start - first : s.stop - first].any(dim=1, keepdim=True)
         found.append(seen)

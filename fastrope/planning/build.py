@@ -239,8 +239,13 @@ def cached_plan(
 
 def _identity(value: Any, held: list[Tensor]):
     if isinstance(value, Tensor):
-        held.append(value)
-        return id(value), value._version
+        base = value._base
+        held.append(value if base is None else base)
+        if base is None:
+            return id(value), value._version
+        # A view, which may be made anew for every call.
+        at = value.dtype, value.shape, value.stride(), value.storage_offset(), value.is_neg()
+        return id(base), value._version, *at
     if hasattr(value, "__dataclass_fields__"):
         return (type(value), *(_identity(getattr(value, name), held) for name in value.__dataclass_fields__))
     if isinstance(value, slice):

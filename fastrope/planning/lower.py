@@ -173,8 +173,10 @@ def _values(resolved: Resolved, num_keys: int) -> ValueTables | None:
         segments = runs_of(member)
         tables = _groups(groups, segments, present)
         runs = _segment_table(segments, ((0, len(segments)),), [(0, 0)] * len(segments))
-        bias = None if present is None else torch.where(present, 0.0, -torch.inf)
-    return ValueTables.of(gains, member.int(), tables, runs, bias)
+        if present is not None:
+            bias = torch.zeros(present.shape, dtype=torch.float32, device="cpu").masked_fill(~present, -torch.inf)
+    inside = (member >= 0).nonzero().flatten() if groups else None
+    return ValueTables.of(gains, member.int(), inside, tables, runs, bias)
 
 
 def _key_rotation(

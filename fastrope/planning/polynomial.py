@@ -111,7 +111,7 @@ def _stack(bounds: list[list[int]]) -> torch.Tensor:
 
 def _middles(factors: list[torch.Tensor], bounds: list[list[int]]) -> torch.Tensor:
     """``(B, T, 2)`` float32: the middle of each tile of ``factors``, sorted, and how far its ends lie from it."""
-    out = torch.zeros(len(bounds), max(map(len, bounds)) - 1, 2, device="cpu")
+    out = torch.zeros(len(bounds), max(map(len, bounds)) - 1, 2, dtype=torch.float32, device="cpu")
     for b, (row, ends) in enumerate(zip(factors, bounds, strict=True)):
         first, last = row[ends[:-1]], row[[end - 1 for end in ends[1:]]]
         out[b, : len(first)] = torch.stack([(first + last) / 2, (first - last).abs() / 2], dim=1)

@@ -185,6 +185,7 @@ class ValueTables:
         member: ``(Sk,)`` int32, the BiasDelta group of values that each key is in, or -1.
         factors: ``(Bx, 2, Sk)`` float64, ``u delta`` and ``u (lambda - delta)``.
         for_kernels: the same in float32.
+        inside: ``(n,)`` int64, the keys in a group; None without groups.
         groups: the groups; ``members`` and ``bounds`` are of ``runs``. None without any.
         runs: ``(n, len(abi.SEGMENT_COLUMNS))`` int32, a segment table of the runs of keys in a group.
         bias: ``(Bx, Sk)`` float32, ``-inf`` where a key is masked, else 0; where a mean is to leave it out.
@@ -194,14 +195,16 @@ class ValueTables:
     member: Tensor
     factors: Tensor
     for_kernels: Tensor
+    inside: Tensor | None = None
     groups: GroupTables | None = None
     runs: Tensor | None = None
     bias: Tensor | None = None
 
     @staticmethod
     def of(
-        gains: Tensor, member: Tensor, groups: GroupTables | None, runs: Tensor | None, bias: Tensor | None
-    ) -> ValueTables:
+        gains: Tensor, member: Tensor, inside: Tensor | None, groups: GroupTables | None, runs: Tensor | None,
+        bias: Tensor | None,
+    ) -> ValueTables:  # fmt: skip
         """Tables of groups and of gains ``(Bx, Sk)``."""
         factors = torch.stack([gains, torch.zeros_like(gains)], dim=1)
         if groups is not None:
@@ -209,13 +212,14 @@ class ValueTables:
             of_key = torch.cat([groups.values, neutral], dim=1)[:, member.long()]  # -1 takes the last
             lam, delta, _ = of_key.unbind(2)
             factors = torch.stack([gains * delta, gains * (lam - delta)], dim=1)
-        return ValueTables(gains, member, factors, factors.float(), groups, runs, bias)
+        return ValueTables(gains, member, factors, factors.float(), inside, groups, runs, bias)
 
     def with_groups(self, groups: Sequence[Group]) -> ValueTables:
         """The same with other lambdas and deltas."""
         if self.groups is None:
             return self
-        return ValueTables.of(self.gains, self.member, self.groups.with_values(groups), self.runs, self.bias)
+        groups_now = self.groups.with_values(groups)
+        return ValueTables.of(self.gains, self.member, self.inside, groups_now, self.runs, self.bias)
 
 
 @dataclass(frozen=True, eq=False)
