@@ -9,8 +9,8 @@ from fastrope.outputs import write_text
 
 from . import gates
 from .cases import CASES
-from .names import AUTO
-from .report import conditions, markdown, number, over_plain, spread
+from .names import AUTO, STOCK, STOCK_COMPILED
+from .report import Cell, conditions, markdown, number, over_plain, spread
 
 START = "<!-- bench: written by `fastrope bench --report --page docs/backends.md` from bench/results -->"
 END = "<!-- end of bench -->"
@@ -19,24 +19,31 @@ NOTHING = (
     "row."
 )
 WORKLOAD, DTYPE = "kontext", gates.DTYPE
+REVISION: tuple[str, str, Cell] = ("revision", "---", lambda row: row["rev"][:7])
 
 
 def part(rows: Sequence[dict]) -> str:
     """What stands between the markers."""
-    tables = [_table(gpu, rows) for gpu in dict.fromkeys(row["gpu"] for row in rows if row["gpu"] != "cpu")]
-    tables = [table for table in tables if table]
+    devices = dict.fromkeys(row["gpu"] for row in rows if row["gpu"] != "cpu")
+    tables = [table for gpu in devices for table in (_calls(gpu, rows), _blocks(gpu, rows)) if table]
     return "\n".join([*tables, gates.render(rows).rstrip()]) if tables else NOTHING
 
 
-def _table(gpu: str, rows: Sequence[dict]) -> str:
+def _of(gpu: str, suite: str, rows: Sequence[dict]) -> list[dict]:
+    """The rows of the page's workload, the oldest first."""
+    wanted = gpu, DTYPE, suite, WORKLOAD
+    found = [row for row in rows if (row["gpu"], row.get("dtype"), row.get("suite"), row["workload"]) == wanted]
+    return sorted(found, key=lambda row: row["date"])
+
+
+def _calls(gpu: str, rows: Sequence[dict]) -> str:
     """``auto`` on FLUX.1 Kontext, and the fastest of the others, each case of the latest run that has it."""
     cases: dict[str, dict[str, dict]] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
-        if (row["gpu"], row.get("dtype"), row.get("suite"), row["workload"]) == (gpu, DTYPE, "attention", WORKLOAD):
-            run = cases.setdefault(row["case"], {})
-            if run and next(iter(run.values()))["date"] != row["date"]:
-                run.clear()
-            run[row["impl"]] = row
+    for row in _of(gpu, "attention", rows):
+        run = cases.setdefault(row["case"], {})
+        if run and next(iter(run.values()))["date"] != row["date"]:
+            run.clear()
+        run[row["impl"]] = row
     lines, used = [], []
     for run in (cases[case] for case in CASES if case in cases):
         ours = run.get(AUTO)
@@ -63,9 +70,31 @@ def _table(gpu: str, rows: Sequence[dict]) -> str:
         ("fastest other", "---", of_best(lambda r, b: b["impl"])),
         ("its ms", "---:", of_best(lambda r, b: f"{b['ms_median']:.3f}")),
         ("over ours", "---:", of_best(lambda r, b: f"{b['ms_median'] / r['ms_median']:.2f} x")),
+        REVISION,
     ]
     head = f"`auto` on {gpu}, {DTYPE}: one attention call of FLUX.1 Kontext at 1024 px, 1 x 8704 x 24 x 128, rotation"
     return "\n".join([f"{head} included.", "", *markdown(columns, lines), "", conditions(used), ""])
+
+
+def _blocks(gpu: str, rows: Sequence[dict]) -> str:
+    """The attention of a block: ``auto`` in each case of the latest run, and what diffusers has."""
+    found = [row for row in _of(gpu, "block", rows) if row["impl"] in (AUTO, STOCK, STOCK_COMPILED)]
+    found = [row for row in found if row["date"] == found[-1]["date"]]
+    if not found:
+        return ""
+    columns: list[tuple[str, str, Cell]] = [
+        ("case", "---", lambda r: r["case"]),
+        ("whose", "---", lambda r: r["impl"]),
+        ("ms", "---:", lambda r: number(r, "ms_median", ".3f")),
+        ("spread", "---:", spread),
+        ("MiB", "---:", lambda r: number(r, "peak_mem_mib", ".0f")),
+        REVISION,
+    ]
+    head = (
+        f"The attention of a block of FLUX.1 Kontext on {gpu}, {DTYPE}: QK norm, joining of text and image, rotation "
+        "and attention, without the projections. diffusers' own processor knows the plain case alone."
+    )
+    return "\n".join([head, "", *markdown(columns, found), ""])
 
 
 def write(path: Path, rows: Sequence[dict]) -> None:

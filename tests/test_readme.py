@@ -8,7 +8,8 @@ import pytest
 from pages import ROOT, offline_kontext, run_snippets, snippets
 
 from fastrope import device as devices
-from fastrope.bench.rows import read
+from fastrope.bench.names import AUTO, STOCK, STOCK_COMPILED
+from fastrope.bench.rows import latest, read
 from fastrope.kernels import config
 
 README = ROOT / "README.md"
@@ -40,6 +41,21 @@ def test_the_status_is_true():
     rows = [row for path in (ROOT / "bench" / "results").glob("*/*.jsonl") for row in read(path)]
     measured = [row for row in rows if row["gpu"] != "cpu"]
     assert ("Nothing has run on a GPU yet." in stated) == (not measured)
+
+
+def test_the_figures_of_the_status_are_the_rows():
+    rows = read(ROOT / "bench" / "results" / "nvidia-h200" / "block.jsonl")
+    ours, stock, compiled = (
+        latest(rows)["NVIDIA H200", "bfloat16", "block", "kontext", case, impl]
+        for case, impl in (("all", AUTO), ("plain", STOCK), ("plain", STOCK_COMPILED))
+    )
+    stated = " ".join(TEXT[: TEXT.index("```")].split())
+    torch, triton = (ours[name].rpartition(".")[0] for name in ("torch", "triton"))
+    assert f"(1024 px, bfloat16, torch {torch}, triton {triton}, {ours['date'][:10]}) with four modulations" in stated
+    assert (
+        f"took {ours['ms_median']:.2f} ms, diffusers' plain one {stock['ms_median']:.2f} ms, compiled "
+        f"{compiled['ms_median']:.2f} ms" in stated
+    )
 
 
 def _anchors(text: str) -> set[str]:

@@ -69,6 +69,19 @@ def test_modulated_over_our_own_plain(case, beginning, bar, aim, workload):
     assert verdict([timed(case, OURS, 1.0, workload=workload)], beginning)[0] == "not measured"  # no plain time
 
 
+def test_bars_of_the_loop_say_so():
+    """Those of ``auto`` over its own plain call are others: they are in the table of calls."""
+    rows = [
+        timed(case, OURS, 1.0, plain_ms=1.0)
+        for case in ("grag", "bands", "crop-gain", "loose-levels", "loose-per-query", "all")
+    ]
+    rows += [timed("all", OURS, 1.0, plain_ms=1.0, workload="tokens-33k")]
+    found = [figure for figure, row in judged(rows).items() if row["verdict"] != "not measured"]
+    assert len(found) == 5
+    assert all("fused loop" in figure for figure in found)
+    assert gates.LOOP in gates.render(rows)
+
+
 def test_the_worst_of_three_counts_and_none_may_be_missing():
     def rows(**ratios):
         return [timed(case.replace("_", "-"), OURS, ratio, plain_ms=1.0) for case, ratio in ratios.items()]

@@ -87,6 +87,26 @@ def test_the_pages_table_compares_like_with_like():
     assert "99.0" not in text  # of another run
     assert "revision abc, def" in text
     assert "### Bars" in text
+    assert plain.endswith("| abc |")
+    assert together.endswith("| def |")  # a case of another revision shows
+
+
+def test_the_page_has_the_blocks_of_the_latest_run():
+    block = dict(suite="block", date="2026-02-02T00:00:00+00:00")
+    rows = [
+        timed("all", "fastrope-auto", 1.7, ours=True, **block), timed("plain", "diffusers", 2.8, **block),
+        timed("plain", "diffusers-compiled", 1.6, **block), timed("plain", "cudnn-alone", 1.3, **block),
+        timed("grag", "fastrope-auto", 9.9, ours=True, suite="block"),
+    ]  # fmt: skip
+    lines = [
+        line.split(" | ")[:3] for line in page.part(rows).splitlines() if line.startswith(("| all |", "| plain |"))
+    ]
+    assert lines == [
+        ["| all", "fastrope-auto", "1.700"], ["| plain", "diffusers", "2.800"],
+        ["| plain", "diffusers-compiled", "1.600"],
+    ]  # fmt: skip
+    assert "9.900" not in page.part(rows)  # of an earlier run
+    assert "revision" in page.part(rows)
 
 
 def test_only_what_is_between_the_markers_is_written(tmp_path):
