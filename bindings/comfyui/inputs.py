@@ -14,8 +14,18 @@ from fastrope.checks import require
 CATEGORY = "FastRoPE"
 
 
-def place_inputs() -> list:
-    """Inputs for where in a run a node acts: two fractions of the steps, and layers."""
+def model_input(tooltip: str = "The model to steer. The one you hand in stays as it is.") -> Any:
+    """The model that a node clones."""
+    return io.Model.Input("model", tooltip=tooltip)
+
+
+def reference_input(tooltip: str, default: int = -1, least: int = -1, advanced: bool = False) -> Any:
+    """Which reference picture, by its place in the conditioning."""
+    return io.Int.Input("reference", default=default, min=least, max=63, advanced=advanced or None, tooltip=tooltip)
+
+
+def window_inputs() -> list:
+    """Inputs for when in a run a node acts: two fractions of the steps."""
     percent = dict(min=0.0, max=1.0, step=0.01, advanced=True)
     return [
         io.Float.Input(
@@ -24,13 +34,13 @@ def place_inputs() -> list:
         io.Float.Input(
             "end_percent", default=1.0, tooltip="Where in the run to end: 1 is behind the last step.", **percent
         ),
-        io.String.Input(
-            "layers",
-            default="",
-            advanced=True,
-            tooltip='Which attention layers, counted from 0 in order: "0-18, 25". Empty: all.',
-        ),
     ]
+
+
+def layers_input() -> Any:
+    """An input for the layers where a node acts."""
+    told = 'Which attention layers, counted from 0 in order: "0-18, 25". Empty: all.'
+    return io.String.Input("layers", default="", advanced=True, tooltip=told)
 
 
 def steps_of(start_percent: float, end_percent: float) -> tuple[float, float] | None:

@@ -11,10 +11,22 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.checks import require
 
-from .inputs import CATEGORY, as_image, layers_of, one_mask, one_picture, place_inputs, steps_of
+from .inputs import (
+    CATEGORY,
+    as_image,
+    layers_input,
+    layers_of,
+    model_input,
+    one_mask,
+    one_picture,
+    reference_input,
+    steps_of,
+    window_inputs,
+)
 from .patching import steer
 
 DIAL = dict(min=0.0, max=4.0, step=0.01)
+WHICH = "Which reference picture, from 0, in the order of the ReferenceLatent nodes; -1: all."
 
 
 class GRAG(io.ComfyNode):
@@ -37,7 +49,7 @@ class GRAG(io.ComfyNode):
                 "DCAG",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to steer. The one you hand in stays as it is."),
+                model_input(),
                 io.Float.Input(
                     "delta",
                     default=1.1,
@@ -51,14 +63,7 @@ class GRAG(io.ComfyNode):
                     tooltip="How much the reference counts against the prompt and the new picture (lambda). 1 changes "
                     "nothing. delta alone is the smoother dial.",
                 ),
-                io.Int.Input(
-                    "reference",
-                    default=-1,
-                    min=-1,
-                    max=63,
-                    advanced=True,
-                    tooltip="Which reference picture, from 0, in the order of the ReferenceLatent nodes; -1: all.",
-                ),
+                reference_input(WHICH, advanced=True),
                 io.Float.Input(
                     "text_strength",
                     default=1.0,
@@ -80,7 +85,8 @@ class GRAG(io.ComfyNode):
                     advanced=True,
                     tooltip="The same as delta, for the reference's values (DCAG: 1.15 beside delta 1.1). Neutral: 1.",
                 ),
-                *place_inputs(),
+                *window_inputs(),
+                layers_input(),
             ],
             outputs=[io.Model.Output(tooltip="The steered model, for a sampler or a further node.")],
         )
@@ -127,7 +133,7 @@ class ReferenceStrength(io.ComfyNode):
             "counts as two. GRAG, in contrast, changes how attention is spread inside the picture.",
             search_aliases=["guide strength", "reference weight", "image weight", "attention bias", "conditioning"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to steer. The one you hand in stays as it is."),
+                model_input(),
                 io.Float.Input(
                     "weight",
                     default=1.5,
@@ -136,14 +142,9 @@ class ReferenceStrength(io.ComfyNode):
                     step=0.05,
                     tooltip="1 is neutral, 2 counts the picture twice, 0.5 half, 0 hides it.",
                 ),
-                io.Int.Input(
-                    "reference",
-                    default=-1,
-                    min=-1,
-                    max=63,
-                    tooltip="Which reference picture, from 0, in the order of the ReferenceLatent nodes; -1: all.",
-                ),
-                *place_inputs(),
+                reference_input(WHICH),
+                *window_inputs(),
+                layers_input(),
             ],
             outputs=[io.Model.Output(tooltip="The steered model, for a sampler or a further node.")],
         )
@@ -179,7 +180,7 @@ class LooseRoPE(io.ComfyNode):
             "the paste is not salient, positions are loosened. Give the same composite to ReferenceLatent.",
             search_aliases=["harmonize", "composite", "paste", "blend", "crop", "collage", "relight"],
             inputs=[
-                io.Model.Input("model", tooltip="An editor, FLUX.1 Kontext say. The one you hand in stays as it is."),
+                model_input("An editor, FLUX.1 Kontext say. The one you hand in stays as it is."),
                 io.Image.Input(
                     "composite", tooltip="The picture with the object pasted in; also the reference latent."
                 ),
@@ -221,20 +222,8 @@ class LooseRoPE(io.ComfyNode):
                     advanced=True,
                     tooltip="scaled: phases are fractions of the run. absolute: they end after step 10, 18 and 22.",
                 ),
-                io.Int.Input(
-                    "reference",
-                    default=0,
-                    min=0,
-                    max=63,
-                    advanced=True,
-                    tooltip="Which reference latent holds the composite, from 0.",
-                ),
-                io.String.Input(
-                    "layers",
-                    default="",
-                    advanced=True,
-                    tooltip='Which attention layers, from 0: "0-18, 25". Empty: all.',
-                ),
+                reference_input("Which reference latent holds the composite, from 0.", 0, 0, advanced=True),
+                layers_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The steered model."),

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 import fastrope as fr
 from fastrope.methods.positions import KINDS
 
-from .inputs import CATEGORY, steps_of
+from .inputs import CATEGORY, model_input, steps_of, window_inputs
 from .patching import steer
 
 TOKEN = 16  # pixels
@@ -30,7 +30,7 @@ class HighResolution(io.ComfyNode):
             "(arXiv 2510.20766). A picture within the trained size stays as it is.",
             search_aliases=["NTK", "YaRN", "DyPE", "RoPE scaling", "4k", "large", "extrapolation"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to steer. The one you hand in stays as it is."),
+                model_input(),
                 io.Combo.Input(
                     "kind",
                     list(KINDS),
@@ -50,24 +50,7 @@ class HighResolution(io.ComfyNode):
                     advanced=True,
                     tooltip="Of DyPE: how fast rescaling fades as the noise goes.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Where in the run to begin: 0 is the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Where in the run to end: 1 is behind the last step.",
-                ),
+                *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The steered model.")],
         )

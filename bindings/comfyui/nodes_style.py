@@ -10,7 +10,7 @@ import fastrope as fr
 from fastrope.methods.untwisting import PRESETS
 from fastrope.sharing import SHARED
 
-from .inputs import CATEGORY, layers_of, place_inputs, steps_of
+from .inputs import CATEGORY, layers_input, layers_of, model_input, reference_input, steps_of, window_inputs
 from .patching import steer
 from .references import LatentReference
 
@@ -39,20 +39,14 @@ class UntwistingRoPE(io.ComfyNode):
                 "IPAdapter style",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to steer. The one you hand in stays as it is."),
+                model_input(),
                 io.Combo.Input(
                     "preset",
                     [*PRESETS, OWN],
                     default="paper",
                     tooltip=f'Whose numbers: the paper\'s, or those of a node and its date. "{OWN}": those below.',
                 ),
-                io.Int.Input(
-                    "reference",
-                    default=0,
-                    min=0,
-                    max=63,
-                    tooltip="Which reference latent of the conditioning holds the style, from 0.",
-                ),
+                reference_input("Which reference latent of the conditioning holds the style, from 0.", 0, 0),
                 io.Float.Input(
                     "s_hf_start",
                     default=0.25,
@@ -99,7 +93,8 @@ class UntwistingRoPE(io.ComfyNode):
                     advanced=True,
                     tooltip="Kinds of blocks: double and single are Flux's two; Z-Image and Krea 2 have joint.",
                 ),
-                *place_inputs(),
+                *window_inputs(),
+                layers_input(),
                 io.Latent.Input(
                     "reference_latent",
                     optional=True,

@@ -18,6 +18,7 @@ from fastrope.modulations import Modulation
 from fastrope.sharing import Snapshot
 
 from ..image.extended import image_angles, target_work, with_shared
+from ..image.fingerprints import Fingerprints
 from ..image.inspection import Inspector, Record
 from ..image.layers import CachedWork, Recorder, ReferenceWork, SharedWork
 from ..image.prefetch import Prefetch
@@ -25,6 +26,7 @@ from ..image.requests import LayerRequest
 from ..image.rotation import Rotation
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
+from ..image.works import Works
 from .calls import ModelCall, Positions
 from .compiled import COMPILED, CompiledDoor
 from .models import Call, Family, family_of
@@ -35,8 +37,7 @@ from .steps import Step, Steps
 
 KEY = "fastrope"
 ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")  # of BaseModel.apply_model
-KNOWN = 64  # sequences, steps and works that are remembered within a run
-PLAN_BYTES = 1 << 30
+KNOWN = 64  # sequences and steps that are remembered within a run
 UNCONDITIONED = 1  # how the host marks rows of the negative prompt
 
 
@@ -80,7 +81,8 @@ class Steering:
         """Let go of all tensors; the host calls it when a run is over."""
         self._positions: OrderedDict[Hashable, Positions] = OrderedDict()
         self._requests: OrderedDict[Hashable, list[LayerRequest]] = OrderedDict()
-        self._works: OrderedDict[Hashable, tuple[tuple, Work]] = OrderedDict()
+        self._digest = Fingerprints().key
+        self._works = Works(self._digest)
         self._tables: OrderedDict[Hashable, Rescaled] = OrderedDict()
         if self.reference is not None:
             self.reference.forget()
@@ -151,12 +153,16 @@ class Steering:
         requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
         applied = _compiled(options) or not (family.rotates_last and positions.trusted)
         sharing = [n for n, each in enumerate(requests) if each.shares]
-        works = [self._work(key, positions, rescaled, request, layout, applied, device) for request in requests]
+        names = [(tuple(map(id, modulations)), sharings) for modulations, sharings in requests]
+        distinct = dict(zip(names, requests, strict=True))  # most layers ask for the same
+        made = {n: self._work(key, positions, rescaled, r, layout, applied, device) for n, r in distinct.items()}
+        works = [made[name] for name in names]
         if sharing:
             snapshot = self._snapshot(executor, alone, family, transformer, (its_key, its), step, set(sharing))
             for n, work in zip(sharing, self._sharing(key, positions, requests, layout, snapshot, device), strict=True):
                 works[n] = work
-        probes = self._probes(sites, positions, rescaled) if self.watchers else [None] * len(kinds)
+        probes = self._probes(key, sites, positions, rescaled) if self.watchers else [None] * len(kinds)
+        self._works.forget()
         return ModelCall(family, transformer, positions, tuple(works), tuple(probes), rescaled, self.backend)
 
     # ---- a reference latent ------------------------------------------------------------------------------------------
@@ -198,10 +204,10 @@ class Steering:
         for position, n in enumerate(sharing):
             modulations = requests[n].modulations
 
-            def make(modulations: tuple = modulations) -> tuple[tuple, Work]:
-                return modulations, target_work(positions.sequence, positions.rope, modulations, snapshot.angles, None)
+            def make(like: Work | None, modulations: tuple = modulations) -> Work:
+                return target_work(positions.sequence, positions.rope, modulations, snapshot.angles, like)
 
-            target = _remember(self._works, (key, "shared", *map(id, modulations)), make)[1]
+            target = self._remembered((key, "shared"), modulations, make)
             found.append(CachedWork(SharedWork(target, requests[n], layout), ahead, position, turned))
         return found
 
@@ -255,20 +261,24 @@ class Steering:
     def _plain_work(
         self, key: Hashable, positions: Positions, rescaled: Rescaled | None, modulations: tuple[Modulation, ...]
     ) -> Work:
-        """The same for the same objects, which are kept with it."""
+        """The same for the same modulations."""
         _refuse_moved(positions, modulations)
+        rope, gain = (positions.rope, None) if rescaled is None else (rescaled.rope, rescaled.gain)
+        return self._remembered(
+            key, modulations, lambda like: Work(positions.sequence, rope, modulations, gain=gain, like=like)
+        )
 
-        def make() -> tuple[tuple, Work]:
-            rope, gain = (positions.rope, None) if rescaled is None else (rescaled.rope, rescaled.gain)
-            return modulations, Work(positions.sequence, rope, modulations, gain=gain)
+    def _remembered(
+        self, key: Hashable, modulations: tuple[Modulation, ...], make: Callable[[Work | None], Work]
+    ) -> Work:
+        """Work of an earlier call, or a new one that shares the plans of one whose modulations differ in numbers."""
+        name = key, self._digest(modulations)
+        return self._works.remember(name, lambda: self._works.alike(key, modulations, make))
 
-        found = _remember(self._works, (key, *map(id, modulations)), make)[1]
-        while len(self._works) > 1 and _bytes_of(self._works) > PLAN_BYTES:
-            self._works.popitem(last=False)
-        return found
-
-    def _probes(self, sites: Sites, positions: Positions, rescaled: Rescaled | None) -> list[Callable | None]:
-        plain = self._plain_work((id(positions), id(rescaled)), positions, rescaled, ())
+    def _probes(
+        self, key: Hashable, sites: Sites, positions: Positions, rescaled: Rescaled | None
+    ) -> list[Callable | None]:
+        plain = self._plain_work(key, positions, rescaled, ())
         found: list[Callable | None] = []
         for layer in range(len(sites.kinds)):
             looks = [each[0].probe(sites[layer], positions.sequence, plain) for each in self.watchers]
@@ -310,11 +320,6 @@ def _remember(known: OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any
             known.popitem(last=False)
     known.move_to_end(key)
     return known[key]
-
-
-def _bytes_of(works: Mapping[Hashable, tuple[tuple, Work]]) -> int:
-    held = {id(t): t.nbytes for _, work in works.values() for plan in work.plans for t in plan.tensors}
-    return sum(held.values())
 
 
 def _all(looks: Sequence[Callable | None]) -> Callable:

@@ -11,11 +11,12 @@ import fastrope as fr
 from fastrope.sharing import Snapshot
 
 from ..image.extended import image_angles
+from ..image.fingerprints import Memo, values_of
 from ..image.layers import Recorder, ReferenceWork
 from .adapters import Adapters
 from .calls import CallState, Identified
-from .fingerprints import Memo, values_of
 from .forwards import Forward, LayerState
+from .parallel import Split, context_parallel
 from .sequences import Call, device_of
 
 
@@ -59,7 +60,9 @@ class CachedReference:
         settings = call.get("joint_attention_kwargs") or call.get("attention_kwargs") or {}  # a LoRA's scale
         numbers = tuple(sorted((n, x) for n, x in settings.items() if isinstance(x, (int, float))))
         adapters = self._adapters.of(self._state.model)
-        return *moment, dtype, autocast, reference.key, self._guidance(call), numbers, adapters
+        config = context_parallel(self._state.model)
+        place = None if config is None else Split.of(config).place  # a process has the keys of some heads
+        return *moment, dtype, autocast, reference.key, self._guidance(call), numbers, adapters, place
 
     def _guidance(self, call: Call) -> float | None:
         """The guidance that the transformer is given for the reference."""

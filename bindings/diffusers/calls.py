@@ -20,6 +20,7 @@ from fastrope.guidance import Guidance, guidance_of
 from fastrope.modulations import MODULATIONS, Modulation
 from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
+from ..image.fingerprints import Fingerprints, Memo
 from ..image.inspection import Inspector
 from ..image.layers import SharedWork
 from ..image.requests import LayerRequest
@@ -27,12 +28,11 @@ from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
 from ..image.works import Works
 from .checkpoints import follow
-from .fingerprints import Fingerprints, Memo
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .guided import GuidedKeys, GuidedWork
 from .hosts import Host
 from .layer_op import Layer
-from .parallel import Split, context_parallel, digest_of, require_alike
+from .parallel import Split, agreeing, context_parallel, digest_of, require_alike
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
 
@@ -145,12 +145,14 @@ class CallState:
                 refuse_checkpoint()
             if torch.is_grad_enabled():
                 follow(self.model, self.forwards)
-            forward = self.forwards.settled()
             config = context_parallel(self.model)
-            forward, arguments, content = self._prepared(module, args, kwargs) if forward is None else Prepared(forward)
-            if config is not None:
-                call = self._call(module, args, kwargs) if arguments is None else arguments
-                forward = self._split(config, module, call, forward, content)
+            with agreeing(config):
+                forward = self.forwards.settled()
+                made = self._prepared(module, args, kwargs) if forward is None else Prepared(forward)
+                forward, arguments, content = made
+                if config is not None:
+                    call = self._call(module, args, kwargs) if arguments is None else arguments
+                    forward = self._split(config, module, call, forward, content)
             require(self.bound, "handle", "one that stays bound while its methods run", "a removed one")
             self.forwards.enter(call_frame(), forward)
         return None if arguments is None else ((), arguments)
@@ -186,8 +188,7 @@ class CallState:
         if forward.rescaling is not None and self.host.embedder.several:
             raise NotImplementedError("context parallelism: expected no rescaled positions on this host, which splits "
                                       "its rotary table")  # fmt: skip
-        hidden: Any = call.get(self.host.hidden)
-        require_alike(config, digest_of((found.key, content)), hidden)
+        require_alike(config, digest_of((found.key, content)), call)
         return replace(forward, split=(Split.of(config), tokens))
 
     def _prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
@@ -196,12 +197,13 @@ class CallState:
         needed = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
         sites = self._sites(call, methods, found.sequence.layout()) if needed else []
         rescaling = rescaling_of(methods, sites[0]) if needed else None
-        found = found.rescaled(rescaling)
         requests = [LayerRequest.of(methods, site) for site in sites] or [LayerRequest(methods)] * count
         guidances = [guidance_of(methods, site) for site in sites]
+        if inspector is not None or any(guidances) or any(map(any, requests)):  # else the model's own table will do
+            found = found.rescaled(rescaling)
         if any(guidances):
             forward = Forward(self._guided(found, requests, guidances), rescaling=rescaling)
-            return Prepared(forward, content=(self._content(requests, rescaling), guidances))
+            return Prepared(forward, content=(self.content(requests, rescaling), guidances))
         works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
         for n, (modulations, sharings) in enumerate(requests):
             if sharings:  # a method takes the statistics of a reference in the sequence itself
@@ -212,9 +214,9 @@ class CallState:
             plain = self._work(found, (), ())
             probes = [inspector.probe(site, found.sequence, plain) for site in sites]
         forward = Forward(tuple(map(LayerState, works, probes)), rescaling=rescaling)
-        return Prepared(forward, content=self._content(requests, rescaling))
+        return Prepared(forward, content=self.content(requests, rescaling))
 
-    def _content(self, requests: list[LayerRequest], rescaling: Rescaling | None) -> Any:
+    def content(self, requests: list[LayerRequest], rescaling: Rescaling | None) -> Any:
         """What layers are asked for, as something to compare between processes."""
         if context_parallel(self.model) is None:
             return None

@@ -121,5 +121,5 @@ class GuidedWork:
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     """Attention over both sets of keys, in float32 or wider."""
     (a, lse_a), (b, lse_b) = one, other
-    share = torch.sigmoid(lse_b - lse_a)
+    share = torch.sigmoid(torch.nan_to_num(lse_b - lse_a))  # a query may see no key of either set
     return torch.lerp(a.to(share.dtype), b.to(share.dtype), share)

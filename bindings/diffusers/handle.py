@@ -219,7 +219,10 @@ def bind(
     pipe = None if isinstance(target, torch.nn.Module) else target
     called, model = _transformer_of(target)
     if video_host(model) is not None:
-        require(reference is None, "reference", "None on a video transformer", type(reference).__name__)
+        # They are about attention, which is not modulated there.
+        for name, value, default in (("reference", reference, None), ("backend", backend, "auto"),
+                                     ("rotation", rotation, "op"), ("plain", plain, None)):  # fmt: skip
+            require(value == default, name, f"{default!r} on a video transformer", repr(value))
         return cast(Handle, bind_video(target, called, methods))  # as much of one as there is to hold
     host = find_host(model)
     if pipe is not None and any(cls.__name__ == "PAGMixin" for cls in type(pipe).__mro__):

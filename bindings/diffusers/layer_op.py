@@ -86,9 +86,9 @@ class Layer:
         streams of several dtypes, under a probe, which needs q and k, and for other work
         than :class:`fastrope.bindings.image.work.Work`.
         """
-        work, probe = self.state
+        forward = self._forwards.current()
+        (work, probe), split = forward.layers[self._index], forward.split
         known = [stream for stream in streams if stream is not None]
-        split = self._forwards.current().split
         if len(known) < len(streams) or probe is not None or split is not None or type(work) is not Work:
             return None
         wanted = self.backend == "triton" or (self.backend == "auto" and known[0].q.is_cuda)
@@ -100,7 +100,8 @@ class Layer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, applied: bool) -> Tensor | None:
         """Modulated attention ``(B, S, H, D)``, or None if the host's own attention is to run."""
-        work, probe = self.state
+        forward = self._forwards.current()
+        work, probe = forward.layers[self._index]
         if mask is not None and work is not None and not work.masked:
             raise NotImplementedError(
                 "attention_mask: expected None in a modulated layer of this host, received a mask that is not among "
@@ -110,10 +111,9 @@ class Layer:
             probe(q, k, work, applied)
         if work is None:
             return None
-        split = self._forwards.current().split
-        if split is not None:
-            return attend_in_parallel(work, *split, q, k, v, applied, self.backend)
         with using(self._plain()):
+            if forward.split is not None:
+                return attend_in_parallel(work, *forward.split, q, k, v, applied, self.backend)
             return work.attend(q, k, v, applied, self.backend)
 
     def _plain(self) -> Plain | None:
@@ -158,7 +158,9 @@ def host_attention(
     found.compiled = True
     out = found.attend(q, k, v, mask, applied=True)
     if out is None:
-        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=found.original._attention_backend)
+        parallel = getattr(found.original, "_parallel_config", None)
+        backend = found.original._attention_backend
+        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel)
     return out.contiguous()
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fastrope.checks import require, require_tensor
 
-from .fingerprints import Memo
+from ..image.fingerprints import Memo
 from .sequences import Call
 
 # Arguments that a reference takes over from the target.

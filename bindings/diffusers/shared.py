@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 
 import fastrope as fr
+from fastrope.guidance import guidance_of
 from fastrope.rescaling import rescales
 from fastrope.sharing import Snapshot, check_reference
 
 from ..image.extended import image_angles, target_work, with_shared
+from ..image.fingerprints import Memo
 from ..image.layers import BatchedWork, CachedWork, ReferenceWork, SharedWork
 from ..image.prefetch import Prefetch
 from ..image.requests import LayerRequest
@@ -26,7 +28,6 @@ from ..image.rotation import Rotation
 from ..image.work import LayerWork, Work
 from .cached import CachedReference
 from .calls import CallState, Identified, Prepared
-from .fingerprints import Memo
 from .forwards import Forward, LayerState
 from .rows import Joined
 from .sequences import Call, device_of
@@ -70,15 +71,21 @@ class SharedAttention:
         count = rows.count(alone)
         tokens = with_shared(target.sequence.layout(), (reference.sequence.layout().target_grid,) * count)
         sites = state.sites(step, tokens)
+        if guidance_of(methods, sites[0]) is not None:
+            raise NotImplementedError("NAG: expected no shared reference beside it, received one; apply it without "
+                                      "reference=")  # fmt: skip
         requests = [LayerRequest.of(methods, site) for site in sites]
         sharing = {n for n, each in enumerate(requests) if each.shares}
+        content = state.content(requests, None)
         if sharing and self._cached is None:
-            return self._prepare_batch(module, rows.together(call, alone, self._memo), sites, methods, requests)
+            joined = rows.together(call, alone, self._memo)
+            return self._prepare_batch(module, joined, sites, methods, requests)._replace(content=content)
         snapshot = None
         if sharing:
             snapshot = self._cached.snapshot(module, call, alone, reference, (step.index, sigma), sharing)
         device = device_of(call.get(state.host.hidden))
-        return self._prepare_target(target, tokens, requests, snapshot, (reference.key, count), device)
+        prepared = self._prepare_target(target, tokens, requests, snapshot, (reference.key, count), device)
+        return prepared._replace(content=content)
 
     def _alone(self, call: Call, target: Identified, step: int, sigma: float) -> dict[str, Any]:
         """The call that would run the reference by itself."""

@@ -11,7 +11,7 @@ import torch
 
 from fastrope.checks import require
 
-from .fingerprints import Memo, values_of
+from ..image.fingerprints import Memo, values_of
 
 
 class Step(NamedTuple):

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from fastrope.activity import flat_methods
 from fastrope.checks import require
 from fastrope.rescaling import Rescaling, rescaling_of
 
+from ..image.fingerprints import Memo
 from .embedders import Embedder, RescaledTables
-from .fingerprints import Memo
+from .parallel import context_parallel
 from .steps import Step, find_sigma, find_step, running_pipeline
 
 
@@ -92,14 +93,16 @@ class PositionHandle:
     Args:
         models: the transformers (Wan 2.2 has two), of one class.
         methods: flat.
+        pipe: the pipeline that the handle was made for, if any.
 
     Raises:
         ValueError: a method that changes attention; a transformer that is bound already.
         NotImplementedError: a transformer that is compiled as a whole.
     """
 
-    def __init__(self, models: list[torch.nn.Module], methods: tuple) -> None:
+    def __init__(self, models: list[torch.nn.Module], methods: tuple, pipe: Any = None) -> None:
         self._undo = contextlib.ExitStack()
+        self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._local, self._memo, self._user_step = threading.local(), Memo(), None
         self._methods = _checked(methods)
         for model in models:
@@ -134,8 +137,18 @@ class PositionHandle:
         """
         self._require_bound()
         if step is not None:
-            require(0 <= step < num_steps, "step", f"an integer in [0, {num_steps})", repr(step))
+            ok = isinstance(step, int) and isinstance(num_steps, int) and 0 <= step < num_steps
+            require(ok, "step", f"an integer in [0, {num_steps})", repr(step))
         self._user_step = None if step is None else Step(step, num_steps)
+
+    def inspect(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: attention is not bound here.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("inspect: expected a transformer whose attention is bound, received one of video, "
+                                  "whose positions alone are")  # fmt: skip
 
     def remove(self) -> None:
         """Remove the hooks.
@@ -185,16 +198,22 @@ class PositionHandle:
                              enumerate(("hidden_states", "timestep")))  # fmt: skip
         require(isinstance(latents, Tensor) and latents.ndim == 5, "hidden_states",
                 "latents (B, C, frames, rows, columns)", type(latents).__name__)  # fmt: skip
-        time = timestep.flatten()[:1] if isinstance(timestep, Tensor) else None  # Wan 2.2: one per token
-        pipe = running_pipeline(model) or _running_second(model)
-        step = self._user_step or find_step(getattr(pipe, "scheduler", None), time, _as_given, pipe is not None)
+        # Wan 2.2 has one per token, and 0 for those of a given picture.
+        time = timestep.amax().reshape(1) if isinstance(timestep, Tensor) else None
+        running = running_pipeline(model) or _running_second(model)
+        scheduler = getattr(self._pipe() if running is None else running, "scheduler", None)
+        step = self._user_step or find_step(scheduler, time, _as_given, running is not None)
         step = step or Step(0, fr.Site.num_steps)
         _, rows, columns = (n // p for n, p in zip(latents.shape[2:], host.patch(model), strict=True))
         site = fr.Site(
             fr.TokenLayout(0, (rows, columns)), step=step.index, num_steps=step.count, axes_dim=host.axes_dim(model),
             theta=host.theta(model), temporal_axis=0, sigma=find_sigma(step, self._memo, time, _as_given),
         )  # fmt: skip
-        return rescaling_of(self._methods, site)
+        found = rescaling_of(self._methods, site)
+        if found is not None and context_parallel(model) is not None:
+            raise NotImplementedError("context parallelism: expected no rescaled positions on a video transformer, "
+                                      "which splits its rotary table")  # fmt: skip
+        return found
 
 
 def bind_video(target: Any, model: torch.nn.Module, methods: tuple) -> PositionHandle:
@@ -207,7 +226,7 @@ def bind_video(target: Any, model: torch.nn.Module, methods: tuple) -> PositionH
         if hasattr(each, "_orig_mod"):
             raise NotImplementedError("positions: expected a transformer that is not compiled as a whole; compile its "
                                       "blocks, with transformer.compile_repeated_blocks()")  # fmt: skip
-    return PositionHandle(models, methods)
+    return PositionHandle(models, methods, None if isinstance(target, torch.nn.Module) else target)
 
 
 def unbind_video(model: torch.nn.Module) -> bool:
@@ -221,9 +240,11 @@ def unbind_video(model: torch.nn.Module) -> bool:
 
 def _checked(methods: tuple) -> tuple:
     for m in methods:
-        known = hasattr(m, "rescaling") and getattr(m, "rescales", True)
-        require(known, "methods", "methods that rescale positions (HighResolution, LongVideo) on a video transformer, "
-                "whose attention is not modulated", type(m).__name__)  # fmt: skip
+        if isinstance(m, fr.At):
+            _checked(m.what)
+            continue
+        expected = "methods that rescale positions (HighResolution, LongVideo) on a video transformer, whose attention "
+        require(hasattr(m, "rescaling"), "methods", f"{expected}is not modulated", type(m).__name__)
     return methods
 
 

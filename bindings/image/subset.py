@@ -36,10 +36,13 @@ def _one(m: Modulation, queries: Places, keys: Places, length: int) -> Modulatio
     if not left.any():
         return None
     if isinstance(m, fr.BiasDelta) and int(left.sum()) < int(covered.sum()):
-        raise NotImplementedError("BiasDelta.keys: expected a group whose keys are attended together, received one of "
-                                  "which this call sees some")  # fmt: skip
-    if isinstance(m, fr.ValueGain) and isinstance(m.gain, Tensor) and _per_key(m.gain, covered):
-        return replace(m, keys=left, gain=_of_keys(m, m.gain, keys, left, length))
+        raise NotImplementedError("BiasDelta.keys: expected a group within the image or within one prompt beside NAG, "
+                                  "which attends to them apart, received one with keys of several")  # fmt: skip
+    if isinstance(m, fr.ValueGain) and isinstance(m.gain, Tensor) and m.gain.ndim:
+        if _per_key(m.gain, covered):
+            return replace(m, keys=left, gain=_of_keys(m, m.gain, keys, left, length))
+        gain = m.gain[:, None] if m.gain.ndim == 1 else m.gain  # per row, also where as many keys are left
+        return replace(m, keys=left, gain=gain)
     name = PER_QUERY.get(type(m), "")
     value = getattr(m, name, None)
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape[-1] > 1:
@@ -48,7 +51,7 @@ def _one(m: Modulation, queries: Places, keys: Places, length: int) -> Modulatio
 
 
 def _per_key(gain: Tensor, covered: Tensor) -> bool:
-    return gain.ndim > 0 and gain.shape[-1] == int(covered.sum())
+    return gain.shape[-1] == int(covered.sum())
 
 
 def _of_keys(m: fr.ValueGain, gain: Tensor, keys: Places, left: Tensor, length: int) -> Tensor:

@@ -108,7 +108,8 @@ class Work:
             out, lse = fr.attention(q, k, v, plan=plan, backend=backend, return_lse=True)
             outs.append(out)
             lses.append(lse.transpose(1, 2)[..., None])  # (B, S, H, 1)
-        share = torch.sigmoid(lses[0] + self._bonus[q.device] - lses[1])
+        # A query may see no key of either set.
+        share = torch.sigmoid(torch.nan_to_num(lses[0] + self._bonus[q.device] - lses[1]))
         return torch.lerp(outs[1].to(share.dtype), outs[0].to(share.dtype), share).to(q.dtype)
 
     def attend_streams(self, streams: list[fr.Stream], backend: str) -> Tensor | None:

@@ -16,7 +16,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 from diffusers_hosts import TINY_HOSTS, grag_like, loose_like, run
-from untwisting_calls import DIALS, apply, call_of, source_of
+from untwisting_calls import DIALS, STEP, STEPS, call_of, source_of
 
 import fastrope as fr
 from fastrope.bindings.diffusers import parallel
@@ -117,7 +117,7 @@ def hosts(found: dict) -> None:
                 ]  # fmt: skip
                 layers = len(handle._state.layers)
             checks = (len(dist.get_process_group_ranks(model._parallel_config.context_parallel_config._flattened_mesh
-                                                       .get_group())) - 1) * 24  # fmt: skip
+                                                       .get_group())) - 1) * 32  # fmt: skip
             expected_bytes = layers * sum(formula[0].values()) + checks
             found[f"{name}, {case}"] = dict(
                 gap=gap(out, expected), again=again, sent=sent.bytes, formula=expected_bytes
@@ -125,7 +125,8 @@ def hosts(found: dict) -> None:
 
 
 def others(found: dict) -> None:
-    """What works on spans of the sequence: a shared reference, in the batch or from a cache, and NAG."""
+    """What works on spans of the sequence: a shared reference, in the batch or from a cache, and NAG. The cache was
+    filled by one process; with some of the heads, the keys are others."""
     host = TINY_HOSTS["flux"]
     for carried in ("batched", "kept"):
         torch.manual_seed(0)
@@ -133,10 +134,13 @@ def others(found: dict) -> None:
         call = {n: x.float() for n, x in call_of(host, 4, 2, (2, 4)).items()}
         source = source_of(host, {n: x.float() for n, x in call_of(host, 4, 1, (2, 4)).items()})
         method = fr.UntwistingRoPE(**DIALS)
-        with apply(model, carried, source, method):
+        reference = source if carried == "batched" else fr.ReferenceCache(source)
+        with fr.apply(model, method, reference=reference) as handle:
+            handle.set_step(STEP, STEPS)
             expected = run(model, call)
         enable(model, ulysses_degree=2)
-        with apply(model, carried, source, method):
+        with fr.apply(model, method, reference=reference) as handle:
+            handle.set_step(STEP, STEPS)
             found[f"shared reference, {carried}"] = dict(gap=gap(run(model, call), expected))
     torch.manual_seed(0)
     model = host.build()
@@ -147,6 +151,42 @@ def others(found: dict) -> None:
     enable(model, ulysses_degree=2)
     with fr.apply(model, fr.NAG(scale=3.0)):
         found["NAG"] = dict(gap=gap(run(model, call), expected))
+
+
+def layers(found: dict) -> None:
+    """Layers that are compiled, one of them without a modulation, and one whose work folds into plain attention."""
+    torch.manual_seed(0)
+    host, layout, asked = TINY_HOSTS["kontext"], EVEN["kontext"], []
+    model, call = host.build(), host.call(layout, dtype=torch.float32)
+    method = fr.At(grag_like(layout), layers=[1])
+
+    def plain(query, key, value, scale=None, **_):
+        asked.append(query.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (query, key, value)), scale=scale
+        ).transpose(1, 2)
+
+    with fr.apply(model, method):
+        expected = run(model, call)
+    enable(model, ulysses_degree=2)
+    with fr.apply(model, method, plain=plain):
+        found["a plain attention"] = dict(gap=gap(run(model, call), expected), heads=asked)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    with fr.apply(model, method):
+        found["compiled"] = dict(gap=gap(run(model, call), expected))
+
+
+class Fails:
+    """A method that cannot say what it asks for, in some processes."""
+
+    def __init__(self, here: int):
+        self.here = here
+
+    def modulations(self, site):
+        if self.here:
+            raise ValueError("context parallelism: expected this one")
+        return []
 
 
 def mistakes(found: dict, rank: int) -> None:
@@ -170,6 +210,9 @@ def mistakes(found: dict, rank: int) -> None:
     found["no method in one"] = error(grag_like(layout) if rank % 2 else [])
     other = call | {"hidden_states": call["hidden_states"] + rank % 2}
     found["other noise"] = error(grag_like(layout), other)
+    other = call | {"encoder_hidden_states": call["encoder_hidden_states"] + rank % 2}
+    found["other prompt"] = error(grag_like(layout), other)
+    found["an error in some"] = error(Fails(rank % 2))
     with fr.apply(model, grag_like(layout)) as handle:
         found["after"] = dict(gap=gap(run(model, call), expected))
         handle.inspect(layers=[0])
@@ -202,7 +245,7 @@ def main() -> None:
                             timeout=timedelta(seconds=60))  # fmt: skip
     found: dict = {}
     with mock.patch("diffusers.hooks.context_parallel.PartitionAnythingSharder.unshard_anything", unshard):
-        for part in (hosts, others, lambda found: mistakes(found, rank)):
+        for part in (hosts, others, layers, lambda found: mistakes(found, rank)):
             part(found)
     found["a process that died"] = lost(rank)
     out.with_suffix(f".{rank}.json").write_text(json.dumps(found))

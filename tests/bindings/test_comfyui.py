@@ -18,6 +18,7 @@ from fastrope.bindings.comfyui import calls
 from fastrope.bindings.comfyui.models import family_of
 from fastrope.bindings.comfyui.patching import steer, steering_of
 from fastrope.bindings.comfyui.steps import Steps
+from fastrope.methods import Linear, PerStep
 
 REFERENCE = host.picture(4, 6, seed=5)
 POSITIVE, NEGATIVE = (host.prompt(seed=n, references=[REFERENCE]) for n in (1, 3))
@@ -62,6 +63,18 @@ def test_where_nothing_acts_the_bits_and_the_options_are_the_hosts(method, monke
     model = host.tiny()
     assert torch.equal(host.sample(steer(model, method), POSITIVE), host.sample(model, POSITIVE))
     assert not opened
+
+
+def test_a_schedule_makes_no_plan_for_every_step(monkeypatch):
+    """Numbers change; the tables of the plan stay."""
+    made, plan = [], fr.plan
+    monkeypatch.setattr(fr, "plan", lambda **given: made.append(given) or plan(**given))
+    steered = steer(host.tiny(), fr.GRAG(delta=Linear(1.2, 1.8)))
+    found = host.sample(steered, POSITIVE)
+    assert len(made) == 1
+    steps = [steer(host.tiny(), fr.GRAG(delta=PerStep([1.2, 1.5, 1.8]))), steer(host.tiny(), fr.GRAG(delta=1.2))]
+    assert torch.equal(host.sample(steps[0], POSITIVE), found)
+    assert not torch.equal(host.sample(steps[1], POSITIVE), found)
 
 
 def test_clones_share_no_methods():

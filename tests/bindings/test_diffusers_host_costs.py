@@ -24,7 +24,7 @@ from fastrope.bindings.diffusers import processors
 @ALL
 def test_tensors_are_read_at_most_once_a_call(host, monkeypatch):
     """Ids and masks that came before are not read at all; fresh ones together, however many layers there are."""
-    from fastrope.bindings.diffusers import fingerprints
+    from fastrope.bindings.image import fingerprints
 
     reads, real = [], fingerprints._digests
     monkeypatch.setattr(fingerprints, "_digests", lambda tensors: reads.append(len(tensors)) or real(tensors))

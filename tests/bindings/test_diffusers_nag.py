@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, run
 from pages import DOCS, run_snippets
+from untwisting_calls import call_of, source_of
 
 from fastrope.guidance import normalised_guidance
 
@@ -196,3 +197,41 @@ def test_a_bias_per_key_counts_where_its_keys_are():
             found.append(run(model, call))
     assert_same(found[0], found[1], 1e-5)
     assert_differ(found[0], found[2])
+
+
+def test_a_value_per_batch_row_stays_one_where_as_many_keys_are_left():
+    """The image's part holds two of four keys, as many as there are rows."""
+    host = TINY_HOSTS["flux"]
+    model = host.build()
+    joined, call, *_ = calls(host, (3, 4))
+    found = []
+    for gain in (torch.tensor([0.2, 3.0]), torch.tensor([[0.2], [3.0]]), torch.tensor([[3.0], [0.2]])):
+        keys = [1, 2, joined.target.start, joined.target.start + 1]
+        with fr.apply(model, fr.NAG(**DIALS, negative=4), fr.ValueGain(gain, keys=torch.tensor(keys))):
+            found.append(run(model, call))
+    assert_same(found[0], found[1], 1e-6)
+    assert_differ(found[0], found[2])
+
+
+def test_a_query_without_keys_gives_zeros():
+    """Token 2 of the prompt sees nothing: the model is that whose attention gives it zeros."""
+    host = TINY_HOSTS["flux"]
+    model = host.build()
+    joined, call, *_ = calls(host, (3, 3))
+    bias = torch.zeros(len(joined))
+    bias[2] = -torch.inf
+    with fr.apply(model, fr.NAG(**DIALS), fr.LogitBias(bias, keys=slice(None))):
+        assert run(model, call).isfinite().all()
+
+
+def test_beside_a_shared_reference_it_is_refused():
+    host = TINY_HOSTS["flux"]
+    model = host.build()
+    call = {n: x.float() for n, x in call_of(host, 4, 2, (2, 4)).items()}
+    source = source_of(host, {n: x.float() for n, x in call_of(host, 4, 1, (2, 4)).items()})
+    for reference in (source, fr.ReferenceCache(source)):
+        with (
+            fr.apply(model, fr.UntwistingRoPE(), fr.NAG(**DIALS), reference=reference),
+            pytest.raises(NotImplementedError, match="NAG: expected no shared reference"),
+        ):
+            run(model, call)

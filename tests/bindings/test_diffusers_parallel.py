@@ -73,12 +73,30 @@ def test_what_sees_the_whole_sequence_works_under_ulysses(found, what):
     [
         ("other methods", "the same methods, step and sequence in every process"),
         ("no method in one", "the same methods, step and sequence in every process"),
-        ("other noise", "the same latents in every process"),
+        ("other noise", "the same latents, prompt and timestep in every process"),
+        ("other prompt", "the same latents, prompt and timestep in every process"),
         ("inspect", "no inspection"),
     ],
 )
 def test_mistakes_are_named_in_every_process(found, what, message):
     assert all(each[what].startswith("context parallelism: expected " + message) for each in found)
+
+
+def test_an_error_in_some_processes_is_one_in_all(found):
+    """Those that can go on do not wait for the others."""
+    said = [each["an error in some"] for each in found]
+    waiting = "context parallelism: expected a call that every process can make, received an error in process [1]"
+    assert [text.startswith(waiting) for text in said] == [True, False, True, False]
+    assert said[1] == said[3] == "context parallelism: expected this one"
+
+
+def test_folded_work_goes_to_the_plain_attention_that_was_asked_for(found):
+    assert all(each["a plain attention"]["gap"] < 1e-5 for each in found)
+    assert all(each["a plain attention"]["heads"] == [1] for each in found), "one layer, one of two heads"
+
+
+def test_a_compiled_layer_without_a_modulation_sees_all_tokens(found):
+    assert all(each["compiled"]["gap"] < 1e-5 for each in found)
 
 
 def test_a_process_that_dies_is_an_error_in_the_others(found):

@@ -16,6 +16,7 @@ from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, l
 from pages import DOCS, run_snippets
 from tiny_transformers import lively
 
+from fastrope.bindings.diffusers import calls
 from fastrope.rescaling import Rescaling
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
@@ -134,6 +135,19 @@ def test_compiled_blocks_follow_the_steps():
             assert_same(run(model, call), out, 1e-6)
 
 
+def test_what_modulates_nothing_makes_no_angles(monkeypatch):
+    """The model's own table is all that changes; angles of the whole sequence would be made at every step of DyPE."""
+    host, made = TINY_HOSTS["flux"], []
+    model, call = host.build(), host.call(host.layout, dtype=torch.float32)
+    monkeypatch.setattr(calls.Identified, "rescaled", lambda self, rescaling: made.append(rescaling) or self)
+    with fr.apply(model, fr.HighResolution("dype-ntk", trained=(2, 2))) as handle:
+        run(model, call)
+        assert not made
+        handle.update(*handle.methods, *grag_like(host.layout))
+        run(model, call)
+        assert len(made) == 1
+
+
 # ---- video ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +218,55 @@ def test_a_large_video_is_rescaled_like_a_picture(build):
     fr.remove(model)
     assert not handle.bound
     assert torch.equal(run(model, call), stock)
+
+
+class Told:
+    """A method that writes down the step and the noise level."""
+
+    def __init__(self):
+        self.seen = []
+
+    def modulations(self, site):
+        return []
+
+    def rescaling(self, site):
+        self.seen.append((site.step, site.num_steps, site.sigma))
+
+
+def test_a_video_in_a_loop_of_ones_own_has_the_steps_of_its_pipeline():
+    """Wan 2.2 has a timestep per token, and 0 for the tokens of a given picture."""
+    model, told = lively(build_wan()), Told()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+
+    class Pipeline:
+        transformer = model
+
+    pipe = Pipeline()
+    pipe.scheduler = scheduler
+    call = video_call(model)
+    times = scheduler.timesteps[2].expand(2, 7 * 2 * 3).clone()
+    times[:, :6] = 0
+    with fr.apply(pipe, told):
+        run(model, call | {"timestep": times})
+    assert told.seen == [(2, 5, pytest.approx(float(scheduler.sigmas[2])))]
+
+
+def test_what_a_video_cannot_have_is_refused(monkeypatch):
+    model = lively(build_wan())
+    for name, value in (("backend", "eager"), ("rotation", "host"), ("plain", "math"), ("reference", object())):
+        with pytest.raises(ValueError, match=f"{name}: expected .* on a video transformer"):
+            fr.apply(model, fr.LongVideo(6), **{name: value})
+    with pytest.raises(ValueError, match="attention is not modulated"):
+        fr.apply(model, fr.At(fr.LongVideo(6), fr.GRAG()))
+    with fr.apply(model, fr.At(fr.LongVideo(40, repeats=6))) as handle:
+        with pytest.raises(ValueError, match="step: expected an integer"):
+            handle.set_step(1.5)
+        with pytest.raises(NotImplementedError, match="inspect: expected a transformer whose attention"):
+            handle.inspect()
+        monkeypatch.setattr(model, "_parallel_config", SimpleNamespace(context_parallel_config=object()))
+        with pytest.raises(NotImplementedError, match="context parallelism: expected no rescaled positions"):
+            run(model, video_call(model))
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_compiled_transformers_share_in_one_graph(carried, how):
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
 def test_a_step_reads_no_tensor_that_came_before(name, carried, monkeypatch):
     """Ids and embeddings are the same objects in every step, also where the reference's text is longer."""
-    from fastrope.bindings.diffusers import fingerprints
+    from fastrope.bindings.image import fingerprints
 
     host = TINY_HOSTS[name]
     model = host.build().double()

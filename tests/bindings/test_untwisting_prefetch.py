@@ -16,8 +16,8 @@ import fastrope as fr
 pytest.importorskip("diffusers")
 from tiny_transformers import TEXT, run
 
-from fastrope.bindings.diffusers import Handle, fingerprints
-from fastrope.bindings.image import prefetch
+from fastrope.bindings.diffusers import Handle
+from fastrope.bindings.image import fingerprints, prefetch
 from fastrope.bindings.image.prefetch import Prefetch
 from fastrope.sharing import SharedKeys, Statistics
 
