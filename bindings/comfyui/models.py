@@ -146,6 +146,11 @@ def family_of(model: Any) -> tuple[Family, Any]:
     raise NotImplementedError(f"model: expected one of {known}, received {names[0]} with the transformer {names[1]}")
 
 
+def least_text(model: Any) -> int:
+    """Tokens of the shortest text that a model takes as it is; the host puts zeros before a shorter one."""
+    return 512 if type(model).__name__ == "Flux2" else 0
+
+
 # ---- where tokens lie and stand --------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .nodes_edit import GRAG, LooseRoPE, ReferenceStrength
 from .nodes_inspect import AttentionChart, Inspect
 from .nodes_positions import HighResolution
+from .nodes_prompts import Regions
 from .nodes_style import UntwistingRoPE
 
 NODES: tuple[type[io.ComfyNode], ...] = (
@@ -14,6 +15,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     ReferenceStrength,
     LooseRoPE,
     UntwistingRoPE,
+    Regions,
     HighResolution,
     Inspect,
     AttentionChart,

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from ..image.inspection import Inspector, Record
+from .bound import Bound
 from .models import family_of
 from .references import LatentReference
-from .steering import KEY, Bound, Steering
+from .steering import KEY, Steering
 
 
-def steer(model: Any, method: Any, refers: bool = False, reference: LatentReference | None = None) -> Any:
+def steer(
+    model: Any, method: Any, refers: bool = False, reference: LatentReference | None = None, number: int | None = None
+) -> Any:
     """A clone of a ``ModelPatcher`` that is steered by one more method. The model it was made of stays as it is.
 
     Args:
         model: the patcher.
         method: with ``modulations(site) -> list``.
-        refers: see :class:`.steering.Bound`.
+        refers, number: see :class:`.bound.Bound`.
         reference: a latent that the method shares attention with.
 
     Raises:
@@ -27,7 +30,7 @@ def steer(model: Any, method: Any, refers: bool = False, reference: LatentRefere
     if reference is not None and before.reference not in (None, reference):
         raise ValueError("reference_latent: expected one per model, received another beside that of an earlier node; "
                          "put several pictures into one latent batch")  # fmt: skip
-    bound = [*before.bound, Bound(method, refers)]
+    bound = [*before.bound, Bound(method, refers, number)]
     return _bind(model, Steering(bound, before.watchers, reference or before.reference, before.backend))
 
 
@@ -48,8 +51,9 @@ def steering_of(model: Any) -> Steering:
 def _bind(model: Any, steering: Steering) -> Any:
     family_of(model.model)
     clone = model.clone()
-    clone.remove_wrappers_with_key("apply_model", KEY)
-    clone.add_wrapper_with_key("apply_model", KEY, steering.around)
+    for place, wrapper in (("apply_model", steering.around), ("prepare_sampling", steering.check)):
+        clone.remove_wrappers_with_key(place, KEY)
+        clone.add_wrapper_with_key(place, KEY, wrapper)
     for moment, answer in (("on_pre_run", steering.begin), ("on_cleanup", steering.forget)):
         clone.remove_callbacks_with_key(moment, KEY)
         clone.add_callback_with_key(moment, KEY, answer)

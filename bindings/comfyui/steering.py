@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ..image.rotation import Rotation
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
 from ..image.works import Works
+from .bound import Bound, acting
 from .calls import ModelCall, Positions
 from .compiled import COMPILED, CompiledDoor
 from .models import Call, Family, family_of
@@ -34,23 +35,11 @@ from .references import LatentReference
 from .rescaled import Rescaled, requested_rescaling
 from .sites import Sites
 from .steps import Step, Steps
+from .texts import MARK, Joined, require_marks
 
 KEY = "fastrope"
 ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")  # of BaseModel.apply_model
 KNOWN = 64  # sequences and steps that are remembered within a run
-UNCONDITIONED = 1  # how the host marks rows of the negative prompt
-
-
-class Bound(NamedTuple):
-    """A method of a node.
-
-    Args:
-        method: with ``modulations(site) -> list``.
-        refers: whether it needs a reference picture. Calls of the negative prompt alone that have none go without it.
-    """
-
-    method: Any
-    refers: bool = False
 
 
 class Steering:
@@ -99,6 +88,16 @@ class Steering:
             call = self.prepare(executor.class_obj, arguments, executor)
         return self._run(executor, arguments, call)
 
+    def check(self, executor: Callable, model: Any, noise_shape: Any, conds: Mapping, *args: Any, **kwargs: Any) -> Any:
+        """The host's preparation of a run.
+
+        Raises:
+            ValueError: a node that joined prompts is wired by half.
+        """
+        marks = [Joined.of(options) for some in conds.values() for options in some or ()]
+        require_marks([b.node for b in self.bound if b.number is not None], marks)
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
     def _run(self, executor: Callable, arguments: Mapping[str, Any], call: ModelCall) -> Any:
         given = arguments.get("transformer_options") or {}
         if _compiled(given):
@@ -130,8 +129,7 @@ class Steering:
         options = arguments.get("transformer_options") or {}
         key, positions = self._positions_of(family, transformer, arguments)
         layout, device = positions.sequence.layout(), arguments["x"].device
-        negative = set(options.get("cond_or_uncond") or ()) == {UNCONDITIONED}
-        methods = [b.method for b in self.bound if not (b.refers and negative and not layout.reference_grids)]
+        methods = acting(self.bound, arguments, layout)
         step, kinds = self._steps.find(options), family.kinds(transformer)
         alone: dict[str, Any] = {}
         its_key, its = key, positions
@@ -293,6 +291,7 @@ def _compiled(options: Mapping[str, Any]) -> bool:
 def _called(executor: Callable, arguments: Mapping[str, Any], options: dict) -> Any:
     """The host's call with other options."""
     arguments = {**arguments, "transformer_options": options}
+    arguments.pop(MARK, None)
     in_order = [arguments.pop(name, None) for name in ARGUMENTS]
     return executor(*in_order, **arguments)
 

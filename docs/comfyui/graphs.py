@@ -26,7 +26,7 @@ TITLES = {
     "FastRoPE_GRAG": "GRAG (edit strength)", "FastRoPE_LooseRoPE": "LooseRoPE (blend a paste in)",
     "FastRoPE_UntwistingRoPE": "Untwisting RoPE (style reference)", "FastRoPE_Inspect": "Inspect attention",
     "FastRoPE_HighResolution": "High resolution (positions)", "FastRoPE_ReferenceStrength": "Reference strength",
-    "FastRoPE_AttentionChart": "Attention chart",
+    "FastRoPE_AttentionChart": "Attention chart", "FastRoPE_Regions": "Regions (prompts by mask)",
 }  # fmt: skip
 
 

@@ -24,6 +24,13 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
     "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": "float"}, ["CONDITIONING"]),
     "ModelSamplingAuraFlow": ({"model": "MODEL", "shift": "float"}, ["MODEL"]),
     "ConditioningZeroOut": ({"conditioning": "CONDITIONING"}, ["CONDITIONING"]),
+    "ConditioningSetMask": (
+        {"conditioning": "CONDITIONING", "mask": "MASK", "strength": "float", "set_cond_area": "combo"},
+        ["CONDITIONING"],
+    ),
+    "ConditioningCombine": (
+        {"conditioning_1": "CONDITIONING", "conditioning_2": "CONDITIONING"}, ["CONDITIONING"]
+    ),
     "EmptySD3LatentImage": ({"width": "int", "height": "int", "batch_size": "int"}, ["LATENT"]),
     "KSampler": (
         {
@@ -67,6 +74,13 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
         },
         ["MODEL"],
     ),
+    "FastRoPE_Regions": (
+        {
+            "model": "MODEL", "regions": "CONDITIONING", "local": "boolean", "start_percent": "float",
+            "end_percent": "float", "layers": "string",
+        },
+        ["MODEL", "CONDITIONING"],
+    ),
     "FastRoPE_HighResolution": (
         {
             "model": "MODEL", "kind": "combo", "trained_width": "int", "trained_height": "int", "exponent": "float",
@@ -89,12 +103,14 @@ OURS = {
         preset="paper", reference=0, s_hf_start=0.25, s_hf_end=0.75, s_lf_start=1.0, s_lf_end=1.4, beta=2.0, adain=0.5,
         other_axes="low", blocks="all", start_percent=0.0, end_percent=1.0, layers="", noise_seed=0, keep=False,
     ),
+    "FastRoPE_Regions": dict(local=False, start_percent=0.0, end_percent=1.0, layers=""),
     "FastRoPE_HighResolution": dict(
         kind="dype", trained_width=1024, trained_height=1024, exponent=2.0, start_percent=0.0, end_percent=1.0
     ),
     "FastRoPE_Inspect": dict(layers="", every=1),
     "FastRoPE_AttentionChart": {},
 }  # fmt: skip
+MASKED = dict(strength=1.0, set_cond_area="default")
 KONTEXT = {
     "model": ("UNETLoader", dict(unet_name="flux1-dev-kontext_fp8_scaled.safetensors", weight_dtype="default")),
     "clip": (
@@ -234,6 +250,45 @@ WORKFLOWS: dict[str, tuple[str, dict, dict]] = {
             "model": (0, 0), "clip": (0, 1), "vae": (0, 2), "picture": (0, 3), "shifted": (1, 0), "prompt": (1, 1),
             "shown": (1, 2), "encoded": (1, 3), "steered": (2, 0), "nothing": (2, 1), "empty": (2, 3),
             "sampler": (3, 0), "decoded": (4, 0), "saved": (5, 0),
+        },
+    ),
+    "regions-flux": (
+        "A prompt for the whole picture and two for its halves, on FLUX.1, in one run of the model",
+        {
+            **KONTEXT,
+            "model": ("UNETLoader", dict(unet_name="flux1-dev.safetensors", weight_dtype="fp8_e4m3fn")),
+            "whole": ("CLIPTextEncode", dict(clip=("clip", 0), text="a harbour at dawn, oil painting")),
+            "boat": ("CLIPTextEncode", dict(clip=("clip", 0), text="a red boat")),
+            "tower": ("CLIPTextEncode", dict(clip=("clip", 0), text="a white lighthouse")),
+            "left": ("LoadImageMask", dict(image="left-mask.png", channel="red")),
+            "right": ("LoadImageMask", dict(image="right-mask.png", channel="red")),
+            "boat left": ("ConditioningSetMask", {**MASKED, "conditioning": ("boat", 0), "mask": ("left", 0)}),
+            "tower right": ("ConditioningSetMask", {**MASKED, "conditioning": ("tower", 0), "mask": ("right", 0)}),
+            "halves": (
+                "ConditioningCombine", dict(conditioning_1=("boat left", 0), conditioning_2=("tower right", 0))
+            ),
+            "all": ("ConditioningCombine", dict(conditioning_1=("whole", 0), conditioning_2=("halves", 0))),
+            "steered": (
+                "FastRoPE_Regions", {**OURS["FastRoPE_Regions"], "model": ("model", 0), "regions": ("all", 0)}
+            ),
+            "guidance": ("FluxGuidance", dict(conditioning=("steered", 1), guidance=3.5)),
+            "nothing": ("ConditioningZeroOut", dict(conditioning=("whole", 0))),
+            "empty": ("EmptySD3LatentImage", dict(width=1024, height=1024, batch_size=1)),
+            "sampler": (
+                "KSampler",
+                dict(
+                    model=("steered", 0), positive=("guidance", 0), negative=("nothing", 0), latent_image=("empty", 0),
+                    seed=1, steps=28, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+                ),
+            ),
+            "decoded": ("VAEDecode", dict(samples=("sampler", 0), vae=("vae", 0))),
+            "saved": ("SaveImage", dict(images=("decoded", 0), filename_prefix="fastrope")),
+        },
+        {
+            "model": (0, 0), "clip": (0, 1), "vae": (0, 2), "left": (0, 3), "right": (0, 4), "whole": (1, 1),
+            "boat": (1, 2), "tower": (1, 3), "nothing": (2, 1), "boat left": (2, 2), "tower right": (2, 3),
+            "halves": (3, 2), "all": (4, 1), "steered": (5, 0), "guidance": (6, 1), "empty": (5, 2), "sampler": (7, 0),
+            "decoded": (8, 0), "saved": (8, 1),
         },
     ),
     "high-resolution-flux": (

@@ -6,6 +6,7 @@ The signatures are held to ``comfyui_interface.json``, which ``test_comfyui_real
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastrope.bindings.comfyui.texts import Carried
 
 # ---- comfy.patcher_extension, comfy.model_patcher -------------------------------------------------------------------
 
@@ -260,6 +263,19 @@ def prompt(tokens: int = 5, seed: int = 1, references=()):
     return {"c_crossattn": text, **({"ref_latents": list(references)} if references else {})}
 
 
+def conditioning(tokens: int = 5, seed: int = 1, references=(), **options) -> list:
+    """What an encoder of text gives, with options that nodes have set."""
+    options = {"pooled_output": None, **options, **({"reference_latents": list(references)} if references else {})}
+    return [[prompt(tokens, seed)["c_crossattn"], options]]
+
+
+def become(given: list):
+    """What the sampler makes of a conditioning of one part."""
+    ((text, options),) = given
+    latents = [0.5 * x for x in options.get("reference_latents", ())]
+    return {"c_crossattn": text, **({"ref_latents": latents} if latents else {}), "conds": options["model_conds"]}
+
+
 def picture(height: int = 8, width: int = 12, seed: int = 2, batch: int = 1) -> Tensor:
     return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -270,6 +286,9 @@ def sample(
     """Euler, both branches in one batch where they go together; ``midway`` asks between two levels, too."""
     for callback in patcher.callbacks.get("on_pre_run", {}).get("fastrope", []):
         callback(patcher)
+    conds = {"positive": [positive], "negative": [negative]}
+    conds = {name: [{"model_conds": c.get("conds", {})} for c in some if c] for name, some in conds.items()}
+    _within(patcher, "prepare_sampling", _prepare_sampling).execute(patcher, None, conds)
     x = picture() if x is None else x
     sigmas = torch.linspace(1, 0, steps + 1)
     for sigma, following in pairwise(sigmas):
@@ -283,9 +302,19 @@ def sample(
     return x
 
 
+def _prepare_sampling(model, noise_shape, conds, model_options=None, force_full_load=False, force_offload=False):
+    pass
+
+
+def _within(patcher, place: str, original, class_obj=None) -> WrapperExecutor:
+    wrappers = [w for some in patcher.wrappers.get(place, {}).values() for w in some]
+    return WrapperExecutor(original, class_obj, wrappers)
+
+
 def _denoised(patcher, x, sigma, sigmas, positive, negative, cfg):
     rows = [(0, positive)] if negative is None else [(0, positive), (1, negative)]
     alike = len({(c["c_crossattn"].shape, *(y.shape for y in c.get("ref_latents", ()))) for _, c in rows}) == 1
+    alike = alike and not any("conds" in c for _, c in rows)
     outs = {}
     for group in [rows] if alike else [[row] for row in rows]:
         options = _copied(patcher.model_options["transformer_options"])
@@ -297,6 +326,9 @@ def _denoised(patcher, x, sigma, sigmas, positive, negative, cfg):
                 torch.cat([y.expand(len(x), -1, -1, -1) for y in some])
                 for some in zip(*(c["ref_latents"] for _, c in group), strict=True)
             ]
+        given |= {
+            name: each.process_cond(batch_size=len(x)).cond for name, each in group[0][1].get("conds", {}).items()
+        }
         order = x.repeat(len(group), 1, 1, 1), sigma.expand(len(group) * len(x)), None, given.pop("c_crossattn"), None
         out = patcher.model.apply_model(*order, options, **given)
         outs |= dict(zip((n for n, _ in group), out.chunk(len(group)), strict=True))
@@ -358,6 +390,20 @@ def install(monkeypatch) -> None:
             monkeypatch.delitem(sys.modules, name)
 
 
+def node_classes(monkeypatch) -> dict:
+    """Our nodes by their ids, made of these classes."""
+    install(monkeypatch)
+    from fastrope.bindings.comfyui.nodes import comfy_entrypoint
+
+    return {node.define_schema().node_id: node for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())}
+
+
+def run_node(node, model, **values):
+    """A node with the defaults of its schema, in the order of its parameters."""
+    defaults = {each.id: getattr(each, "default", None) for each in node.define_schema().inputs}
+    return node.execute(model=model, **{name: x for name, x in {**defaults, **values}.items() if x is not None})
+
+
 def signature(function) -> list[str]:
     """Names of parameters."""
     return [name for name in inspect.signature(function).parameters if name != "self"]
@@ -369,6 +415,11 @@ DOUBLED = {  # the real name, and what stands for it
     "comfy.model_base.BaseModel.extra_conds": BaseModel.extra_conds,
     "comfy.model_sampling.CONST.noise_scaling": _noise_scaling,
     "comfy.conds.CONDRegular.process_cond": _Condition.process_cond,
+    **{
+        f"comfy.conds.CONDConstant.{name}": getattr(Carried, name)
+        for name in ("process_cond", "can_concat", "concat", "size")
+    },
+    "comfy.sampler_helpers.prepare_sampling": _prepare_sampling,
     "comfy.model_patcher.ModelPatcher.add_wrapper_with_key": ModelPatcher.add_wrapper_with_key,
     "comfy.model_patcher.ModelPatcher.remove_wrappers_with_key": ModelPatcher.remove_wrappers_with_key,
     "comfy.model_patcher.ModelPatcher.get_wrappers": ModelPatcher.get_wrappers,

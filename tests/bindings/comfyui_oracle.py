@@ -1,5 +1,5 @@
-"""GRAG and LooseRoPE once more, in plain loops over dense logits, put into ComfyUI by hooks of its own. Shares no code
-with the binding: tokens and positions are those that the host hands to its patches."""
+"""GRAG, LooseRoPE and Regions once more, in plain loops over dense logits, put into ComfyUI by hooks of its own. Shares
+no code with the binding: tokens and positions are those that the host hands to its patches."""
 
 from __future__ import annotations
 
@@ -82,3 +82,35 @@ def loose(scale, gain, crop, axes_dim, theta):
         return softmax(logits * q.shape[-1] ** -0.5, v)
 
     return rule
+
+
+def dense(weight):
+    """Attention with the logarithm of ``weight (N, N)``, of every query and key, added to its logits."""
+
+    def rule(q, k, v, options, ids):
+        return softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + weight.log(), v)
+
+    return rule
+
+
+def regions(owners, masks, target, local=False):
+    """The weights ``(N, N)`` of regions, pair by pair.
+
+    Args:
+        owners: of every token, the set of its regions; empty for those that all see, and for the target.
+        masks: of each region, ``(target tokens,)``.
+        target: where the target's tokens begin.
+    """
+    count, size = len(owners), len(masks[0])
+    drawn = range(target, target + size)
+    weight = torch.ones(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            if owners[j] and i in drawn:
+                weight[i, j] = max(float(masks[r][i - target]) for r in owners[j])
+            elif owners[j] and owners[i]:
+                weight[i, j] = bool(owners[i] & owners[j])
+            elif local and i in drawn and j in drawn:
+                mine, theirs = ({r for r, m in enumerate(masks) if m[n - target] > 0} for n in (i, j))
+                weight[i, j] = not theirs or bool(mine & theirs)
+    return weight

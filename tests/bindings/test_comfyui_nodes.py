@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import comfyui_doubles as host
 import pytest
 import torch
+from comfyui_doubles import run_node as run
 from source_tree import ROOT
 
 import fastrope
@@ -28,10 +28,7 @@ PACK = ROOT / "bindings" / "comfyui" / "pack"
 @pytest.fixture
 def nodes(monkeypatch):
     """Node classes by their ids."""
-    host.install(monkeypatch)
-    from fastrope.bindings.comfyui.nodes import comfy_entrypoint
-
-    return {node.define_schema().node_id: node for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())}
+    return host.node_classes(monkeypatch)
 
 
 @pytest.fixture
@@ -43,13 +40,6 @@ def docs(monkeypatch):
     spec.loader.exec_module(module)
     yield module
     sys.modules.pop("workflows", None)
-
-
-def run(node, model, **values):
-    """A node with the defaults of its schema, in the order of its parameters."""
-    schema = node.define_schema()
-    defaults = {each.id: each.default for each in schema.inputs if getattr(each, "default", None) is not None}
-    return node.execute(model=model, **{**defaults, **values})
 
 
 # ---- nodes ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from comfyui_models import NEAR, edit, report
 import fastrope as fr
 from fastrope.bindings.comfyui.patching import steer, steering_of
 
+CHOICES = ("type", "sampler_name", "scheduler", "weight_dtype", "preset", "timing", "channel", "set_cond_area")
 PACK = Path(__file__).resolve().parents[2] / "bindings" / "comfyui" / "pack"
 
 # ---- positions ------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_workflows_name_what_the_host_has(classes, path):
                 assert source.RETURN_TYPES[value[1]] == kind
             elif kind in ("FLOAT", "INT"):
                 assert known[name][1].get("min", value) <= value <= known[name][1].get("max", value)
-            elif name in ("type", "sampler_name", "scheduler", "weight_dtype", "preset", "timing", "channel"):
+            elif name in CHOICES:
                 choices = kind if isinstance(kind, (list, tuple)) else known[name][1]["options"]
                 assert value in choices
 

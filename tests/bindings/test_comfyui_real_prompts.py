@@ -1,0 +1,125 @@
+"""Prompts that nodes join, in the real ComfyUI, held to independent computations. Needs ``COMFYUI_PATH``."""
+
+from __future__ import annotations
+
+import comfyui_models as real
+import comfyui_oracle as oracle
+import pytest
+import torch
+from comfyui_models import NEAR, report
+
+import fastrope as fr
+from fastrope.bindings.comfyui.patching import steer
+from fastrope.bindings.comfyui.texts import join_regions, new_number
+
+
+def half_masks(size):
+    """A soft mask over the left half of a picture, and a hard one over the right half."""
+    left, right = torch.zeros(1, *size), torch.zeros(1, *size)
+    left[..., : size[1] // 2 - 2], left[..., size[1] // 2 - 2 : size[1] // 2] = 1.0, 0.3
+    right[..., size[1] // 2 :] = 1.0
+    return left, right
+
+
+def prompts(name, size):
+    """What the host's own nodes make of three prompts; those of the halves have references, the last one both."""
+    from nodes import ConditioningCombine, ConditioningSetMask
+
+    left, right = half_masks(size)
+    references = [real.latent(name, 4, 6, seed=9), real.latent(name, 6, 4, seed=8)] if name in real.EDITS else []
+    whole = real.conditioning(name, 3, seed=20)
+    parts = [real.conditioning(name, 4, 21, references[:1]), real.conditioning(name, 6, 22, references)]
+    parts = [ConditioningSetMask().append(part, mask, "default", 1.0)[0] for part, mask in zip(parts, (left, right))]  # noqa: B905
+    return ConditioningCombine().combine(whole, ConditioningCombine().combine(*parts)[0])[0]
+
+
+def regional(model, name, **dials):
+    """What the node Regions gives, and the weights of every query and key."""
+    grid, patch = ((8, 12), 1) if name == "flux2" else ((4, 6), 2)
+    number = new_number()
+    method, joined = join_regions(model.model, prompts(name, (16, 24)), number, **dials)
+    masks = [torch.nn.functional.interpolate(m[None], grid, mode="area").flatten() for m in half_masks((16, 24))]
+    text = {"flux2": 512, "z-image": 32}.get(name, 13)
+    first = text - 13 if name == "flux2" else 0
+    filler = {"z-image": 8}.get(name, 0)
+    owners = [set()] * (first + 3) + [{0}] * 4 + [{1}] * 6 + [set()] * (text - first - 13 + grid[0] * grid[1] + filler)
+    if name in real.EDITS:
+        owners += [{0, 1}] * (24 // patch**2) + [{1}] * (24 // patch**2)
+    return steer(model, method, number=number), joined, oracle.regions(owners, masks, text, dials.get("local", False))
+
+
+def unmarked(joined):
+    ((text, options),) = joined
+    return [[text, {key: value for key, value in options.items() if key != "model_conds"}]]
+
+
+@pytest.mark.parametrize("name", real.MODELS)
+@pytest.mark.parametrize("local", [False, True], ids=["", "local"])
+def test_regions_equal_a_dense_mask(name, local, capsys):
+    model = real.patcher(name)
+    steered, joined, weight = regional(model, name, local=local)
+    negative = real.conditioning(name, 13, seed=3, references=joined[0][1].get("reference_latents", ()))
+    rule = oracle.dense(weight)
+
+    def positive_alone(q, k, v, options, ids):
+        plain = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        apart = options["cond_or_uncond"] == [0]
+        return rule(q, k, v, options, ids) if apart else oracle.softmax(plain, v)
+
+    found = real.sample(steered, name, joined, negative, cfg=2.0, noise=real.latent(name, batch=2))
+    run = dict(negative=[*negative], cfg=2.0, noise=real.latent(name, batch=2))
+    apart = [[unmarked(joined)[0][0], {**unmarked(joined)[0][1], "model_conds": {"apart": Apart()}}]]
+    expected = real.sample(oracle.patched(model, positive_alone), name, apart, **run)
+    report(capsys, f"Regions, {name}, local {local}", found, expected)
+    assert not torch.allclose(found, real.sample(model, name, unmarked(joined), **run), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected, **NEAR)
+
+
+@pytest.mark.parametrize("name", real.MODELS)
+def test_regions_go_with_other_nodes_in_any_order(name, capsys):
+    grag = fr.GRAG(0.9, 1.4) if name in real.EDITS else fr.GRAG(1.0, 1.0, 1.2, 0.8)
+
+    def foreign(model):
+        clone = model.clone()
+        options = clone.model_options["transformer_options"]
+        before = options.get("optimized_attention_override")
+
+        def louder(func, *args, **kwargs):
+            out = func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+            return out + 0.5 * out.roll(1, dims=-1)
+
+        options["optimized_attention_override"] = louder
+        return clone
+
+    found = []
+    for order in ("rgf", "fgr", "grf"):
+        model, joined = real.patcher(name), None
+        for node in order:
+            if node == "r":
+                model, joined, _ = regional(model, name)
+            else:
+                model = steer(model, grag) if node == "g" else foreign(model)
+        found.append(real.sample(model, name, joined))
+    report(capsys, f"Regions, GRAG and a foreign override in three orders, {name}", found[1], found[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=2e-6)
+    alone, joined, _ = regional(real.patcher(name), name)
+    assert not torch.allclose(real.sample(alone, name, joined), found[0], rtol=0, atol=1e-3)
+
+
+class Apart:
+    """A condition that keeps a text out of the batches of others."""
+
+    cond = 0
+
+    def process_cond(self, batch_size, **kwargs):
+        return self
+
+    def can_concat(self, other):
+        return other is self
+
+    def concat(self, others):
+        return self.cond
+
+    def size(self):
+        return [1]
