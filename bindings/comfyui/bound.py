@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import fastrope as fr
 
-from .texts import MARK, Joined, require_text
+from .marks import MARK, Joined, require_text
 
 UNCONDITIONED = 1  # how the host marks rows of the negative prompt
 

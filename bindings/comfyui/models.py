@@ -77,6 +77,7 @@ class Family:
         describe: ``describe(transformer, call) -> Tokens``.
         patched: whether the host calls patches before it rotates queries and keys.
         rotates_last: whether such a patch may do without the rotation, by answering ``pe=None``.
+        mixes_text: whether text tokens attend to each other before the blocks.
     """
 
     models: Mapping[str, str]
@@ -86,6 +87,7 @@ class Family:
     describe: Callable[[Any, Call], Tokens]
     patched: bool
     rotates_last: bool
+    mixes_text: bool = False
 
     def kinds(self, transformer: Any) -> tuple[str, ...]:
         """The kind of each block, in order of execution."""
@@ -272,7 +274,7 @@ FAMILIES = (
         (("transformer_blocks", "double", "double"),), "pe_embedder", _describe_qwen, True, False,
     ),
     Family({"Lumina2": "Z-Image"}, "NextDiT",
-        (("layers", "double", "joint"),), "rope_embedder", _describe_z_image, False, False),
+        (("layers", "double", "joint"),), "rope_embedder", _describe_z_image, False, False, True),
     Family({"Krea2": "Krea 2"}, "SingleStreamDiT",
-        (("blocks", "single", "joint"),), "pe_embedder", _describe_krea, True, True),
+        (("blocks", "single", "joint"),), "pe_embedder", _describe_krea, True, True, True),
 )  # fmt: skip

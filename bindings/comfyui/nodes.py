@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .nodes_edit import GRAG, LooseRoPE, ReferenceStrength
 from .nodes_inspect import AttentionChart, Inspect
 from .nodes_positions import HighResolution
-from .nodes_prompts import Regions
+from .nodes_prompts import NAG, Regions
 from .nodes_style import UntwistingRoPE
 
 NODES: tuple[type[io.ComfyNode], ...] = (
@@ -16,6 +16,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     LooseRoPE,
     UntwistingRoPE,
     Regions,
+    NAG,
     HighResolution,
     Inspect,
     AttentionChart,

@@ -8,17 +8,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 import fastrope as fr
 from fastrope.activity import flat_methods
 from fastrope.device import wide_on_cpu
+from fastrope.guidance import Guidance, guidance_of
 from fastrope.methods.schedules import rests
 from fastrope.modulations import Modulation
 from fastrope.sharing import Snapshot
 
 from ..image.extended import image_angles, target_work, with_shared
 from ..image.fingerprints import Fingerprints
+from ..image.guided import GuidedKeys, GuidedWork
 from ..image.inspection import Inspector, Record
 from ..image.layers import CachedWork, Recorder, ReferenceWork, SharedWork
 from ..image.prefetch import Prefetch
@@ -29,16 +30,16 @@ from ..image.work import LayerWork, Work
 from ..image.works import Works
 from .bound import Bound, acting
 from .calls import ModelCall, Positions
-from .compiled import COMPILED, CompiledDoor
+from .compiled import CompiledDoor
+from .host import ARGUMENTS, called, is_compiled, key_mask
+from .marks import Joined, require_marks
 from .models import Call, Family, family_of
 from .references import LatentReference
 from .rescaled import Rescaled, requested_rescaling
 from .sites import Sites
 from .steps import Step, Steps
-from .texts import MARK, Joined, require_marks
 
 KEY = "fastrope"
-ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")  # of BaseModel.apply_model
 KNOWN = 64  # sequences and steps that are remembered within a run
 
 
@@ -100,14 +101,12 @@ class Steering:
 
     def _run(self, executor: Callable, arguments: Mapping[str, Any], call: ModelCall) -> Any:
         given = arguments.get("transformer_options") or {}
-        if _compiled(given):
+        if is_compiled(given):
             call.surround(given)
-            return self._door(executor.class_obj).run(
-                call, given, lambda options: _called(executor, arguments, options)
-            )
+            return self._door(executor.class_obj).run(call, given, lambda options: called(executor, arguments, options))
         if call.idle:
-            return _called(executor, arguments, given)
-        out = _called(executor, arguments, call.options(given))
+            return called(executor, arguments, given)
+        out = called(executor, arguments, call.options(given))
         call.finish()
         return out
 
@@ -141,7 +140,7 @@ class Steering:
         sites = Sites(layout, step, family.axes_dim(transformer), kinds, family.theta(transformer))
         obstacles = {
             "this model, whose rotation no patch reaches": not family.patched,
-            "compiled code, which would keep the positions of its first step": _compiled(options),
+            "compiled code, which would keep the positions of its first step": is_compiled(options),
             "a reference latent, whose keys have the model's own positions": self.reference is not None,
         }
         rescaling, rescaled = requested_rescaling(methods, sites[0], obstacles), None
@@ -149,12 +148,15 @@ class Steering:
             rescaled = _remember(self._tables, (key, rescaling), lambda: Rescaled.of(positions.rope, rescaling))
             key = key, rescaling
         requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
-        applied = _compiled(options) or not (family.rotates_last and positions.trusted)
+        applied = is_compiled(options) or not (family.rotates_last and positions.trusted)
         sharing = [n for n, each in enumerate(requests) if each.shares]
-        names = [(tuple(map(id, modulations)), sharings) for modulations, sharings in requests]
-        distinct = dict(zip(names, requests, strict=True))  # most layers ask for the same
-        made = {n: self._work(key, positions, rescaled, r, layout, applied, device) for n, r in distinct.items()}
-        works = [made[name] for name in names]
+        if any(hasattr(method, "guidance") for method in methods):
+            works = self._guided(key, positions, rescaled, requests, methods, sites)
+        else:
+            names = [(tuple(map(id, modulations)), sharings) for modulations, sharings in requests]
+            distinct = dict(zip(names, requests, strict=True))  # most layers ask for the same
+            made = {n: self._work(key, positions, rescaled, r, layout, applied, device) for n, r in distinct.items()}
+            works = [made[name] for name in names]
         if sharing:
             snapshot = self._snapshot(executor, alone, family, transformer, (its_key, its), step, set(sharing))
             for n, work in zip(sharing, self._sharing(key, positions, requests, layout, snapshot, device), strict=True):
@@ -214,7 +216,7 @@ class Steering:
     def _positions_of(
         self, family: Family, transformer: Any, arguments: Mapping[str, Any]
     ) -> tuple[Hashable, Positions]:
-        call, mask = Call.of(arguments), _key_mask(arguments.get("attention_mask"), arguments)
+        call, mask = Call.of(arguments), key_mask(arguments.get("attention_mask"), arguments)
         trusted = family.own_angles(transformer)
         key = family.transformer, call, trusted, None if mask is None else tuple(map(tuple, mask.tolist()))
 
@@ -256,6 +258,34 @@ class Steering:
             return SharedWork(work, request, layout)
         return work if work.modulates(applied, device) else None
 
+    def _guided(
+        self, key: Hashable, positions: Positions, rescaled: Rescaled | None, requests: list[LayerRequest],
+        methods: list, sites: Sites,
+    ) -> list[LayerWork | None]:  # fmt: skip
+        """The work of all layers over a text with a negative prompt.
+
+        Raises:
+            NotImplementedError: what attends to further keys, or looks at attention.
+        """
+        if self.watchers or self.reference is not None or any(each.sharings for each in requests):
+            raise NotImplementedError(
+                "NAG: expected neither Inspect attention nor Untwisting RoPE with a reference latent or AdaIN beside "
+                "it, received one of them; remove it"
+            )
+        rope, gain = (positions.rope, None) if rescaled is None else (rescaled.rope, rescaled.gain)
+        found: list[LayerWork | None] = []
+        for (modulations, _), site in zip(requests, sites.all(), strict=True):
+            _refuse_moved(positions, modulations)
+            guidance = cast(Guidance, guidance_of(methods, site))
+
+            def make(modulations: tuple = modulations, span: slice = guidance.negative) -> GuidedKeys:
+                return GuidedKeys(positions.sequence, rope, gain, modulations, span)
+
+            span = guidance.negative.start, guidance.negative.stop
+            keys = self._works.remember((key, self._digest(modulations), "guided", *span), make)
+            found.append(GuidedWork(keys, guidance, positions.sequence.masked))
+        return found
+
     def _plain_work(
         self, key: Hashable, positions: Positions, rescaled: Rescaled | None, modulations: tuple[Modulation, ...]
     ) -> Work:
@@ -282,26 +312,6 @@ class Steering:
             looks = [each[0].probe(sites[layer], positions.sequence, plain) for each in self.watchers]
             found.append(_all(looks) if any(looks) else None)
         return found
-
-
-def _compiled(options: Mapping[str, Any]) -> bool:
-    return COMPILED in options.get("wrappers", {}).get("apply_model", {})
-
-
-def _called(executor: Callable, arguments: Mapping[str, Any], options: dict) -> Any:
-    """The host's call with other options."""
-    arguments = {**arguments, "transformer_options": options}
-    arguments.pop(MARK, None)
-    in_order = [arguments.pop(name, None) for name in ARGUMENTS]
-    return executor(*in_order, **arguments)
-
-
-def _key_mask(mask: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """``(B, text)`` bool of a mask over the prompt's tokens; None where all count."""
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.ndim != 2:
-        return None
-    mask = mask.detach().to("cpu", torch.bool)
-    return None if bool(mask.all()) or mask.shape[1] != arguments["c_crossattn"].shape[1] else mask
 
 
 def _refuse_moved(positions: Positions, modulations: tuple[Modulation, ...]) -> None:

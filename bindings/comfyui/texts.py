@@ -1,14 +1,9 @@
-"""Several prompts in one text: which of its tokens are whose, and which nodes act on it.
-
-A node that joins prompts marks their conditioning. The host hands the mark on to each call of the model with this text,
-and puts no text with another mark, or with none, into the same batch.
-"""
+"""Several prompts in one text: conditionings joined, and which of the tokens are whose."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,64 +13,11 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.checks import require
 
+from .marks import Joined, require_text
 from .models import least_text
 
-MARK = "fastrope"  # the name under which the host carries a mark
 OF_A_REGION = ("mask", "mask_strength", "set_area_to_bounds")
-OF_A_PROMPT = (*OF_A_REGION, "pooled_output", "attention_mask", "reference_latents", "model_conds")
-_NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The mark of a joined text.
-
-    Args:
-        tokens: its length.
-        padding: tokens in front of it, which the host would add to a short text.
-        nodes: numbers of the nodes that act on it, and their names.
-    """
-
-    tokens: int
-    padding: int = 0
-    nodes: tuple[tuple[int, str], ...] = ()
-
-    @staticmethod
-    def of(options: Mapping[str, Any]) -> Joined | None:
-        """The mark of a conditioning's options, if there is one."""
-        return getattr((options.get("model_conds") or {}).get(MARK), "cond", None)
-
-    def on(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A conditioning's options with this mark."""
-        return {**options, "model_conds": {**(options.get("model_conds") or {}), MARK: Carried(self)}}
-
-
-class Carried:
-    """A mark among the conditions of a text, as the host treats its constants."""
-
-    def __init__(self, cond: Joined) -> None:
-        self.cond = cond
-
-    def process_cond(self, batch_size: int, **kwargs: Any) -> Carried:
-        """The same for any batch."""
-        return self
-
-    def can_concat(self, other: Carried) -> bool:
-        """Whether both may be in one batch."""
-        return self.cond == other.cond
-
-    def concat(self, others: Sequence[Carried]) -> Joined:
-        """Of a batch."""
-        return self.cond
-
-    def size(self) -> list[int]:
-        """Of no weight."""
-        return [1]
-
-
-def new_number() -> int:
-    """For a node."""
-    return next(_NUMBERS)
+OF_A_TEXT = ("pooled_output", "attention_mask", "reference_latents", "model_conds")
 
 
 class Piece(NamedTuple):
@@ -88,6 +30,10 @@ class Piece(NamedTuple):
     def tokens(self) -> int:
         """Their number."""
         return self.text.shape[1]
+
+    def part(self, span: slice) -> Piece:
+        """Some of them."""
+        return Piece(self.text[:, span], None if self.mask is None else self.mask[:, span])
 
     def padded(self, least: int) -> Piece:
         """At least so many, with zeros in front."""
@@ -106,11 +52,21 @@ class Piece(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A part of a conditioning: its text, the host's options, and what to call it in errors."""
+    """A part of a conditioning.
+
+    Args:
+        piece: its text, without padding that we put there, and without a negative prompt.
+        options: the host's.
+        which: what to call it in errors.
+        negative: a negative prompt that was joined to it.
+        mark: of the whole text.
+    """
 
     piece: Piece
     options: dict[str, Any]
     which: str
+    negative: Piece | None = None
+    mark: Joined | None = None
 
 
 def prompts_of(name: str, conditioning: Any) -> list[Prompt]:
@@ -132,8 +88,18 @@ def prompts_of(name: str, conditioning: Any) -> list[Prompt]:
         mask = options.get("attention_mask")
         fits = mask is None or mask.shape == text.shape[:2]
         require(fits, which, "an attention_mask over its tokens alone", tuple(getattr(mask, "shape", ())))
-        found.append(Prompt(Piece(text, mask), options, which))
+        found.append(_prompt(Piece(text, mask), options, which))
     return found
+
+
+def _prompt(whole: Piece, options: dict[str, Any], which: str) -> Prompt:
+    mark = Joined.of(options)
+    if mark is None:
+        return Prompt(whole, options, which)
+    require_text(mark, whole.tokens)
+    stop = mark.tokens - mark.negative
+    negative = whole.part(slice(stop, None)) if mark.negative else None
+    return Prompt(whole.part(slice(mark.padding, stop)), options, which, negative, mark)
 
 
 def join_regions(model: Any, conditioning: Any, number: int, **dials: Any) -> tuple[fr.Regions, list]:
@@ -158,12 +124,14 @@ def join_regions(model: Any, conditioning: Any, number: int, **dials: Any) -> tu
     require(bool(masked), "regions", expected, f"{len(prompts)} without one")
     base = prompts[next((n for n in range(len(prompts)) if n not in masked), 0)].options
     for prompt in prompts:
-        single, expected = Joined.of(prompt.options) is None, "no regions yet: combine all prompts, and use one node"
-        require(single, prompt.which, expected, "the output of such a node")
-        _require_options(base, prompt, "Regions")
-    whole = Piece.together([prompt.piece for prompt in prompts]).padded(least_text(model))
-    padding = whole.tokens - sum(prompt.piece.tokens for prompt in prompts)
-    stops = list(itertools.accumulate((prompt.piece.tokens for prompt in prompts), initial=padding))
+        fits, expected = not (prompt.mark and prompt.mark.has("Regions")), "no regions yet; one node takes all prompts"
+        require(fits, prompt.which, expected, "the output of such a node")
+        _require_options(base, prompt, (*OF_A_REGION, *OF_A_TEXT), "Regions")
+    text = Piece.together([prompt.piece for prompt in prompts])
+    negatives = [prompt.negative for prompt in prompts if prompt.negative is not None]
+    require(len(negatives) <= 1, "regions", "one negative prompt at most (NAG)", len(negatives))
+    whole, mark = _joined(model, text, negatives, [prompt.mark for prompt in prompts], (number, "Regions"))
+    stops = list(itertools.accumulate((prompt.piece.tokens for prompt in prompts), initial=mark.padding))
     latents, holders = _references([prompt.options.get("reference_latents") or () for prompt in prompts])
     bound = [some if some <= set(masked) else () for some in holders]  # what the whole picture has, all of it sees
     regions = [
@@ -173,46 +141,57 @@ def join_regions(model: Any, conditioning: Any, number: int, **dials: Any) -> tu
     options = {key: value for key, value in base.items() if key not in OF_A_REGION}
     options |= {"reference_latents": latents} if latents else {}
     options |= {} if whole.mask is None else {"attention_mask": whole.mask}
-    mark = Joined(whole.tokens, padding, ((number, "Regions"),))
     return fr.Regions(regions, **dials), [[whole.text, mark.on(options)]]
 
 
-def require_marks(nodes: Iterable[tuple[int, str]], marks: Iterable[Joined | None]) -> None:
-    """Require, before a run, that nodes which join prompts are wired with both outputs.
+def join_negative(model: Any, positive: Any, negative: Any, number: int) -> tuple[int, list]:
+    """One text of a prompt and, behind it, a negative prompt.
 
     Args:
-        nodes: numbers and names of those on the model.
-        marks: of all conditionings.
+        model: the host's, which may pad a short text.
+        positive, negative: conditionings of one prompt each; the positive one may be joined of several.
+        number: of the node.
+
+    Returns:
+        Tokens of the negative prompt, and the conditioning. Its options are those of the prompt.
 
     Raises:
-        ValueError: a node without its conditioning, or a conditioning without its node.
+        ValueError: several prompts, another negative prompt, or options of the negative prompt that would be lost.
     """
-    here, there = set(nodes), {node for mark in marks if mark is not None for node in mark.nodes}
-    for _, name in here - there:
-        expected = f"at the sampler, that of the node {name}, or what further nodes make of it"
-        require(False, "conditioning", expected, "others alone; connect both outputs of the node")
-    for _, name in there - here:
-        expected = f"at the sampler, that of the node {name}, which gave the conditioning"
-        require(False, "model", expected, "another; connect both outputs of the node")
+    one, other = (prompts_of(name, each) for name, each in (("positive", positive), ("negative", negative)))
+    for name, each in (("positive", one), ("negative", other)):
+        require(len(each) == 1, name, "one prompt; Regions joins several", f"{len(each)} of them")
+    (prompt,), (against,) = one, other
+    shapes = [(each.piece.text.shape[0], each.piece.text.shape[2]) for each in (prompt, against)]
+    require(shapes[0] == shapes[1], "negative", f"(batch, channels) of the positive one, {shapes[0]}", shapes[1])
+    require(prompt.negative is None, "positive", "a prompt without a negative one", "the output of another NAG")
+    require(against.mark is None, "negative", "a prompt of an encoder", "the output of a node that joins prompts")
+    _require_options(prompt.options, against, OF_A_TEXT, "NAG")
+    latents, known = (each.options.get("reference_latents") or () for each in (against, prompt))
+    fits = all(any(_same(x, y) for y in known) for x in latents)
+    require(fits, "negative", "no reference latent beside those of the positive prompt", "another one")
+    piece = against.piece.padded(least_text(model))
+    whole, mark = _joined(model, prompt.piece, [piece], [prompt.mark], (number, "NAG"))
+    options = prompt.options | ({} if whole.mask is None else {"attention_mask": whole.mask})
+    return piece.tokens, [[whole.text, mark.on(options)]]
 
 
-def require_text(mark: Joined, tokens: int) -> None:
-    """Require a text as it was joined.
+def _joined(
+    model: Any, text: Piece, negatives: list[Piece], marks: Sequence[Joined | None], node: tuple[int, str]
+) -> tuple[Piece, Joined]:
+    """The text of a call, and its mark."""
+    padded = text.padded(least_text(model))
+    whole = Piece.together([padded, *negatives])
+    nodes = (node, *(node for mark in marks if mark is not None for node in mark.nodes))
+    return whole, Joined(whole.tokens, padded.tokens - text.tokens, whole.tokens - padded.tokens, nodes)
 
-    Raises:
-        ValueError: one of another length.
-    """
-    node = mark.nodes[-1][1]
-    expected = f"the {mark.tokens} text tokens that {node} joined; put nodes that change the text in front of it"
-    require(mark.tokens == tokens, "conditioning", expected, tokens)
 
-
-def _require_options(base: Mapping[str, Any], prompt: Prompt, node: str) -> None:
-    """Require no option of a prompt that would be lost: those of ``base`` hold for the text as a whole."""
+def _require_options(base: Mapping[str, Any], prompt: Prompt, own: Sequence[str], node: str) -> None:
+    """Require no option of a prompt, beside its ``own``, that would be lost: those of ``base`` hold for all prompts."""
     for key, value in prompt.options.items():
-        if key not in OF_A_PROMPT and not _same(base.get(key), value):
+        if key not in own and not _same(base.get(key), value):
             values = ["a tensor" if isinstance(x, Tensor) else repr(x) for x in (value, base.get(key))]
-            expected = f"the {key} of the prompt for the whole picture; put the node that sets it behind {node}"
+            expected = f"the {key} of the others; put the node that sets it behind {node}"
             require(False, prompt.which, expected, f"{values[0]} beside {values[1]}")
 
 

@@ -21,6 +21,7 @@ from fastrope.modulations import MODULATIONS, Modulation
 from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
 from ..image.fingerprints import Fingerprints, Memo
+from ..image.guided import GuidedKeys, GuidedWork
 from ..image.inspection import Inspector
 from ..image.layers import SharedWork
 from ..image.requests import LayerRequest
@@ -29,7 +30,6 @@ from ..image.work import LayerWork, Work
 from ..image.works import Works
 from .checkpoints import follow
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
-from .guided import GuidedKeys, GuidedWork
 from .hosts import Host
 from .layer_op import Layer
 from .parallel import Split, agreeing, context_parallel, digest_of, require_alike
@@ -326,16 +326,16 @@ class CallState:
         """The layers of a sequence with a negative prompt."""
         if self.inspector is not None or any(each.sharings for each in requests):
             raise NotImplementedError("NAG: expected no inspection and no shared or normalising reference beside it")
-        states = []
+        states, (_, sequence, rope, gain) = [], found
         for (modulations, _), guidance in zip(requests, guidances, strict=True):
             if guidance is None:
                 raise ValueError("guidance: expected a Guidance in every layer, received None in some")
             span = guidance.negative
             keys = self.works.remember(
                 (found.key, self.digest(modulations), "guided", span.start, span.stop),
-                lambda modulations=modulations, span=span: GuidedKeys(found, modulations, span),
+                lambda modulations=modulations, span=span: GuidedKeys(sequence, rope, gain, modulations, span),
             )
-            states.append(LayerState(GuidedWork(keys, guidance, found.sequence.masked)))
+            states.append(LayerState(GuidedWork(keys, guidance, sequence.masked)))
         self.works.forget()
         return tuple(states)
 

@@ -26,8 +26,8 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.checks import require
 
+from ..image.guided import GuidedWork
 from ..image.work import Work
-from .guided import GuidedWork
 
 
 def context_parallel(holder: Any) -> Any:

@@ -27,6 +27,7 @@ TITLES = {
     "FastRoPE_UntwistingRoPE": "Untwisting RoPE (style reference)", "FastRoPE_Inspect": "Inspect attention",
     "FastRoPE_HighResolution": "High resolution (positions)", "FastRoPE_ReferenceStrength": "Reference strength",
     "FastRoPE_AttentionChart": "Attention chart", "FastRoPE_Regions": "Regions (prompts by mask)",
+    "FastRoPE_NAG": "NAG (negative prompt)",
 }  # fmt: skip
 
 

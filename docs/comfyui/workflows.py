@@ -81,6 +81,13 @@ CLASSES: dict[str, tuple[dict[str, str], list[str]]] = {
         },
         ["MODEL", "CONDITIONING"],
     ),
+    "FastRoPE_NAG": (
+        {
+            "model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "scale": "float", "tau": "float",
+            "alpha": "float", "start_percent": "float", "end_percent": "float", "layers": "string",
+        },
+        ["MODEL", "CONDITIONING"],
+    ),
     "FastRoPE_HighResolution": (
         {
             "model": "MODEL", "kind": "combo", "trained_width": "int", "trained_height": "int", "exponent": "float",
@@ -104,6 +111,7 @@ OURS = {
         other_axes="low", blocks="all", start_percent=0.0, end_percent=1.0, layers="", noise_seed=0, keep=False,
     ),
     "FastRoPE_Regions": dict(local=False, start_percent=0.0, end_percent=1.0, layers=""),
+    "FastRoPE_NAG": dict(scale=5.0, tau=2.5, alpha=0.25, start_percent=0.0, end_percent=1.0, layers=""),
     "FastRoPE_HighResolution": dict(
         kind="dype", trained_width=1024, trained_height=1024, exponent=2.0, start_percent=0.0, end_percent=1.0
     ),
@@ -289,6 +297,37 @@ WORKFLOWS: dict[str, tuple[str, dict, dict]] = {
             "boat": (1, 2), "tower": (1, 3), "nothing": (2, 1), "boat left": (2, 2), "tower right": (2, 3),
             "halves": (3, 2), "all": (4, 1), "steered": (5, 0), "guidance": (6, 1), "empty": (5, 2), "sampler": (7, 0),
             "decoded": (8, 0), "saved": (8, 1),
+        },
+    ),
+    "nag-flux-schnell": (
+        "NAG, a negative prompt for FLUX.1 schnell, at the published settings: 4 steps, scale 5",
+        {
+            **KONTEXT,
+            "model": ("UNETLoader", dict(unet_name="flux1-schnell.safetensors", weight_dtype="fp8_e4m3fn")),
+            "prompt": ("CLIPTextEncode", dict(clip=("clip", 0), text="portrait of an old sailor")),
+            "against": ("CLIPTextEncode", dict(clip=("clip", 0), text="glasses, hat, beard")),
+            "nothing": ("ConditioningZeroOut", dict(conditioning=("prompt", 0))),
+            "empty": ("EmptySD3LatentImage", dict(width=1024, height=1024, batch_size=1)),
+            "steered": (
+                "FastRoPE_NAG",
+                {
+                    **OURS["FastRoPE_NAG"], "model": ("model", 0), "positive": ("prompt", 0),
+                    "negative": ("against", 0),
+                },
+            ),
+            "sampler": (
+                "KSampler",
+                dict(
+                    model=("steered", 0), positive=("steered", 1), negative=("nothing", 0), latent_image=("empty", 0),
+                    seed=1, steps=4, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+                ),
+            ),
+            "decoded": ("VAEDecode", dict(samples=("sampler", 0), vae=("vae", 0))),
+            "saved": ("SaveImage", dict(images=("decoded", 0), filename_prefix="fastrope")),
+        },
+        {
+            "model": (0, 0), "clip": (0, 1), "vae": (0, 2), "prompt": (1, 1), "against": (1, 2), "steered": (2, 0),
+            "nothing": (2, 1), "empty": (2, 2), "sampler": (3, 0), "decoded": (4, 0), "saved": (5, 0),
         },
     ),
     "high-resolution-flux": (

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrope.bindings.comfyui.texts import Carried
+from fastrope.bindings.comfyui.marks import Carried
 
 # ---- comfy.patcher_extension, comfy.model_patcher -------------------------------------------------------------------
 

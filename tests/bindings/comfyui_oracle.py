@@ -1,5 +1,5 @@
-"""GRAG, LooseRoPE and Regions once more, in plain loops over dense logits, put into ComfyUI by hooks of its own. Shares
-no code with the binding: tokens and positions are those that the host hands to its patches."""
+"""GRAG, LooseRoPE, Regions and NAG once more, in plain loops over dense logits, put into ComfyUI by hooks of its own.
+Shares no code with the binding: tokens and positions are those that the host hands to its patches."""
 
 from __future__ import annotations
 
@@ -114,3 +114,42 @@ def regions(owners, masks, target, local=False):
                 mine, theirs = ({r for r, m in enumerate(masks) if m[n - target] > 0} for n in (i, j))
                 weight[i, j] = not theirs or bool(mine & theirs)
     return weight
+
+
+def nag(scale, tau, alpha, sizes):
+    """A batch of two passes over one picture: rows with the prompt, then the same with the negative prompt. Texts of
+    ``sizes`` tokens are padded behind to the longer one; the picture's attention is guided, the same in both."""
+    longest = max(sizes)
+
+    def rule(q, k, v, options, ids):
+        logits, half, heads = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, len(q) // 2, q.shape[1]
+        for rows, size in zip((slice(half), slice(half, None)), sizes, strict=True):
+            logits[rows, :, :, size:longest] = -torch.inf
+        out = softmax(logits, v)
+        good, bad = (x[:, :, longest:].transpose(1, 2).flatten(2) for x in out.split(half))
+        pushed = scale * good - (scale - 1) * bad
+        growth = pushed.abs().sum(-1, keepdim=True) / good.abs().sum(-1, keepdim=True)
+        picture = alpha * pushed * (tau / growth).clamp(max=1) + (1 - alpha) * good
+        out[:, :, longest:] = picture.unflatten(2, (heads, -1)).transpose(1, 2).repeat(2, 1, 1, 1)
+        return out
+
+    return rule
+
+
+def twice(texts):
+    """A wrapper of the model's call that runs it with either of two texts in one batch, and keeps the first half."""
+    longest = max(text.shape[1] for text in texts)
+    texts = [torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+
+    def double(x, rows):
+        if isinstance(x, list):
+            return [double(each, rows) for each in x]
+        batched = isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == rows
+        return torch.cat([x, x]) if batched else x
+
+    def wrapper(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        rows, text = len(x), torch.cat([text.expand(len(x), -1, -1) for text in texts])
+        given = {name: double(value, rows) for name, value in kwargs.items()}
+        return executor(double(x, rows), double(t, rows), c_concat, text, control, options, **given)[:rows]
+
+    return wrapper

@@ -1,4 +1,4 @@
-"""Nodes that join prompts, against doubles of the host's classes: Regions."""
+"""Nodes that join prompts, against doubles of the host's classes: Regions and NAG."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from comfyui_doubles import run_node as run
 
 import fastrope as fr
+from fastrope.bindings.comfyui.marks import Joined
 from fastrope.bindings.comfyui.patching import steer
-from fastrope.bindings.comfyui.texts import Joined
 
 NEAR = dict(rtol=0, atol=5e-6)
 COMMON, LEFT, RIGHT = (host.picture(4, 6, seed=n) for n in (5, 6, 7))
@@ -125,6 +125,62 @@ def test_a_text_is_padded_as_the_host_would(nodes):
     assert not joined[0][0][:, :503].any()
 
 
+# ---- NAG ------------------------------------------------------------------------------------------------------------
+
+DIALS = dict(scale=4.0, tau=1.4, alpha=0.4)
+
+
+def sides():
+    """A prompt with a reference, and a shorter negative one."""
+    return host.conditioning(5, 1, references=[COMMON], guidance=2.5), host.conditioning(3, 2)
+
+
+def test_nag_equals_two_passes_over_one_picture(nodes):
+    model, (positive, negative), x = host.tiny(), sides(), host.picture(batch=2, seed=6)
+    steered, joined = run(nodes["FastRoPE_NAG"], model, positive=positive, negative=negative, **DIALS).args
+    expected = attending(model, oracle.nag(**DIALS, sizes=(5, 3)))
+    expected.add_wrapper_with_key("apply_model", "two passes", oracle.twice([positive[0][0], negative[0][0]]))
+    found = host.sample(steered, host.become(joined), x=x)
+    torch.testing.assert_close(found, host.sample(expected, unmarked(positive), x=x), **NEAR)
+    assert not torch.allclose(found, host.sample(model, unmarked(positive), x=x), rtol=0, atol=1e-3)
+    plain = host.prompt(8, 3, [0.5 * COMMON])
+    with_guidance = host.sample(steered, host.become(joined), plain)
+    assert not torch.equal(with_guidance, host.sample(model, unmarked(joined), plain))
+
+
+def test_nag_keeps_its_window_and_its_layers(nodes):
+    node, (positive, negative) = nodes["FastRoPE_NAG"], sides()
+    ends = dict(scale=1.0), dict(end_percent=0.01), {}, dict(start_percent=0.5), dict(layers="0-1")
+    pairs = [run(node, host.tiny(), positive=positive, negative=negative, **{**DIALS, **end}).args for end in ends]
+    outs = [host.sample(model, host.become(joined)) for model, joined in pairs]
+    assert torch.equal(outs[0], outs[1])
+    assert len({out.sum().item() for out in outs}) == 4
+
+
+def test_nag_regions_and_other_nodes_in_any_order(nodes):
+    """Also on FLUX.2, where texts are padded in front."""
+    (_, negative), grag = sides(), fr.GRAG(0.9, 1.4)
+
+    def nag(model, given):
+        (first, *others) = given
+        model, joined = run(nodes["FastRoPE_NAG"], model, positive=[first], negative=negative, **DIALS).args
+        return model, [*joined, *others]
+
+    def regions(model, given):
+        return run(nodes["FastRoPE_Regions"], model, regions=given).args
+
+    for name in ("Flux", "Flux2"):
+        found = []
+        for order in ((nag, regions, grag), (regions, grag, nag), (grag, regions, nag), (regions,), (nag,)):
+            model, given = host.tiny(model=type(name, (host.BaseModel,), {})), prompts()
+            for node in order:
+                model, given = (steer(model, node), given) if node is grag else node(model, given)
+            found.append(host.sample(model, host.become(given[:1]), x=host.picture(8, 12)))
+        for other in found[1:3]:
+            torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+        assert not any(torch.allclose(found[0], other, rtol=0, atol=1e-3) for other in found[3:])
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +208,7 @@ def test_half_a_wiring_is_told_before_the_run(nodes):
         (lambda mask: masked(mask.expand(2, -1, -1)), "prompt 1: expected one mask, received a batch of 2"),
         (lambda mask: [*masked(mask), *masked(mask, 0)], "prompt 2: expected a prompt with text tokens"),
         (lambda mask: [*host.conditioning(), *masked(mask, guidance=2.5)],
-         "prompt 2: expected the guidance of the prompt for the whole.*behind Regions, received 2.5 beside None"),
+         "prompt 2: expected the guidance of the others; put the node that sets it behind Regions, received 2.5 bes"),
         (lambda mask: [*masked(mask), [torch.zeros(1, 4, 16), {}]], r"prompt 2: expected \(batch, channels\) of"),
         (lambda mask: masked(mask, attention_mask=torch.ones(1, 7)), "prompt 1: expected an attention_mask over its"),
     ],
@@ -163,3 +219,35 @@ def test_regions_that_make_no_sense_are_told_at_the_node(nodes, given, said):
     _, joined = run(nodes["FastRoPE_Regions"], host.tiny(), regions=prompts()).args
     with pytest.raises(ValueError, match="prompt 1: expected no regions yet"):
         run(nodes["FastRoPE_Regions"], host.tiny(), regions=[*joined, *masked(torch.ones(4, 6))])
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "said"),
+    [
+        (prompts, host.conditioning, "positive: expected one prompt; Regions joins several, received 3 of them"),
+        (host.conditioning, prompts, "negative: expected one prompt"),
+        (host.conditioning, lambda: host.conditioning(guidance=3.0),
+         "negative, prompt 1: expected the guidance of the others; put the node that sets it behind NAG"),
+        (host.conditioning, lambda: host.conditioning(references=[LEFT]), "negative: expected no reference latent bes"),
+        (host.conditioning, lambda: [[torch.zeros(1, 4, 16), {}]], r"negative: expected \(batch, channels\) of the"),
+    ],
+)  # fmt: skip
+def test_negative_prompts_that_make_no_sense_are_told_at_the_node(nodes, positive, negative, said):
+    with pytest.raises(ValueError, match=said):
+        run(nodes["FastRoPE_NAG"], host.tiny(), positive=positive(), negative=negative())
+
+
+def test_nag_is_refused_where_it_cannot_work(nodes):
+    node, (positive, negative) = nodes["FastRoPE_NAG"], sides()
+    model = host.tiny(model=type("Lumina2", (host.BaseModel,), {}))
+    model.model.diffusion_model.__class__ = type("NextDiT", (host.Flux,), {"pad_tokens_multiple": 32})
+    with pytest.raises(NotImplementedError, match=r"expected Flux\.1, Flux\.2 or Qwen-Image, received Z-Image"):
+        run(node, model, positive=positive, negative=negative)
+    steered, joined = run(node, host.tiny(), positive=positive, negative=negative).args
+    with pytest.raises(ValueError, match="positive: expected a prompt without a negative one"):
+        run(node, steered, positive=joined, negative=negative)
+    with pytest.raises(ValueError, match="negative: expected a prompt of an encoder"):
+        run(node, steered, positive=positive, negative=joined)
+    for beside in (run(nodes["FastRoPE_Inspect"], steered).args[0], steer(steered, fr.UntwistingRoPE(reference=0))):
+        with pytest.raises(NotImplementedError, match="NAG: expected neither Inspect attention nor Untwisting RoPE"):
+            host.sample(beside, host.become(joined))

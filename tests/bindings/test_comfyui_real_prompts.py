@@ -9,8 +9,9 @@ import torch
 from comfyui_models import NEAR, report
 
 import fastrope as fr
+from fastrope.bindings.comfyui.marks import new_number
 from fastrope.bindings.comfyui.patching import steer
-from fastrope.bindings.comfyui.texts import join_regions, new_number
+from fastrope.bindings.comfyui.texts import join_negative, join_regions
 
 
 def half_masks(size):
@@ -105,6 +106,73 @@ def test_regions_go_with_other_nodes_in_any_order(name, capsys):
         torch.testing.assert_close(other, found[0], rtol=0, atol=2e-6)
     alone, joined, _ = regional(real.patcher(name), name)
     assert not torch.allclose(real.sample(alone, name, joined), found[0], rtol=0, atol=1e-3)
+
+
+DIALS = dict(scale=4.0, tau=1.4, alpha=0.4)
+
+
+def opposed(model, name, **dials):
+    """What the node NAG gives for a prompt and a shorter negative one, and both prompts."""
+    references = [real.latent(name, 4, 6, seed=9)] if name in real.EDITS else []
+    positive, negative = real.conditioning(name, 5, 20, references), real.conditioning(name, 3, 21)
+    number = new_number()
+    count, joined = join_negative(model.model, positive, negative, number)
+    return steer(model, fr.NAG(**{**DIALS, **dials}, negative=count), number=number), joined, positive, negative
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nag_equals_two_passes_over_one_picture(name, batch, capsys):
+    model = real.patcher(name)
+    steered, joined, positive, negative = opposed(model, name)
+    texts = [each[0][0] for each in (positive, negative)]
+    if name == "flux2":
+        texts = [torch.nn.functional.pad(text, (0, 0, 512 - text.shape[1], 0)) for text in texts]
+    expected = oracle.patched(model, oracle.nag(**DIALS, sizes=[text.shape[1] for text in texts]))
+    expected.add_wrapper_with_key("apply_model", "two passes", oracle.twice(texts))
+    run = dict(noise=real.latent(name, batch=batch))
+    found, expected = real.sample(steered, name, joined, **run), real.sample(expected, name, positive, **run)
+    report(capsys, f"NAG, {name}, batch {batch}", found, expected)
+    assert not torch.allclose(found, real.sample(model, name, positive, **run), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected, **NEAR)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
+def test_nag_beside_other_nodes_in_any_order_and_compiled(name, capsys):
+    real.comfy()
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    grag, found = fr.GRAG(0.9, 1.4), []
+    first, joined, *_ = opposed(real.patcher(name), name)
+    second, again, *_ = opposed(steer(real.patcher(name), grag), name)
+    for model, text in ((steer(first, grag), joined), (second, again)):
+        found.append(real.sample(model, name, text))
+    compiled = second.clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    found.append(real.sample(compiled, name, again))
+    report(capsys, f"NAG and GRAG in both orders, {name}", found[1], found[0])
+    report(capsys, f"NAG and GRAG, compiled, {name}", found[2], found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=2e-4)
+    assert not torch.allclose(real.sample(first, name, joined), found[0], rtol=0, atol=1e-3)
+
+
+def test_nag_and_regions_in_both_orders(capsys):
+    found = []
+    for order in ("nr", "rn"):
+        model, given = real.patcher("flux2"), prompts("flux2", (16, 24))
+        for node in order:
+            number = new_number()
+            if node == "n":
+                count, joined = join_negative(model.model, given[:1], real.conditioning("flux2", 3, 21), number)
+                model, given = steer(model, fr.NAG(**DIALS, negative=count), number=number), [*joined, *given[1:]]
+            else:
+                method, given = join_regions(model.model, given, number)
+                model = steer(model, method, number=number)
+        found.append(real.sample(model, "flux2", given))
+    report(capsys, "NAG and Regions in both orders, flux2", found[1], found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
 
 
 class Apart:

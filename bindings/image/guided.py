@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +13,18 @@ from fastrope.device import on_device
 from fastrope.guidance import Guidance, normalised_guidance
 from fastrope.modulations import Modulation
 
-from ..image.subset import subset_of
-from ..image.work import with_tensors
+from .rotation import Rotation
+from .sequence import JointSequence
+from .subset import subset_of
+from .work import with_tensors
 
 
 class GuidedKeys:
     """Attention of all queries over the keys of the image, of the prompt, and of the negative prompt, each separately.
 
     Args:
-        found: the sequence of both prompts and the image, its rotation and gain.
+        sequence, rope: both prompts and the image, and their angles.
+        gain: ``(D/2,)`` of rescaled positions, see :class:`.work.Work`.
         modulations: over the keys of the sequence.
         negative: the tokens of the negative prompt. They get the positions that they would have without the prompt.
 
@@ -31,8 +33,10 @@ class GuidedKeys:
             keys of several parts.
     """
 
-    def __init__(self, found: Any, modulations: tuple[Modulation, ...], negative: slice) -> None:
-        sequence, rope = found.sequence, found.rope
+    def __init__(
+        self, sequence: JointSequence, rope: fr.RoPE, gain: Tensor | None, modulations: tuple[Modulation, ...],
+        negative: slice,
+    ) -> None:  # fmt: skip
         tokens = sequence.layout()
         if tokens.order != "text-first" or sequence.bonus is not None:
             raise NotImplementedError(
@@ -42,10 +46,11 @@ class GuidedKeys:
         self.parts = slice(stop, len(tokens)), slice(0, start), negative
         angles = rope.angles.clone()
         angles[..., negative, :] = rope.angles[..., : stop - start, :]
-        self.moved = not torch.equal(angles, rope.angles)
+        self._moves = not torch.equal(angles, rope.angles)
+        self._move = Rotation((angles - rope.angles)[..., negative, :], rope.pairing)
         self._rope = replace(rope, angles=angles)
         self._mask = sequence.key_mask
-        self._gain = [] if found.gain is None else [fr.BandWeight(found.gain.square())]
+        self._gain = [] if gain is None else [fr.BandWeight(gain.square())]
         self._modulations = tuple(
             [with_tensors(m, torch.clone) for m in subset_of(modulations, slice(None), part, len(tokens))]
             for part in self.parts
@@ -56,6 +61,13 @@ class GuidedKeys:
     def plans(self) -> list[fr.Plan]:
         """The plans built so far."""
         return list(self._plans.values())
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Queries or keys ``(B, S, H, D)`` that the host has rotated, with the negative prompt at its own positions."""
+        if not self._moves:
+            return x
+        start, stop = self.parts[2].start, self.parts[2].stop
+        return torch.cat([x[:, :start], self._move.do(x[:, start:stop]), x[:, stop:]], dim=1)
 
     def attend(self, n: int, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str) -> tuple[Tensor, Tensor]:
         """``out (B, S, H, D)`` and ``lse (B, S, H, 1)`` over the keys of part ``n``."""
@@ -100,13 +112,9 @@ class GuidedWork:
     ) -> Tensor:
         """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not; ``total`` as in
         :func:`fastrope.guidance.normalised_guidance`.
-
-        Raises:
-            NotImplementedError: the host has rotated them, with positions of the negative prompt after the prompt's.
         """
-        if applied and self.keys.moved:
-            raise NotImplementedError("NAG: expected rotation='op' and layers that are not compiled, since text has "
-                                      "positions on this host; received tokens that the host has rotated")  # fmt: skip
+        if applied:
+            q, k = self.keys.moved(q), self.keys.moved(k)
         image, prompt, negative = (self.keys.attend(n, q, k, v, applied, backend) for n in range(3))
         under, against = _merged(image, prompt), _merged(image, negative)
         guidance, seen = self.guidance, self.keys.parts[0]
