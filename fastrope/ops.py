@@ -105,16 +105,7 @@ def planned_attention_backward(
 
 
 @planned_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: Sequence[Tensor],
-    spec: str,
-    scale: float,
-):
+def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

@@ -11,6 +11,8 @@ scaled keys, ``-f`` the scale, less 1 where keys arrive rotated. The half of the
 3, the others 1. The plan makes tiles so narrow that no pair is turned wrongly by more than half a rounding of the dtype
 (``fastrope/planning/polynomial.py``). In float32 the exact kernel of ``axis_blocks.py`` serves. The fused loop resumes
 the running softmax.
+
+The file is long because all of this mechanism stands in it, with one entry: a measurement may remove it.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from ..image.extended import image_angles
 from ..image.fingerprints import Memo, values_of
 from ..image.layers import Recorder, ReferenceWork
 from .adapters import Adapters
-from .calls import CallState, Identified
+from .calls import CallState
 from .forwards import Forward, LayerState
+from .identified import Identified
 from .parallel import Split, context_parallel
 from .sequences import Call, device_of
 

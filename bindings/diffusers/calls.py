@@ -6,7 +6,6 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,55 +14,25 @@ import torch
 
 import fastrope as fr
 from fastrope.checks import require
-from fastrope.device import wide_on_cpu
 from fastrope.guidance import Guidance, guidance_of
 from fastrope.modulations import MODULATIONS, Modulation
 from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
-from ..image.fingerprints import Fingerprints, Memo
+from ..image.fingerprints import Memo
 from ..image.guided import GuidedKeys, GuidedWork
 from ..image.inspection import Inspector
 from ..image.layers import SharedWork
 from ..image.requests import LayerRequest
-from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
 from ..image.works import Works
 from .checkpoints import follow
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .hosts import Host
+from .identified import Identified, Sequences
 from .layer_op import Layer
 from .parallel import Split, agreeing, context_parallel, digest_of, require_alike
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
-
-KNOWN_SEQUENCES = 8
-
-
-class Identified(NamedTuple):
-    """The sequence of a call, its rotation, a key that identifies both, and the gain of rescaled positions, if any."""
-
-    key: Hashable
-    sequence: JointSequence
-    rope: fr.RoPE
-    gain: torch.Tensor | None = None
-
-    def rescaled(self, rescaling: Rescaling | None) -> Identified:
-        """The same sequence at other frequencies."""
-        if rescaling is None:
-            return self
-        factor, gain = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (rescaling.factor, rescaling.gain))
-        found = self._replace(key=(self.key, rescaling), rope=self.rope.rescaled(factor))
-        return found if set(rescaling.gain) == {1.0} else found._replace(gain=gain)
-
-    def some(self, rows: slice) -> Identified:
-        """Some rows of the batch, under the same key."""
-
-        def of(x: torch.Tensor | None, alike: int = 1) -> Any:
-            return x if x is None or x.ndim == alike else x[rows]
-
-        s = self.sequence
-        sequence = replace(s, positions=of(s.positions, 2), key_mask=of(s.key_mask), bonus=of(s.bonus))
-        return self._replace(sequence=sequence, rope=replace(self.rope, angles=of(self.rope.angles, 2)))
 
 
 class Prepared(NamedTuple):
@@ -117,9 +86,9 @@ class CallState:
         self._warned = False
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._signature = inspect.signature(type(model).forward)
-        self._fingerprints, self._memo = Fingerprints(), Memo()
-        self._sequences: OrderedDict[Hashable, tuple[JointSequence, fr.RoPE]] = OrderedDict()
-        self.works = Works(self.digest)
+        self._memo = Memo()
+        self.sequences = Sequences(host, self.axes_dim)
+        self.works = Works(self.sequences.digest)
 
     @property
     def bound(self) -> bool:
@@ -180,7 +149,7 @@ class CallState:
 
     def _split(self, config: Any, module: torch.nn.Module, call: Call, forward: Forward, content: Any) -> Forward:
         """A forward whose sequence diffusers is about to split over processes. All of them must do the same."""
-        found = self.sequence_of(module, call)
+        found = self.sequences.of(module, call)
         tokens = found.sequence.layout()
         if self.inspector is not None or tokens.order != "text-first" or tokens.padding:
             raise NotImplementedError("context parallelism: expected no inspection, and a sequence that is text and "
@@ -192,7 +161,7 @@ class CallState:
         return replace(forward, split=(Split.of(config), tokens))
 
     def _prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
-        found, inspector, count = self.sequence_of(module, call), self.inspector, len(self.layers)
+        found, inspector, count = self.sequences.of(module, call), self.inspector, len(self.layers)
         # One site per layer. Modulations alone need none, so that the step and the layout may be unknown.
         needed = inspector is not None or not all(isinstance(m, MODULATIONS) for m in methods)
         sites = self._sites(call, methods, found.sequence.layout()) if needed else []
@@ -207,7 +176,7 @@ class CallState:
         works = self._works_for(found, [each.modulations for each in requests], device_of(call.get(self.host.hidden)))
         for n, (modulations, sharings) in enumerate(requests):
             if sharings:  # a method takes the statistics of a reference in the sequence itself
-                base = self._work(found, self.digest(modulations), modulations)
+                base = self._work(found, self.sequences.digest(modulations), modulations)
                 works[n] = SharedWork(base, requests[n], sites[n].tokens)
         probes = [None] * count
         if inspector is not None:
@@ -220,7 +189,7 @@ class CallState:
         """What layers are asked for, as something to compare between processes."""
         if context_parallel(self.model) is None:
             return None
-        return [(self.digest(modulations), sharings) for modulations, sharings in requests], rescaling
+        return [(self.sequences.digest(modulations), sharings) for modulations, sharings in requests], rescaling
 
     # ---- sites ------------------------------------------------------------------------------------------------------
 
@@ -261,45 +230,6 @@ class CallState:
             )
         return Step(0, fr.Site.num_steps)
 
-    # ---- sequences --------------------------------------------------------------------------------------------------
-
-    def sequence_of(self, module: torch.nn.Module, call: Call) -> Identified:
-        """The sequence of a call."""
-        identified = self.host.identify(module, call)
-        key = self._fingerprints.key((*identified, self.host.theta(module)))
-        return Identified(key, *self._sequence(module, key, identified, device_of(call.get(self.host.hidden))))
-
-    def digest(self, parts: Any) -> Hashable:
-        """A hashable value for the content of tensors, modulations and plain values."""
-        return self._fingerprints.key(parts)
-
-    def _sequence(
-        self, module: torch.nn.Module, key: Hashable, identified: tuple, device: torch.device
-    ) -> tuple[JointSequence, fr.RoPE]:
-        if key not in self._sequences:
-            sequence = self.host.describe(*identified)
-            wide = wide_on_cpu(sequence.positions)
-            rope = fr.RoPE.axial(wide, self.axes_dim, self.host.theta(module), self.host.pairing)
-            if context_parallel(module) is None:  # which splits the table of some hosts
-                self._check_embedding(module, sequence, rope, device)
-            self._sequences[key] = sequence, rope
-            if len(self._sequences) > KNOWN_SEQUENCES:
-                self._sequences.popitem(last=False)
-        self._sequences.move_to_end(key)
-        return self._sequences[key]
-
-    def _check_embedding(
-        self, module: torch.nn.Module, sequence: JointSequence, rope: fr.RoPE, device: torch.device
-    ) -> None:
-        """Require that our angles are the host's, because modulated layers rotate by ours."""
-        with torch.no_grad():
-            gap = (self.host.cosines(module, sequence, device).cpu().double() - rope.angles.cos().double()).abs().max()
-        if not gap < 1e-3:
-            raise NotImplementedError(
-                f"{type(module).__name__}: expected the rotary embedding of {self.host.package} with theta "
-                f"{self.host.theta(module):g}, received another one (its cosines differ by {float(gap):.2g})"
-            )
-
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def _works_for(
@@ -312,7 +242,7 @@ class CallState:
             if not distinct or not _same(distinct[-1], modulations):
                 distinct.append(modulations)
             index.append(len(distinct) - 1)
-        contents = [self._fingerprints.key(modulations) for modulations in distinct]
+        contents = [self.sequences.digest(modulations) for modulations in distinct]
         works = []
         for modulations, content in zip(distinct, contents, strict=True):
             work = self._work(found, content, modulations) if modulations else None
@@ -332,7 +262,7 @@ class CallState:
                 raise ValueError("guidance: expected a Guidance in every layer, received None in some")
             span = guidance.negative
             keys = self.works.remember(
-                (found.key, self.digest(modulations), "guided", span.start, span.stop),
+                (found.key, self.sequences.digest(modulations), "guided", span.start, span.stop),
                 lambda modulations=modulations, span=span: GuidedKeys(sequence, rope, gain, modulations, span),
             )
             states.append(LayerState(GuidedWork(keys, guidance, sequence.masked)))

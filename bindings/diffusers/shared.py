@@ -27,8 +27,9 @@ from ..image.requests import LayerRequest
 from ..image.rotation import Rotation
 from ..image.work import LayerWork, Work
 from .cached import CachedReference
-from .calls import CallState, Identified, Prepared
+from .calls import CallState, Prepared
 from .forwards import Forward, LayerState
+from .identified import Identified
 from .rows import Joined
 from .sequences import Call, device_of
 from .steps import find_sigma
@@ -65,9 +66,9 @@ class SharedAttention:
                                       "whose keys have the model's own positions")  # fmt: skip
         step = state.step(call)
         sigma = find_sigma(step, self._memo, call.get(state.host.timestep), state.host.model_time)
-        target = state.sequence_of(module, call)
+        target = state.sequences.of(module, call)
         alone = self._alone(call, target, step.index, sigma)
-        reference = target if self._cached is None else state.sequence_of(module, alone)
+        reference = target if self._cached is None else state.sequences.of(module, alone)
         count = rows.count(alone)
         tokens = with_shared(target.sequence.layout(), (reference.sequence.layout().target_grid,) * count)
         sites = state.sites(step, tokens)
@@ -119,7 +120,9 @@ class SharedAttention:
             )
             return SharedWork(targets, request, tokens)
 
-        return self._state.works.remember((key, place, self._state.digest(modulations), request.sharings), make)
+        return self._state.works.remember(
+            (key, place, self._state.sequences.digest(modulations), request.sharings), make
+        )
 
     # ---- the reference in the same batch ----------------------------------------------------------------------------
 
@@ -163,14 +166,14 @@ class SharedAttention:
 
     def _identify(self, module: torch.nn.Module, joined: Joined) -> Identified:
         """The sequence of all rows, with the padding of texts masked."""
-        found = self._state.sequence_of(module, joined.call)
+        found = self._state.sequences.of(module, joined.call)
         if joined.text_mask is None:
             return found
         text, layout = joined.text_mask, found.sequence.layout()
         image = text.new_ones(len(text), len(layout) - layout.text_tokens)
         mask = torch.cat([text, image], dim=1).cpu()
         sequence = replace(found.sequence, key_mask=mask, mask_is_ours=True)
-        return Identified((found.key, self._state.digest((text,))), sequence, found.rope)
+        return Identified((found.key, self._state.sequences.digest((text,))), sequence, found.rope)
 
     # ---- the target alone, with or without cached keys --------------------------------------------------------------
 

@@ -94,20 +94,7 @@ def match_anchors(
 
 
 @match_anchors.register_fake
-def _(
-    logits: Tensor,
-    anchors: Tensor,
-    position: Tensor,
-    seeds: Tensor,
-    active: Tensor | None,
-    codebook: Tensor,
-    rows: Tensor,
-    windows: Tensor,
-    candidates: int,
-    tau: float,
-    metric: str,
-    backend: str,
-):
+def _(logits: Tensor, *_: object):
     batch = logits.shape[0]
     dtypes = torch.int64, torch.float32, torch.int32, torch.bool
     return tuple(logits.new_empty((batch,), dtype=dtype) for dtype in dtypes)

@@ -16,7 +16,7 @@ from diffusers_hosts import TINY_HOSTS, assert_differ, assert_same, grag_like, l
 from pages import DOCS, run_snippets
 from tiny_transformers import lively
 
-from fastrope.bindings.diffusers import calls
+from fastrope.bindings.diffusers import identified
 from fastrope.rescaling import Rescaling
 
 ALL = pytest.mark.parametrize("host", TINY_HOSTS.values(), ids=TINY_HOSTS)
@@ -139,7 +139,7 @@ def test_what_modulates_nothing_makes_no_angles(monkeypatch):
     """The model's own table is all that changes; angles of the whole sequence would be made at every step of DyPE."""
     host, made = TINY_HOSTS["flux"], []
     model, call = host.build(), host.call(host.layout, dtype=torch.float32)
-    monkeypatch.setattr(calls.Identified, "rescaled", lambda self, rescaling: made.append(rescaling) or self)
+    monkeypatch.setattr(identified.Identified, "rescaled", lambda self, rescaling: made.append(rescaling) or self)
     with fr.apply(model, fr.HighResolution("dype-ntk", trained=(2, 2))) as handle:
         run(model, call)
         assert not made
