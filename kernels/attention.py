@@ -176,8 +176,8 @@ def attention_kernel(
                 LOGIT_BIASES + b * biases_batch_stride, num_queries, log2_scale,
             )  # fmt: skip
             # Done by an earlier kernel; a tile of padding, or of queries that the segment is hidden from. A maximum of
-            # the biases would not see NaN, which is to reach the output.
-            nobody = tl.max((row_mask & (row_bias != -float("inf"))).to(tl.int32), 0) == 0
+            # the biases would not see NaN, which is to reach the output. Counted in float32: integers spill on sm_89.
+            nobody = tl.max(tl.where(row_mask & (row_bias != -float("inf")), 1.0, 0.0)) == 0.0
             stop = tl.where((scaled & (bucket < 0)) | nobody, start, stop)
             variant = q_base + tl.load(row + VARIANT).to(tl.int64) * stride_qv
             q = load_tile(variant, 0, offs_m, in_range, stride_qs, stride_qd, HEAD_DIM, BLOCK_D)

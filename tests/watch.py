@@ -10,8 +10,8 @@ class Watch(TorchDispatchMode):
     """Notes every op that reads a value on the host, and the largest tensor that comes to be.
 
     Args:
-        known: tensors that were there before. With them an index counts that no op has made: torch makes it of Python
-            numbers, and the host waits until a device has it.
+        known: tensors that were there before. With them an index counts that no op has made, or lift_fresh alone: torch
+            makes it of Python numbers, and the host waits until a device has it.
     """
 
     SYNCHRONISES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select")
@@ -33,7 +33,7 @@ class Watch(TorchDispatchMode):
             self.read.append(name)
         for x in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(x, torch.Tensor):
-                if self.made:  # kept, so that no address is used again
+                if self.made and name != "lift_fresh":  # kept, so that no address is used again
                     self.made[x.untyped_storage().data_ptr()] = x
                 size = x.untyped_storage().nbytes()
                 if size > self.largest:

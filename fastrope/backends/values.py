@@ -17,8 +17,7 @@ def modulated_values(v: Tensor, lowered: Lowered, dtype: torch.dtype) -> Tensor:
     values = v.to(wide)
     factor, shift = tables.factors.to(wide)[..., None, None].unbind(1)
     found = factor * values
-    if tables.groups is not None:
-        inside = tables.inside
+    if tables.groups is not None and (inside := tables.inside) is not None:
         member, held = tables.member[inside].long(), values[:, inside]
         if tables.bias is not None:
             held = held.masked_fill((tables.bias[:, inside] < 0)[:, :, None, None], 0)

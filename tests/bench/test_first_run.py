@@ -186,13 +186,13 @@ def times(family: str, **ms: float) -> list[dict]:
 
 
 def test_the_fastest_route_of_a_family_over_its_calls():
-    rows = [*times("levels", split=1.0, loop=1.2), *times("levels", split=2.0, loop=1.4),
+    rows = [*times("unmodulated", split=1.0, loop=1.2), *times("unmodulated", split=2.0, loop=1.4),
             *times("keys", sdpa=1.01, loop=1.0), *times("rotation", sdpa=1.0),
             {"case": "masked", "error": "failed"}]  # fmt: skip
     found = {rule.family: rule for rule in routes.fastest(rows)}
-    assert {name: rule.route for name, rule in found.items()} == {"levels": "loop", "keys": "sdpa"}
-    assert found["levels"].reason == "the fastest of loop 1.3 ms, split 1.41 ms"
-    assert found["levels"].basis == "measured here"
+    assert {name: rule.route for name, rule in found.items()} == {"unmodulated": "loop", "keys": "sdpa"}
+    assert found["unmodulated"].reason == "the fastest of loop 1.3 ms, split 1.41 ms"
+    assert found["unmodulated"].basis == "measured here"
 
 
 def test_every_family_that_has_routes_in_16_bits_is_measured():
@@ -212,16 +212,16 @@ def test_rules_are_written_where_all_checks_passed(passes, tmp_path, here, monke
     monkeypatch.setattr(first_run, "check", lambda job, device: (passes, "fine"))
     monkeypatch.setattr(
         first_run, "kernels",
-        lambda out, device: out.write_text("\n".join(map(json.dumps, times("levels", split=1.2, loop=1.0)))) and 0,
+        lambda out, device: out.write_text("\n".join(map(json.dumps, times("unmodulated", split=1.2, loop=1.0)))) and 0,
     )  # fmt: skip
     monkeypatch.setattr(card, "key", lambda device: "this card")
     monkeypatch.setattr(card, "folder", lambda: tmp_path / "cache")
     first_run.run(tmp_path / "out", CPU, write=True, say=lambda _: None)
     said = (tmp_path / "out" / "gpu.md").read_text().splitlines()[-1]
     if passes:
-        assert said == f"Rules written to {tmp_path / 'cache' / 'rules.json'}: levels by loop."
+        assert said == f"Rules written to {tmp_path / 'cache' / 'rules.json'}: unmodulated by loop."
         (rule,) = card.read(rules.FILE)["this card"]
-        assert (rule["family"], rule["route"], rule["basis"]) == ("levels", "loop", "measured here")
+        assert (rule["family"], rule["route"], rule["basis"]) == ("unmodulated", "loop", "measured here")
     else:
         assert said == "No rules written: a check failed or did not run."
         assert not (tmp_path / "cache").exists()
