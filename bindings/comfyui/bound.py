@@ -26,9 +26,9 @@ class Bound(NamedTuple):
     number: int | None = None
 
     @property
-    def node(self) -> tuple[int | None, str]:
-        """Number and name of the node, as marks have them."""
-        return self.number, type(self.method).__name__
+    def node(self) -> tuple[int, str] | None:
+        """Number and name of the node, as marks have them; None of a node that joined no prompts."""
+        return None if self.number is None else (self.number, type(self.method).__name__)
 
     def acts(self, mark: Joined | None, bare: bool) -> bool:
         """Whether the method is for a call.
@@ -37,7 +37,7 @@ class Bound(NamedTuple):
             mark: of its text.
             bare: whether it is the negative prompt alone, without references.
         """
-        marked = self.number is None or (mark is not None and self.node in mark.nodes)
+        marked = self.node is None or (mark is not None and self.node in mark.nodes)
         return marked and not (self.refers and bare)
 
 

@@ -96,7 +96,7 @@ class Steering:
             ValueError: a node that joined prompts is wired by half.
         """
         marks = [Joined.of(options) for some in conds.values() for options in some or ()]
-        require_marks([b.node for b in self.bound if b.number is not None], marks)
+        require_marks([b.node for b in self.bound if b.node is not None], marks)
         return executor(model, noise_shape, conds, *args, **kwargs)
 
     def _run(self, executor: Callable, arguments: Mapping[str, Any], call: ModelCall) -> Any:
