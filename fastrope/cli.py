@@ -1,4 +1,4 @@
-"""The command line: ``fastrope doctor | demo | bench | edit | style | sweep | comfyui | ar-edit | evidence``."""
+"""The command line: ``fastrope doctor | demo | bench | draw | edit | style | sweep | comfyui | ar-edit | evidence``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ COMMANDS = {
     "doctor": Command("fastrope.doctor", "what is installed, which backend would run and why, and a self-check"),
     "demo": Command("fastrope.demo", "the methods at work on small trained models", smaller="--quick or --device cpu"),
     "bench": Command("fastrope.bench", "time the backends against other implementations", "bench", "--workload tiny"),
-    "edit": Command("fastrope.commands.edit", "edit a picture with LooseRoPE or GRAG on a diffusers pipeline"),
+    "draw": Command("fastrope.commands.draw", "draw a prompt: weights of words, regions, negative prompts, sizes"),
+    "edit": Command("fastrope.commands.edit", "edit a picture: GRAG, LooseRoPE, strength, regions and others"),
     "style": Command("fastrope.commands.style", "draw in the style of a picture (Untwisting RoPE)"),
     "sweep": Command("fastrope.commands.sweep", "a contact sheet of style over s_hf and s_lf"),
     "comfyui": Command("fastrope.commands.comfyui", "put the nodes into a ComfyUI, or into a zip"),

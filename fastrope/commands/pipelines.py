@@ -7,21 +7,23 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .. import PromptWeights
 from ..checks import require
 from ..pictures import to_picture
-from .running import TINY, Missing, given, machine
-from .words import understand
+from .running import TINY, Missing, flag, given, machine
+from .words import Tokenizer, understand
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHOWN = 256  # pixels per side that the tiny models' pictures are enlarged to
+ENLARGED = 16  # the tiny models' pictures are shown this many times as large
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,26 @@ SETTINGS = {
     "QwenImage": Settings(28, 4.0, "true_cfg_scale", " "),
     "ZImage": Settings(9, 0.0),
     "": Settings(28),
+}
+
+
+class Encoding(NamedTuple):
+    """How a family of pipelines encodes prompts.
+
+    Args:
+        gives: names, among the arguments of a call, of what ``encode_prompt`` returns first.
+        tokenizer: attribute of the pipeline, where its text begins with the prompt; else None.
+    """
+
+    gives: tuple[str, ...]
+    tokenizer: str | None = None
+
+
+WHOLE = "pooled_prompt_embeds"  # of a whole prompt; all else has tokens
+ENCODINGS = {  # by the start of the pipeline's class name
+    "Flux2": Encoding(("prompt_embeds",)),
+    "Flux": Encoding(("prompt_embeds", WHOLE), "tokenizer_2"),
+    "QwenImagePipeline": Encoding(("prompt_embeds", "prompt_embeds_mask"), "tokenizer"),
 }
 
 
@@ -98,6 +120,55 @@ class Model:
         """Arguments that carry a prompt, for ``rows`` pictures."""
         return {"prompt": prompt}
 
+    def joined(self, *prompts: tuple[str, str]) -> tuple[dict[str, object], list[slice]]:
+        """Arguments that carry several prompts as one text, and the tokens of each.
+
+        They are encoded apart. What stands for a whole prompt is that of the first.
+
+        Args:
+            prompts: pairs of the option that a prompt comes from, and the prompt.
+
+        Raises:
+            NotImplementedError: a pipeline whose prompts cannot be joined here.
+        """
+        each = [self._encoded(option, text) for option, text in prompts]
+        call = {
+            name: found if name == WHOLE else torch.cat([one[name] for one in each], dim=1)
+            for name, found in each[0].items()
+        }
+        stops = [0, *accumulate(one["prompt_embeds"].shape[1] for one in each)]
+        return {"prompt": None, **call}, [slice(*ends) for ends in pairwise(stops)]
+
+    def _encoded(self, option: str, prompt: str) -> dict[str, torch.Tensor]:
+        encoding = self._encoding()
+        alone = {"prompt_2": None} if WHOLE in encoding.gives else {}
+        with torch.no_grad():
+            found = self.pipe.encode_prompt(prompt=prompt, **alone)
+        return {name: x for name, x in zip(encoding.gives, found, strict=False) if x is not None}
+
+    def places(self, prompt: str, word: str) -> list[int]:
+        """The text tokens of a word or phrase of the prompt.
+
+        Raises:
+            ValueError: a word that the prompt does not have.
+            NotImplementedError: a pipeline whose text does not begin with the prompt.
+        """
+        return list(PromptWeights.of_words(self._tokenizer(), prompt, {word: 1.0}).weights)
+
+    def _tokenizer(self) -> Any:
+        name = self._encoding().tokenizer
+        if name is None:
+            raise NotImplementedError(f"--word: the text of {self.kind} does not begin with the prompt; use "
+                                      "fastrope.PromptWeights.of_words(..., start=) in Python")  # fmt: skip
+        return getattr(self.pipe, name)
+
+    def _encoding(self) -> Encoding:
+        found = next((found for start, found in ENCODINGS.items() if self.kind.startswith(start)), None)
+        if found is None:
+            raise NotImplementedError(f"--model: prompts of {self.kind} cannot be encoded apart here; FLUX.1, FLUX.1 "
+                                      "Kontext, FLUX.2 and Qwen-Image can, others in Python")  # fmt: skip
+        return found
+
     def editing(self, images: Sequence[Image]) -> dict[str, object]:
         """Arguments for pictures to edit: the first is the one whose proportions the result has."""
         call = {"image": images[0] if len(images) == 1 else list(images)}
@@ -110,6 +181,10 @@ class Model:
         from ..bindings.diffusers.trajectories import picture_size
 
         return picture_size(self.pipe, pictures, height, width)
+
+    def canvas(self, height: int | None, width: int | None) -> dict[str, int]:
+        """Arguments for the size of a drawing, in pixels; None leaves it to the pipeline."""
+        return {name: n for name, n in (("height", height), ("width", width)) if n is not None}
 
     def draw(self, call: dict[str, object], seed: int, label: str | None = None) -> Image:
         """One picture, under a progress bar if ``label`` names it."""
@@ -150,12 +225,22 @@ class Trained(Model):
     def _defaults(self) -> Settings:
         return Settings(16)
 
+    @property
+    def _editing(self) -> bool:
+        return "Kontext" in self.kind
+
     def text(self, option: str, prompt: str, rows: int = 1) -> dict[str, object]:
         from .. import lab
 
-        words = lab.prompt(**understand(option, prompt, editing="Kontext" in self.kind))
+        words = lab.prompt(**understand(option, prompt, editing=self._editing))
         where = {"device": self.pipe.transformer.device, "dtype": self.pipe.transformer.dtype}
         return {name: x.expand(rows, *x.shape[1:]).to(**where) for name, x in words.items()}
+
+    def _encoded(self, option: str, prompt: str) -> dict[str, torch.Tensor]:
+        return self.text(option, prompt)
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self._editing)
 
     def editing(self, images: Sequence[Image]) -> dict[str, object]:
         from ..lab import CALL
@@ -172,25 +257,37 @@ class Trained(Model):
             require(wanted in (None, size), name, f"{size} with --model tiny", wanted)
         return sizes
 
+    def canvas(self, height: int | None, width: int | None) -> dict[str, int]:
+        from ..lab import CALL
+
+        chosen = {"height": height or CALL["height"], "width": width or CALL["width"]}
+        for name, n in chosen.items():
+            require(n % 2 == 0, flag(name), "an even number with --model tiny", n)
+        return chosen
+
     def finished(self, pixels: np.ndarray) -> Image:
         from PIL import Image
 
-        return super().finished(pixels).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
+        made = super().finished(pixels)
+        return made.resize((made.width * ENLARGED, made.height * ENLARGED), Image.Resampling.NEAREST)
 
 
-def load(options: argparse.Namespace, editor: str | None = None, qwen_steps: int = 28) -> Model:
+def load(
+    options: argparse.Namespace, editor: str | None = None, qwen_steps: int = 28, taken: Sequence[str] = ()
+) -> Model:
     """The model of the command line: the name of a published one, a folder, or ``tiny``.
 
     Args:
         editor: the option that needs a model which reads pictures, if any.
         qwen_steps: see :class:`Model`.
+        taken: options of a run that are not for the pipeline, but for a method.
 
     Raises:
         Missing: no such model, or no connection and nothing in the cache.
         ValueError: a model that does not fit the options.
     """
     device, dtype = machine(options)
-    chosen = given(options, "steps", "guidance", "negative_prompt")
+    chosen = given(options, *(name for name in ("steps", "guidance", "negative_prompt") if name not in taken))
     if options.model == TINY:
         from ..lab import pipeline
 

@@ -48,7 +48,7 @@ def test_grag_is_that_of_the_library(capsys):
     assert np.abs(pixels("made/a.png") - expected).max() <= 1
     assert differ("made/a.png", "made/a-plain.png")
     kept = record("made/a.json")
-    assert kept["dials"] == {"bias": 0.9, "delta": 1.4}
+    assert kept["dials"] == {"bias": 0.9, "delta": 1.4, "value_bias": 1.0, "value_delta": 1.0}
     assert (kept["method"], kept["model"], kept["steps"], kept["seed"]) == ("grag", "tiny", 3, 5)
     assert (kept["image"], kept["layers"], kept["prompt"]) == (["photo.png"], [1, 3], "make it a 7")
     assert (kept["pipeline"], kept["device"], kept["dtype"]) == ("FluxKontextPipeline", "cpu", "float32")

@@ -1,5 +1,6 @@
-"""docs/grag.md, docs/looserope.md and docs/strength.md run as they stand: published names lead to tiny random models,
-and commands with ``--model tiny`` are carried out, the others parsed."""
+"""docs/grag.md, docs/looserope.md and docs/strength.md run as they stand: published names lead to tiny random models.
+Their commands, and those of docs/nag.md and docs/positions.md, are carried out with ``--model tiny``, the others
+parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import torch
 from pages import carry_out, commands_of, page, snippets
 
 import fastrope as fr
-from fastrope.commands import edit
+from fastrope.commands import draw, edit
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -159,14 +160,14 @@ def test_the_table_of_looserope_is_the_codes():
         assert [float(c) for c in cells.split("|")] == pytest.approx(factors.tolist(), abs=5.1e-5)
 
 
-COMMANDS = commands_of("grag.md", "looserope.md")
+COMMANDS = commands_of("grag.md", "looserope.md", "strength.md", "nag.md", "positions.md")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, tmp_path, monkeypatch, capsys):
-    carry_out(command, {"edit": edit}, 4, tmp_path, monkeypatch, capsys)
+    carry_out(command, {"draw": draw, "edit": edit}, 4, tmp_path, monkeypatch, capsys)
 
 
 def test_commands_are_found():
-    assert sum("--model tiny" in command for command in COMMANDS) == 2
-    assert len(COMMANDS) == 6
+    assert sum("--model tiny" in command for command in COMMANDS) == 8
+    assert len(COMMANDS) == 20
