@@ -83,10 +83,15 @@ class Statistics(NamedTuple):
         """Over the tokens of ``x (B, S, H, D)``: population variance, ``std = sqrt(var + 1e-6)``."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
+        return cls.from_moments(mean, var)
+
+    @classmethod
+    def from_moments(cls, mean: torch.Tensor, var: torch.Tensor) -> Statistics:
+        """Of means and population variances."""
         return cls(mean, (var + EPS).sqrt())
 
 
-def adain(x: torch.Tensor, reference: Statistics, strength: float) -> torch.Tensor:
+def adain(x: torch.Tensor, reference: Statistics, strength: float, own: Statistics | None = None) -> torch.Tensor:
     """``x <- (1 - a) x + a ((x - mean) / std * std_r + mean_r)``, statistics per head and channel over tokens
     (StyleAligned, arXiv 2312.02133).
 
@@ -94,11 +99,12 @@ def adain(x: torch.Tensor, reference: Statistics, strength: float) -> torch.Tens
         x: ``(B, S, H, D)``, queries or keys after QK norm, before rotation.
         reference: ``mean_r`` and ``std_r``.
         strength: a, 0..1.
+        own: ``mean`` and ``std``, if ``x`` has some of the tokens only; None: those of ``x``.
 
     Returns:
         ``(B, S, H, D)`` in the dtype of ``x``; computed in float32 (float64 for float64).
     """
-    mean, std = Statistics.of(x)
+    mean, std = Statistics.of(x) if own is None else own
     ratio = reference.std / std
     return torch.addcmul(strength * (reference.mean - mean * ratio), x, 1 + strength * (ratio - 1)).to(x.dtype)
 

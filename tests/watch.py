@@ -1,9 +1,11 @@
-"""A dispatch mode that notes what a call reads on the host, and the largest tensor that comes to be."""
+"""Dispatch modes that note what a call reads on the host, the largest tensor that comes to be, and how much lives."""
 
 from __future__ import annotations
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Watch(TorchDispatchMode):
@@ -38,4 +40,24 @@ class Watch(TorchDispatchMode):
                 size = x.untyped_storage().nbytes()
                 if size > self.largest:
                     self.largest, self.where = size, f"{name} {tuple(x.shape)} {x.dtype}"
+        return found
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that a call makes and holds at one time; ``peak`` is the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        found = function(*args, **(kwargs or {}))
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                storage = x.untyped_storage()
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return found

@@ -25,12 +25,13 @@ from ..image.layers import SharedWork
 from ..image.requests import LayerRequest
 from ..image.work import LayerWork, Work
 from ..image.works import Works
+from .agreement import agreeing, digest_of, require_alike
 from .checkpoints import follow
 from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoint, within_checkpoint
 from .hosts import Host
 from .identified import Identified, Sequences
 from .layer_op import Layer
-from .parallel import Split, agreeing, context_parallel, digest_of, require_alike
+from .parallel import Split, context_parallel
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
 

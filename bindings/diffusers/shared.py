@@ -203,6 +203,6 @@ class SharedAttention:
             ahead = Prefetch([snapshot.layers[n] for n in order], device)
             rotation = Rotation(snapshot.angles, target.rope.pairing)
             for position, n in enumerate(order):
-                works[n] = CachedWork(cast(SharedWork, works[n]), ahead, position, rotation)
+                works[n] = CachedWork(cast(SharedWork, works[n]), ahead, position, rotation, len(snapshot.grids))
         self._state.works.forget()
         return Prepared(Forward(tuple(map(LayerState, works))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from fastrope.device import on_device
 from fastrope.guidance import Guidance, normalised_guidance
 from fastrope.modulations import Modulation
 
+from .part import Part, joined, replaced
 from .rotation import Rotation
 from .sequence import JointSequence
 from .subset import subset_of
@@ -47,14 +47,13 @@ class GuidedKeys:
         angles = rope.angles.clone()
         angles[..., negative, :] = rope.angles[..., : stop - start, :]
         self._moves = not torch.equal(angles, rope.angles)
-        self._move = Rotation((angles - rope.angles)[..., negative, :], rope.pairing)
+        self._move = Rotation(angles - rope.angles, rope.pairing)
         self._rope = replace(rope, angles=angles)
         self._mask = sequence.key_mask
         self._gain = [] if gain is None else [fr.BandWeight(gain.square())]
-        self._modulations = tuple(
-            [with_tensors(m, torch.clone) for m in subset_of(modulations, slice(None), part, len(tokens))]
-            for part in self.parts
-        )
+        self._modulations = tuple(with_tensors(m, torch.clone) for m in modulations)
+        for keys in self.parts:
+            subset_of(modulations, slice(None), keys, len(tokens))  # refused now, not in a layer
         self._plans: dict[tuple, fr.Plan] = {}
 
     @property
@@ -62,29 +61,36 @@ class GuidedKeys:
         """The plans built so far."""
         return list(self._plans.values())
 
-    def moved(self, x: Tensor) -> Tensor:
+    def moved(self, x: Tensor, part: Part | None) -> Tensor:
         """Queries or keys ``(B, S, H, D)`` that the host has rotated, with the negative prompt at its own positions."""
         if not self._moves:
             return x
-        start, stop = self.parts[2].start, self.parts[2].stop
-        return torch.cat([x[:, :start], self._move.do(x[:, start:stop]), x[:, stop:]], dim=1)
+        places, tokens = (self.parts[2],) * 2 if part is None else part.within(self.parts[2], x.device)
+        return joined(replaced(x, places, self._move.do(x[:, places], tokens)))
 
-    def attend(self, n: int, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, n: int, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str, part: Part | None
+    ) -> tuple[Tensor, Tensor]:
         """``out (B, S, H, D)`` and ``lse (B, S, H, 1)`` over the keys of part ``n``."""
-        part, key = self.parts[n], (n, applied, q.device)
+        key = n, applied, q.device, part and part.name
         if key not in self._plans:
-            self._plans[key] = self._plan(n, applied, q.device)
-        out, lse = fr.attention(q, k[:, part], v[:, part], plan=self._plans[key], backend=backend, return_lse=True)
+            self._plans[key] = self._plan(n, applied, q.device, part)
+        places = self.parts[n] if part is None else part.within(self.parts[n], k.device, gathered=True)[0]
+        out, lse = fr.attention(q, k[:, places], v[:, places], plan=self._plans[key], backend=backend, return_lse=True)
         return out, lse.transpose(1, 2)[..., None]
 
-    def _plan(self, n: int, applied: bool, device: torch.device) -> fr.Plan:
-        part, modulations = self.parts[n], self._modulations[n] + ([] if applied else self._gain)
-        angles, axis = on_device(self._rope.angles, device), self._rope.axis.to(device)
-        rope, key_rope = (fr.RoPE(x, axis, self._rope.pairing, applied) for x in (angles, angles[..., part, :]))
+    def _plan(self, n: int, applied: bool, device: torch.device, part: Part | None) -> fr.Plan:
+        queries, keys = slice(None), self.parts[n]
+        if part is not None:
+            queries, keys = part.queries, part.within(keys, torch.device("cpu"), gathered=True)[1]
+        modulations = subset_of(self._modulations, queries, keys, self._rope.tokens) + ([] if applied else self._gain)
+        angles, axis = self._rope.angles, self._rope.axis.to(device)
+        rope, key_rope = (fr.RoPE(on_device(angles[..., tokens, :], device), axis, self._rope.pairing, applied)
+                          for tokens in (queries, keys))  # fmt: skip
         return fr.plan(
             rope=rope, key_rope=key_rope,
             modulations=[with_tensors(m, lambda x: on_device(x, device)) for m in modulations],
-            key_mask=None if self._mask is None else self._mask[:, part].to(device),
+            key_mask=None if self._mask is None else self._mask[:, keys].to(device),
         )  # fmt: skip
 
 
@@ -108,18 +114,20 @@ class GuidedWork:
         v: Tensor,
         applied: bool,
         backend: str = "auto",
-        total: Callable[[Tensor], Tensor] = lambda x: x,
+        part: Part | None = None,
     ) -> Tensor:
-        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not; ``total`` as in
-        :func:`fastrope.guidance.normalised_guidance`.
-        """
+        """See :meth:`.work.LayerWork.attend`."""
         if applied:
-            q, k = self.keys.moved(q), self.keys.moved(k)
-        image, prompt, negative = (self.keys.attend(n, q, k, v, applied, backend) for n in range(3))
+            q, k = self.keys.moved(q, part), self.keys.moved(k, part)
+        guidance, places, total = self.guidance, [self.guidance.negative, self.keys.parts[0]], lambda x: x
+        if part is not None:
+            k, v = part.gather(k, v)
+            places, total = [part.within(span, q.device)[0] for span in places], part.total
+        image, prompt, negative = (self.keys.attend(n, q, k, v, applied, backend, part) for n in range(3))
         under, against = _merged(image, prompt), _merged(image, negative)
-        guidance, seen = self.guidance, self.keys.parts[0]
+        opposed, seen = places
         out = under.clone()
-        out[:, guidance.negative] = against[:, guidance.negative]
+        out[:, opposed] = against[:, opposed]
         if guidance.scale != 1:
             numbers = guidance.scale, guidance.tau, guidance.alpha
             out[:, seen] = normalised_guidance(under[:, seen], against[:, seen], *numbers, total)

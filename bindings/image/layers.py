@@ -7,7 +7,7 @@ two ways. Either the reference's rows are in the same batch (:class:`BatchedWork
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.sharing import SHARED, SharedKeys, Snapshot, Statistics, adain
 
+from .part import Part, Places, joined, replaced
 from .prefetch import Prefetch
 from .requests import LayerRequest
 from .rotation import Rotation
@@ -53,37 +54,46 @@ class SharedWork:
         return self._normalising is not None and self._normalising.reference == SHARED
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto", shared: SharedKeys | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        applied: bool,
+        backend: str = "auto",
+        part: Part | None = None,
+        shared: SharedKeys | None = None,
     ) -> Tensor:
-        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not.
+        """See :meth:`.work.LayerWork.attend`.
 
         Args:
-            shared: the reference's keys, on the same device and rotated alike; None if none are shared.
+            shared: the reference's keys, of all its tokens, on the same device and rotated alike; None if none are
+                shared.
         """
         keys, values = [k], [v]
         if self._normalising is not None:
-            q, keys = self._normalised(q, k, applied, shared)
+            q, keys = self._normalised(q, k, applied, shared, part)
+        if part is not None:
+            keys, values = ([x] for x in part.gather(joined(keys), v))
         if self.request.shares:
             keys.append(shared.k.expand(len(k), -1, -1, -1))
             values.append(shared.v.expand(len(v), -1, -1, -1))
-        k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (keys, values))
-        return self.targets.attend(q, k, v, applied, backend)
+        return self.targets.of(part).attend(q, joined(keys), joined(values), applied, backend)
 
     def _normalised(
-        self, q: Tensor, k: Tensor, applied: bool, shared: SharedKeys | None
+        self, q: Tensor, k: Tensor, applied: bool, shared: SharedKeys | None, part: Part | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries, and the parts of the keys, after AdaIN of the target's image tokens."""
-        span, rotation, found = self.tokens.target, self.targets.rotation, []
+        rotation, found = self.targets.rotation, []
         for x, statistics in ((q, shared and shared.queries), (k, shared and shared.keys)):
             if not self.needs_statistics:
                 reference = self.tokens.reference(int(self._normalising.reference))
-                inner = x[:, reference]
-                statistics = Statistics.of(rotation.undo(inner, reference) if applied else inner)
-            inner = rotation.undo(x[:, span], span) if applied else x[:, span]
-            inner = adain(inner, cast(Statistics, statistics), self._normalising.adain)
-            inner = rotation.do(inner, span) if applied else inner
-            found.append([x[:, : span.start], inner, x[:, span.stop :]])
-        return torch.cat(found[0], dim=1), found[1]
+                statistics = _statistics(x, reference, rotation, applied, part)
+            inner, places, tokens = _inner(x, self.tokens.target, rotation, applied, part)
+            own = None if part is None else part.statistics(inner, self.tokens.target)
+            inner = adain(inner, cast(Statistics, statistics), self._normalising.adain, own)
+            inner = rotation.do(inner, tokens) if applied else inner
+            found.append(replaced(x, places, inner))
+        return joined(found[0]), found[1]
 
 
 class ReferenceWork(Work):
@@ -93,21 +103,28 @@ class ReferenceWork(Work):
         super().__init__(sequence, rope, ())
         self._span = sequence.layout().target
 
-    def share(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, statistics: bool) -> SharedKeys:
+    def share(
+        self,
+        k: Tensor,
+        v: Tensor,
+        applied: bool,
+        statistics: Sequence,
+        part: Part | None = None,
+        gathered: bool = False,
+    ) -> SharedKeys:
         """The image tokens of all rows as one run of keys.
 
         Args:
-            q, k, v: ``(R, S, heads, D)`` of the reference, rotated already (``applied``) or not.
-            statistics: also take the statistics of queries and keys, unrotated, over the tokens of all rows.
+            k, v: ``(R, S, heads, D)`` of the reference, rotated already (``applied``) or not.
+            statistics: of queries and keys.
+            part, gathered: the tokens are those of a part, or all of them in the order of gathered ones.
         """
-        found = [self._statistics(x, applied) for x in (q, k)] if statistics else [None, None]
-        k, v = (x[:, self._span].flatten(0, 1)[None] for x in (k, v))
-        return SharedKeys(k, v, applied, *found)
+        places = self._span if part is None else part.within(self._span, k.device, gathered)[0]
+        return SharedKeys(*(x[:, places].flatten(0, 1)[None] for x in (k, v)), applied, *statistics)
 
-    def _statistics(self, x: Tensor, applied: bool) -> Statistics:
-        inner = x[:, self._span]
-        inner = self.rotation.undo(inner, self._span) if applied else inner
-        return Statistics.of(inner.flatten(0, 1)[None])
+    def statistics(self, q: Tensor, k: Tensor, applied: bool, part: Part | None = None) -> list[Statistics]:
+        """Of queries and keys ``(R, S, heads, D)``, unrotated, over the image tokens of all rows."""
+        return [_statistics(x, self._span, self.rotation, applied, part, rows=True) for x in (q, k)]
 
 
 @dataclass(eq=False)
@@ -121,15 +138,20 @@ class BatchedWork:
     def __post_init__(self) -> None:
         self.masked = self.targets.masked
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """See :meth:`.work.Work.attend`."""
-        rows = slice(-self.rows), slice(-self.rows, None)
-        targets, reference = ((q[some], k[some], v[some]) for some in rows)
-        theirs = self.reference.attend(*reference, applied, backend)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto", part: Part | None = None
+    ) -> Tensor:
+        """See :meth:`.work.LayerWork.attend`."""
+        targets, (q, k, v) = ((q[some], k[some], v[some]) for some in (slice(-self.rows), slice(-self.rows, None)))
+        needed = self.targets.request.shares and self.targets.needs_statistics
+        statistics = self.reference.statistics(q, k, applied, part) if needed else (None, None)
+        if part is not None:
+            k, v = part.gather(k, v)
+        theirs = self.reference.of(part).attend(q, k, v, applied, backend)
         shared = None
         if self.targets.request.shares:
-            shared = self.reference.share(*reference, applied, self.targets.needs_statistics)
-        return torch.cat([self.targets.attend(*targets, applied, backend, shared), theirs])
+            shared = self.reference.share(k, v, applied, statistics, part, gathered=True)
+        return torch.cat([self.targets.attend(*targets, applied, backend, part, shared), theirs])
 
 
 @dataclass(eq=False)
@@ -138,26 +160,34 @@ class CachedWork:
 
     Args:
         targets: the attention.
-        cached: the keys of all layers that share, in this step.
+        cached: the keys of all layers that share, in this step: of all tokens, or those of this process.
         position: the position of this layer among them.
-        rotation: of the cached keys.
+        rotation: of the reference's keys.
+        rows: reference pictures.
     """
 
     targets: SharedWork
     cached: Prefetch
     position: int
     rotation: Rotation
+    rows: int = 1
 
     def __post_init__(self) -> None:
         self.masked = self.targets.masked
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """See :meth:`.work.Work.attend`."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto", part: Part | None = None
+    ) -> Tensor:
+        """See :meth:`.work.LayerWork.attend`."""
         shared = self.cached.take(self.position).map(lambda x: x.to(k.device, non_blocking=True))
+        if part is not None:
+            lengths = part.lengths(self.rotation.tokens // self.rows)
+            k_v = part.gather(*(x[0].unflatten(0, (self.rows, -1)) for x in (shared.k, shared.v)), lengths)
+            shared = shared._replace(**{n: x.flatten(0, 1)[None] for n, x in zip("kv", k_v, strict=True)})
         if shared.applied != applied:
             turned = self.rotation.do(shared.k) if applied else self.rotation.undo(shared.k)
             shared = shared._replace(k=turned, applied=applied)
-        return self.targets.attend(q, k, v, applied, backend, shared)
+        return self.targets.attend(q, k, v, applied, backend, part, shared)
 
 
 @dataclass(eq=False)
@@ -178,8 +208,27 @@ class Recorder:
     def __post_init__(self) -> None:
         self.masked = self.reference.masked
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """See :meth:`.work.Work.attend`."""
-        shared = self.reference.share(q, k, v, applied, statistics=True)
-        self.snapshot.layers[self.layer] = shared.map(self.store)
-        return self.reference.attend(q, k, v, applied, backend)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto", part: Part | None = None
+    ) -> Tensor:
+        """See :meth:`.work.LayerWork.attend`."""
+        statistics = self.reference.statistics(q, k, applied, part)
+        self.snapshot.layers[self.layer] = self.reference.share(k, v, applied, statistics, part).map(self.store)
+        return self.reference.attend(q, k, v, applied, backend, part)
+
+
+def _inner(
+    x: Tensor, span: slice, rotation: Rotation, applied: bool, part: Part | None
+) -> tuple[Tensor, Places, Places]:
+    """Unrotated tokens of a span that are here, their places in ``x``, and which tokens they are."""
+    places, tokens = (span, span) if part is None else part.within(span, x.device)
+    return rotation.undo(x[:, places], tokens) if applied else x[:, places], places, tokens
+
+
+def _statistics(
+    x: Tensor, span: slice, rotation: Rotation, applied: bool, part: Part | None, rows: bool = False
+) -> Statistics:
+    """Over the unrotated tokens of a span, of each row or of all ``rows`` together."""
+    inner, *_ = _inner(x, span, rotation, applied, part)
+    inner = inner.flatten(0, 1)[None] if rows else inner
+    return Statistics.of(inner) if part is None else part.statistics(inner, span)

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastrope.device import on_device
 from fastrope.rope import rotate
 
+from .part import Places
+
 
 class Rotation:
     """The angles of some tokens. They move once to the device of the tensors that they rotate.
@@ -21,14 +23,19 @@ class Rotation:
         self._angles = angles
         self._pairing = pairing
 
-    def do(self, x: Tensor, span: slice = slice(None)) -> Tensor:
-        """Rotate ``x (B, tokens of the span, H, D)``."""
-        return rotate(x, self._of(span, x.device), self._pairing)
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self._angles.shape[-2]
 
-    def undo(self, x: Tensor, span: slice = slice(None)) -> Tensor:
-        """Undo the rotation of ``x (B, tokens of the span, H, D)``."""
-        return rotate(x, -self._of(span, x.device), self._pairing)
+    def do(self, x: Tensor, tokens: Places = slice(None)) -> Tensor:
+        """Rotate ``x (B, tokens, H, D)``; an index of tokens is on the device of ``x``."""
+        return rotate(x, self._of(tokens, x.device), self._pairing)
 
-    def _of(self, span: slice, device: torch.device) -> Tensor:
+    def undo(self, x: Tensor, tokens: Places = slice(None)) -> Tensor:
+        """Undo the rotation of ``x (B, tokens, H, D)``."""
+        return rotate(x, -self._of(tokens, x.device), self._pairing)
+
+    def _of(self, tokens: Places, device: torch.device) -> Tensor:
         self._angles = angles = on_device(self._angles, device)  # another thread may replace the attribute
-        return angles[..., span, :]
+        return angles[..., tokens, :]

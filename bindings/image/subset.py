@@ -10,7 +10,8 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.modulations import Modulation
 
-Places = slice | Tensor  # of tokens: a slice, or (n,) int64 indices on the CPU
+from .part import Places
+
 PER_QUERY: dict[type, str] = {fr.QueryScale: "scale", fr.LogitGain: "gain", fr.LogitBias: "bias"}
 
 
@@ -18,7 +19,7 @@ def subset_of(modulations: tuple, queries: Places, keys: Places, length: int) ->
     """What modulations over a sequence of ``length`` tokens say of some of its queries and keys.
 
     Args:
-        queries, keys: the places of those that are left, in the order of the new call.
+        queries, keys: the places of those that are left, in the order of the new call; indices on the CPU.
 
     Raises:
         NotImplementedError: a BiasDelta group of which some keys are left and some are not: its mean would change.

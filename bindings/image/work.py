@@ -15,6 +15,7 @@ import fastrope as fr
 from fastrope.device import on_device
 from fastrope.joint import fused_joint_attention
 
+from .part import Part
 from .rotation import Rotation
 from .sequence import JointSequence
 from .subset import subset_of
@@ -37,8 +38,11 @@ class LayerWork(Protocol):
 
     masked: bool  # True if the host's mask is part of the work
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
-        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto", part: Part | None = None
+    ) -> Tensor:
+        """Attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not: of the whole sequence, or of the
+        tokens that a part has."""
         ...
 
 
@@ -94,8 +98,12 @@ class Work:
         """True unless everything is neutral. Rescaled positions alone need no modulated layer."""
         return self._plan("seen", applied or bool(self._gain), device).resolved.modulations > 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto") -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, applied: bool, backend: str = "auto", part: Part | None = None
+    ) -> Tensor:
         """Modulated attention of ``q, k, v (B, S, H, D)``, rotated already (``applied``) or not."""
+        if part is not None:
+            return self.of(part).attend(q, *part.gather(k, v), applied, backend)
         if "raised" not in self._masks:
             return fr.attention(q, k, v, plan=self._plan("seen", applied, q.device), backend=backend)
         # Keys with the bonus and keys without it run apart, and their log-sum-exps merge them: the bonus comes after
@@ -120,30 +128,31 @@ class Work:
         plan = self._plan("seen", False, streams[0].q.device)
         return fused_joint_attention(streams, plan, backend)
 
-    def subset(self, name: Any, queries: Tensor, keys: Tensor) -> Work:
-        """The same for some of the queries and keys, in another order if need be.
-
-        Args:
-            name: of the choice, hashable; what was made for it is used again.
-            queries, keys: ``(n,)`` int64 on the CPU.
+    def of(self, part: Part | None) -> Work:
+        """The same for the queries of a part and all keys, in the order of gathered ones; further keys stay the last.
 
         Raises:
             NotImplementedError: a mask that the host adds to the logits, where queries and keys differ.
         """
-        if name not in self._subsets:
-            sequence, rope, length = self._sequence, self._rope, self._rope.tokens
-            same = torch.equal(queries, keys)
-            if sequence.bonus is not None and not same:
+        if part is None:
+            return self
+        if part.name not in self._subsets:
+            sequence, rope, key_rope = self._sequence, self._rope, self.key_rope or self._rope
+            queries, own = part.queries, torch.equal(part.queries, part.keys)
+            keys = torch.cat([part.keys, torch.arange(rope.tokens, key_rope.tokens, device="cpu")])
+            if sequence.bonus is not None and not own:
                 raise NotImplementedError("attention_mask: expected bool where queries and keys are split apart, "
                                           "received floating point; pass prompt_attention_mask.bool()")  # fmt: skip
             masks = {n: m if m is None else m[:, keys] for n, m in
                      (("key_mask", sequence.key_mask), ("bonus", sequence.bonus))}  # fmt: skip
-            mine, theirs = (replace(rope, angles=rope.angles[..., places, :]) for places in (queries, keys))
-            self._subsets[name] = Work(
-                replace(sequence, **masks), mine, tuple(subset_of(self._modulations, queries, keys, length)),
-                None if same else theirs, self._known_subsets.get(name), self._gain_of_keys,
+            mine, theirs = (replace(of, angles=of.angles[..., places, :])
+                            for of, places in ((rope, queries), (key_rope, keys)))  # fmt: skip
+            modulations = tuple(subset_of(self._modulations, queries, keys, key_rope.tokens))
+            self._subsets[part.name] = Work(
+                replace(sequence, **masks), mine, modulations, None if own and len(keys) == len(queries) else theirs,
+                self._known_subsets.get(part.name), self._gain_of_keys,
             )  # fmt: skip
-        return self._subsets[name]
+        return self._subsets[part.name]
 
     def _plan(self, keys: str, applied: bool, device: torch.device) -> fr.Plan:
         key = keys, applied, device

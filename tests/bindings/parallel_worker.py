@@ -1,164 +1,200 @@
-"""One process of four: hosts under diffusers' context parallelism on gloo, against the same model in one process.
+"""Hosts under diffusers' context parallelism in four processes on gloo, against the same model in one process.
 
-Run as ``parallel_worker.py RANK STORE OUT``; writes what it found as JSON.
+Run as ``parallel_worker.py STORE OUT``; every process writes what it found as JSON. They are forks, because imports
+take longer than what they do.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
-import diffusers
+import peft
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from diffusers_hosts import TINY_HOSTS, grag_like, loose_like, run
+from parallel_group import CASES, UNSHARDED, WORLD, Sent, enable, formula, split_of
+from tiny_transformers import DIM, HEADS
 from untwisting_calls import DIALS, STEP, STEPS, call_of, source_of
+from watch import Live
 
 import fastrope as fr
 from fastrope.bindings.diffusers import parallel
+from fastrope.bindings.image.sequence import JointSequence
+from fastrope.bindings.image.work import Work
 
-WORLD = 4
-ALL_GATHER = dist.all_gather
 EVEN = {"kontext": fr.TokenLayout(8, (4, 3), [(2, 4)]), "flux2": fr.TokenLayout(4, (4, 4), [(2, 2), (2, 4)]),
         "qwen-edit-plus": fr.TokenLayout(8, (4, 4), [(2, 2), (2, 4)])}  # fmt: skip
-CASES = {
-    "ulysses": dict(ulysses_degree=2), "ring": dict(ring_degree=2), "both": dict(ring_degree=2, ulysses_degree=2),
-    "ulysses, odd": dict(ulysses_degree=2, ulysses_anything=True),
-    "ring, odd": dict(ring_degree=2, ring_anything=True),
-}  # fmt: skip
-
-
-def mesh_of(ring_degree: int = 1, ulysses_degree: int = 1, **_):
-    """Of this process and those that share its sequence; where these are two, the other two do the same."""
-    copies = WORLD // (ring_degree * ulysses_degree)
-    names = ("copy", "ring", "ulysses")
-    return dist.init_device_mesh("cpu", (copies, ring_degree, ulysses_degree), mesh_dim_names=names)["ring", "ulysses"]
-
-
-def enable(model, **degrees) -> None:
-    config = diffusers.ContextParallelConfig(**degrees, mesh=mesh_of(**degrees))
-    with mock.patch("torch.accelerator.device_count", return_value=1):  # diffusers divides by it, and CPUs have none
-        model.enable_parallelism(config=config)
-
-
-class Sent:
-    """Counts the bytes that this process hands to others."""
-
-    def __init__(self):
-        self.bytes = 0
-        self._all_to_all, self._all_gather = dist.all_to_all_single, dist.all_gather
-
-    def __enter__(self):
-        def all_to_all(out, x, outs, ins, group):
-            mine = dist.get_rank(group)
-            self.bytes += (sum(ins) - ins[mine]) * x[0].numel() * x.element_size()
-            return self._all_to_all(out, x, outs, ins, group)
-
-        def all_gather(outs, x, group):
-            self.bytes += (len(outs) - 1) * x.nbytes
-            return self._all_gather(outs, x, group)
-
-        self._patches = [mock.patch.object(parallel.dist, "all_to_all_single", all_to_all),
-                         mock.patch.object(parallel.dist, "all_gather", all_gather)]  # fmt: skip
-        for patch in self._patches:
-            patch.start()
-        return self
-
-    def __exit__(self, *_):
-        for patch in self._patches:
-            patch.stop()
-
-
-def unshard(x: torch.Tensor, dim: int, mesh) -> torch.Tensor:
-    """What diffusers' own gathers parts of different lengths for; gloo takes parts of one length."""
-    group = mesh.get_group()
-    lengths = [None] * dist.get_world_size(group)
-    dist.all_gather_object(lengths, x.shape[dim], group)
-    padded = torch.cat([x, x.new_zeros([max(lengths) - n if d == dim else n for d, n in enumerate(x.shape)])], dim)
-    parts = [torch.empty_like(padded) for _ in lengths]
-    ALL_GATHER(parts, padded, group)
-    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim)
 
 
 def gap(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out - expected).abs().max() / expected.abs().max())
 
 
+# ---- hosts and modulations ------------------------------------------------------------------------------------------
+
+
+def buckets(layout: fr.TokenLayout) -> list:
+    """Two scales that queries share."""
+    scale = torch.ones(len(layout))
+    scale[layout.target] = 0.5
+    scale[layout.target.start + 2 : layout.target.start + 7] = 0.3
+    return [fr.QueryScale(scale, keys=layout.reference(0), axes=(1, 2))]
+
+
+def biases(layout: fr.TokenLayout) -> list:
+    """All that adds to logits or weighs values: regions with text, references and a soft edge; strengths of references
+    and words."""
+    left = torch.tensor([[1.0, 0.4, 0.0]])
+    last = len(layout.reference_grids) - 1
+    regions = [fr.Region(left, slice(0, 2), [0]), fr.Region(1 - left, slice(2, 4), [last] if last else ())]
+    return [fr.Regions(regions, local=True), fr.ReferenceStrength(0.4), fr.PromptWeights({0: 3.0, 3: 0.2}),
+            fr.PromptWeights({1: -1.0}, on="values")]  # fmt: skip
+
+
+METHODS = {
+    "groups and scales": lambda layout: grag_like(layout) + loose_like(layout),
+    "buckets": buckets,
+    "biases": biases,
+}
+
+
+def calls_of(name: str, layout: fr.TokenLayout) -> list[tuple[fr.TokenLayout, dict]]:
+    """A call; of Qwen-Image with a text mask, and a second one with a longer text, as guidance has."""
+    qwen, calls = name.startswith("qwen"), []
+    for more in (0, 4) if qwen else (0,):
+        tokens = fr.TokenLayout(layout.text_tokens + more, layout.target_grid, layout.reference_grids)
+        call = TINY_HOSTS[name].call(tokens, dtype=torch.float32)
+        if qwen:
+            mask = call["encoder_hidden_states_mask"] = torch.ones(2, tokens.text_tokens, dtype=torch.bool)
+            mask[1, 3:] = False
+        calls.append((tokens, call))
+    return calls
+
+
 def hosts(found: dict) -> None:
     for name in EVEN:
-        for case, degrees in CASES.items():
+        expected: dict = {}
+        for case in CASES:
+            layout = TINY_HOSTS[name].layout if "odd" in case else EVEN[name]
             torch.manual_seed(0)
-            host = TINY_HOSTS[name]
-            layout = host.layout if "odd" in case else EVEN[name]
-            model, call = host.build(), host.call(layout, dtype=torch.float32)
-            if name.startswith("qwen"):
-                mask = torch.ones(2, layout.text_tokens, dtype=torch.bool)
-                mask[1, 3:] = False
-                call["encoder_hidden_states_mask"] = mask
-            mods = grag_like(layout) + loose_like(layout)
+            model = TINY_HOSTS[name].build()
+            calls = calls_of(name, layout)
+            asked = [
+                (what, methods(tokens), tokens, call) for what, methods in METHODS.items() for tokens, call in calls
+            ]
+            for what, methods, tokens, call in asked:
+                if (what, tokens) not in expected:
+                    with fr.apply(model, *methods):
+                        expected[what, tokens] = run(model, call)
+                    differs = gap(expected[what, tokens], run(model, call))
+                    found["least that methods do"] = min(differs, found.get("least that methods do", 1.0))
             late = name == "flux2"  # parallel before, or after it is bound
-            with fr.apply(model, mods):
-                expected = run(model, call)
             if not late:
-                enable(model, **degrees)
-            with fr.apply(model, mods) as handle:
-                if late:
-                    enable(model, **degrees)
-                with Sent() as sent:
-                    out = run(model, call)
-                again = torch.equal(run(model, call), out)
-                formula = [
-                    parallel.communication(parallel.Split.of(model._parallel_config.context_parallel_config), layout,
-                                           len(out), model.config.num_attention_heads, 16, 4)
-                ]  # fmt: skip
-                layers = len(handle._state.layers)
-            checks = (len(dist.get_process_group_ranks(model._parallel_config.context_parallel_config._flattened_mesh
-                                                       .get_group())) - 1) * 32  # fmt: skip
-            expected_bytes = layers * sum(formula[0].values()) + checks
-            found[f"{name}, {case}"] = dict(
-                gap=gap(out, expected), again=again, sent=sent.bytes, formula=expected_bytes
+                enable(model, case)
+            for what, methods, tokens, call in asked:
+                with fr.apply(model, *methods) as handle:
+                    if late:
+                        enable(model, case)
+                        late = False
+                    with Sent() as sent:
+                        out = run(model, call)
+                    again = what != "buckets" or torch.equal(run(model, call), out)
+                    planned = formula(model, tokens, len(out), len(handle._state.layers))
+                found.setdefault(f"{name}, {case}", []).append(
+                    dict(what=what, gap=gap(out, expected[what, tokens]), again=again, sent=sent.bytes, formula=planned)
+                )
+
+
+# ---- what knows spans of the sequence -------------------------------------------------------------------------------
+
+
+def shared(found: dict, case: str) -> None:
+    """A reference of two pictures, in the batch or from a cache."""
+    host, text, grid = TINY_HOSTS["flux"], *((5, (3, 3)) if "odd" in case else (4, (2, 4)))
+    tokens, method = fr.TokenLayout(text, grid), fr.UntwistingRoPE(**DIALS)
+    torch.manual_seed(0)
+    model, expected = host.build(), {}
+    call, own = ({n: x.float() for n, x in call_of(host, text, 2, grid).items()} for _ in range(2))
+    source = source_of(host, own)
+    carried = {"batched": lambda: source, "kept": lambda: fr.ReferenceCache(source)}
+    for how, reference in carried.items():
+        with fr.apply(model, method, reference=reference()) as handle:
+            handle.set_step(STEP, STEPS)
+            expected[how] = run(model, call)
+    enable(model, case)
+    split = split_of(model)
+    for how, make in carried.items():
+        reference = make()
+        with fr.apply(model, method, reference=reference) as handle:
+            handle.set_step(STEP, STEPS)
+            with Sent() as sent:
+                out = run(model, call)
+            layers, size = len(handle._state.layers), tokens.target.stop - tokens.target.start
+            if how == "batched":
+                planned = formula(model, tokens, 4, layers, statistics=2 * (2 + 1))
+            else:
+                planned = (
+                    formula(model, tokens, 2, layers, statistics=2)
+                    - 32 * 0
+                    + formula(model, tokens, 2, layers, statistics=4, cached=[size] * 2)
+                )
+            result = found[f"shared reference, {how}, {case}"] = dict(
+                gap=gap(out, expected[how]), sent=sent.bytes, formula=planned
             )
+        if how == "kept":
+            held = split.part(tokens).lengths(size)[split.rank // split.ulysses] * 2 + 2  # tokens, and statistics
+            result |= dict(cache=reference.nbytes, share=layers * 2 * held * HEADS // split.ulysses * DIM * 4)
+
+
+def spans(found: dict, case: str) -> None:
+    """A reference of the sequence whose statistics the target takes; NAG; rescaled positions."""
+    host, layout = TINY_HOSTS["kontext"], TINY_HOSTS["kontext"].layout if "odd" in case else EVEN["kontext"]
+    torch.manual_seed(0)
+    model, call, expected = host.build(), host.call(layout, dtype=torch.float32), {}
+    methods = {
+        "statistics of a reference": ([fr.UntwistingRoPE(**DIALS, reference=0)], dict(statistics=8)),
+        "NAG": ([fr.NAG(scale=3.0, negative=2), *grag_like(layout)], dict(guided=True)),
+        "positions": ([fr.HighResolution("yarn", trained=(2, 3)), *grag_like(layout)], {}),
+    }
+    for what, (each, _) in methods.items():
+        with fr.apply(model, *each) as handle:
+            handle.set_step(STEP, STEPS)
+            expected[what] = run(model, call)
+    enable(model, case)
+    for what, (each, more) in methods.items():
+        with fr.apply(model, *each) as handle, Sent() as sent:
+            handle.set_step(STEP, STEPS)
+            out = run(model, call)
+            planned = formula(model, layout, 2, len(handle._state.layers), **more)
+        found[f"{what}, {case}"] = dict(gap=gap(out, expected[what]), sent=sent.bytes, formula=planned)
 
 
 def others(found: dict) -> None:
-    """What works on spans of the sequence: a shared reference, in the batch or from a cache, and NAG. The cache was
-    filled by one process; with some of the heads, the keys are others."""
-    host = TINY_HOSTS["flux"]
-    for carried in ("batched", "kept"):
-        torch.manual_seed(0)
-        model = host.build()
-        call = {n: x.float() for n, x in call_of(host, 4, 2, (2, 4)).items()}
-        source = source_of(host, {n: x.float() for n, x in call_of(host, 4, 1, (2, 4)).items()})
-        method = fr.UntwistingRoPE(**DIALS)
-        reference = source if carried == "batched" else fr.ReferenceCache(source)
-        with fr.apply(model, method, reference=reference) as handle:
-            handle.set_step(STEP, STEPS)
-            expected = run(model, call)
-        enable(model, ulysses_degree=2)
-        with fr.apply(model, method, reference=reference) as handle:
-            handle.set_step(STEP, STEPS)
-            found[f"shared reference, {carried}"] = dict(gap=gap(run(model, call), expected))
-    torch.manual_seed(0)
-    model = host.build()
-    layout = fr.TokenLayout(8, (2, 4))
-    call = host.call(layout, dtype=torch.float32)
-    with fr.apply(model, fr.NAG(scale=3.0)):
-        expected = run(model, call)
-    enable(model, ulysses_degree=2)
-    with fr.apply(model, fr.NAG(scale=3.0)):
-        found["NAG"] = dict(gap=gap(run(model, call), expected))
+    for case in CASES:
+        shared(found, case)
+        spans(found, case)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
 
 
 def layers(found: dict) -> None:
-    """Layers that are compiled, one of them without a modulation, and one whose work folds into plain attention."""
+    """Layers that are compiled, one of them without a modulation, and one whose work folds into plain attention; with a
+    LoRA. A removed handle leaves the parallel model as it was."""
     torch.manual_seed(0)
     host, layout, asked = TINY_HOSTS["kontext"], EVEN["kontext"], []
     model, call = host.build(), host.call(layout, dtype=torch.float32)
     method = fr.At(grag_like(layout), layers=[1])
+    bare = run(model, call)
+    with_lora(model)
 
     def plain(query, key, value, scale=None, **_):
         asked.append(query.shape[2])
@@ -168,13 +204,69 @@ def layers(found: dict) -> None:
 
     with fr.apply(model, method):
         expected = run(model, call)
-    enable(model, ulysses_degree=2)
-    with fr.apply(model, method, plain=plain):
-        found["a plain attention"] = dict(gap=gap(run(model, call), expected), heads=asked)
+    found["a LoRA counts"] = gap(expected, bare)
+    handle = fr.apply(model, method, plain=plain)
+    enable(model, "ulysses")
+    found["a plain attention"] = dict(gap=gap(run(model, call), expected), heads=asked)
+    handle.remove()
+    stock, processors = run(model, call), list(model.attn_processors.values())
+    configured = [processor._parallel_config is model._parallel_config for processor in processors]
     for block in model.transformer_blocks:
         block.compile(backend="eager")
-    with fr.apply(model, method):
-        found["compiled"] = dict(gap=gap(run(model, call), expected))
+    handle = fr.apply(model, method)
+    found["compiled"] = dict(gap=gap(run(model, call), expected))
+    handle.remove()
+    same = all(a is b for a, b in zip(model.attn_processors.values(), processors, strict=True))
+    found["removed"] = dict(configured=all(configured), same=same, equal=torch.equal(run(model, call), stock))
+
+
+def with_lora(model) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    model.add_adapter(config)
+
+
+def grouped(found: dict) -> None:
+    """Fewer heads of keys and values than of queries; heads that do not divide."""
+    layout = fr.TokenLayout(3, (2, 3), [(1, 2)])
+    found["grouped heads"] = {}
+    for case in CASES:
+        torch.manual_seed(0)
+        model = TINY_HOSTS["kontext"].build()
+        enable(model, case)
+        split = split_of(model)
+        rope = fr.RoPE.axial(layout.positions("flux"), (4, 4, 8))
+        sequence = JointSequence(layout.positions("flux"), lambda: layout)
+        work = Work(sequence, rope, tuple(grag_like(layout)))
+        q, k, v = (torch.randn(2, len(layout), heads, DIM) for heads in (4, 2, 2))
+        mine = parallel.shards_of(split.ring * split.ulysses, layout)[split.rank]
+        here = [x[:, mine] for x in (q, k, v)]
+        out = parallel.attend(work, split, layout, *here, False, "auto")
+        found["grouped heads"][case] = gap(out, work.attend(q, k, v, False)[:, mine])
+        if split.ulysses > 1:
+            try:
+                parallel.attend(work, split, layout, here[0], here[1][:, :, :1], here[2][:, :, :1], False, "auto")
+            except NotImplementedError as problem:
+                found["heads that do not divide"] = str(problem)
+
+
+def memory(found: dict) -> None:
+    """The most bytes that tensors of a call take at one time, beside weights and plans."""
+    host, layout = TINY_HOSTS["kontext"], fr.TokenLayout(16, (16, 16), [(8, 16)])
+    torch.manual_seed(0)
+    call = host.call(layout, batch=1, dtype=torch.float32)
+    for case in ("alone", "ulysses", "ring", "both"):
+        model = host.build()
+        if case != "alone":
+            enable(model, case)
+        with fr.apply(model, grag_like(layout)):
+            run(model, call)
+            with Live() as live:
+                run(model, call)
+        found[f"memory, {case}"] = live.peak
+    found["memory, all tokens"] = len(layout) * HEADS * DIM * 4
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
 class Fails:
@@ -196,7 +288,7 @@ def mistakes(found: dict, rank: int) -> None:
     model, call = host.build(), host.call(layout, dtype=torch.float32)
     with fr.apply(model, grag_like(layout)):
         expected = run(model, call)
-    enable(model, ulysses_degree=2)
+    enable(model, "ulysses")
 
     def error(methods, call=call) -> str:
         with fr.apply(model, methods):
@@ -222,14 +314,23 @@ def mistakes(found: dict, rank: int) -> None:
             found["inspect"] = str(problem)
 
 
-def lost(rank: int) -> str:
-    """What a call says when another process of the group is gone."""
+def lost(rank: int, end) -> str:
+    """What a call says when another process of the group ends inside a collective of the third layer."""
     host, layout = TINY_HOSTS["kontext"], EVEN["kontext"]
     model, call = host.build(), host.call(layout, dtype=torch.float32)
-    enable(model, **CASES["both"])
-    if rank == WORLD - 1:
-        return "this one"
-    with fr.apply(model, grag_like(layout)):
+    enable(model, "both")
+    exchanges, exchange = [], dist.all_to_all_single
+
+    def dying(*args):
+        exchanges.append(args)
+        if len(exchanges) == 5:
+            end()
+        return exchange(*args)
+
+    with (
+        fr.apply(model, grag_like(layout)),
+        mock.patch.object(dist, "all_to_all_single", dying if rank == 3 else exchange),
+    ):
         try:
             run(model, call)
         except RuntimeError as problem:
@@ -237,18 +338,41 @@ def lost(rank: int) -> str:
     return ""
 
 
-def main() -> None:
-    rank, store, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def work(rank: int, store: str, out: Path) -> None:
+    """What one process does."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD,
                             timeout=timedelta(seconds=60))  # fmt: skip
     found: dict = {}
-    with mock.patch("diffusers.hooks.context_parallel.PartitionAnythingSharder.unshard_anything", unshard):
-        for part in (hosts, others, layers, lambda found: mistakes(found, rank)):
+
+    def write(last: str) -> None:
+        found["a process that died"] = last
+        out.with_suffix(f".{rank}.json").write_text(json.dumps(found))
+
+    def end() -> None:
+        write("this one")
+        os._exit(0)
+
+    with UNSHARDED:
+        for part in (hosts, others, layers, grouped, memory, lambda found: mistakes(found, rank)):
             part(found)
-    found["a process that died"] = lost(rank)
-    out.with_suffix(f".{rank}.json").write_text(json.dumps(found))
+    write(lost(rank, end))
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # before the forks: threads of a pool would be missing in them
+    warnings.simplefilter("ignore")
+    processes = []
+    for rank in range(WORLD):
+        processes.append(os.fork())
+        if not processes[-1]:
+            try:
+                work(rank, sys.argv[1], Path(sys.argv[2]))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    for process in processes:
+        os.waitpid(process, 0)
 
 
 if __name__ == "__main__":
