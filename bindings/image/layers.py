@@ -120,7 +120,8 @@ class ReferenceWork(Work):
             part, gathered: the tokens are those of a part, or all of them in the order of gathered ones.
         """
         places = self._span if part is None else part.within(self._span, k.device, gathered)[0]
-        return SharedKeys(*(x[:, places].flatten(0, 1)[None] for x in (k, v)), applied, *statistics)
+        k, v = (x[:, places].flatten(0, 1)[None] for x in (k, v))
+        return SharedKeys(k, v, applied, statistics[0], statistics[1])
 
     def statistics(self, q: Tensor, k: Tensor, applied: bool, part: Part | None = None) -> list[Statistics]:
         """Of queries and keys ``(R, S, heads, D)``, unrotated, over the image tokens of all rows."""
@@ -182,8 +183,9 @@ class CachedWork:
         shared = self.cached.take(self.position).map(lambda x: x.to(k.device, non_blocking=True))
         if part is not None:
             lengths = part.lengths(self.rotation.tokens // self.rows)
-            k_v = part.gather(*(x[0].unflatten(0, (self.rows, -1)) for x in (shared.k, shared.v)), lengths)
-            shared = shared._replace(**{n: x.flatten(0, 1)[None] for n, x in zip("kv", k_v, strict=True)})
+            own, values = (x[0].unflatten(0, (self.rows, -1)) for x in (shared.k, shared.v))
+            keys, values = (x.flatten(0, 1)[None] for x in part.gather(own, values, lengths))
+            shared = shared._replace(k=keys, v=values)
         if shared.applied != applied:
             turned = self.rotation.do(shared.k) if applied else self.rotation.undo(shared.k)
             shared = shared._replace(k=turned, applied=applied)

@@ -81,8 +81,9 @@ class Part:
         cpu = torch.device("cpu")
         counts = [len(_within(shard, span.start, span.stop, cpu)[0]) for shard in self.shards]
         parts = [(n / sum(counts), *moments) for n, moments in zip(counts, each, strict=True) if n]
-        mean = sum(share * m for share, m, _ in parts)
-        return Statistics.from_moments(mean, sum(share * (v + (m - mean).square()) for share, m, v in parts))
+        mean = torch.stack([share * m for share, m, _ in parts]).sum(dim=0)
+        var = torch.stack([share * (v + (m - mean).square()) for share, m, v in parts]).sum(dim=0)
+        return Statistics.from_moments(mean, var)
 
 
 @lru_cache(maxsize=256)
