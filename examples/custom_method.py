@@ -6,11 +6,9 @@ python examples/custom_method.py --image photo.png --prompt "make it a winter ev
 python examples/custom_method.py --tiny
 """
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
-import tiny_models
+import common
 import torch
 
 import fastrope as fr
@@ -34,23 +32,8 @@ class Fade:
         return found
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--image", help="the picture to edit")
-parser.add_argument("--prompt", default="make it a winter evening")
-parser.add_argument("--model", default="black-forest-labs/FLUX.1-Kontext-dev")
-parser.add_argument("--tiny", action="store_true", help="a small model that comes with the package")
-parser.add_argument("--out", type=Path, default=Path("."), help="folder for the picture")
-options = parser.parse_args()
-
-if options.tiny:
-    pipe, call = tiny_models.editor()
-else:
-    from diffusers import FluxKontextPipeline
-    from diffusers.utils import load_image
-
-    pipe = FluxKontextPipeline.from_pretrained(options.model, torch_dtype=torch.bfloat16)
-    pipe.enable_model_cpu_offload()
-    call = dict(image=load_image(options.image), prompt=options.prompt, guidance_scale=2.5, num_inference_steps=28)
+options = common.options(__doc__, image="photo.png", prompt=("make it a winter evening", "make it a 3"))
+pipe, call = common.editor(options)
 
 late = fr.At(fr.GRAG(delta=1.1), layers=slice(-1, None))  # At confines a method to some layers and steps
 with fr.apply(pipe, Fade(), late):

@@ -4,35 +4,33 @@ python examples/islock.py --prompt "a red boat on the sea" --edit "a green boat 
 python examples/islock.py --tiny
 """
 
-import argparse
-from pathlib import Path
-
-import tiny_models
+import common
 import torch
 
 import fastrope as fr
+from fastrope import lab
 from fastrope.bindings import llamagen
+from fastrope.commands.words import understand
+from fastrope.lab.codes import Codebook
 from fastrope.pictures import to_picture
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--prompt", default="a photo of a red boat on the sea")
-parser.add_argument("--edit", default="a photo of a green boat on the sea")
-parser.add_argument("--model", default="peizesun/llamagen_t2i", help="with t2i_XL_stage2_512.pt and vq_ds16_t2i.pt")
-parser.add_argument("--tiny", action="store_true", help="a small model that comes with the package")
-parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
-options = parser.parse_args()
+prompts, edits = ("a red boat on the sea", "a red 3 on white"), ("a green boat on the sea", "a red 3 on yellow")
+options = common.options(__doc__, prompt=prompts, edit=edits)
 
-prompts = [options.prompt, options.edit]
 if options.tiny:
-    model, tokenizer, features, mask = tiny_models.autoregressive()
+    author = lab.load("author")
+    model, tokenizer = author.transformer, Codebook(author.codebook)
+    words = [understand("prompt", text, editing=False) for text in (options.prompt, options.edit)]
+    features = torch.cat([lab.prompt(**slots)["prompt_embeds"] for slots in words])
+    mask = torch.ones(features.shape[:2])
 else:
     from huggingface_hub import hf_hub_download
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights, vq = (hf_hub_download(options.model, name) for name in ("t2i_XL_stage2_512.pt", "vq_ds16_t2i.pt"))
+    device, name = "cuda" if torch.cuda.is_available() else "cpu", options.model or "peizesun/llamagen_t2i"
+    weights, vq = (hf_hub_download(name, file) for file in ("t2i_XL_stage2_512.pt", "vq_ds16_t2i.pt"))
     model = llamagen.LlamaGen.from_checkpoint(weights, grid=32, device=device, dtype=torch.bfloat16)
     tokenizer = llamagen.VQTokenizer.from_checkpoint(vq, device=device)
-    features, mask = llamagen.encode_prompts(prompts, device=device, dtype=torch.bfloat16)
+    features, mask = llamagen.encode_prompts([options.prompt, options.edit], device=device, dtype=torch.bfloat16)
 
 generator = torch.Generator().manual_seed(0)
 original = llamagen.generate(model, features[:1], mask=mask[:1], generator=generator)
