@@ -150,7 +150,7 @@ class Steering:
         requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
         applied = is_compiled(options) or not (family.rotates_last and positions.trusted)
         sharing = [n for n, each in enumerate(requests) if each.shares]
-        if any(hasattr(method, "guidance") for method in methods):
+        if guidance_of(methods, sites[0]) is not None:
             works = self._guided(key, positions, rescaled, requests, methods, sites)
         else:
             names = [(tuple(map(id, modulations)), sharings) for modulations, sharings in requests]

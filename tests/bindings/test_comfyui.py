@@ -56,7 +56,11 @@ def test_grag_equals_an_independent_computation():
     assert seen == [True] * 12  # a patch of others comes first, and sees the host's rotation
 
 
-@pytest.mark.parametrize("method", [fr.GRAG(1.0, 1.0), fr.GRAG(delta=2.0, steps=[7])], ids=["neutral", "inactive"])
+@pytest.mark.parametrize(
+    "method",
+    [fr.GRAG(1.0, 1.0), fr.GRAG(delta=2.0, steps=[7]), fr.At(fr.GRAG(delta=2.0), steps=[7])],
+    ids=["neutral", "inactive", "confined"],
+)
 def test_where_nothing_acts_the_bits_and_the_options_are_the_hosts(method, monkeypatch):
     opened = []
     monkeypatch.setattr(calls.ModelCall, "options", lambda self, given: opened.append(given) or given)
