@@ -84,11 +84,15 @@ def commands_of(*names: str) -> list[str]:
 
 
 def carry_out(command: str, modules: dict, steps: int, folder: Path, monkeypatch, capsys) -> None:
-    """Parse a command with the parser of its module; run it in a folder where it is of the tiny model, and see that it
-    writes what it says."""
+    """Parse a command with the parser of its module, which also checks that its options agree; run it in a folder where
+    it is of the tiny model, and see that it writes what it says."""
     program, name, *arguments = shlex.split(command)
     assert program == "fastrope"
-    if modules[name]._parser().parse_args(arguments).model != "tiny":
+    module = modules[name]
+    parser = module._parser()
+    options = parser.parse_args(arguments)
+    (getattr(module, "_check", None) or module.check_options)(parser, options)
+    if options.model != "tiny":
         return
     monkeypatch.chdir(folder)
     assert main([name, *arguments, "--steps", str(steps)]) == 0
