@@ -298,8 +298,8 @@ def prepare_queries(
 
     Returns:
         ``(B, H, variants, N, D)`` in the dtype of q, ``N`` rows (``Sq`` where queries keep their order), the row bias
-        ``(B, H, segments, N)`` float32, of segments in a group, and the residual
-        ``(B, H, variants, C, D)`` or None.
+        ``(B, H, segments, N)`` float32, of segments in a group (without a group it has the shape and no memory), and
+        the residual ``(B, H, variants, C, D)`` or None.
     """
     batch, num_queries, heads, dim = q.shape
     t = tables
@@ -307,7 +307,8 @@ def prepare_queries(
     rows = num_sorted or num_queries
     segments = t.segments.shape[0]
     out = torch.empty((batch, heads, t.num_variants, rows, dim), dtype=q.dtype, device=q.device)
-    bias = torch.empty((batch, heads, segments, rows), dtype=torch.float32, device=q.device)
+    of_rows = batch, heads, segments, rows
+    bias = torch.empty(of_rows if t.groups is not None else 1, dtype=torch.float32, device=q.device).expand(of_rows)
     left = out.new_empty((batch, heads, t.num_variants, t.num_per_query, dim)) if residual else None
     cos, sin = rotation or (None, None)
     tensors = {

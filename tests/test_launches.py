@@ -36,6 +36,7 @@ LAUNCHES = {
     "bias triton": ("pack", "queries", "attention"),
     "bias auto": ("pack", "queries", "attention"),
     "key bias auto": ("pack", "pack", "attention"),
+    "regions auto": ("pack", "queries", "attention"),
     "values auto": ("pack", "pack", "means", "pack"),
     "values triton": ("pack", "means", "pack", "pack", "attention"),
     "values joint": ("pack", "pack", "means", "pack"),
@@ -139,6 +140,14 @@ def test_a_launch_hook_sees_every_launch(folder):
     found = [row for row in rows("sm_90", folder) if row["observed"] is not None]
     assert len(found) > 5
     assert [row["case"] for row in found if row["observed"] != row["launched"]] == []
+
+
+def test_biases_take_no_more_memory_than_none(folder):
+    """Our loop, against torch's attention on rotated q and k."""
+    found = {row["case"]: row["peak"] for row in rows("sm_90", folder) if row["peak"]}
+    without = found.pop("plain auto")
+    assert len(found) == 3
+    assert max(found.values()) <= 1.02 * without, (without, found)
 
 
 def test_what_a_device_refuses_is_refused(folder):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from numerics import (
     DEVICE,
+    Call,
     axial,
     biases_and_values,
+    check,
     draw,
     every_modulation,
     generator,
@@ -19,11 +21,11 @@ from numerics import (
     tensors,
     uniform,
 )
-from watch import Watch
+from watch import Live, Watch
 
 import fastrope as fr
 from fastrope import device as devices
-from fastrope.backends import log_sum_exp
+from fastrope.backends import log_sum_exp, sdpa
 
 
 @pytest.mark.parametrize("kind", ["levels", "distinct", "mixed"])
@@ -111,6 +113,55 @@ def test_sdpa_allocates_no_logits(kind, dtype):
     )
     assert watch.largest <= 2 * variants * keys_wide, watch.where
     assert watch.largest < tokens * tokens * k.element_size(), watch.where
+
+
+TOKENS = fr.TokenLayout(text=64, target=(16, 16), references=[(16, 16), (8, 8)])
+LEFT = torch.zeros(16, 16)
+LEFT[:, :8], LEFT[:, 8] = 1.0, 0.5
+REGIONS = [
+    fr.Region(LEFT, slice(0, 16), [0]),
+    fr.Region(1 - LEFT, slice(16, 32), [1]),
+    fr.Region(LEFT.T, slice(32, 48)),
+]
+BIASED = {
+    "regions": fr.Regions(REGIONS), "local regions": fr.Regions(REGIONS, local=True),
+    "strength": fr.ReferenceStrength([0.7, 1.5]), "words": fr.PromptWeights({3: 1.4, 5: 0.6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_take_no_more_memory_than_none(dtype):
+    """Beyond inputs, against the same call of a rotation alone: head dim 128 and the tokens of an image editor."""
+    q, k, v = tensors(generator(5), queries=len(TOKENS), heads=8, dim=128, dtype=dtype)
+    rope, site = fr.RoPE.axial(TOKENS.positions("flux"), (16, 56, 56)), fr.Site(TOKENS)
+
+    def peak(modulations):
+        plan = fr.plan(rope=rope, modulations=modulations)
+        with Live() as live:
+            fr.attention(q, k, v, plan=plan, backend="sdpa")
+        return live.peak
+
+    without = peak(())
+    assert without <= (4.5 if dtype == torch.float32 else 8) * q.nbytes  # rotated q and k, rotations, and the output
+    found = {name: peak(method.modulations(site)) / without for name, method in BIASED.items()}
+    gain = torch.ones(len(TOKENS))
+    gain[TOKENS.target] = torch.linspace(0.6, 1.3, 256)
+    found["gain"] = peak([fr.LogitGain(gain, TOKENS.reference(0))]) / without
+    assert max(found.values()) <= 1.02, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_heads_apart_give_what_they_give_together(dtype, monkeypatch):
+    """Three key heads in four parts: one at a time, with the two query heads that share it."""
+    g = generator(6)
+    q, k, v = tensors(g, batch=2, queries=40, heads=6, key_heads=3, dim=16, dtype=dtype)
+    modulations = biases_and_values(g, 40, 40, batch=2) + every_modulation(g, 40, 40, 16, "mixed")
+    call = Call(q, k, v, axial(grid(40), 16), modulations=modulations, key_mask=key_masks(g, "row", 2, 40))
+    seen, run = [], sdpa._run
+    monkeypatch.setattr(sdpa, "_run", lambda q, *rest: seen.append(q.shape[2]) or run(q, *rest))
+    monkeypatch.setattr(sdpa, "WORTH", 0)
+    check(call, "sdpa")
+    assert seen == [2, 2, 2]
 
 
 def test_sdpa_stacks_few_key_copies_for_per_query_scales():

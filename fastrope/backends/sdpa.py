@@ -10,6 +10,9 @@ A gain belongs to the logits, and a query rounded once more for it would cost pr
 half precision such a variant is two: the product rounded, and its rounding residual. Biases are a few channels more
 (``bias_channels.py``). Where segments have more variants than ``MAX_VARIANTS``, or more biases than ``MAX_BIASES``,
 they are attended a few at a time, in float32, and merged.
+
+Heads have nothing to do with each other. So copies that are wider than q and k are made for some of the heads at a
+time: a large call with variants or biases takes no more memory than one that only rotates.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from .lse_merge import Part, merge
 from .values import modulated_values
 
 MAX_BIASES = 8  # distinct biases of segments, a few channels each
+WORTH = 1 << 20  # bytes of q; below, heads apart would take more time than memory is worth
 COPY_KEYS = 4  # key copies alive at once for queries with per-query scales
 
 
@@ -83,6 +87,33 @@ def run(
     Args:
         without: ``(n,)`` int64, queries at a scale of 1 to leave out, ``out (B, Sq - n, H, D)``.
     """
+    key_heads, share = k.shape[2], q.shape[2] // k.shape[2]
+    at_once = key_heads if q.nbytes < WORTH else -(-key_heads // _parts(lowered, q.dtype))
+    outs, lses = [], []
+    for first in range(0, key_heads, at_once):
+        those = slice(first, first + at_once)
+        mine = q[:, :, share * first : share * those.stop]
+        out, lse = _run(mine, k[:, :, those], v[:, :, those], lowered, scale, return_lse, without)
+        outs.append(out)
+        lses.append(lse)
+    return _joined(outs, dim=2), _joined(lses, dim=1) if return_lse else None
+
+
+def _parts(lowered: Lowered, dtype: torch.dtype) -> int:
+    """In how many parts the heads are attended, by what lies side by side for one of them."""
+
+    def blocks(segments: Sequence[Segment]) -> int:
+        biased = lowered.keys.biased or any(s.bias >= 0 for s in segments)
+        return biased + sum(_blocks(variant, dtype) for variant in {(s.scaled, s.gain) for s in segments})
+
+    widest = max((blocks(lowered.segments[slice(*bounds)]) for bounds in passes(lowered)), default=1)
+    return 1 if widest <= 1 else 2 * widest
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool, without: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """:func:`run` of some heads."""
     dtype = q.dtype
     if len(passes(lowered)) > 1:  # parts are merged before they are rounded
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
@@ -130,16 +161,9 @@ def passes(lowered: Lowered) -> tuple[tuple[int, int], ...]:
 
 
 def _by_scale(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lowered: Lowered,
-    scale: float,
-    return_lse: bool,
-    batch: Tensor,
-    b: int,
+    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, return_lse: bool, batch: Tensor, b: int,
     without: Tensor | None = None,
-):
+):  # fmt: skip
     """Attend scale by scale; queries with per-query scales in stacks of ``COPY_KEYS``."""
     scales = lowered.scales
     per_query, at_one, *buckets = scales.order[b].split(scales.counts[b])
@@ -198,7 +222,7 @@ def _attend_pass(
 ):
     """Attention against ``keys``, one tensor ``(B', n, Hkv, D)`` for each of ``segments``."""
     variants = sorted({_variant(s, rows) for s in segments})
-    queries = torch.cat([x for variant in variants for x in _query_variant(q, lowered, rows, variant)], dim=-1)
+    queries = _joined([x for variant in variants for x in _query_variant(q, lowered, rows, variant)], dim=-1)
     laid = _lay_out(keys, segments, rows, variants)
     queries, laid, scale = append_biases(queries, laid, lowered, segments, scale, rows.of_queries, rows.of_batch)
     heads, key_heads, dim = q.shape[2], v.shape[2], v.shape[3]
@@ -294,8 +318,14 @@ def _lay_out(keys: list[Tensor], segments: Sequence[Segment], rows: Rows, varian
         n, dim = variants.index(_variant(s, rows)), part.shape[3]
         blocks = _blocks(variants[n], part.dtype)
         before, after = (sum(_blocks(x, part.dtype) for x in some) for some in (variants[:n], variants[n + 1 :]))
-        laid.append(F.pad(torch.cat([part] * blocks, dim=-1), (before * dim, after * dim)))
-    return torch.cat(laid, dim=1)
+        wide = _joined([part] * blocks, dim=-1)
+        laid.append(F.pad(wide, (before * dim, after * dim)) if before + after else wide)
+    return _joined(laid, dim=1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Side by side; torch copies a single part, too."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def rotated(x: Tensor, angles: Tensor, scaled: bool, lowered: Lowered, rows: Rows, applied: bool) -> Tensor:
@@ -316,4 +346,4 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))
     blocks = [q] if fused else q.split(BLOCK_ROWS, dim=2)
     outs = [F.scaled_dot_product_attention(block, k, v, attn_mask=mask, scale=scale) for block in blocks]
-    return torch.cat(outs, dim=2)
+    return _joined(outs, dim=2)

@@ -3,8 +3,8 @@
 ``python tests/launches/lane.py --arch sm_90 --out launches.json`` runs calls of every kind: just-in-time compilation,
 C launchers and tensor maps are triton's own, the driver below them is ``stub_cuda.c``. Numbers mean nothing, since no
 kernel runs. Rows: case, kernels launched, kernels compiled for it, and the error if a launch was refused; then of the
-same call again: kernels launched, how many went to their binary directly, and those whose binary triton would not have
-taken.
+same call again: kernels launched, how many went to their binary directly, those whose binary triton would not have
+taken, and of some calls the most bytes that they hold beyond inputs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ TARGETS = {  # architecture: compute capability, bytes of shared memory a block 
     "sm_80": (80, 166912), "sm_89": (89, 101376), "sm_90": (90, 232448), "sm_100": (100, 232448),
     "sm_120": (120, 101376),
 }  # fmt: skip
+WEIGHED = ("plain auto", "bias auto", "regions auto", "key bias auto")  # calls whose memory is a row's "peak"
 
 
 def start_over(arch: str) -> None:
@@ -108,6 +109,9 @@ def calls():
     cases = {name: case for name, case in CASES.items() if case.suits(small)}
     more = {
         "bias": lambda w, _: [fr.LogitBias(0.7, keys=w.source)],
+        "regions": lambda w, _: [
+            fr.LogitBias(torch.linspace(-n, 1, len(layout)), keys=slice(15 * n, 15 * n + 9)) for n in range(1, 4)
+        ],
         "key bias": lambda w, _: [fr.KeyBias(torch.linspace(-1, 1, w.tokens.num_keys))],
         "values": lambda w, _: [fr.ValueGain(-0.5, keys=w.source), fr.BiasDelta(1.1, 0.8, w.source, on="values")],
     }  # fmt: skip
@@ -115,12 +119,16 @@ def calls():
     edges = ("all", "all-per-query")
 
     def attend(workload, case, backend="triton", dtype=torch.bfloat16, applied=False, change=None, **options):
-        def run():
+        def made():
             problem = Problem.make(workload, cases[case], cpu, dtype)
             problem = problem.applied if applied else problem
             q, k, v = (problem.q, problem.k, problem.v) if change is None else change(problem)
-            return fr.attention(q, k, v, plan=problem.plan, backend=backend, debug=False, **options)
+            return lambda: fr.attention(q, k, v, plan=problem.plan, backend=backend, debug=False, **options)
 
+        def run():
+            return made()()
+
+        run.made = made
         return run
 
     def grouped(problem):
@@ -223,6 +231,21 @@ class Watch:
         launch.Prepared.directly = self.directly
 
 
+def peak_bytes(call) -> int:
+    """The most bytes that a call holds beyond what was there before; a dispatch mode would see one op."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()  # what is made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    held = most = 0
+    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
 def observed(call) -> list[str]:
     """Kernels that a launch hook of triton's sees in a call."""
     from triton import knobs
@@ -278,6 +301,7 @@ def main() -> None:
                     call()
                 row |= {"again": driver.stub_launched().decode().split(), "direct": watch.direct, "other": watch.other}
                 row["observed"] = observed(call) if name.startswith("plain") else None
+                row["peak"] = peak_bytes(call.made()) if name in WEIGHED else None
             rows.append(row)
     options.out.write_text(json.dumps(rows, indent=0))
 
