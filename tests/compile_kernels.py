@@ -2,8 +2,8 @@
 
 ``python tests/compile_kernels.py --out table.json [--kernel K] [--arch A]`` runs in a process of its own, since
 ``TRITON_INTERPRET`` must be off when triton is imported. Each row: kernel, arch, dtype, head dim, variant, CPU seconds
-it took, registers, stack and spilled bytes, shared memory, whether wgmma was serialized, the order of products and waits
-in a pipelined loop, whether multiply-adds were fused.
+that it took, registers, stack and spilled bytes, shared memory, whether wgmma was serialized, the order of products and
+waits in a pipelined loop, whether multiply-adds were fused.
 """
 
 from __future__ import annotations
