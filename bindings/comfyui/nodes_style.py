@@ -111,6 +111,7 @@ class UntwistingRoPE(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**32 - 1,
+                    control_after_generate=False,  # by its name, the editor would draw another number for every run
                     advanced=True,
                     tooltip="Of the noise on the style picture. Give the sampler's seed, and both start alike.",
                 ),

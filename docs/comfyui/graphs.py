@@ -37,15 +37,14 @@ def sockets(kind: str) -> list[tuple[str, str]]:
 
 
 def widgets(kind: str, values: dict) -> list[tuple[str, object]]:
-    """Values in the order of the editor, which shows one more behind a seed and behind a picture's name."""
+    """Values in the order of the editor, which shows one more behind a seed, and one behind all for an upload."""
+    types = {name: type_ for name, type_ in CLASSES[kind][0].items() if not type_.isupper()}
     found: list[tuple[str, object]] = []
-    for name, type_ in CLASSES[kind][0].items():
-        if not type_.isupper():
-            found.append((name, values[name]))
-            found += [("control after generate", "fixed")] * (type_ == "seed") + [("upload", "image")] * (
-                type_ == "upload"
-            )
-    return found
+    for name, type_ in types.items():
+        found.append((name, values[name]))
+        if type_ == "seed":
+            found.append(("control after generate", "fixed"))
+    return found + [("upload", "image")] * ("upload" in types.values())
 
 
 def as_prompt(nodes: dict) -> dict:

@@ -54,6 +54,8 @@ def test_schemas_say_what_users_need(nodes):
         assert len(schema.description) > 40
         for each in schema.inputs:
             assert each.tooltip, f"{name}.{each.id} has no tooltip"
+            if each.id in ("seed", "noise_seed"):  # names for which the editor adds a widget
+                assert each.control_after_generate is False
             if hasattr(each, "min") and each.default is not None:
                 assert each.min <= each.default <= each.max
 
@@ -256,6 +258,8 @@ def test_every_node_is_in_a_workflow_with_its_inputs_in_order(docs, nodes):
 
 
 def test_links_join_what_fits(docs):
+    mask = docs.widgets("LoadImageMask", dict(image="mask.png", channel="red"))
+    assert [value for _, value in mask] == ["mask.png", "red", "image"]  # the editor's upload comes last
     for _, graph, _ in docs.WORKFLOWS.values():
         for kind, values in graph.values():
             for name, value in values.items():

@@ -179,6 +179,27 @@ def test_workflows_name_what_the_host_has(classes, path):
                 assert value in choices
 
 
+@pytest.mark.parametrize("path", sorted((PACK / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_the_editor_reads_the_same_values(classes, path):
+    """It takes a node's values in the order of its widgets: inputs that are required, then others, with a further
+    widget behind a seed, and one at the end of those required for a picture to upload."""
+    prompt = json.loads((path.parent / "api" / path.name).read_text())
+    for node in json.loads(path.read_text())["nodes"]:
+        told, expected = classes[node["type"]].INPUT_TYPES(), []
+        for part in ("required", "optional"):
+            for name, (kind, *options) in told.get(part, {}).items():
+                value, options = prompt[str(node["id"])]["inputs"].get(name), (options or [{}])[0]
+                if isinstance(kind, (list, tuple)) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                    expected.append(value)
+                    seed = options.get("control_after_generate", name in ("seed", "noise_seed"))
+                    expected += ["fixed"] if seed and kind == "INT" else []
+            uploads = any((options or [{}])[0].get("image_upload") for _, *options in told.get(part, {}).values())
+            expected += ["image"] if uploads else []
+        while expected and expected[-1] is None:  # the editor's own default
+            expected.pop()
+        assert node["widgets_values"] == expected, node["type"]
+
+
 def test_nodes_run_in_the_host(classes):
     """The classes as the host made them, on its model, through its sampler."""
     model, (positive, negative) = real.patcher("flux"), edit("flux")
