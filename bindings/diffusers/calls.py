@@ -79,6 +79,7 @@ class CallState:
         self.axes_dim = host.axes_dim(model)
         self.inspector: Inspector | None = None
         self.shares = False
+        self.sent: tuple[dict[str, int], ...] = ()  # by the latest call
         self.prepare: Callable[[torch.nn.Module, Call, tuple], Prepared] = self._prepare
         self.installed: list[tuple[torch.nn.Module, object]] = []  # attention modules and their processors
         self._user_step, self._last_user_step = threading.local(), None
@@ -159,7 +160,8 @@ class CallState:
             raise NotImplementedError("context parallelism: expected no rescaled positions on this host, which splits "
                                       "its rotary table")  # fmt: skip
         require_alike(config, digest_of((found.key, content)), call)
-        return replace(forward, split=(Split.of(config), tokens))
+        self.sent = tuple({} for _ in self.layers)
+        return replace(forward, split=(Split.of(config), tokens), sent=self.sent)
 
     def _prepare(self, module: torch.nn.Module, call: Call, methods: tuple) -> Prepared:
         found, inspector, count = self.sequences.of(module, call), self.inspector, len(self.layers)

@@ -52,12 +52,14 @@ class Forward:
         appended: rows of a reference after the target's, to be cut from the output.
         rescaling: of the model's positions.
         split: how the sequence is split over processes, and its layout; None where it is whole.
+        sent: what each layer sends to other processes, bytes by collective.
     """
 
     layers: tuple[LayerState, ...]
     appended: int = 0
     rescaling: Rescaling | None = None
     split: tuple[Split, TokenLayout] | None = None
+    sent: tuple[dict[str, int], ...] = ()
 
     def unobserved(self) -> Forward:
         """The same without probes, for blocks that run a second time."""

@@ -54,6 +54,12 @@ class Handle:
         return self._methods
 
     @property
+    def sent(self) -> list[dict[str, int]]:
+        """What this process sent to others in each layer of the latest call, bytes by collective, under diffusers'
+        context parallelism. Layers that nothing modulates have none, because diffusers' own attention runs there."""
+        return [dict(layer) for layer in self._bound.sent]
+
+    @property
     def _bound(self) -> CallState:
         """The state that all calls share.
 

@@ -113,7 +113,8 @@ class Layer:
             return None
         with using(self._plain()):
             if forward.split is not None:
-                return attend_in_parallel(work, *forward.split, q, k, v, applied, self.backend)
+                sent = forward.sent[self._index]
+                return attend_in_parallel(work, *forward.split, sent, q, k, v, applied, self.backend)
             return work.attend(q, k, v, applied, self.backend)
 
     def _plain(self) -> Plain | None:

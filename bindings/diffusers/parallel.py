@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -130,12 +131,16 @@ def communication(
     }
 
 
-def attend(work: LayerWork, split: Split, tokens: fr.TokenLayout, q: Tensor, k: Tensor, v: Tensor, applied: bool,
-           backend: str) -> Tensor:  # fmt: skip
+_COUNTED: ContextVar[dict[str, int] | None] = ContextVar("counted", default=None)
+
+
+def attend(work: LayerWork, split: Split, tokens: fr.TokenLayout, sent: dict[str, int], q: Tensor, k: Tensor, v: Tensor,
+           applied: bool, backend: str) -> Tensor:  # fmt: skip
     """Modulated attention of the part of a sequence that this process holds.
 
     Args:
         work: of the whole sequence.
+        sent: where to write what this process sends, as :func:`communication`.
         q, k, v: ``(B, S_local, H, D)``; keys and values may have fewer heads.
 
     Returns:
@@ -155,18 +160,26 @@ def attend(work: LayerWork, split: Split, tokens: fr.TokenLayout, q: Tensor, k: 
     lengths, place = split.lengths(tokens), split.rank % split.ulysses
     require(q.shape[1] == lengths[place], "context parallelism",
             f"{lengths[place]} of {len(tokens)} tokens in process {split.rank}", q.shape[1])  # fmt: skip
-    if split.ulysses > 1:
-        q, k, v = _tokens_for_heads(q, k, v, lengths, split.ulysses_group)
-    out = work.attend(q, k, v, applied, backend, split.part(tokens))
-    return out if split.ulysses == 1 else _heads_for_tokens(out, lengths, place, split.ulysses_group)
+    counted = _COUNTED.set(sent)
+    try:
+        if split.ulysses > 1:
+            q, k, v = _tokens_for_heads(q, k, v, lengths, split.ulysses_group)
+        out = work.attend(q, k, v, applied, backend, split.part(tokens))
+        return out if split.ulysses == 1 else _heads_for_tokens(out, lengths, place, split.ulysses_group)
+    finally:
+        _COUNTED.reset(counted)
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def collective(what: str) -> Iterator[None]:
-    """torch's error says that a connection closed, or that time is up."""
+def collective(what: str, sent: int = 0) -> Iterator[None]:
+    """A collective in which this process sends some bytes. Errors of torch say only that a connection closed, or that
+    time is up."""
+    counted = _COUNTED.get()
+    if counted is not None:
+        counted[what] = counted.get(what, 0) + sent
     try:
         yield
     except RuntimeError as error:
@@ -181,7 +194,7 @@ def _tokens_for_heads(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], group
     parts = [x.unflatten(2, (degree, -1)).permute(2, 1, 0, 3, 4) for x in (q, k, v)]  # (U, S_local, B, H / U, D)
     sent = torch.cat(parts, dim=3).view(degree * local, -1)
     got = sent.new_empty(sum(lengths), sent.shape[1])
-    with collective("all-to-all of q, k, v"):
+    with collective("all-to-all of q, k, v", sent.nbytes // degree * (degree - 1)):
         dist.all_to_all_single(got, sent, lengths, [local] * degree, group)
     q, k, v = got.view(-1, batch, sum(heads), dim).transpose(0, 1).split(heads, dim=2)
     return q, k, v
@@ -193,15 +206,15 @@ def _heads_for_tokens(out: Tensor, lengths: list[int], place: int, group: Any) -
     sent = out.transpose(0, 1).reshape(total, -1)
     local = lengths[place]
     got = sent.new_empty(degree * local, sent.shape[1])
-    with collective("all-to-all of the output"):
+    with collective("all-to-all of the output", sent[local:].nbytes):
         dist.all_to_all_single(got, sent, [local] * degree, lengths, group)
     return got.view(degree, local, batch, heads, dim).permute(2, 1, 0, 3, 4).reshape(batch, local, degree * heads, dim)
 
 
-def _collected(x: Tensor, lengths: Sequence[int], group: Any) -> Tensor:
+def _collected(x: Tensor, lengths: Sequence[int], what: str, group: Any) -> Tensor:
     """``x (n, ...)`` of all processes of a group, one after the other, in one piece of memory."""
     found = x.new_empty(sum(lengths), *x.shape[1:])
-    with collective("all-gather of k, v"):
+    with collective(f"all-gather of {what}", x.nbytes * (len(lengths) - 1)):
         if len(set(lengths)) == 1:
             dist.all_gather_into_tensor(found, x, group)
             return found
@@ -214,6 +227,7 @@ def _collected(x: Tensor, lengths: Sequence[int], group: Any) -> Tensor:
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
-    with collective("all-reduce of norms"):
+    size = dist.get_world_size(group)
+    with collective("all-reduce of norms", 2 * x.nbytes * (size - 1) // size):
         dist.all_reduce(x, group=group)
     return x

@@ -26,8 +26,8 @@ class Part:
         shards: the tokens of every process, in order, each ``(n,)`` int64 on the CPU.
         mine: which of them are here.
         holders: processes that have the tokens of one shard, each with some of the heads.
-        collect: ``collect(x, lengths)``: the ``x (n, ...)`` of all these processes, one after the other, from the ``n``
-            of each.
+        collect: ``collect(x, lengths, what)``: the ``x (n, ...)`` of all these processes, one after the other, from the
+            ``n`` of each.
         total: sums a tensor over the holders of the shard that is here.
     """
 
@@ -35,7 +35,7 @@ class Part:
     shards: tuple[Tensor, ...]
     mine: int
     holders: int
-    collect: Callable[[Tensor, Sequence[int]], Tensor]
+    collect: Callable[[Tensor, Sequence[int], str], Tensor]
     total: Callable[[Tensor], Tensor]
 
     @property
@@ -61,12 +61,13 @@ class Part:
         """Keys and values ``(B, n, H, D)`` of all processes.
 
         Args:
-            lengths: tokens of every process, if these are not the tokens of the sequence.
+            lengths: tokens of every process, if these are a cached reference's and not those of the sequence.
         """
         if len(self.shards) == 1:
             return k, v
         mine = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], dim=1)  # (n, 2, B, H, D), contiguous
-        found = self.collect(mine, [len(shard) for shard in self.shards] if lengths is None else lengths)
+        what = "k, v" if lengths is None else "cached k, v"
+        found = self.collect(mine, [len(shard) for shard in self.shards] if lengths is None else lengths, what)
         k, v = (x.transpose(0, 1) for x in found.unbind(1))
         return k, v
 
@@ -77,7 +78,7 @@ class Part:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide if x.shape[1] else wide.new_zeros(len(x), 1, *x.shape[2:]), 1, correction=0,
                                    keepdim=True)  # fmt: skip
-        each = self.collect(torch.stack([mean, var])[None], [1] * len(self.shards))
+        each = self.collect(torch.stack([mean, var])[None], [1] * len(self.shards), "statistics")
         cpu = torch.device("cpu")
         counts = [len(_within(shard, span.start, span.stop, cpu)[0]) for shard in self.shards]
         parts = [(n / sum(counts), *moments) for n, moments in zip(counts, each, strict=True) if n]

@@ -19,6 +19,8 @@ CASES = {
     "ulysses, odd": dict(ulysses_degree=2, ulysses_anything=True),
     "ring, odd": dict(ring_degree=2, ring_anything=True),
 }  # fmt: skip
+EVEN = {"kontext": fr.TokenLayout(8, (4, 3), [(2, 4)]), "flux2": fr.TokenLayout(4, (4, 4), [(2, 2), (2, 4)]),
+        "qwen-edit-plus": fr.TokenLayout(8, (4, 4), [(2, 2), (2, 4)])}  # fmt: skip
 
 
 def mesh_of(ring_degree: int = 1, ulysses_degree: int = 1, **_):
@@ -40,11 +42,23 @@ def split_of(model) -> parallel.Split:
     return parallel.Split.of(parallel.context_parallel(model))
 
 
-def formula(model, layout: fr.TokenLayout, batch: int, layers: int, **more) -> int:
-    """Bytes that this process sends in a call whose layers are all modulated, and in the check before it."""
+def gap(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Between two outputs, as a share of the largest value."""
+    return float((out - expected).abs().max() / expected.abs().max())
+
+
+def sends(handle, layout: fr.TokenLayout, batch: int, sent: Sent, before: int = 0, **more) -> dict:
+    """What this process sent in a call whose layers are all modulated, and what the formula and the handle say.
+
+    Args:
+        before: bytes of another call, which ran first.
+    """
+    model = handle._state.model
     split = split_of(model)
-    each = parallel.communication(split, layout, batch, HEADS, DIM, 4, **more)
-    return layers * sum(each.values()) + 32 * (split.ring * split.ulysses - 1)
+    each = {what: n for what, n in parallel.communication(split, layout, batch, HEADS, DIM, 4, **more).items() if n}
+    checks = 32 * (split.ring * split.ulysses - 1)
+    told = all(layer == each for layer in handle.sent)
+    return dict(sent=sent.bytes - before, formula=len(handle.sent) * sum(each.values()) + checks, told=told)
 
 
 class Sent:

@@ -13,14 +13,14 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from unittest import mock
 
 import peft
 import torch
 import torch._dynamo
 import torch.distributed as dist
 from diffusers_hosts import TINY_HOSTS, grag_like, loose_like, run
-from parallel_group import CASES, UNSHARDED, WORLD, Sent, enable, formula, split_of
+from parallel_group import CASES, EVEN, UNSHARDED, WORLD, Sent, enable, gap, sends, split_of
+from parallel_mistakes import lost, mistakes
 from tiny_transformers import DIM, HEADS
 from untwisting_calls import DIALS, STEP, STEPS, call_of, source_of
 from watch import Live
@@ -29,14 +29,6 @@ import fastrope as fr
 from fastrope.bindings.diffusers import parallel
 from fastrope.bindings.image.sequence import JointSequence
 from fastrope.bindings.image.work import Work
-
-EVEN = {"kontext": fr.TokenLayout(8, (4, 3), [(2, 4)]), "flux2": fr.TokenLayout(4, (4, 4), [(2, 2), (2, 4)]),
-        "qwen-edit-plus": fr.TokenLayout(8, (4, 4), [(2, 2), (2, 4)])}  # fmt: skip
-
-
-def gap(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out - expected).abs().max() / expected.abs().max())
-
 
 # ---- hosts and modulations ------------------------------------------------------------------------------------------
 
@@ -107,10 +99,9 @@ def hosts(found: dict) -> None:
                     with Sent() as sent:
                         out = run(model, call)
                     again = what != "buckets" or torch.equal(run(model, call), out)
-                    planned = formula(model, tokens, len(out), len(handle._state.layers))
-                found.setdefault(f"{name}, {case}", []).append(
-                    dict(what=what, gap=gap(out, expected[what, tokens]), again=again, sent=sent.bytes, formula=planned)
-                )
+                    result = dict(what=what, gap=gap(out, expected[what, tokens]), again=again)
+                    result |= sends(handle, tokens, len(out), sent)
+                found.setdefault(f"{name}, {case}", []).append(result)
 
 
 # ---- what knows spans of the sequence -------------------------------------------------------------------------------
@@ -135,23 +126,19 @@ def shared(found: dict, case: str) -> None:
         reference = make()
         with fr.apply(model, method, reference=reference) as handle:
             handle.set_step(STEP, STEPS)
+            size = tokens.target.stop - tokens.target.start
             with Sent() as sent:
                 out = run(model, call)
-            layers, size = len(handle._state.layers), tokens.target.stop - tokens.target.start
             if how == "batched":
-                planned = formula(model, tokens, 4, layers, statistics=2 * (2 + 1))
-            else:
-                planned = (
-                    formula(model, tokens, 2, layers, statistics=2)
-                    - 32 * 0
-                    + formula(model, tokens, 2, layers, statistics=4, cached=[size] * 2)
-                )
-            result = found[f"shared reference, {how}, {case}"] = dict(
-                gap=gap(out, expected[how]), sent=sent.bytes, formula=planned
-            )
-        if how == "kept":
-            held = split.part(tokens).lengths(size)[split.rank // split.ulysses] * 2 + 2  # tokens, and statistics
-            result |= dict(cache=reference.nbytes, share=layers * 2 * held * HEADS // split.ulysses * DIM * 4)
+                result = sends(handle, tokens, 4, sent, statistics=2 * (2 + 1))
+            else:  # the reference ran alone before
+                ran = sends(handle, tokens, 2, sent, statistics=2)
+                result = sends(handle, tokens, 2, sent, ran["formula"], statistics=4, cached=[size] * 2)
+            found[f"shared reference, {how}, {case}"] = result | dict(gap=gap(out, expected[how]))
+            if how == "kept":
+                held = split.part(tokens).lengths(size)[split.rank // split.ulysses] * 2 + 2  # tokens, and statistics
+                share = len(handle.sent) * 2 * held * HEADS // split.ulysses * DIM * 4
+                found[f"cache, {case}"] = dict(cache=reference.nbytes, share=share)
 
 
 def spans(found: dict, case: str) -> None:
@@ -173,8 +160,8 @@ def spans(found: dict, case: str) -> None:
         with fr.apply(model, *each) as handle, Sent() as sent:
             handle.set_step(STEP, STEPS)
             out = run(model, call)
-            planned = formula(model, layout, 2, len(handle._state.layers), **more)
-        found[f"{what}, {case}"] = dict(gap=gap(out, expected[what]), sent=sent.bytes, formula=planned)
+            result = sends(handle, layout, 2, sent, **more)
+        found[f"{what}, {case}"] = result | dict(gap=gap(out, expected[what]))
 
 
 def others(found: dict) -> None:
@@ -191,7 +178,7 @@ def layers(found: dict) -> None:
     LoRA. A removed handle leaves the parallel model as it was."""
     torch.manual_seed(0)
     host, layout, asked = TINY_HOSTS["kontext"], EVEN["kontext"], []
-    model, call = host.build(), host.call(layout, dtype=torch.float32)
+    model, call = host.build(layers=(1, 1)), host.call(layout, dtype=torch.float32)
     method = fr.At(grag_like(layout), layers=[1])
     bare = run(model, call)
     with_lora(model)
@@ -211,8 +198,7 @@ def layers(found: dict) -> None:
     handle.remove()
     stock, processors = run(model, call), list(model.attn_processors.values())
     configured = [processor._parallel_config is model._parallel_config for processor in processors]
-    for block in model.transformer_blocks:
-        block.compile(backend="eager")
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
     handle = fr.apply(model, method)
     found["compiled"] = dict(gap=gap(run(model, call), expected))
     handle.remove()
@@ -240,11 +226,11 @@ def grouped(found: dict) -> None:
         q, k, v = (torch.randn(2, len(layout), heads, DIM) for heads in (4, 2, 2))
         mine = parallel.shards_of(split.ring * split.ulysses, layout)[split.rank]
         here = [x[:, mine] for x in (q, k, v)]
-        out = parallel.attend(work, split, layout, *here, False, "auto")
+        out = parallel.attend(work, split, layout, {}, *here, False, "auto")
         found["grouped heads"][case] = gap(out, work.attend(q, k, v, False)[:, mine])
         if split.ulysses > 1:
             try:
-                parallel.attend(work, split, layout, here[0], here[1][:, :, :1], here[2][:, :, :1], False, "auto")
+                parallel.attend(work, split, layout, {}, here[0], *(x[:, :, :1] for x in here[1:]), False, "auto")
             except NotImplementedError as problem:
                 found["heads that do not divide"] = str(problem)
 
@@ -264,78 +250,6 @@ def memory(found: dict) -> None:
                 run(model, call)
         found[f"memory, {case}"] = live.peak
     found["memory, all tokens"] = len(layout) * HEADS * DIM * 4
-
-
-# ---- mistakes -------------------------------------------------------------------------------------------------------
-
-
-class Fails:
-    """A method that cannot say what it asks for, in some processes."""
-
-    def __init__(self, here: int):
-        self.here = here
-
-    def modulations(self, site):
-        if self.here:
-            raise ValueError("context parallelism: expected this one")
-        return []
-
-
-def mistakes(found: dict, rank: int) -> None:
-    """Processes that do not do the same, and what is refused: an error in each, and the next call goes on."""
-    torch.manual_seed(0)
-    host, layout = TINY_HOSTS["kontext"], EVEN["kontext"]
-    model, call = host.build(), host.call(layout, dtype=torch.float32)
-    with fr.apply(model, grag_like(layout)):
-        expected = run(model, call)
-    enable(model, "ulysses")
-
-    def error(methods, call=call) -> str:
-        with fr.apply(model, methods):
-            try:
-                run(model, call)
-            except (ValueError, NotImplementedError) as problem:
-                return str(problem)
-        return ""
-
-    found["other methods"] = error(grag_like(layout, delta=0.6 if rank % 2 else 0.7))
-    found["no method in one"] = error(grag_like(layout) if rank % 2 else [])
-    other = call | {"hidden_states": call["hidden_states"] + rank % 2}
-    found["other noise"] = error(grag_like(layout), other)
-    other = call | {"encoder_hidden_states": call["encoder_hidden_states"] + rank % 2}
-    found["other prompt"] = error(grag_like(layout), other)
-    found["an error in some"] = error(Fails(rank % 2))
-    with fr.apply(model, grag_like(layout)) as handle:
-        found["after"] = dict(gap=gap(run(model, call), expected))
-        handle.inspect(layers=[0])
-        try:
-            run(model, call)
-        except NotImplementedError as problem:
-            found["inspect"] = str(problem)
-
-
-def lost(rank: int, end) -> str:
-    """What a call says when another process of the group ends inside a collective of the third layer."""
-    host, layout = TINY_HOSTS["kontext"], EVEN["kontext"]
-    model, call = host.build(), host.call(layout, dtype=torch.float32)
-    enable(model, "both")
-    exchanges, exchange = [], dist.all_to_all_single
-
-    def dying(*args):
-        exchanges.append(args)
-        if len(exchanges) == 5:
-            end()
-        return exchange(*args)
-
-    with (
-        fr.apply(model, grag_like(layout)),
-        mock.patch.object(dist, "all_to_all_single", dying if rank == 3 else exchange),
-    ):
-        try:
-            run(model, call)
-        except RuntimeError as problem:
-            return str(problem)
-    return ""
 
 
 def work(rank: int, store: str, out: Path) -> None:
