@@ -74,7 +74,9 @@ def attention(
             like diffusers' ``dispatch_attention_fn``, ``f(query, key, value, attn_mask=None, dropout_p=0.0,
             is_causal=False, scale=None)`` on ``(B, S, H, D)``, or torch's ``"native"``, ``"cudnn"``, ``"flash"``,
             ``"efficient"`` or ``"math"``. It gets rotated and modulated q, k, v, no mask and no grouped heads. None:
-            torch's, where that is faster than our loop. Calls with ``return_lse`` hand over nothing.
+            torch's, where that is faster than our loop. Calls with ``return_lse`` hand over nothing. A function that
+            itself has a parameter ``return_lse``, and then returns ``(out, lse)``, ``lse (B, H, Sq)`` of natural
+            logarithms, also takes biases that are the same for all queries, one call per run of keys.
         debug: check inputs and agreement with the reference on a sample of queries; None reads ``FASTROPE_DEBUG``.
 
     Returns:
@@ -260,7 +262,8 @@ class Explanation:
         if self.trust:
             lines.append(f"trust in the kernels: {self.trust}")
         if self.passes > 1:
-            lines.append(f"passes: {self.passes}, merged (more key signatures than one launch holds)")
+            why = "one per bias" if decision.merges else "more key signatures than one launch holds"
+            lines.append(f"passes: {self.passes}, merged ({why})")
         if self.dropped:
             lines.append(f"neutral modulations dropped: {self.dropped}")
         lines.append(f"plan: {self.plan_bytes / 2**20:.1f} MiB of tables")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import device as devices
 from . import rules, verification
-from .backends import folded, fused, hand_over, reference, sdpa, split_rows
+from .backends import folded, fused, hand_over, lse_merge, reference, sdpa, split_rows
 from .backends.plain import Plain
 from .kernels.streams import Projected, Streams, joined
 from .planning.lowered import Lowered
@@ -42,6 +42,7 @@ class Decision:
         prepares: those that take one before torch's attention.
         launch: how the fused loop runs; None where it does not.
         plain: the attention that folded or split-off work is handed to; None: torch's.
+        merges: it takes ``passes`` runs of keys, each under one bias, see :mod:`fastrope.backends.lse_merge`.
         trusted: kernels that nobody asked for by name run on a GPU; ``kind`` is what has to be verified before, None
             where nothing has, see :mod:`fastrope.verification`.
     """
@@ -57,6 +58,7 @@ class Decision:
     prepares: tuple[str, ...] = ()
     launch: fused.Launch | None = None
     plain: Plain | None = None
+    merges: bool = False
     trusted: bool = False
     kind: Kind | None = None
 
@@ -87,13 +89,13 @@ def decide(
     """
 
     # Anybody's function may hold a model, and must not live as long as the plan.
-    name = None if plain is None else plain.name
+    known = None if plain is None else replace(plain, function=_unknown)
 
     def make() -> Decision:
         check()
-        return _decide(lowered, q, k, v, backend, return_lse, None if name is None else Plain(name, _unknown))
+        return _decide(lowered, q, k, v, backend, return_lse, known)
 
-    key = backend, return_lse, name, _differentiates(q, k, v), devices.switches(), *map(_layout, (q, k, v))
+    key = backend, return_lse, known, _differentiates(q, k, v), devices.switches(), *map(_layout, (q, k, v))
     chosen = lowered.once(("decision", key), make)
     if chosen.plain is not None:
         chosen = replace(chosen, plain=plain)
@@ -138,8 +140,9 @@ def _kind(decision: Decision, lowered: Lowered, q: Projected, k: Projected) -> K
     launch, per_query = decision.launch, ""
     if launch is not None and lowered.num_per_query:
         per_query = "polynomial" if launch.polynomial else "axis blocks"
+    features = (name for name in lowered.features if not (decision.merges and name == "LogitBias"))
     return Kind(
-        "sdpa" if decision.folded else "split" if decision.split else "loop", lowered.features, per_query,
+        "sdpa" if decision.folded else "split" if decision.split else "loop", tuple(features), per_query,
         launch is not None and launch.descriptors, launch is not None and decision.passes > 1, isinstance(k, Streams),
         q.shape[2] != k.shape[2], lowered.pairing, q.dtype, q.shape[3],
     )  # fmt: skip
@@ -149,9 +152,11 @@ def _without_kernels(decision: Decision, lowered: Lowered) -> Decision:
     """The same call where the kernels that it would take are wrong."""
     why = "fails its check against the reference on this card"
     rejected = (("triton", why), decision.rejected[-1]) if decision.rejected else ()
-    split = decision.split and decision.plain is not None
-    passes = len(sdpa.passes(lowered))
-    return Decision("sdpa", f"our kernels: {why}", rejected, split=split, passes=passes, plain=decision.plain)
+    plain, merges = decision.plain, decision.merges
+    split = decision.split and plain is not None
+    passes = decision.passes if merges else len(sdpa.passes(lowered))
+    reason = f"our kernels: {why}"
+    return Decision("sdpa", reason, rejected, split=split, passes=passes, plain=plain, merges=merges)
 
 
 def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v: Projected) -> Decision:
@@ -164,7 +169,7 @@ def _completed(chosen: Decision, lowered: Lowered, q: Projected, k: Projected, v
         launch = fused.Launch.of(q, k, v, lowered)
         chosen = replace(chosen, passes=max(len(lowered.passes), 1), launch=launch)
         packs |= {*launch.packs}
-    elif not chosen.folded and chosen.backend == "sdpa":
+    elif not (chosen.folded or chosen.merges) and chosen.backend == "sdpa":
         chosen = replace(chosen, passes=len(sdpa.passes(lowered)))
     return replace(chosen, prepares=prepares, packs=tuple(name for name in "qkv" if name in packs))
 
@@ -194,6 +199,12 @@ def _handed_over(
         why = f"all of it folds into queries, keys and values, for {plain.name}"
         rejected = ("triton", "nothing is left for its loop"), never_eager
         return replace(found, backend="sdpa", reason=why, rejected=rejected, split=False, folded=kernels, plain=plain)
+    if plain.returns_lse and not grad and lse_merge.merges(lowered):
+        passes = len(lse_merge.runs(lowered))
+        why = f"biases weigh runs of keys, each for {plain.name}"
+        rejected = ("triton", "nothing is left for its loop"), never_eager
+        return replace(found, backend="sdpa", reason=why, rejected=rejected, split=False, folded=kernels, passes=passes,
+                       plain=plain, merges=True)  # fmt: skip
     if not split_rows.splits(lowered):
         return found
     chosen = "triton" if kernels and backend == "auto" else "sdpa"
@@ -282,14 +293,17 @@ def _attend(
     tensors = cast(Tensors, (q, k, v))  # streams go to our kernels alone
     if decision.backend == "eager":
         return reference.run(*tensors, cast(Resolved, resolved), scale, return_lse)
+    plain = decision.plain
+    if plain is not None and decision.merges:
+        plain = lse_merge.by_runs(plain, lowered)
     if decision.folded:
-        return folded.run(q, k, v, lowered, scale, decision.prepares, (None, None), decision.plain), None
-    if decision.launch is None and decision.plain is not None:
-        return hand_over.run(*tensors, lowered, scale, decision.plain, decision.split), None
+        return folded.run(q, k, v, lowered, scale, decision.prepares, (None, None), plain), None
+    if decision.launch is None and plain is not None:
+        return hand_over.run(*tensors, lowered, scale, plain, decision.split), None
     if decision.launch is None:
         return sdpa.run(*tensors, lowered, scale, return_lse)
     if decision.split:
-        return split_rows.run(q, k, v, lowered, scale, decision.launch, decision.prepares, decision.plain), None
+        return split_rows.run(q, k, v, lowered, scale, decision.launch, decision.prepares, plain), None
     return fused.run(q, k, v, lowered, scale, decision.launch)
 
 

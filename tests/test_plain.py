@@ -8,10 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folding import MODULATIONS, a_call
-from numerics import Call, assert_close, axial, draw, generator, grid, key_masks, scales, tensors
+from numerics import (
+    Call,
+    assert_close,
+    axial,
+    draw,
+    generator,
+    grid,
+    key_masks,
+    scales,
+    skip_unless_runnable,
+    tensors,
+)
 
 import fastrope as fr
-from fastrope.backends import sdpa
+from fastrope.backends import folded, lse_merge, sdpa
+from fastrope.backends.plain import Plain
 from fastrope.rope import rotate
 
 REFERENCE = slice(20, 37)
@@ -34,6 +46,14 @@ class Spy:
         self.seen.append((query, key, value))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+class SpyWithLse(Spy):
+    """The same, which can return its log-sum-exp."""
+
+    def __call__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, return_lse=False):
+        out = super().__call__(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return (out, (torch.einsum("bihd,bjhd->bhij", query, key) * scale).logsumexp(-1)) if return_lse else out
 
 
 def held(call: Call, spy: Spy | str, **options) -> torch.Tensor:
@@ -115,6 +135,66 @@ def test_what_neither_folds_nor_splits_hands_over_nothing(modulations):
     assert not spy.seen
 
 
+CONSTANT = {
+    "a number": [fr.LogitBias(0.7, REFERENCE)],
+    "two pictures, one hidden": [fr.LogitBias(0.5, slice(20, 30)), fr.LogitBias(-torch.inf, slice(30, 37))],
+    "a number of each row": [fr.LogitBias(torch.tensor([[0.3], [-1.5]]).expand(2, 37), REFERENCE)],
+    "beside what folds": [fr.LogitBias(0.7, REFERENCE), fr.BandWeight(torch.linspace(0.3, 1.2, 8), slice(9, 30)),
+                          fr.BiasDelta(1.3, 0.6, slice(15, 30)), fr.ValueGain(-0.5, slice(3, 30))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("case", CONSTANT)
+def test_biases_that_are_the_same_for_all_queries_weigh_runs_of_keys(case, heads, alone):
+    call, spy = a_call(modulations=lambda g: CONSTANT[case], heads=heads[0], key_heads=heads[1]), SpyWithLse()
+    held(replace(call, label=case), spy)
+    assert [k.shape[1] for _, k, _ in spy.seen] == ([20, 10, 7] if case.startswith("two") else [20, 17])
+    said = fr.explain(call.q, call.k, call.v, **call.tokens(), plain=spy)
+    assert said.passes == len(spy.seen)
+    assert "SpyWithLse" in said.reason
+    spy.seen.clear()
+    held(a_call(modulations=MODULATIONS["together"]), spy)  # no run needs a log-sum-exp
+    assert len(spy.seen) == 1
+
+
+def test_runs_of_keys_behind_our_prologue():
+    """As on a GPU: band weights are in the rotation of the keys."""
+    pytest.importorskip("triton")
+    skip_unless_runnable("triton")
+    call, spy = a_call(modulations=lambda g: CONSTANT["beside what folds"]), SpyWithLse()
+    lowered, scale = call.planned().lowered, 0.25
+    call, merged = replace(call, scale=scale), lse_merge.by_runs(Plain.of(spy), lowered)
+    prepares = folded.prepares(call.q, call.k, call.v, lowered)
+    out = folded.run(call.q, call.k, call.v, lowered, scale, prepares, plain=merged)
+    assert_close(out, call.exact()[0], call.low()[0])
+
+
+def test_other_numbers_in_the_biases_of_a_plan():
+    call, spy = a_call(modulations=lambda g: CONSTANT["a number"]), SpyWithLse()
+    plan = call.planned()
+    for bias, runs in ((0.2, 2), (torch.linspace(-1, 1, 37), 0), (0.2, 2)):
+        plan = plan.with_biases([bias])
+        given = replace(call, modulations=[fr.LogitBias(bias, REFERENCE)])
+        spy.seen.clear()
+        assert_close(fr.attention(call.q, call.k, call.v, plan=plan, plain=spy), given.exact()[0], given.low()[0])
+        assert len(spy.seen) == runs
+        assert fr.planning.Lowered.unflatten(plan.tensors, plan.spec).biases.constant == (runs > 0)
+
+
+@pytest.mark.parametrize("case", ["of queries", "a mask", "too many", "a gradient"])
+def test_biases_that_do_not_weigh_runs_stay_with_us(case):
+    biases = {"of queries": [fr.LogitBias(torch.linspace(-1, 1, 37), REFERENCE)],
+              "too many": [fr.LogitBias(n / 9, slice(n, n + 1)) for n in range(1, 10)]}  # fmt: skip
+    call, spy = a_call(modulations=lambda g: biases.get(case, CONSTANT["a number"])), SpyWithLse()
+    if case == "a mask":
+        call = replace(call, key_mask=key_masks(generator(3), "random", 2, 37))
+    if case == "a gradient":
+        call = replace(call, q=call.q.clone().requires_grad_())
+    held(call, spy)
+    assert not spy.seen
+
+
 @pytest.mark.parametrize("name", ["native", "math"])
 def test_torchs_own_by_name(name):
     call = a_call(modulations=MODULATIONS["together"], heads=4, key_heads=2)
@@ -150,6 +230,9 @@ def test_joint_attention_hands_over_too():
     ({"plain": "fastest"}, "plain"), ({"plain": 3}, "plain"),
     ({"plain": lambda query, key, value, **_: key[:, :1]}, "plain"),
     ({"plain": lambda query, key, value, **_: query.double()}, "plain"),
+    ({"plain": lambda query, key, value, return_lse=False, **_: query, "modulations": [fr.LogitBias(1.0)]}, "plain"),
+    ({"plain": lambda query, key, value, return_lse=False, **_: (query, query), "modulations": [fr.LogitBias(1.0)]},
+     "plain"),
     ({"plain": "math", "backend": "eager"}, "backend"), ({"plain": Spy(), "backend": "triton"}, "backend"),
 ])  # fmt: skip
 def test_what_is_refused(options, name):

@@ -24,7 +24,7 @@ from .. import kernels
 from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from .fused import configs, key_bias, launching_on, pack_values
-from .plain import Plain, each_row
+from .plain import Attend, each_row
 
 CUDNN_ARCHS = ("sm_90", "sm_100")  # where torch itself prefers cuDNN's kernel, if cuDNN is new; measured on sm_90
 NAMES = {
@@ -55,7 +55,7 @@ def run(
     scale: float,
     prepares: tuple[str, ...],
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
-    plain: Plain | None = None,
+    plain: Attend | None = None,
 ) -> Tensor:
     """``out (B, Sq, H, D)`` of a plan that :func:`folds`, or of the unmodulated queries of any plan; forward only.
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..planning.lowered import Lowered
 from ..planning.segments import Segment
 from . import sdpa
-from .plain import Plain, each_row
+from .plain import Attend, each_row
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, plain: Plain, split: bool) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, plain: Attend, split: bool) -> Tensor:
     """``out (B, Sq, H, D)``: all queries of a plan that folds by ``plain``, or of one that is ``split`` the unmodulated
     ones; the others by torch's attention.
 
@@ -32,7 +32,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, plain: 
 
 
 def _folded(
-    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, plain: Plain, rows: sdpa.Rows
+    q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, scale: float, plain: Attend, rows: sdpa.Rows
 ) -> Tensor:  # fmt: skip
     """Queries at a scale and gain of 1 and without a bias."""
     segments = lowered.segments or (Segment(0, k.shape[1]),)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,9 @@ KERNELS = {
 }  # fmt: skip
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of q, k, v (B, S, H, D) and a scale, (B, Sq, H, D)
+
+
 @dataclass(frozen=True)
 class Plain:
     """A plain attention.
@@ -30,10 +34,13 @@ class Plain:
         function: ``function(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
             enable_gqa=False)`` on ``(B, S, H, D)``, as diffusers' ``dispatch_attention_fn``. It returns
             ``(B, Sq, H, D)`` in the dtype of ``query``.
+        returns_lse: it also has a parameter ``return_lse``, as diffusers' backends and SageAttention have; with
+            ``return_lse=True`` it returns ``(out, lse)``, ``lse (B, H, Sq)`` of natural logarithms.
     """
 
     name: str
     function: Callable[..., Any]
+    returns_lse: bool = False
 
     @staticmethod
     def of(plain: str | Callable | Plain | None) -> Plain | None:
@@ -50,20 +57,52 @@ class Plain:
             return Plain(f"torch's {plain} attention", partial(_torch, plain))
         require(callable(plain), "plain", expected, repr(plain))
         name = getattr(plain, "__name__", type(plain).__name__)
-        return Plain(name, plain)
+        return Plain(name, plain, "return_lse" in _parameters(plain))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """``(B, Sq, H, D)`` of ``q (B, Sq, H, D)`` and ``k, v (B, Sk, Hkv, D)``. Grouped heads become more rows of the
         same key head, so that any function will do."""
-        (heads, key_heads), length = (q.shape[2], k.shape[2]), q.shape[1]
-        share = heads // key_heads
-        if share > 1:
-            q = q.unflatten(2, (key_heads, share)).transpose(2, 3).flatten(1, 2)
-        out = self.function(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=scale)
+        share = q.shape[2] // k.shape[2]
+        q = _as_rows(q, share)
+        return _as_heads(self._checked(self._call(q, k, v, scale), q), share)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The same, and ``lse (B, H, Sq)``, if it :attr:`returns_lse`."""
+        share = q.shape[2] // k.shape[2]
+        q = _as_rows(q, share)
+        found = self._call(q, k, v, scale, return_lse=True)
+        pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)
+        require(pair, "plain", "a function that returns (out, lse) with return_lse=True", type(found).__name__)
+        (out, lse), expected = found, (q.shape[0], q.shape[2], q.shape[1])
+        require(lse.shape == expected, "plain", f"a function whose lse is (B, H, Sq), {expected}", tuple(lse.shape))
+        lse = _as_heads(lse.transpose(1, 2)[..., None], share)  # (B, Sq, H, 1)
+        return _as_heads(self._checked(out, q), share), lse[..., 0].transpose(1, 2)
+
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> Any:
+        return self.function(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=scale, **options)
+
+    def _checked(self, out: Any, q: Tensor) -> Tensor:
         expected = tuple(q.shape), q.dtype
         found = (tuple(out.shape), out.dtype) if isinstance(out, Tensor) else (type(out).__name__, None)
         require(found == expected, "plain", "a function that returns {} {}".format(*expected), "{} {}".format(*found))
-        return out.unflatten(1, (length, share)).transpose(2, 3).flatten(2, 3) if share > 1 else out
+        return out
+
+
+def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of builtins
+        return {}
+
+
+def _as_rows(q: Tensor, share: int) -> Tensor:
+    """``(B, S, Hkv * share, D)`` to ``(B, S * share, Hkv, D)``."""
+    return q if share == 1 else q.unflatten(2, (-1, share)).transpose(2, 3).flatten(1, 2)
+
+
+def _as_heads(x: Tensor, share: int) -> Tensor:
+    """Inverse of :func:`_as_rows`."""
+    return x if share == 1 else x.unflatten(1, (-1, share)).transpose(2, 3).flatten(2, 3)
 
 
 def _torch(
@@ -84,7 +123,7 @@ def _torch(
 
 def each_row(
     q: Tensor, k: Tensor, v: Tensor, scale: float, unmasked: tuple[Tensor, ...],
-    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor], gathered: Callable[[Tensor, Tensor], Tensor],
+    attend: Attend, gathered: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
     """``attend`` over the keys that are there: all, or of every batch row its own in a call of its own.
 

@@ -15,7 +15,7 @@ from .. import kernels
 from ..kernels.streams import Projected
 from ..planning.lowered import Lowered
 from . import folded, fused
-from .plain import Plain
+from .plain import Attend
 
 
 def splits(lowered: Lowered) -> bool:
@@ -25,7 +25,7 @@ def splits(lowered: Lowered) -> bool:
 
 def run(
     q: Projected, k: Projected, v: Projected, lowered: Lowered, scale: float, launch: fused.Launch,
-    prepares: tuple[str, ...], plain: Plain | None = None,
+    prepares: tuple[str, ...], plain: Attend | None = None,
 ) -> Tensor:  # fmt: skip
     """``out (B, Sq, H, D)`` of a plan that :func:`splits`; forward only. Arguments and memory as of both
     :func:`fastrope.backends.fused.run` and :func:`fastrope.backends.folded.run`."""

@@ -24,6 +24,7 @@ from .lower import lower
 from .lowered import Lowered
 from .resolve import as_tuple, check_arguments, common_device, group_values, lengths, logit_bias, resolve
 from .resolved import Resolved
+from .tables import alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +120,10 @@ class Plan:
                 alone = self.lowered.unmodulated.rows.cpu()
                 neutral = all(bool((b[:, alone] == 0).all()) for b in values)
                 require(neutral, "biases", "0 at the queries where the plan has 0 (make a new plan)", "other numbers")
-            resolved = self.resolved.with_biases(values)
-            return self._with(resolved, self.lowered.with_biases(resolved.biases))
+            resolved, constant = self.resolved.with_biases(values), alike(values)
+            lowered = self.lowered.with_biases(resolved.biases, constant)
+            same = constant == self.lowered.biases.constant
+            return self._with(resolved, lowered) if same else Plan.of(resolved, lowered)
 
     def with_weight(self, weight: Tensor) -> Plan:
         """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys

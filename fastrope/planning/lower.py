@@ -40,6 +40,7 @@ from .tables import (
     SortedQueries,
     UnmodulatedQueries,
     ValueTables,
+    alike,
     weighted_rotation,
 )  # fmt: skip
 
@@ -74,14 +75,17 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
         found = _polynomial(resolved, places, queries, scales)
     passes = launch_passes(segments, blocks is not None)
     unmasked = () if bias is None or bias.mask is None else tuple(row.nonzero().flatten().int() for row in bias.mask)
-    folds = unmodulated is not None or not _neutral_queries(resolved)
+    constant = alike([m.b for m in resolved.biases])
+    folds = unmodulated is not None or (resolved.scale is None and not resolved.gains and constant)
     keys = KeyTables(
         segments=_segment_table(segments, passes, bounds), order=order, source=None if source is None else source.int(),
         bias=bias, unmasked=unmasked, angles=key_rope and _angles(key_rope), rotation=rotation,
         weighted=weighted_rotation(rotation, bands, segments) if bands is not None and folds else None,
     )  # fmt: skip
     gains, biases = (
-        PerQueryTables.of(rows, tuple(sets), tuple(numbers_by_pass(segments, passes, column)), column == "bias")
+        PerQueryTables.of(
+            rows, tuple(sets), tuple(numbers_by_pass(segments, passes, column)), column == "bias", alike(rows)
+        )
         if rows else None
         for column, rows, sets in (
             ("gain", [m.g for m in resolved.gains], gain_sets), ("bias", [m.b for m in resolved.biases], bias_sets))

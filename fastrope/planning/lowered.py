@@ -115,10 +115,10 @@ class Lowered:
             values=self.values and self.values.with_groups(of_values),
         )  # fmt: skip
 
-    def with_biases(self, biases: Sequence[Bias]) -> Lowered:
-        """The same with other logit biases."""
-        held = self.biases
-        return replace(self, biases=PerQueryTables.of([m.b for m in biases], held.sets, held.used, adds=True))
+    def with_biases(self, biases: Sequence[Bias], constant: bool) -> Lowered:
+        """The same with other logit biases, all ``constant`` or not."""
+        rows, held = [m.b for m in biases], self.biases
+        return replace(self, biases=PerQueryTables.of(rows, held.sets, held.used, True, constant))
 
     def with_weight(self, weight: Tensor) -> Lowered:
         """The same with other values ``(P,)`` float64 in the only BandWeight."""

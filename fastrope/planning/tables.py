@@ -158,22 +158,25 @@ class PerQueryTables:
         used: the sets that segments use, pass after pass.
         for_kernels: ``(Bx, len(used), Sq)`` float32, products of gains or sums of biases, numbered within each pass as
             in the segment table.
+        constant: every row of ``values`` has one number for all queries.
     """
 
     values: Tensor
     sets: tuple[tuple[int, ...], ...]
     used: tuple[int, ...]
     for_kernels: Tensor
+    constant: bool
 
     @staticmethod
     def of(
-        rows: Sequence[Tensor], sets: tuple[tuple[int, ...], ...], used: tuple[int, ...], adds: bool
-    ) -> PerQueryTables:
+        rows: Sequence[Tensor], sets: tuple[tuple[int, ...], ...], used: tuple[int, ...], adds: bool,
+        constant: bool,
+    ) -> PerQueryTables:  # fmt: skip
         """Of ``rows (Bx, Sq)`` float64, which a set adds or multiplies."""
         values = torch.stack(torch.broadcast_tensors(*rows), dim=1)
         several = [values[:, list(sets[n])] for n in used]
         combined = torch.stack([x.sum(dim=1) if adds else x.prod(dim=1) for x in several], dim=1)
-        return PerQueryTables(values, sets, used, combined.float())
+        return PerQueryTables(values, sets, used, combined.float(), constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +278,11 @@ class UnmodulatedQueries:
     rows: Tensor
     source: Tensor
     rotation: Rotation | None
+
+
+def alike(rows: Sequence[Tensor]) -> bool:
+    """Whether each of ``rows (Bx, Sq)``, on the CPU, has one number for all queries."""
+    return all(bool((row == row[:, :1]).all()) for row in rows)
 
 
 def weighted_rotation(rotation: Rotation | None, bands: BandTables, segments: Sequence[Segment]) -> Rotation:
