@@ -144,7 +144,7 @@ class NAG(io.ComfyNode):
         if family.mixes_text:
             raise NotImplementedError(
                 f"model: expected Flux.1, Flux.2 or Qwen-Image, received {name}, which mixes the "
-                " words of both prompts before its attention begins"
+                "words of both prompts before its attention begins"
             )
         number, window = new_number(), steps_of(start_percent, end_percent)
         count, joined = join_negative(model.model, positive, negative, number)

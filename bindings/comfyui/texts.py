@@ -126,6 +126,8 @@ def join_regions(model: Any, conditioning: Any, number: int, **dials: Any) -> tu
     for prompt in prompts:
         fits, expected = not (prompt.mark and prompt.mark.has("Regions")), "no regions yet; one node takes all prompts"
         require(fits, prompt.which, expected, "the output of such a node")
+        instead = "a mask, from Conditioning (Set Mask), in the place of an area"
+        require("area" not in prompt.options, prompt.which, instead, "an area")
         _require_options(base, prompt, (*OF_A_REGION, *OF_A_TEXT), "Regions")
     text = Piece.together([prompt.piece for prompt in prompts])
     negatives = [prompt.negative for prompt in prompts if prompt.negative is not None]

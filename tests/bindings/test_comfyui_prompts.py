@@ -206,6 +206,7 @@ def test_half_a_wiring_is_told_before_the_run(nodes):
         (lambda mask: masked(mask, strength=2.0), "prompt 1: expected a strength of its mask above 0 and at most 1"),
         (lambda mask: masked(mask, set_area_to_bounds=True), "prompt 1: expected set_cond_area: default"),
         (lambda mask: masked(mask.expand(2, -1, -1)), "prompt 1: expected one mask, received a batch of 2"),
+        (lambda mask: [*masked(mask), *host.conditioning(area=(8, 8, 0, 0))], "prompt 2: expected a mask, from"),
         (lambda mask: [*masked(mask), *masked(mask, 0)], "prompt 2: expected a prompt with text tokens"),
         (lambda mask: [*host.conditioning(), *masked(mask, guidance=2.5)],
          "prompt 2: expected the guidance of the others; put the node that sets it behind Regions, received 2.5 bes"),
@@ -241,7 +242,7 @@ def test_nag_is_refused_where_it_cannot_work(nodes):
     node, (positive, negative) = nodes["FastRoPE_NAG"], sides()
     model = host.tiny(model=type("Lumina2", (host.BaseModel,), {}))
     model.model.diffusion_model.__class__ = type("NextDiT", (host.Flux,), {"pad_tokens_multiple": 32})
-    with pytest.raises(NotImplementedError, match=r"expected Flux\.1, Flux\.2 or Qwen-Image, received Z-Image"):
+    with pytest.raises(NotImplementedError, match=r"Flux\.2 or Qwen-Image, received Z-Image, which mixes the words"):
         run(node, model, positive=positive, negative=negative)
     steered, joined = run(node, host.tiny(), positive=positive, negative=negative).args
     with pytest.raises(ValueError, match="positive: expected a prompt without a negative one"):

@@ -6,7 +6,9 @@ except ModuleNotFoundError as error:
     if error.name != "fastrope":
         raise
     raise ModuleNotFoundError(
-        "fastrope is not installed in ComfyUI's Python: run its python -m pip install fastrope", name=error.name
+        "fastrope is not installed in ComfyUI's Python: run its python -m pip install . in a clone of FastRoPE's "
+        "repository",
+        name=error.name,
     ) from error
 
 __all__ = ["comfy_entrypoint"]
