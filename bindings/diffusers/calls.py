@@ -156,9 +156,6 @@ class CallState:
         if self.inspector is not None or tokens.order != "text-first" or tokens.padding:
             raise NotImplementedError("context parallelism: expected no inspection, and a sequence that is text and "
                                       f"then image, received {tokens}")  # fmt: skip
-        if forward.rescaling is not None and self.host.embedder.several:
-            raise NotImplementedError("context parallelism: expected no rescaled positions on this host, which splits "
-                                      "its rotary table")  # fmt: skip
         require_alike(config, digest_of((found.key, content)), call)
         self.sent = tuple({} for _ in self.layers)
         return replace(forward, split=(Split.of(config), tokens), sent=self.sent)

@@ -42,6 +42,7 @@ class RescaledTables:
         embedder, model: the embedder and its model.
         axes_dim, theta: of the RoPE.
         wanted: returns the rescaling of the call that runs in this thread, if any.
+        share: the part of a table's positions that the model gets, where processes split its tables.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class RescaledTables:
         axes_dim: tuple[int, ...],
         theta: float,
         wanted: Callable[[], Rescaling | None],
+        share: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
         self._embedder, self._axes_dim, self._theta, self._wanted = embedder, axes_dim, theta, wanted
+        self._share = share
         self._checked = False
         self._model = model
         self._found: Any = getattr(model, embedder.attribute)
@@ -75,7 +78,8 @@ class RescaledTables:
         if rescaling is None:
             return None
         tables = output if self._embedder.several else (output,)
-        ropes = [fr.RoPE.axial(p, self._axes_dim, self._theta) for p in self._embedder.positions(*args, **kwargs)]
+        positions = map(self._share, self._embedder.positions(*args, **kwargs))
+        ropes = [fr.RoPE.axial(p, self._axes_dim, self._theta) for p in positions]
         if not self._checked:
             self._check(tables, ropes)
             self._checked = True

@@ -191,7 +191,13 @@ class Handle:
             raise NotImplementedError("positions: expected a transformer that is not compiled as a whole; compile its "
                                       "blocks, with transformer.compile_repeated_blocks()")  # fmt: skip
         wanted = lambda: state.forwards.current().rescaling  # noqa: E731
-        self._tables = RescaledTables(host.embedder, model, state.axes_dim, host.theta(model), wanted)
+
+        def share(positions: torch.Tensor) -> torch.Tensor:
+            split = state.forwards.current().split
+            whole = split is None or not host.embedder.several  # diffusers splits the ids or, of Qwen-Image, the tables
+            return positions if whole else split[0].share(positions)
+
+        self._tables = RescaledTables(host.embedder, model, state.axes_dim, host.theta(model), wanted, share)
         self._undo.callback(self._tables.remove)
 
     def __enter__(self) -> Handle:

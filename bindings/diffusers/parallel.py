@@ -70,6 +70,10 @@ class Split:
         first = self.rank // self.ulysses * self.ulysses
         return [len(x) for x in shards_of(self.ring * self.ulysses, tokens)[first : first + self.ulysses]]
 
+    def share(self, tokens: Tensor) -> Tensor:
+        """This process's part of the text or of the image."""
+        return tokens.tensor_split(self.ring * self.ulysses)[self.rank]
+
     def part(self, tokens: fr.TokenLayout) -> Part:
         """What this process has of a sequence during attention."""
         return _part_of(self, tokens)

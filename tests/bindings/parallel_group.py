@@ -30,11 +30,11 @@ def mesh_of(ring_degree: int = 1, ulysses_degree: int = 1, **_):
     return dist.init_device_mesh("cpu", (copies, ring_degree, ulysses_degree), mesh_dim_names=names)["ring", "ulysses"]
 
 
-def enable(model, case: str) -> None:
-    """Split the model's sequence as a case says."""
+def enable(model, case: str, plan: dict | None = None) -> None:
+    """Split the model's sequence as a case says, by the model's own plan or another one."""
     config = diffusers.ContextParallelConfig(**CASES[case], mesh=mesh_of(**CASES[case]))
     with mock.patch("torch.accelerator.device_count", return_value=1):  # diffusers divides by it, and CPUs have none
-        model.enable_parallelism(config=config)
+        model.enable_parallelism(config=config, cp_plan=plan)
 
 
 def split_of(model) -> parallel.Split:

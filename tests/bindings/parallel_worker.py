@@ -18,6 +18,7 @@ import peft
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers_hosts import TINY_HOSTS, grag_like, loose_like, run
 from parallel_group import CASES, EVEN, UNSHARDED, WORLD, Sent, enable, gap, sends, split_of
 from parallel_mistakes import lost, mistakes
@@ -29,6 +30,12 @@ import fastrope as fr
 from fastrope.bindings.diffusers import parallel
 from fastrope.bindings.image.sequence import JointSequence
 from fastrope.bindings.image.work import Work
+
+OWN_PLAN = {
+    "": {"hidden_states": ContextParallelInput(1, 3), "encoder_hidden_states": ContextParallelInput(1, 3),
+         "img_ids": ContextParallelInput(0, 2), "txt_ids": ContextParallelInput(0, 2)},
+    "proj_out": ContextParallelOutput(1, 3),
+}  # fmt: skip
 
 # ---- hosts and modulations ------------------------------------------------------------------------------------------
 
@@ -142,14 +149,13 @@ def shared(found: dict, case: str) -> None:
 
 
 def spans(found: dict, case: str) -> None:
-    """A reference of the sequence whose statistics the target takes; NAG; rescaled positions."""
+    """A reference of the sequence whose statistics the target takes; NAG."""
     host, layout = TINY_HOSTS["kontext"], TINY_HOSTS["kontext"].layout if "odd" in case else EVEN["kontext"]
     torch.manual_seed(0)
     model, call, expected = host.build(), host.call(layout, dtype=torch.float32), {}
     methods = {
         "statistics of a reference": ([fr.UntwistingRoPE(**DIALS, reference=0)], dict(statistics=8)),
         "NAG": ([fr.NAG(scale=3.0, negative=2), *grag_like(layout)], dict(guided=True)),
-        "positions": ([fr.HighResolution("yarn", trained=(2, 3)), *grag_like(layout)], {}),
     }
     for what, (each, _) in methods.items():
         with fr.apply(model, *each) as handle:
@@ -164,10 +170,31 @@ def spans(found: dict, case: str) -> None:
         found[f"{what}, {case}"] = result | dict(gap=gap(out, expected[what]))
 
 
+def positions(found: dict, case: str) -> None:
+    """Rescaled ones, of the first layer's tokens and of the tables that diffusers splits for the others. On a CPU,
+    diffusers has no attention of a ring for these. And a host with a plan of one's own."""
+    for name in ("kontext", "qwen", "ovis"):
+        host = TINY_HOSTS[name]
+        grids = [(2, 4)] if host.layout.reference_grids else []
+        layout = host.layout if "odd" in case else fr.TokenLayout(8, (4, 3), grids)
+        torch.manual_seed(0)
+        model, call = host.build(), host.call(layout, dtype=torch.float32)
+        somewhere = fr.At(grag_like(layout), layers=None if "ring_degree" in CASES[case] else [0])
+        methods = fr.HighResolution("yarn", trained=(2, 3)), somewhere
+        with fr.apply(model, *methods) as handle:
+            handle.set_step(STEP, STEPS)
+            expected = run(model, call)
+        enable(model, case, OWN_PLAN if name == "ovis" else None)
+        with fr.apply(model, *methods) as handle:
+            handle.set_step(STEP, STEPS)
+            found[f"positions, {name}, {case}"] = dict(gap=gap(run(model, call), expected))
+
+
 def others(found: dict) -> None:
     for case in CASES:
         shared(found, case)
         spans(found, case)
+        positions(found, case)
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
