@@ -21,7 +21,9 @@ MATMUL = "matmul"  # the ceiling, timed among the contestants
 class Checked(Protocol):
     """A problem that judges an output."""
 
-    def check(self, out) -> Errors: ...
+    def check(self, out) -> Errors:
+        """Errors of an output against the reference."""
+        ...
 
 
 class Contestant(Protocol):

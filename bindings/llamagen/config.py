@@ -97,10 +97,12 @@ class LlamaGenConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.dim // self.heads
 
     @property
     def key_heads(self) -> int:
+        """Heads of keys and values."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property

@@ -74,6 +74,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention of ``x (B, n, dim)`` with rotary embedding. ``extend`` adds keys and values to the cache and
+    returns all so far. ``mask (B, 1, 1 or n, length)`` is bool, True where a query sees a token."""
+
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_dim = config.heads, config.key_heads, config.head_dim
@@ -106,6 +109,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward of ``x (B, n, dim)``, each normalised first and added."""
+
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
@@ -119,6 +124,8 @@ class Block(nn.Module):
 
 
 class CaptionProjection(nn.Module):
+    """Two linear layers with GELU, ``(B, prefix, caption_dim)`` to ``(B, prefix, dim)``."""
+
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)

@@ -53,6 +53,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions of ``x (B, C, H, W)``, added to it; the shortcut is a convolution where the width changes."""
+
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
         self.norm1 = _norm(channels)
@@ -141,6 +143,8 @@ def _middle(channels: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
+    """From pixels ``(B, 3, H, W)`` to latents ``(B, latent, H / factor, W / factor)``."""
+
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.channels, *(config.channels * m for m in config.multipliers)]
@@ -158,6 +162,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """From latents to pixels, the shapes as in :class:`Encoder`."""
+
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
@@ -175,6 +181,8 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
+    """The codebook under its published name."""
+
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.codes, config.code_dim)
