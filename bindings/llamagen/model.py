@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of ``x (B, n, dim)`` with rotary embedding. ``extend`` adds keys and values to the cache and
+    """Causal self-attention of ``x (B, n, dim)`` with rotary embedding. ``extend`` adds keys and values to a cache and
     returns all so far. ``mask (B, 1, 1 or n, length)`` is bool, True where a query sees a token."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
