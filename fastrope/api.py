@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import debug as debugging
+from . import device as devices
 from . import ops, verification
 from .backends.folded import kernel_name
 from .backends.plain import chosen as chosen_plain
@@ -314,5 +315,5 @@ def explain(
         trust=verification.status(decision.kind, q.device) if decision.trusted else None,
         key_bias=lowered.keys.biased,
         values=tuple(name for name, held in folded.items() if held),
-        torch_kernel=kernel_name(q, k) if prepared and q.device.type == "cuda" else None,
+        torch_kernel=kernel_name(q, k) if prepared and devices.on_gpu(q) else None,
     )  # fmt: skip

@@ -11,10 +11,12 @@ import re
 import pytest
 import torch
 from pages import DOCS, ROOT, offline_kontext, page, run_snippets
+from torch.nn.attention import SDPBackend
 
 import fastrope as fr
 from fastrope import api, dispatch, rules, verification
 from fastrope import device as devices
+from fastrope.backends import folded
 from fastrope.planning import scales, segments
 
 RULES = re.compile(r"(<!-- rules: [^\n]* -->\n)(.*?)(<!-- end of rules -->)", re.DOTALL)
@@ -109,6 +111,9 @@ def test_grag_on_an_h100_is_as_the_architecture_says(monkeypatch):
     verification.needed.cache_clear()
     monkeypatch.setattr(api, "decide", lambda lowered, *qkv_and: dispatch.decide(
         lowered, *(OnGpu(x) for x in qkv_and[:3]), *qkv_and[3:]))  # fmt: skip
+    monkeypatch.setattr(devices, "on_gpu", lambda q: True)
+    assert "sm_90" in folded.CUDNN_ARCHS
+    monkeypatch.setattr(api, "kernel_name", lambda q, k: folded.NAMES[SDPBackend.CUDNN_ATTENTION])
     tokens = fr.TokenLayout(text=512, target=(64, 64), references=[(64, 64)])
     rope = fr.RoPE.axial(tokens.positions("flux"), axes_dim=(16, 56, 56))
     q = torch.zeros(1, len(tokens), 1, 128, dtype=torch.bfloat16)
