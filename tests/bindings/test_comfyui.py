@@ -325,7 +325,10 @@ def test_no_matrix_of_queries_by_keys():
 
     wide, grid = host.picture(64, 64), (32, 32)
     positive = host.prompt(references=[host.picture(64, 64, seed=7)])
-    methods = fr.GRAG(0.9, 1.4), fr.LooseRoPE(torch.rand(grid), torch.ones(grid), levels=3)
+    left = (torch.arange(32) < 16).float().expand(grid)
+    regions = fr.Regions([fr.Region(left, slice(0, 2), [0]), fr.Region(1 - left, slice(2, 4))], local=True)
+    loose = fr.LooseRoPE(torch.rand(grid), torch.ones(grid), levels=3)
+    methods = fr.GRAG(0.9, 1.4), loose, regions, fr.NAG(negative=2)
     model = host.tiny(heads=1)
     for method in methods:
         with Largest() as watched:

@@ -185,7 +185,7 @@ def test_the_editor_reads_the_same_values(classes, path):
     widget behind a seed, and one at the end of those required for a picture to upload."""
     prompt = json.loads((path.parent / "api" / path.name).read_text())
     for node in json.loads(path.read_text())["nodes"]:
-        told, expected = classes[node["type"]].INPUT_TYPES(), []
+        told, expected, linked = classes[node["type"]].INPUT_TYPES(), [], []
         for part in ("required", "optional"):
             for name, (kind, *options) in told.get(part, {}).items():
                 value, options = prompt[str(node["id"])]["inputs"].get(name), (options or [{}])[0]
@@ -193,10 +193,14 @@ def test_the_editor_reads_the_same_values(classes, path):
                     expected.append(value)
                     seed = options.get("control_after_generate", name in ("seed", "noise_seed"))
                     expected += ["fixed"] if seed and kind == "INT" else []
+                else:
+                    linked.append(name)
             uploads = any((options or [{}])[0].get("image_upload") for _, *options in told.get(part, {}).values())
             expected += ["image"] if uploads else []
         while expected and expected[-1] is None:  # the editor's own default
             expected.pop()
+        names = [each["name"] for each in node["inputs"]]
+        assert names == linked[: len(names)], node["type"]
         assert node["widgets_values"] == expected, node["type"]
 
 
