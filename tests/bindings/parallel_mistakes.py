@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from diffusers_hosts import TINY_HOSTS, grag_like, run
-from parallel_group import EVEN, enable, gap
+from parallel_group import EVEN, enable, gap, split_of
 
 import fastrope as fr
 
@@ -55,6 +56,26 @@ def mistakes(found: dict, rank: int) -> None:
             run(model, call)
         except NotImplementedError as problem:
             found["inspect"] = str(problem)
+
+
+def stuck(rank: int) -> str:
+    """What a call says when every second process raises an error within a layer: that error, or that time is up."""
+    host, layout = TINY_HOSTS["kontext"], EVEN["kontext"]
+    model, call = host.build(), host.call(layout, dtype=torch.float32)
+    enable(model, "ring")
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), split_of(model).ring_group)
+
+    def plain(query, key, value, scale=None, **_):
+        if rank % 2:
+            raise ValueError("an error of this process")
+        return torch.zeros_like(query)
+
+    with fr.apply(model, grag_like(layout), plain=plain):
+        try:
+            run(model, call)
+        except (RuntimeError, ValueError) as problem:
+            return str(problem)
+    return ""
 
 
 def lost(rank: int, end) -> str:

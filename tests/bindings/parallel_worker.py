@@ -21,7 +21,7 @@ import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers_hosts import TINY_HOSTS, grag_like, loose_like, run
 from parallel_group import CASES, EVEN, UNSHARDED, WORLD, Sent, enable, gap, sends, split_of
-from parallel_mistakes import lost, mistakes
+from parallel_mistakes import lost, mistakes, stuck
 from tiny_transformers import DIM, HEADS
 from untwisting_calls import DIALS, STEP, STEPS, call_of, source_of
 from watch import Live
@@ -300,6 +300,7 @@ def work(rank: int, store: str, out: Path) -> None:
     with UNSHARDED:
         for part in (hosts, others, layers, grouped, memory, lambda found: mistakes(found, rank)):
             part(found)
+    found["an error within a layer"] = stuck(rank)
     write(lost(rank, end))
 
 

@@ -145,6 +145,13 @@ def test_it_has_loras_and_leaves_the_model_as_it_was(found):
         assert each["removed"] == {"configured": True, "same": True, "equal": True}
 
 
+def test_an_error_within_a_layer_ends_the_others_when_time_is_up(found):
+    said = [each["an error within a layer"] for each in found]
+    assert said[1] == said[3] == "an error of this process"
+    for text in (said[0], said[2]):
+        assert text.startswith("context parallelism: expected every process to take part in the all-gather of k, v")
+
+
 def test_a_process_that_dies_in_a_collective_is_an_error_in_the_others(found):
     *others, died = (each[DIED] for each in found)
     assert died == "this one"
