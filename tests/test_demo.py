@@ -16,6 +16,7 @@ from PIL import Image
 from fastrope import cli, demo, figures, lab
 from fastrope.commands.pipelines import Settings, Trained
 from fastrope.demo import build, idea, methods
+from fastrope.modulations import MODULATIONS
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,11 @@ def test_idea_shows_what_it_says():
     assert reach[plain] < reach["QueryScale"] < reach["BandWeight"]
     assert entropy["BiasDelta"] < entropy[plain]
     assert weights["LogitGain"][crop].sum() < weights[plain][crop].sum()
+    assert not weights["LogitBias"][crop].any()
+    left = columns < idea.QUERY[1]
+    assert weights["KeyBias"][left].sum() < weights[plain][left].sum()
+    torch.testing.assert_close(weights["ValueGain"], torch.where(crop, -weights[plain], weights[plain]))
+    assert list(weights) == [plain, *(m.__name__ for m in MODULATIONS)]
 
 
 def test_the_classifier_names_pictures_of_any_size():

@@ -28,7 +28,7 @@ LEAD = (
     "those of the first seeds, and below each picture stands the digit that a classifier, trained apart, takes it for."
 )
 IDEA = (
-    "What one query (ring) attends to in a picture, computed with the real op: plain, and under each of the four "
+    "What one query (ring) attends to in a picture, computed with the real op: plain, and under each of the seven "
     "modulations that the methods are made of. Brighter is more, on a scale of each panel's own. Queries and keys are "
     "made by hand so that they prefer near keys of a similar colour."
 )
