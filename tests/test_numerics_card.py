@@ -41,13 +41,20 @@ def cases() -> dict[str, list]:
     shared[target] = torch.tensor(SCALES, dtype=torch.float64)[torch.randint(len(SCALES), (size,), generator=g)]
     per_query[target] = torch.linspace(0.75, 0.99, size, dtype=torch.float64)
     gain[target] = torch.linspace(0.65, 1.345, size, dtype=torch.float64)
+    bias = torch.zeros(count, dtype=torch.float64)
+    bias[target] = torch.linspace(-1, 1, size, dtype=torch.float64)
+    value = torch.linspace(-1, 1.5, keys.stop - keys.start, dtype=torch.float64)
     weight = torch.cat([1.4 + (0.25 - 1.4) * torch.linspace(1, 0, d // 2).double() ** 2 for d in AXES])
     buckets, distinct = (fr.QueryScale(r, keys=keys, axes=(1, 2)) for r in (shared, per_query))
     others = [fr.BandWeight(weight, keys=keys), fr.BiasDelta(1.2, 1.1, keys=keys), fr.LogitGain(gain, keys=keys)]
+    biases = [fr.LogitBias(bias, keys=keys), fr.KeyBias(torch.linspace(-2, 1, count, dtype=torch.float64))]
+    values = [fr.ValueGain(value, keys=keys), fr.BiasDelta(1.2, 1.1, keys=keys, on="values")]
     return {
         "none": [], "QueryScale, scale buckets": [buckets], "QueryScale, per-query scales": [distinct],
-        "BandWeight": others[:1], "BiasDelta": others[1:2], "LogitGain": others[2:],
+        "BandWeight": others[:1], "BiasDelta": others[1:2], "LogitGain": others[2:], "LogitBias": biases[:1],
+        "KeyBias": biases[1:], "ValueGain": values[:1], "BiasDelta on values": values[1:],
         "all four, scale buckets": [buckets, *others], "all four, per-query scales": [distinct, *others],
+        "everything, scale buckets": [buckets, *others, *biases, *values],
     }  # fmt: skip
 
 

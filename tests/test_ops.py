@@ -117,7 +117,7 @@ def test_a_jit_trace_holds_the_op():
 
 
 @pytest.mark.parametrize("mask", [None, "random", "row"])
-@pytest.mark.parametrize("kind", ["levels", "distinct"])
+@pytest.mark.parametrize("kind", ["levels", "distinct", "biases"])
 def test_gradcheck_of_sdpa(kind, mask):
     call = a_call(torch.float64, kind, mask, tokens=5)
 
@@ -134,7 +134,7 @@ def test_gradcheck_of_the_op():
     assert torch.autograd.gradcheck(lambda *x: ops.planned_attention(*x, *rest), leaves(call), fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", ["levels", "distinct"])
+@pytest.mark.parametrize("kind", ["levels", "distinct", "biases"])
 def test_gradients_of_sdpa_are_those_of_the_reference(kind):
     call = a_call(torch.float64, kind, tokens=20)
     weight = draw(generator(3), *call.q.shape, dtype=torch.float64)
