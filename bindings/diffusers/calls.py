@@ -31,7 +31,7 @@ from .forwards import Forward, Forwards, LayerState, call_frame, refuse_checkpoi
 from .hosts import Host
 from .identified import Identified, Sequences
 from .layer_op import Layer
-from .parallel import Split, context_parallel
+from .parallel import Split, context_parallel, require_shares
 from .sequences import Call, device_of, refuse_tracing
 from .steps import Step, find_sigma, find_step, running_pipeline
 
@@ -156,6 +156,7 @@ class CallState:
         if self.inspector is not None or tokens.order != "text-first" or tokens.padding:
             raise NotImplementedError("context parallelism: expected no inspection, and a sequence that is text and "
                                       f"then image, received {tokens}")  # fmt: skip
+        require_shares(config, tokens)
         require_alike(config, digest_of((found.key, content)), call)
         self.sent = tuple({} for _ in self.layers)
         return replace(forward, split=(Split.of(config), tokens), sent=self.sent)

@@ -79,6 +79,23 @@ class Split:
         return _part_of(self, tokens)
 
 
+def require_shares(config: Any, tokens: fr.TokenLayout) -> None:
+    """Text and image must have a part for every process, of one length unless diffusers takes others.
+
+    Raises:
+        NotImplementedError: they have not.
+    """
+    processes = config.ring_degree * config.ulysses_degree
+    uneven = getattr(config, "ulysses_anything", False) or getattr(config, "ring_anything", False)
+    for name, count in (("text", tokens.text_tokens), ("image", len(tokens) - tokens.text_tokens)):
+        if count < processes if uneven else count % processes:
+            expected = f"at least {processes}" if uneven else f"a number that divides by {processes} processes"
+            raise NotImplementedError(
+                f"context parallelism: expected {expected} as {name} tokens, received {count}; use another size or "
+                "max_sequence_length, or diffusers' ulysses_anything or ring_anything, which take one degree alone"
+            )
+
+
 @lru_cache(maxsize=64)
 def shards_of(processes: int, tokens: fr.TokenLayout) -> tuple[Tensor, ...]:
     """Tokens of every process ``(n,)`` int64 on the CPU: its part of the text, then its part of the image."""

@@ -49,6 +49,8 @@ def mistakes(found: dict, rank: int) -> None:
     other = call | {"encoder_hidden_states": call["encoder_hidden_states"] + rank % 2}
     found["other prompt"] = error(grag_like(layout), other)
     found["an error in some"] = error(Fails(rank % 2))
+    odd = fr.TokenLayout(8, (3, 5), [(2, 4)])
+    found["an odd length"] = error(grag_like(odd), host.call(odd, dtype=torch.float32))
     with fr.apply(model, grag_like(layout)) as handle:
         found["after"] = dict(gap=gap(run(model, call), expected))
         handle.inspect(layers=[0])

@@ -104,6 +104,7 @@ def test_fewer_heads_of_keys_work_where_they_divide(found):
         ("other noise", "the same latents, prompt and timestep in every process"),
         ("other prompt", "the same latents, prompt and timestep in every process"),
         ("inspect", "no inspection"),
+        ("an odd length", "a number that divides by 2 processes as image tokens, received 23; use another size"),
     ],
 )
 def test_mistakes_are_named_in_every_process(found, what, message):
