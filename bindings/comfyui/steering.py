@@ -283,6 +283,8 @@ class Steering:
 
             span = guidance.negative.start, guidance.negative.stop
             keys = self._works.remember((key, self._digest(modulations), "guided", *span), make)
+            if keys.moves:
+                _require_own(positions, "NAG, on a model whose text has positions,")
             found.append(GuidedWork(keys, guidance, positions.sequence.masked))
         return found
 
@@ -315,10 +317,15 @@ class Steering:
 
 
 def _refuse_moved(positions: Positions, modulations: tuple[Modulation, ...]) -> None:
-    if not positions.trusted and any(isinstance(m, fr.QueryScale) for m in modulations):
+    if any(isinstance(m, fr.QueryScale) for m in modulations):
+        _require_own(positions, "a method that scales positions (LooseRoPE)")
+
+
+def _require_own(positions: Positions, what: str) -> None:
+    if not positions.trusted:
         raise NotImplementedError(
             "positions: expected the host's own, received those of a node that changes its position embedding; "
-            "methods that scale positions (LooseRoPE) do not go with it"
+            f"{what} does not go with it"
         )
 
 

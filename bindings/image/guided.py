@@ -26,7 +26,8 @@ class GuidedKeys:
         sequence, rope: both prompts and the image, and their angles.
         gain: ``(D/2,)`` of rescaled positions, see :class:`.work.Work`.
         modulations: over the keys of the sequence.
-        negative: the tokens of the negative prompt. They get the positions that they would have without the prompt.
+        negative: the tokens of the negative prompt. They get the positions that they would have without the prompt;
+            ``moves`` says whether these are others.
 
     Raises:
         NotImplementedError: a sequence that does not begin with the text, a floating-point mask, or a BiasDelta over
@@ -46,7 +47,7 @@ class GuidedKeys:
         self.parts = slice(stop, len(tokens)), slice(0, start), negative
         angles = rope.angles.clone()
         angles[..., negative, :] = rope.angles[..., : stop - start, :]
-        self._moves = not torch.equal(angles, rope.angles)
+        self.moves = not torch.equal(angles, rope.angles)
         self._move = Rotation(angles - rope.angles, rope.pairing)
         self._rope = replace(rope, angles=angles)
         self._mask = sequence.key_mask
@@ -63,7 +64,7 @@ class GuidedKeys:
 
     def moved(self, x: Tensor, part: Part | None) -> Tensor:
         """Queries or keys ``(B, S, H, D)`` that the host has rotated, with the negative prompt at its own positions."""
-        if not self._moves:
+        if not self.moves:
             return x
         places, tokens = (self.parts[2],) * 2 if part is None else part.within(self.parts[2], x.device)
         return joined(replaced(x, places, self._move.do(x[:, places], tokens)))

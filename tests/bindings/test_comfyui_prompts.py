@@ -244,6 +244,12 @@ def test_nag_is_refused_where_it_cannot_work(nodes):
     model.model.diffusion_model.__class__ = type("NextDiT", (host.Flux,), {"pad_tokens_multiple": 32})
     with pytest.raises(NotImplementedError, match=r"Flux\.2 or Qwen-Image, received Z-Image, which mixes the words"):
         run(node, model, positive=positive, negative=negative)
+    moved = host.tiny()
+    moved.model.diffusion_model.params.txt_ids_dims = [0]
+    moved.model.diffusion_model.pe_embedder.__class__ = type("Dynamic", (host.EmbedND,), {})
+    elsewhere, joined = run(node, moved, positive=positive, negative=negative).args
+    with pytest.raises(NotImplementedError, match="positions: expected the host's own.*NAG, on a model whose text"):
+        host.sample(elsewhere, host.become(joined))
     steered, joined = run(node, host.tiny(), positive=positive, negative=negative).args
     with pytest.raises(ValueError, match="positive: expected a prompt without a negative one"):
         run(node, steered, positive=joined, negative=negative)
