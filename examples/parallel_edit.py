@@ -27,7 +27,7 @@ pipe, call = common.editor(options, device=f"cuda:{rank}" if on_gpus else "cpu")
 if size > 1:
     degrees = dict(ring_degree=options.ring, ulysses_degree=size // options.ring)
     if options.tiny:  # its 3 heads and 5 words do not divide by 2
-        degrees = dict(ring_degree=size, ring_anything=True)
+        degrees |= dict(ring_anything=True) if options.ring > 1 else dict(ulysses_anything=True)
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(**degrees))
 with fr.apply(pipe, fr.GRAG(delta=options.delta)):
     image = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]  # the same noise in every process

@@ -96,6 +96,11 @@ def require_shares(config: Any, tokens: fr.TokenLayout) -> None:
             )
 
 
+def shares(heads: int, processes: int) -> list[int]:
+    """Heads of each process."""
+    return [heads // processes + (n < heads % processes) for n in range(processes)]
+
+
 @lru_cache(maxsize=64)
 def shards_of(processes: int, tokens: fr.TokenLayout) -> tuple[Tensor, ...]:
     """Tokens of every process ``(n,)`` int64 on the CPU: its part of the text, then its part of the image."""
@@ -137,13 +142,13 @@ def communication(
             pictures in the batch, ``2 B`` with a cache, ``4 B`` with a reference of the sequence itself.
         guided: with NAG.
     """
-    part, lengths = split.part(tokens), split.lengths(tokens)
-    mine, others, around = lengths[split.rank % split.ulysses], split.ulysses - 1, split.ring - 1
-    token, inner = batch * dim * itemsize, heads // split.ulysses
-    keys = 2 * (heads if kv_heads is None else kv_heads) // split.ulysses  # and values
+    part, lengths, place = split.part(tokens), split.lengths(tokens), split.rank % split.ulysses
+    mine, others, around, token = lengths[place], split.ulysses - 1, split.ring - 1, batch * dim * itemsize
+    kv_heads = heads if kv_heads is None else kv_heads
+    inner, keys = shares(heads, split.ulysses)[place], 2 * shares(kv_heads, split.ulysses)[place]  # keys and values
     image = len(part.within(slice(tokens.text_tokens, len(tokens)), torch.device("cpu"))[0])
     return {
-        "all-to-all of q, k, v": mine * (inner + keys) * others * token,
+        "all-to-all of q, k, v": mine * (heads + 2 * kv_heads - inner - keys) * token,
         "all-gather of k, v": sum(lengths) * keys * around * token,
         "all-gather of cached k, v": sum(part.lengths(n)[part.mine] for n in cached) * keys * around * dim * itemsize,
         "all-gather of statistics": statistics * 2 * inner * dim * around * 4,
@@ -175,18 +180,18 @@ def attend(work: LayerWork, split: Split, tokens: fr.TokenLayout, sent: dict[str
         raise NotImplementedError("context parallelism: expected torch.no_grad() in a modulated layer, received "
                                   "tensors that require grad")  # fmt: skip
     heads = q.shape[2], k.shape[2]
-    if any(n % split.ulysses for n in heads):
-        raise NotImplementedError(f"context parallelism: expected heads of queries and keys that divide by "
-                                  f"{split.ulysses} processes, received {heads}; use ring_degree")  # fmt: skip
+    if heads[0] < split.ulysses or (heads[0] != heads[1] and any(n % split.ulysses for n in heads)):
+        raise NotImplementedError(f"context parallelism: expected heads for {split.ulysses} processes, and grouped "
+                                  f"ones that divide by it, received {heads}; use ring_degree")  # fmt: skip
     lengths, place = split.lengths(tokens), split.rank % split.ulysses
     require(q.shape[1] == lengths[place], "context parallelism",
             f"{lengths[place]} of {len(tokens)} tokens in process {split.rank}", q.shape[1])  # fmt: skip
     counted = _COUNTED.set(sent)
     try:
         if split.ulysses > 1:
-            q, k, v = _tokens_for_heads(q, k, v, lengths, split.ulysses_group)
+            q, k, v = _tokens_for_heads(q, k, v, lengths, place, split.ulysses_group)
         out = work.attend(q, k, v, applied, backend, split.part(tokens))
-        return out if split.ulysses == 1 else _heads_for_tokens(out, lengths, place, split.ulysses_group)
+        return out if split.ulysses == 1 else _heads_for_tokens(out, lengths, heads[0], place, split.ulysses_group)
     finally:
         _COUNTED.reset(counted)
 
@@ -208,28 +213,38 @@ def collective(what: str, sent: int = 0) -> Iterator[None]:
                            "another process ended or waits elsewhere, see its own error") from error  # fmt: skip
 
 
-def _tokens_for_heads(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens_for_heads(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], place: int,
+                      group: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(B, S_local, H, D)`` each to ``(B, S_group, H / U, D)``."""
-    degree, (batch, local, _, dim) = len(lengths), q.shape
-    heads = [x.shape[2] // degree for x in (q, k, v)]
-    parts = [x.unflatten(2, (degree, -1)).permute(2, 1, 0, 3, 4) for x in (q, k, v)]  # (U, S_local, B, H / U, D)
-    sent = torch.cat(parts, dim=3).view(degree * local, -1)
-    got = sent.new_empty(sum(lengths), sent.shape[1])
-    with collective("all-to-all of q, k, v", sent.nbytes // degree * (degree - 1)):
-        dist.all_to_all_single(got, sent, lengths, [local] * degree, group)
-    q, k, v = got.view(-1, batch, sum(heads), dim).transpose(0, 1).split(heads, dim=2)
+    batch, local, _, dim = q.shape
+    of_each = [shares(x.shape[2], len(lengths)) for x in (q, k, v)]
+    widths = [sum(heads) for heads in zip(*of_each, strict=True)]  # of q, k, v together, by process
+    sizes = [local * batch * width * dim for width in widths]
+    sent = q.new_empty(sum(sizes))
+    parts = zip(
+        *(x.transpose(0, 1).split(heads, dim=2) for x, heads in zip((q, k, v), of_each, strict=True)), strict=True
+    )
+    for part, there, width in zip(parts, sent.split(sizes), widths, strict=True):
+        torch.cat(part, dim=2, out=there.view(local, batch, width, dim))
+    token = batch * widths[place] * dim
+    got = sent.new_empty(sum(lengths) * token)
+    with collective("all-to-all of q, k, v", (len(sent) - sizes[place]) * sent.itemsize):
+        dist.all_to_all_single(got, sent, [n * token for n in lengths], sizes, group)
+    found = got.view(-1, batch, widths[place], dim).transpose(0, 1)
+    q, k, v = found.split([heads[place] for heads in of_each], dim=2)
     return q, k, v
 
 
-def _heads_for_tokens(out: Tensor, lengths: list[int], place: int, group: Any) -> Tensor:
+def _heads_for_tokens(out: Tensor, lengths: list[int], heads: int, place: int, group: Any) -> Tensor:
     """``(B, S_group, H / U, D)`` to ``(B, S_local, H, D)``."""
-    degree, (batch, total, heads, dim) = len(lengths), out.shape
-    sent = out.transpose(0, 1).reshape(total, -1)
-    local = lengths[place]
-    got = sent.new_empty(degree * local, sent.shape[1])
-    with collective("all-to-all of the output", sent[local:].nbytes):
-        dist.all_to_all_single(got, sent, [local] * degree, lengths, group)
-    return got.view(degree, local, batch, heads, dim).permute(2, 1, 0, 3, 4).reshape(batch, local, degree * heads, dim)
+    (batch, _, own, dim), local, of_each = out.shape, lengths[place], shares(heads, len(lengths))
+    sent, token = out.transpose(0, 1).flatten(), batch * own * dim
+    sizes = [local * batch * n * dim for n in of_each]
+    got = sent.new_empty(sum(sizes))
+    with collective("all-to-all of the output", (len(sent) - local * token) * sent.itemsize):
+        dist.all_to_all_single(got, sent, sizes, [n * token for n in lengths], group)
+    parts = zip(got.split(sizes), of_each, strict=True)
+    return torch.cat([x.view(local, batch, n, dim).transpose(0, 1) for x, n in parts], dim=2)
 
 
 def _collected(x: Tensor, lengths: Sequence[int], what: str, group: Any) -> Tensor:

@@ -67,7 +67,7 @@ class Sent:
     def __enter__(self):
         self.bytes, rank, size = 0, dist.get_rank, dist.get_world_size
         counts = {
-            "all_to_all_single": lambda out, x, outs, ins, group: (sum(ins) - ins[rank(group)]) * x[0].nbytes,
+            "all_to_all_single": lambda out, x, outs, ins, group: (sum(ins) - ins[rank(group)]) * x.itemsize,
             "all_gather": lambda outs, x, group: (len(outs) - 1) * x.nbytes,
             "all_gather_into_tensor": lambda out, x, group: out.nbytes - x.nbytes,
             "broadcast": lambda x, source, group, async_op: (source == rank()) * (size(group) - 1) * x.nbytes,

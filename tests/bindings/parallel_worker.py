@@ -243,9 +243,8 @@ def with_lora(model) -> None:
 
 
 def grouped(found: dict) -> None:
-    """Fewer heads of keys and values than of queries; heads that do not divide."""
-    layout = fr.TokenLayout(3, (2, 3), [(1, 2)])
-    found["grouped heads"] = {}
+    """Fewer heads of keys and values than of queries; heads that do not divide by the processes."""
+    layout, found["heads"] = fr.TokenLayout(3, (2, 3), [(1, 2)]), []
     for case in CASES:
         torch.manual_seed(0)
         model = TINY_HOSTS["kontext"].build()
@@ -254,11 +253,14 @@ def grouped(found: dict) -> None:
         rope = fr.RoPE.axial(layout.positions("flux"), (4, 4, 8))
         sequence = JointSequence(layout.positions("flux"), lambda: layout)
         work = Work(sequence, rope, tuple(grag_like(layout)))
-        q, k, v = (torch.randn(2, len(layout), heads, DIM) for heads in (4, 2, 2))
         mine = parallel.shards_of(split.ring * split.ulysses, layout)[split.rank]
-        here = [x[:, mine] for x in (q, k, v)]
-        out = parallel.attend(work, split, layout, {}, *here, False, "auto")
-        found["grouped heads"][case] = gap(out, work.attend(q, k, v, False)[:, mine])
+        for heads, kv_heads in ((4, 2), (3, 3)):
+            q, k, v = (torch.randn(2, len(layout), n, DIM) for n in (heads, kv_heads, kv_heads))
+            here, sent = [x[:, mine] for x in (q, k, v)], {}
+            out = parallel.attend(work, split, layout, sent, *here, False, "auto")
+            planned = parallel.communication(split, layout, 2, heads, DIM, 4, kv_heads=kv_heads)
+            told = sent == {what: n for what, n in planned.items() if n}
+            found["heads"].append(dict(gap=gap(out, work.attend(q, k, v, False)[:, mine]), told=told))
         if split.ulysses > 1:
             try:
                 parallel.attend(work, split, layout, {}, here[0], *(x[:, :, :1] for x in here[1:]), False, "auto")
