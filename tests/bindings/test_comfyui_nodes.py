@@ -13,7 +13,8 @@ from pathlib import Path
 import comfyui_doubles as host
 import pytest
 import torch
-from comfyui_doubles import run_node as run
+from comfyui_api import node_classes
+from comfyui_api import run_node as run
 from source_tree import ROOT
 
 import fastrope
@@ -28,7 +29,7 @@ PACK = ROOT / "bindings" / "comfyui" / "pack"
 @pytest.fixture
 def nodes(monkeypatch):
     """Node classes by their ids."""
-    return host.node_classes(monkeypatch)
+    return node_classes(monkeypatch)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import comfyui_doubles as host
 import comfyui_oracle as oracle
 import pytest
 import torch
-from comfyui_doubles import run_node as run
+from comfyui_api import node_classes
+from comfyui_api import run_node as run
 
 import fastrope as fr
 from fastrope.bindings.comfyui.marks import Joined
@@ -19,7 +20,7 @@ COMMON, LEFT, RIGHT = (host.picture(4, 6, seed=n) for n in (5, 6, 7))
 @pytest.fixture
 def nodes(monkeypatch):
     """Node classes by their ids."""
-    return host.node_classes(monkeypatch)
+    return node_classes(monkeypatch)
 
 
 def masked(mask, tokens=4, seed=1, strength=1.0, **options):
