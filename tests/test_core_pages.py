@@ -10,11 +10,12 @@ import re
 
 import pytest
 import torch
+from on_gpu import OnGpu, pretend
 from pages import DOCS, ROOT, offline_kontext, page, run_snippets
 from torch.nn.attention import SDPBackend
 
 import fastrope as fr
-from fastrope import api, dispatch, rules, verification
+from fastrope import api, dispatch, rules
 from fastrope import device as devices
 from fastrope.backends import folded
 from fastrope.planning import scales, segments
@@ -91,24 +92,8 @@ def test_every_switch_is_on_the_page():
     assert set(re.findall(r"^\| `(FASTROPE_\w+)` \| ", page("backends.md"), re.MULTILINE)) == read
 
 
-class OnGpu:
-    """A tensor that says it is on a GPU."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, x):
-        self.x = x
-
-    def __getattr__(self, name):
-        return getattr(self.x, name)
-
-
 def test_grag_on_an_h100_is_as_the_architecture_says(monkeypatch):
-    monkeypatch.setattr(dispatch, "differentiated", lambda x: False)
-    monkeypatch.setattr(devices, "kernel_obstacle", lambda q: None)
-    monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(devices, "capability", lambda device: "sm_90")
-    verification.needed.cache_clear()
+    pretend(monkeypatch)
     monkeypatch.setattr(api, "decide", lambda lowered, *qkv_and: dispatch.decide(
         lowered, *(OnGpu(x) for x in qkv_and[:3]), *qkv_and[3:]))  # fmt: skip
     monkeypatch.setattr(devices, "on_gpu", lambda q: True)

@@ -8,10 +8,10 @@ import weakref
 
 import pytest
 import torch
+from on_gpu import OnGpu, pretend
 
 import fastrope as fr
-from fastrope import card, dispatch, rules, verification
-from fastrope import device as devices
+from fastrope import card, dispatch, rules
 
 ROPE = fr.RoPE.axial(torch.arange(12)[:, None], (16,))
 BUCKETS = fr.QueryScale(torch.where(torch.arange(12) < 6, 0.5, 1.0))
@@ -29,26 +29,10 @@ VALUES = fr.ValueGain(-1.0, keys=slice(6, 12))
 GROUP_OF_VALUES = fr.BiasDelta(1.0, 1.1, keys=slice(6, 12), on="values")
 
 
-class OnGpu:
-    """A tensor that says it is on a GPU."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, x):
-        self.x = x
-
-    def __getattr__(self, name):
-        return getattr(self.x, name)
-
-
 @pytest.fixture
 def on_gpu(monkeypatch):
     """``decide`` as for tensors on a GPU with kernels."""
-    monkeypatch.setattr(dispatch, "differentiated", lambda x: False)
-    monkeypatch.setattr(devices, "kernel_obstacle", lambda q: None)
-    monkeypatch.setattr(devices, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(devices, "capability", lambda device: "sm_90")
-    verification.needed.cache_clear()
+    pretend(monkeypatch)
 
     def decide(plan, dtype=torch.bfloat16, backend="auto", return_lse=False):
         x = OnGpu(torch.empty(1, 12, 2, 16, dtype=dtype))
