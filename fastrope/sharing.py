@@ -150,8 +150,8 @@ class ReferenceCache:
     the length of the text may differ from the target's. An entry is used for the same step, sigma, guidance, dtype and
     LoRAs. Weights that change in place are not noticed: call :meth:`clear` then.
 
-    A layer and step takes ``2 * R * tokens * heads * D`` numbers: 48 MiB for FLUX.1 at 1024 px in bfloat16.
-    :attr:`nbytes` says how many bytes are in use.
+    A layer and step takes ``2 * R * tokens * heads * D`` numbers: 48 MiB for FLUX.1 at 1024 px in bfloat16. Under
+    diffusers' context parallelism each process has its part of them. :attr:`nbytes` says how many bytes are in use.
 
     Args:
         source: a :class:`Reference`, or an object like one.
