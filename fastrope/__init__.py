@@ -2,7 +2,7 @@
 
 ``attention`` is the op. ``QueryScale``, ``BandWeight``, ``BiasDelta``, ``LogitGain``, ``LogitBias``, ``KeyBias`` and
 ``ValueGain`` are its modulations. ``plan`` does the host work once, ``explain`` says what would run, and ``apply``
-binds modulations to a diffusers pipeline.
+binds modulations to a diffusers pipeline, for which ``explain_calls`` says what ran.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .methods.judges import MOVES as _MOVES
 from .methods.trajectories import GAMMA as _GAMMA
 from .modulations import BandWeight, BiasDelta, KeyBias, LogitBias, LogitGain, QueryScale, ValueGain
 from .planning import Plan, plan
+from .ran import explain_calls
 from .rope import RoPE
 from .sharing import Reference, ReferenceCache
 from .tokens import Site, TokenLayout
@@ -45,8 +46,8 @@ __all__ = [
     "GRAG", "NAG", "At", "BandWeight", "BiasDelta", "HighResolution", "ISLock", "KeyBias", "LogitBias", "LogitGain",
     "LongVideo", "LooseRoPE", "Norm", "Plan", "PromptWeights", "QueryScale", "Reference", "ReferenceCache",
     "ReferenceStrength", "Region", "Regions", "RoPE", "Site", "Stream", "Temperature", "TokenLayout", "UntwistingRoPE",
-    "ValueGain", "apply", "attention", "explain", "joint_attention", "plan", "prepare_reference", "remove",
-    "scaled_dot_product_attention", "steer",
+    "ValueGain", "apply", "attention", "explain", "explain_calls", "joint_attention", "plan", "prepare_reference",
+    "remove", "scaled_dot_product_attention", "steer",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from . import rules, verification
+from . import ran, rules, verification
 from .backends import folded, fused, hand_over, lse_merge, reference, sdpa, split_rows
 from .backends.plain import Plain
 from .kernels.streams import Projected, Streams, joined
@@ -282,6 +282,7 @@ def execute(
         if kind is not None and not verification.holds(kind, device, lambda: _wrong(kind, device)):
             decision = _without_kernels(decision, lowered)
             q, k, v = map(joined, (q, k, v))
+        ran.note(decision.backend, decision.reason, q.shape, k.shape[1], q.dtype)
         out, lse = _attend(decision, lowered, q, k, v, scale, return_lse, resolved)
     return out.contiguous(), lse if return_lse else None
 
