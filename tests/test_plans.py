@@ -224,3 +224,51 @@ def test_nbytes_are_those_of_the_tables():
     )
     plan = call.planned()
     assert plan.nbytes == sum(t.numel() * t.element_size() for t in plan.tensors) > 0
+
+
+# ---- other angles ----------------------------------------------------------------------------------------------------
+
+TURNED = {
+    "nothing": [], "a group": [fr.BiasDelta(1.2, 0.7, slice(9, 20))],
+    "weights": [fr.BandWeight(torch.linspace(0.3, 1.2, 8), slice(9, 20)), fr.LogitBias(0.4, slice(5, 20))],
+    "sorted keys": [fr.ValueGain(0.5, slice(3)), fr.BandWeight(torch.linspace(0.3, 1.2, 8), torch.arange(0, 60, 3))],
+    "unmodulated queries": [fr.LogitGain(torch.where(torch.arange(60) < 9, 1.4, 1.0), slice(9, 20))],
+    "scale buckets": [fr.QueryScale(torch.where(torch.arange(60) < 30, 0.6, 0.8), slice(20, 40), axes=(1,))],
+    "per-query scales": [fr.QueryScale(torch.linspace(0.5, 1, 60), slice(20, 40), axes=(1, 2))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("case", TURNED)
+def test_a_plan_with_other_angles_is_that_of_these_angles(case, apart, applied):
+    """To the same bits, and without making anew what has no angles in it."""
+    rope = axial(grid(60, 4), 16, applied=applied)
+    keys = axial(grid(60, frame=1), 16, applied=applied) if apart else None
+    factor = torch.linspace(1, 0.4, 8, dtype=torch.float64)
+    others = [r and replace(r, angles=r.angles * factor) for r in (rope, keys)]
+    made = fr.plan(rope=rope, key_rope=keys, modulations=TURNED[case])
+    found = made.with_rope(*others)
+    expected = fr.plan(rope=others[0], key_rope=others[1], modulations=TURNED[case])
+    assert found.spec == expected.spec
+    for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous()
+    assert torch.equal(found.resolved.rope.angles, others[0].angles)
+    if case != "per-query scales":
+        shared = {t.data_ptr() for t in made.tensors} & {t.data_ptr() for t in found.tensors}
+        assert made.lowered.keys.segments.data_ptr() in shared
+    others[0].angles.zero_()  # the caller's
+    assert bool(found.resolved.rope.angles.any())
+    assert bool(found.lowered.queries.angles.any())
+
+
+def test_other_angles_are_of_the_same_tokens():
+    rope = axial(grid(20), 16)
+    made = fr.plan(rope=rope, modulations=[fr.BiasDelta(1.2, 0.7, slice(9, 20))])
+    for given, name in (((axial(grid(21), 16),), "rope"), ((axial(grid(20), 16, "half"),), "rope"),
+                        ((axial(grid(20), 16, applied=True),), "rope"), ((rope, rope), "key_rope")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape, pairing, applied"):
+            made.with_rope(*given)
+    with pytest.raises(ValueError, match="^rope"):
+        fr.plan(num_keys=3).with_rope(rope)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require, require_finite, require_tensor
-from ..device import on_device
+from ..device import on_device, widest_float
 from ..modulations import MODULATIONS, Modulation
 from ..rope import RoPE
 from .flattening import map_tensors, tensors_of
@@ -24,6 +24,7 @@ from .lower import lower
 from .lowered import Lowered
 from .resolve import as_tuple, check_arguments, common_device, group_values, lengths, logit_bias, resolve
 from .resolved import Resolved
+from .rotations import turned
 from .tables import alike
 
 
@@ -146,6 +147,33 @@ class Plan:
             resolved = self.resolved.with_weight(weight)
             return self._with(resolved, self.lowered.with_weight(resolved.weights[0].w))
 
+    def with_rope(self, rope: RoPE, key_rope: RoPE | None = None) -> Plan:
+        """This plan with other angles of the same tokens: a rescaling for every step costs a few operations on the
+        device. Everything else is shared. A plan with per-query scales is lowered again.
+
+        Args:
+            rope, key_rope: as the plan was made of, with other angles. They are not read on the host, and must be
+                finite. Axes are the plan's own.
+
+        Raises:
+            ValueError: a rope where the plan has none or none where it has one, other shapes, another pairing, or
+                tensors rotated already where those of the plan are not.
+        """
+        held = self.resolved
+        for name, given, mine in (("rope", rope, held.rope), ("key_rope", key_rope, held.key_rope)):
+            found, expected = (r and (tuple(r.angles.shape), r.pairing, r.applied) for r in (given, mine))
+            require(found == expected, name, f"shape, pairing, applied: {expected}", found)
+        with torch.inference_mode(False):
+            ropes = [mine and replace(mine, angles=_copy(given.angles))
+                     for given, mine in ((rope, held.rope), (key_rope, held.key_rope))]  # fmt: skip
+            resolved, device = replace(held, rope=ropes[0], key_rope=ropes[1]), self.device
+            if self.lowered.axis_blocks is not None or widest_float(device) != torch.float64:
+                with torch.device("cpu"):
+                    lowered = lower(resolved.to(torch.device("cpu")), self.lowered.num_queries, self.lowered.num_keys)
+                return Plan.of(resolved, map_tensors(lowered, lambda t: _copy(on_device(t, device))))
+            queries, keys = (None if r is None else _batched(r.angles).to(device, torch.float64) for r in ropes)
+            return self._with(resolved, turned(self.lowered, queries, queries if keys is None else keys))
+
 
 def plan(
     *,
@@ -187,6 +215,11 @@ def plan(
         rope, key_rope = (r and replace(r, angles=_copy(r.angles), axis=_copy(r.axis)) for r in (rope, key_rope))
         resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope)
         return Plan.of(resolved, lowered)
+
+
+def _batched(angles: Tensor) -> Tensor:
+    """``(Bx, S, P)``."""
+    return angles if angles.ndim == 3 else angles[None]
 
 
 def _copy(x: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from .axis_blocks import axis_blocks
 from .lowered import Lowered
 from .polynomial import polynomial
 from .resolved import Group, Resolved
+from .rotations import of_keys, of_queries, of_unmodulated
 from .scales import find_buckets, scale_tables, sort_queries, unmodulated_queries
 from .segments import (
     KeySignatures,
@@ -34,8 +35,6 @@ from .tables import (
     KeyBiasTables,
     KeyTables,
     PerQueryTables,
-    QueryTables,
-    Rotation,
     ScaleTables,
     SortedQueries,
     UnmodulatedQueries,
@@ -66,9 +65,10 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
     bias = resolved.key_bias
     bias = None if bias is None else KeyBiasTables.of(bias[:, places])
     scales, queries, unmodulated = _queries(resolved, bias)
-    rotation, source = _key_rotation(resolved, places, scales)
-    if order is not None and source is None:
-        source = order
+    source, rotation = _packed_rows(resolved, places, scales), None
+    if key_rope is not None and source is not None:
+        rotation = of_keys(_angles(key_rope), key_rope.applied, source, scales)
+    source = order if source is None else source
     blocks, key_runs, found, bounds = None, None, None, [(0, 0)] * len(segments)
     if scales is not None and queries is not None and queries.num_per_query:
         blocks, bounds, key_runs = _axis_blocks(resolved, places, segments)
@@ -91,10 +91,11 @@ def lower(resolved: Resolved, num_queries: int | None, num_keys: int | None) -> 
             ("gain", [m.g for m in resolved.gains], gain_sets), ("bias", [m.b for m in resolved.biases], bias_sets))
     )  # fmt: skip
     return replace(
-        plain, segments=segments, passes=passes, keys=keys, queries=_query_rotation(resolved), bands=bands,
-        groups=_groups(resolved.key_groups, segments, resolved.present), gains=gains, biases=biases,
-        values=_values(resolved, num_keys), scales=scales, sorted_queries=queries, unmodulated=unmodulated,
-        axis_blocks=blocks, key_runs=key_runs, polynomial=found,
+        plain, segments=segments, passes=passes, keys=keys, bands=bands, gains=gains, biases=biases,
+        queries=rope and of_queries(_angles(rope), rope.applied, scales),
+        groups=_groups(resolved.key_groups, segments, resolved.present), values=_values(resolved, num_keys),
+        scales=scales, sorted_queries=queries, unmodulated=unmodulated, axis_blocks=blocks, key_runs=key_runs,
+        polynomial=found,
     )  # fmt: skip
 
 
@@ -183,27 +184,18 @@ def _values(resolved: Resolved, num_keys: int) -> ValueTables | None:
     return ValueTables.of(gains, member.int(), inside, tables, runs, bias)
 
 
-def _key_rotation(
-    resolved: Resolved, places: Tensor, scales: ScaleTables | None
-) -> tuple[Rotation | None, Tensor | None]:
-    """Rotation of the packed rows and the key each is made from; None where keys stay as they come.
+def _packed_rows(resolved: Resolved, places: Tensor, scales: ScaleTables | None) -> Tensor | None:
+    """The key that each packed row is made from, ``(R,)``; None where no key is rotated.
 
     Args:
         places: ``(Sk,)`` the key in each place of the key order.
     """
     rope, scale = resolved.key_rope or resolved.rope, resolved.scale
-    buckets = () if scales is None else scales.buckets
-    if rope is None or (rope.applied and not len(buckets)):
-        return None, None
-    angles = _angles(rope)
-    plain = torch.zeros_like(angles) if rope.applied else angles
-    rows, source = [plain[:, places]], [places]
-    if scale is not None:
-        scaled = places[scale.keys[places]]
-        for r in buckets:
-            rows.append((plain + (r - 1) * angles * scale.pairs)[:, scaled])
-            source.append(scaled)
-    return Rotation.of(torch.cat(rows, dim=1)), torch.cat(source)
+    buckets = 0 if scales is None else len(scales.buckets)
+    if rope is None or (rope.applied and not buckets):
+        return None
+    scaled = [] if scale is None else [places[scale.keys[places]]] * buckets
+    return torch.cat([places, *scaled])
 
 
 def _segment_table(
@@ -255,25 +247,9 @@ def _queries(
     unmodulated = None
     if alone is not None:
         rows = alone.nonzero().flatten()
-        rotation = None if rope is None or rope.applied else Rotation.of(_angles(rope)[:, None, rows])
-        unmodulated = UnmodulatedQueries(rows, rows.int(), rotation)
+        unmodulated = of_unmodulated(None if rope is None or rope.applied else _angles(rope), rows)
     scales = None if scale is None else scale_tables(scale, buckets, bucket)
     return scales, sort_queries(bucket, r, alone), unmodulated
-
-
-def _query_rotation(resolved: Resolved) -> QueryTables | None:
-    """At r = 1, and at the query's scale."""
-    rope, scale = resolved.rope, resolved.scale
-    if rope is None:
-        return None
-    angles = _angles(rope)
-    plain = torch.zeros_like(angles) if rope.applied else angles
-    variants = [plain]
-    if scale is not None:
-        factor = scale.r[..., None] - 1  # phase beyond r = 1
-        variants = list(torch.broadcast_tensors(plain, plain + factor * angles * scale.pairs))
-    rotates = not rope.applied or scale is not None
-    return QueryTables(angles, Rotation.of(torch.stack(variants, dim=1)) if rotates else None)
 
 
 def _angles(rope: RoPE) -> Tensor:
