@@ -266,9 +266,9 @@ def test_a_plan_with_other_angles_is_that_of_these_angles(case, apart, applied):
 def test_other_angles_are_of_the_same_tokens():
     rope = axial(grid(20), 16)
     made = fr.plan(rope=rope, modulations=[fr.BiasDelta(1.2, 0.7, slice(9, 20))])
-    for given, name in (((axial(grid(21), 16),), "rope"), ((axial(grid(20), 16, "half"),), "rope"),
-                        ((axial(grid(20), 16, applied=True),), "rope"), ((rope, rope), "key_rope")):  # fmt: skip
+    for others, name in (((axial(grid(21), 16),), "rope"), ((axial(grid(20), 16, "half"),), "rope"),
+                         ((axial(grid(20), 16, applied=True),), "rope"), ((rope, rope), "key_rope")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^{name}: expected shape, pairing, applied"):
-            made.with_rope(*given)
+            made.with_rope(*others)
     with pytest.raises(ValueError, match="^rope"):
         fr.plan(num_keys=3).with_rope(rope)

@@ -16,10 +16,11 @@ from torch import Tensor
 from fastrope.backends.plain import Plain, using
 from fastrope.checks import require
 
+from ..image.rescaled import Rescaled
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork
 from .models import Family
-from .rescaled import Rescaled
+from .rescaled import table_of
 
 PATCH, OVERRIDE = "attn1_patch", "optimized_attention_override"
 TABLE = 2e-2  # how far cosines may be off: some hosts keep them in half precision
@@ -167,7 +168,7 @@ class ModelCall:
                 "High resolution does not go with it"
             )
         if self._table is None:
-            self._table = rescaled.table(pe)
+            self._table = table_of(rescaled, pe)
         return self._table
 
     def _idle(self, layer: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,32 +12,16 @@ import fastrope as fr
 from fastrope.methods.schedules import rests
 from fastrope.rescaling import Rescaling, rescales, rescaling_of
 
+from ..image.rescaled import Rescaled
 
-@dataclass(frozen=True, eq=False)
-class Rescaled:
-    """Angles with other frequencies, for all layers of a call.
 
-    Args:
-        rope: the angles.
-        gain: ``(D/2,)`` float64, of queries and keys; None where it is 1.
-    """
-
-    rope: fr.RoPE
-    gain: Tensor | None
-
-    @classmethod
-    def of(cls, rope: fr.RoPE, rescaling: Rescaling) -> Rescaled:
-        """Of the model's own angles."""
-        factor, gain = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (rescaling.factor, rescaling.gain))
-        return cls(rope.rescaled(factor), None if bool((gain == 1).all()) else gain)
-
-    def table(self, like: Tensor) -> Tensor:
-        """The host's rotary table, ``(1, 1, S, D/2, 2, 2)``, in the dtype and on the device of its own."""
-        cos, sin = self.rope.angles.cos(), self.rope.angles.sin()
-        rows = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
-        if self.gain is not None:
-            rows = rows * self.gain[:, None, None]
-        return rows[None, None].to(like)
+def table_of(rescaled: Rescaled, like: Tensor) -> Tensor:
+    """The host's rotary table, ``(1, 1, S, D/2, 2, 2)``, in the dtype and on the device of its own."""
+    cos, sin = rescaled.rope.angles.cos(), rescaled.rope.angles.sin()
+    rows = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+    if rescaled.gain is not None:
+        rows = rows * rescaled.gain[:, None, None]
+    return rows[None, None].to(like)
 
 
 def requested_rescaling(methods: Sequence[Any], site: fr.Site, obstacles: dict[str, bool]) -> Rescaling | None:

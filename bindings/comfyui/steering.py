@@ -15,6 +15,7 @@ from fastrope.device import wide_on_cpu
 from fastrope.guidance import Guidance, guidance_of
 from fastrope.methods.schedules import rests
 from fastrope.modulations import Modulation
+from fastrope.rescaling import Rescaling
 from fastrope.sharing import Snapshot
 
 from ..image.extended import image_angles, target_work, with_shared
@@ -24,6 +25,7 @@ from ..image.inspection import Inspector, Record
 from ..image.layers import CachedWork, Recorder, ReferenceWork, SharedWork
 from ..image.prefetch import Prefetch
 from ..image.requests import LayerRequest
+from ..image.rescaled import Rescaled, kin
 from ..image.rotation import Rotation
 from ..image.sequence import JointSequence
 from ..image.work import LayerWork, Work
@@ -35,7 +37,7 @@ from .host import ARGUMENTS, called, is_compiled, key_mask
 from .marks import Joined, require_marks
 from .models import Call, Family, family_of
 from .references import LatentReference
-from .rescaled import Rescaled, requested_rescaling
+from .rescaled import requested_rescaling
 from .sites import Sites
 from .steps import Step, Steps
 
@@ -145,9 +147,8 @@ class Steering:
         }
         rescaling, rescaled = requested_rescaling(methods, sites[0], obstacles), None
         if rescaling is not None:
-            rescaled = _remember(self._tables, (key, rescaling), lambda: Rescaled.of(positions.rope, rescaling))
-            key = key, rescaling
-        requests = self._requests_of((key, step.index, step.count, tuple(map(id, methods))), methods, sites)
+            rescaled = _remember(self._tables, (key, rescaling), lambda: Rescaled(positions.rope, rescaling))
+        requests = self._requests_of((key, rescaling, step.index, step.count, tuple(map(id, methods))), methods, sites)
         applied = is_compiled(options) or not (family.rotates_last and positions.trusted)
         sharing = [n for n, each in enumerate(requests) if each.shares]
         if guidance_of(methods, sites[0]) is not None:
@@ -282,7 +283,8 @@ class Steering:
                 return GuidedKeys(positions.sequence, rope, gain, modulations, span)
 
             span = guidance.negative.start, guidance.negative.stop
-            keys = self._works.remember((key, self._digest(modulations), "guided", *span), make)
+            name = key, rescaled and rescaled.rescaling, self._digest(modulations), "guided", *span
+            keys = self._works.remember(name, make)
             if keys.moves:
                 _require_own(positions, "NAG, on a model whose text has positions,")
             found.append(GuidedWork(keys, guidance, positions.sequence.masked))
@@ -293,16 +295,20 @@ class Steering:
     ) -> Work:
         """The same for the same modulations."""
         _refuse_moved(positions, modulations)
-        rope, gain = (positions.rope, None) if rescaled is None else (rescaled.rope, rescaled.gain)
-        return self._remembered(
-            key, modulations, lambda like: Work(positions.sequence, rope, modulations, gain=gain, like=like)
-        )
+        rescaling = rescaled and rescaled.rescaling
+
+        def make(like: Work | None) -> Work:
+            return Work(positions.sequence, positions.rope, modulations, like=like, rescaled=rescaled)
+
+        return self._remembered(kin(key, rescaled), modulations, make, rescaling)
 
     def _remembered(
-        self, key: Hashable, modulations: tuple[Modulation, ...], make: Callable[[Work | None], Work]
-    ) -> Work:
-        """Work of an earlier call, or a new one that shares the plans of one whose modulations differ in numbers."""
-        name = key, self._digest(modulations)
+        self, key: Hashable, modulations: tuple[Modulation, ...], make: Callable[[Work | None], Work],
+        rescaling: Rescaling | None = None,
+    ) -> Work:  # fmt: skip
+        """Work of an earlier call, or a new one that shares the plans of one whose modulations differ in numbers, or
+        whose positions differ in frequencies."""
+        name = key, rescaling, self._digest(modulations)
         return self._works.remember(name, lambda: self._works.alike(key, modulations, make))
 
     def _probes(

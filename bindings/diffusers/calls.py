@@ -23,6 +23,7 @@ from ..image.guided import GuidedKeys, GuidedWork
 from ..image.inspection import Inspector
 from ..image.layers import SharedWork
 from ..image.requests import LayerRequest
+from ..image.rescaled import kin
 from ..image.work import LayerWork, Work
 from ..image.works import Works
 from .agreement import agreeing, digest_of, require_alike
@@ -257,13 +258,14 @@ class CallState:
         """The layers of a sequence with a negative prompt."""
         if self.inspector is not None or any(each.sharings for each in requests):
             raise NotImplementedError("NAG: expected no inspection and no shared or normalising reference beside it")
-        states, (_, sequence, rope, gain) = [], found
+        states, sequence, other = [], found.sequence, found.other
+        rope, gain = (found.rope, None) if other is None else (other.rope, other.gain)
         for (modulations, _), guidance in zip(requests, guidances, strict=True):
             if guidance is None:
                 raise ValueError("guidance: expected a Guidance in every layer, received None in some")
             span = guidance.negative
             keys = self.works.remember(
-                (found.key, self.sequences.digest(modulations), "guided", span.start, span.stop),
+                (found.name, self.sequences.digest(modulations), "guided", span.start, span.stop),
                 lambda modulations=modulations, span=span: GuidedKeys(sequence, rope, gain, modulations, span),
             )
             states.append(LayerState(GuidedWork(keys, guidance, sequence.masked)))
@@ -275,12 +277,12 @@ class CallState:
         return self.layers[0].applied or self.layers[0].compiled
 
     def _work(self, found: Identified, content: Hashable, modulations: tuple) -> Work:
-        key, sequence, rope, gain = found
+        key, sequence, rope, other = found
 
         def make(like: Work | None) -> Work:
-            return Work(sequence, rope, modulations, gain=gain, like=like)
+            return Work(sequence, rope, modulations, like=like, rescaled=other)
 
-        return self.works.remember((key, content), lambda: self.works.alike(key, modulations, make))
+        return self.works.remember((found.name, content), lambda: self.works.alike(kin(key, other), modulations, make))
 
 
 def _same(a: tuple, b: tuple) -> bool:

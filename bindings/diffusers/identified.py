@@ -14,6 +14,7 @@ from fastrope.device import wide_on_cpu
 from fastrope.rescaling import Rescaling
 
 from ..image.fingerprints import Fingerprints
+from ..image.rescaled import Rescaled
 from ..image.sequence import JointSequence
 from .hosts import Host
 from .parallel import context_parallel
@@ -23,20 +24,22 @@ KNOWN = 8  # sequences that are kept
 
 
 class Identified(NamedTuple):
-    """The sequence of a call, its rotation, a key that identifies both, and the gain of rescaled positions, if any."""
+    """The sequence of a call, the model's own rotation of it, a key that identifies both, and other frequencies, if
+    any."""
 
     key: Hashable
     sequence: JointSequence
     rope: fr.RoPE
-    gain: torch.Tensor | None = None
+    other: Rescaled | None = None
 
     def rescaled(self, rescaling: Rescaling | None) -> Identified:
         """The same sequence at other frequencies."""
-        if rescaling is None:
-            return self
-        factor, gain = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (rescaling.factor, rescaling.gain))
-        found = self._replace(key=(self.key, rescaling), rope=self.rope.rescaled(factor))
-        return found if set(rescaling.gain) == {1.0} else found._replace(gain=gain)
+        return self if rescaling is None else self._replace(other=Rescaled(self.rope, rescaling))
+
+    @property
+    def name(self) -> Hashable:
+        """What identifies the sequence and its frequencies."""
+        return self.key, self.other and self.other.rescaling
 
     def some(self, rows: slice) -> Identified:
         """Some rows of the batch, under the same key."""

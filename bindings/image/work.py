@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 import fastrope as fr
 from fastrope.device import on_device
 from fastrope.joint import fused_joint_attention
+from fastrope.rescaling import Rescaling
 
 from .part import Part
+from .rescaled import Rescaled
 from .rotation import Rotation
 from .sequence import JointSequence
 from .subset import subset_of
@@ -50,12 +53,13 @@ class Work:
     """Attention with some modulations over some sequence.
 
     Args:
-        sequence, rope: the tokens and their angles.
+        sequence, rope: the tokens and their angles, as the model has them.
         modulations: over the keys.
         key_rope: angles of the keys, if there are more keys than the sequence has tokens. The masks of the sequence
             then cover all keys.
-        like: work over the same tokens with modulations of the same :func:`structure_of`. Its plans are used again.
-        gain: ``(D/2,)`` of rescaled positions. A host that rotates has multiplied queries and keys by it.
+        like: work over the same tokens with modulations of the same :func:`structure_of`, and gains of the same
+            rescaling. Its plans are used again.
+        rescaled: other frequencies of all tokens. A host that rotates has multiplied queries and keys by their gain.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Work:
         modulations: tuple,
         key_rope: fr.RoPE | None = None,
         like: Work | None = None,
-        gain: Tensor | None = None,
+        rescaled: Rescaled | None = None,
     ) -> None:
         # Copies, because the work outlives its call, and some plans are built later.
         modulations = tuple(with_tensors(m, torch.clone) for m in modulations)
@@ -77,17 +81,31 @@ class Work:
             _check_groups(modulations, sequence.bonus)
         self._rope = rope
         self.key_rope = key_rope
-        self.rotation = Rotation(rope.angles, rope.pairing) if like is None else like.rotation
+        self._rescaled, self._sequence = rescaled, sequence
+        self._turned = like is not None and like._rescaling != self._rescaling
+        if like is not None and not self._turned:
+            self.rotation = like.rotation
+        self._placed: dict[tuple, Tensor] = {} if like is None else like._placed
         self._modulations = modulations
-        self._sequence, self._gain_of_keys = sequence, gain
         self._subsets: dict[Any, Work] = {}
         self._known_subsets = {} if like is None else like._subsets
+        gain = rescaled and rescaled.gain
         self._gain = () if gain is None else (fr.BandWeight(gain.square()),)
         self._groups = [(m.bias, m.delta) for m in modulations if isinstance(m, fr.BiasDelta)]
         self._biases = [m.bias for m in modulations if isinstance(m, fr.LogitBias)]
         self._weights = [m.weight for m in modulations if isinstance(m, fr.BandWeight)]
         self._plans: dict[tuple, fr.Plan] = {}
         self._known = {} if like is None else like._plans
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """The angles of the sequence, at its frequencies."""
+        rope = self._rope if self._rescaled is None else self._rescaled.rope
+        return Rotation(rope.angles, rope.pairing)
+
+    @property
+    def _rescaling(self) -> Rescaling | None:
+        return self._rescaled and self._rescaled.rescaling
 
     @property
     def plans(self) -> list[fr.Plan]:
@@ -150,7 +168,7 @@ class Work:
             modulations = tuple(subset_of(self._modulations, queries, keys, key_rope.tokens))
             self._subsets[part.name] = Work(
                 replace(sequence, **masks), mine, modulations, None if own and len(keys) == len(queries) else theirs,
-                self._known_subsets.get(part.name), self._gain_of_keys,
+                self._known_subsets.get(part.name), self._rescaled and Rescaled(mine, self._rescaled.rescaling),
             )  # fmt: skip
         return self._subsets[part.name]
 
@@ -158,14 +176,12 @@ class Work:
         key = keys, applied, device
         if key not in self._plans and key in self._known and self._fits(self._known[key]):
             plan = self._known[key].with_groups(self._groups).with_biases(self._biases)
+            plan = plan.with_rope(*self._ropes(applied, device)) if self._turned else plan
             self._plans[key] = plan.with_weight(self._weights[0]) if len(self._weights) == 1 else plan
         if key not in self._plans:
             key_mask = self._masks[keys]
             modulations = self._modulations + (() if applied else self._gain)
-            rope, key_rope = (
-                r and fr.RoPE(on_device(r.angles, device), r.axis.to(device), r.pairing, applied)
-                for r in (self._rope, self.key_rope)
-            )
+            rope, key_rope = self._ropes(applied, device)
             self._plans[key] = fr.plan(
                 rope=rope,
                 key_rope=key_rope,
@@ -173,6 +189,21 @@ class Work:
                 key_mask=None if key_mask is None else key_mask.to(device),
             )
         return self._plans[key].without_values if _WEIGHING.get() else self._plans[key]
+
+    def _ropes(self, applied: bool, device: torch.device) -> tuple[fr.RoPE, fr.RoPE | None]:
+        """Angles of queries, and of keys if they are other tokens, on a device. Other frequencies are multiplied there,
+        into angles that stay there for later steps."""
+
+        def placed(n: int, rope: fr.RoPE) -> fr.RoPE:
+            if self._rescaled is None:
+                angles = on_device(rope.angles, device)
+            else:
+                if (n, device) not in self._placed:
+                    self._placed[n, device] = on_device(rope.angles, device)
+                angles = self._placed[n, device] * on_device(self._rescaled.factor, device)
+            return fr.RoPE(angles, rope.axis.to(device), rope.pairing, applied)
+
+        return placed(0, self._rope), self.key_rope and placed(1, self.key_rope)
 
     def _fits(self, plan: fr.Plan) -> bool:
         """True if a plan of ``like`` becomes ours with other numbers. Neutral numbers need a plan without them, so that

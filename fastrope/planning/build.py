@@ -160,19 +160,23 @@ class Plan:
                 tensors rotated already where those of the plan are not.
         """
         held = self.resolved
+        require(held.rope is not None, "rope", "None, as the plan has none", rope)
         for name, given, mine in (("rope", rope, held.rope), ("key_rope", key_rope, held.key_rope)):
             found, expected = (r and (tuple(r.angles.shape), r.pairing, r.applied) for r in (given, mine))
             require(found == expected, name, f"shape, pairing, applied: {expected}", found)
+        device = self.device
         with torch.inference_mode(False):
-            ropes = [mine and replace(mine, angles=_copy(given.angles))
-                     for given, mine in ((rope, held.rope), (key_rope, held.key_rope))]  # fmt: skip
-            resolved, device = replace(held, rope=ropes[0], key_rope=ropes[1]), self.device
+            queries, keys = (None if r is None else _copy(r.angles) for r in (rope, key_rope))
+            resolved = replace(
+                held, rope=held.rope and replace(held.rope, angles=queries),
+                key_rope=held.key_rope and replace(held.key_rope, angles=keys),
+            )  # fmt: skip
             if self.lowered.axis_blocks is not None or widest_float(device) != torch.float64:
                 with torch.device("cpu"):
                     lowered = lower(resolved.to(torch.device("cpu")), self.lowered.num_queries, self.lowered.num_keys)
                 return Plan.of(resolved, map_tensors(lowered, lambda t: _copy(on_device(t, device))))
-            queries, keys = (None if r is None else _batched(r.angles).to(device, torch.float64) for r in ropes)
-            return self._with(resolved, turned(self.lowered, queries, queries if keys is None else keys))
+            wide = [(x if x.ndim == 3 else x[None]).to(device, torch.float64) for x in (queries, keys) if x is not None]
+            return self._with(resolved, turned(self.lowered, *wide))
 
 
 def plan(
@@ -215,11 +219,6 @@ def plan(
         rope, key_rope = (r and replace(r, angles=_copy(r.angles), axis=_copy(r.axis)) for r in (rope, key_rope))
         resolved = replace(resolved.to(device), rope=rope, key_rope=key_rope)
         return Plan.of(resolved, lowered)
-
-
-def _batched(angles: Tensor) -> Tensor:
-    """``(Bx, S, P)``."""
-    return angles if angles.ndim == 3 else angles[None]
 
 
 def _copy(x: Tensor | None) -> Tensor | None:

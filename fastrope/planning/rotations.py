@@ -49,9 +49,11 @@ def of_keys(angles: Tensor, applied: bool, source: Tensor, scales: ScaleTables |
     return Rotation.of(plain + (r - 1)[:, None] * rows * scales.pairs)
 
 
-def turned(lowered: Lowered, queries: Tensor, keys: Tensor) -> Lowered:
-    """The same plan for other angles ``(Bx, S, P)`` float64, without per-query scales. What does not depend on angles
-    is shared; so is the rotation of queries and keys that are the same tokens."""
+def turned(lowered: Lowered, queries: Tensor, keys: Tensor | None = None) -> Lowered:
+    """The same plan for other angles ``(Bx, S, P)`` float64, without per-query scales; ``keys`` where these are other
+    tokens. What does not depend on angles is shared; so is the rotation of queries and keys that are the same tokens.
+    """
+    keys = queries if keys is None else keys
     tables, alone = lowered.keys, lowered.unmodulated
     of_query = of_queries(queries, lowered.queries_applied, lowered.scales)
     rotation = tables.rotation
@@ -60,7 +62,7 @@ def turned(lowered: Lowered, queries: Tensor, keys: Tensor) -> Lowered:
     elif rotation is not None:
         rotation = of_keys(keys, lowered.keys_applied, tables.source.long(), lowered.scales)
     tables = replace(tables, angles=keys, rotation=rotation)
-    if tables.weighted is not None:
+    if tables.weighted is not None and lowered.bands is not None:
         tables = replace(tables, weighted=weighted_rotation(rotation, lowered.bands, lowered.segments))
     if alone is not None:
         alone = of_unmodulated(None if lowered.queries_applied else queries, alone.rows)

@@ -148,6 +148,33 @@ def test_what_modulates_nothing_makes_no_angles(monkeypatch):
         assert len(made) == 1
 
 
+@pytest.mark.parametrize("rotation", ["op", "host"])
+@pytest.mark.parametrize("kind", ["dype", "dype-ntk"])
+def test_a_run_of_dype_takes_one_plan(kind, rotation, monkeypatch):
+    """Steps differ in angles alone: later plans share all else with the first, and give the same bits as plans that are
+    made anew for each step."""
+    host = TINY_HOSTS["flux"]
+    model, call, made = host.build(), host.call(host.layout, dtype=torch.float32), []
+    method = fr.HighResolution(kind, trained=(2, 2))
+    beside = [*grag_like(host.layout), fr.LogitBias(0.4, keys=host.layout.target)]
+    monkeypatch.setattr(fr, "plan", lambda *a, _plan=fr.plan, **k: made.append(_plan(*a, **k)) or made[-1])
+
+    def at(time):
+        call["timestep"] = torch.full_like(call["timestep"], time)
+        return run(model, call)
+
+    expected = []
+    for time in (0.9, 0.6, 0.3):
+        with fr.apply(model, method, *beside, rotation=rotation):
+            expected.append(at(time))
+    each = len(made) // 3  # with a gain that we multiply, a second one tells whether the methods modulate
+    assert_differ(*expected[:2])
+    with fr.apply(model, method, *beside, rotation=rotation):
+        for time, out in zip((0.9, 0.6, 0.3), expected, strict=True):
+            assert torch.equal(at(time), out)
+    assert len(made) == 4 * each
+
+
 # ---- video ----------------------------------------------------------------------------------------------------------
 
 
