@@ -82,8 +82,30 @@ def attend(**options):
     return fr.attention(*qkv, rope=ROPE, modulations=[GROUP], **options), qkv
 
 
+def with_lse(query, key, value, scale, return_lse=False, **_):
+    """A plain attention."""
+    q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))
+    s = q @ k.mT * scale
+    out = (s.softmax(-1) @ v).transpose(1, 2).to(query.dtype)
+    return (out, s.logsumexp(-1)) if return_lse else out
+
+
 def reference(qkv):
     return fr.attention(*qkv, rope=ROPE, modulations=[GROUP], backend="eager")
+
+
+@pytest.mark.parametrize("said", [None, "wrong"])
+def test_runs_of_keys_are_merged_whatever_a_check_says(said, a_card, checks):
+    """Behind our prologue, or behind torch's operations."""
+    checks.said, qkv = said, tensors()
+    call = {"rope": ROPE, "modulations": [fr.LogitBias(0.4, LATE), GROUP]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = fr.attention(*qkv, **call, plain=with_lse)
+    torch.testing.assert_close(out, fr.attention(*qkv, **call, backend="eager"), atol=2e-3, rtol=2e-3)
+    assert len(checks) == 1
+    again = fr.explain(*qkv, **call, plain=with_lse).decision
+    assert (again.folded, again.merges, again.passes) == (said is None, True, 2)
 
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
@@ -99,6 +121,8 @@ def reference(qkv):
         ({"rope": ROPE, "modulations": [LEVELS, *BANDS], "return_lse": True},
          "loop: rotation, QueryScale, BandWeight, passes, interleaved"),
         ({"return_lse": True, "grouped": True}, "loop: grouped, interleaved, float16, head dim 16"),
+        ({"rope": ROPE, "modulations": [fr.LogitBias(0.4, LATE), GROUP], "plain": with_lse},
+         "sdpa: rotation, BiasDelta, interleaved"),
     ],
 )  # fmt: skip
 def test_a_kind_is_checked_on_a_small_call_of_that_kind(call, expected, a_card):
