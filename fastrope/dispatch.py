@@ -248,15 +248,24 @@ def _backend_for(lowered: Lowered, q: Projected, grad: bool, backend: str, retur
 
 
 def _differentiates(*inputs: Projected) -> bool:
-    return torch.is_grad_enabled() and any(
+    if not may_differentiate():
+        return False
+    return any(
         hasattr(x, "requires_grad") and differentiated(cast(Tensor, x))
         for x in inputs  # streams are not followed
     )
 
 
+def may_differentiate() -> bool:
+    """Whether reverse or forward mode is on; ``torch.no_grad`` ends the former alone."""
+    level = torch.autograd.forward_ad._current_level  # pyright: ignore[reportPrivateImportUsage]
+    return torch.is_grad_enabled() or level >= 0
+
+
 def differentiated(x: Tensor) -> bool:
     """Whether reverse or forward mode follows ``x``."""
-    return x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    reverse = x.requires_grad and torch.is_grad_enabled()
+    return reverse or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 # ---- execution -------------------------------------------------------------------------------------------------------

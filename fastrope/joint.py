@@ -15,7 +15,7 @@ from .api import attention
 from .backends.plain import Plain
 from .backends.plain import chosen as chosen_plain
 from .checks import require, require_tensor
-from .dispatch import Decision, by_torch, choose, decide, differentiated, execute
+from .dispatch import Decision, by_torch, choose, decide, differentiated, execute, may_differentiate
 from .kernels.streams import Projected, Streams, joined, rms_norm
 from .planning import Lowered, Plan
 from .validation import check_plan, check_tensors, scale_of
@@ -145,10 +145,9 @@ def _readable(streams: Sequence[Stream], lowered: Lowered, backend: str) -> bool
     if len(streams) > 2 or len(norms) < 2 * len(streams) or not rotates or backend == "eager":
         return False
     tensors = [x for s in streams for x in (s.q, s.k, s.v)] + [n.weight for n in norms if n.weight is not None]
-    grad = torch.is_grad_enabled()
     if torch.compiler.is_compiling():  # which knows no tangents
-        return not (grad and any(x.requires_grad for x in tensors))
-    return not debugging.enabled(None) and not (grad and any(differentiated(x) for x in tensors))
+        return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return not debugging.enabled(None) and not (may_differentiate() and any(map(differentiated, tensors)))
 
 
 @torch.library.custom_op("fastrope::joint_attention", mutates_args=())

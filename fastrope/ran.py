@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Calls(list[Ran]):
 
 
 _open: list[Calls] = []
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -54,11 +56,13 @@ def explain_calls() -> Iterator[Calls]:
         A list of :class:`fastrope.ran.Ran`, which prints as one line for calls that are alike.
     """
     calls = Calls()
-    _open.append(calls)
+    with _lock:
+        _open.append(calls)
     try:
         yield calls
     finally:
-        _open[:] = [each for each in _open if each is not calls]
+        with _lock:
+            _open[:] = [each for each in _open if each is not calls]
 
 
 def note(backend: str, reason: str, queries: tuple[int, ...], keys: int, dtype: torch.dtype) -> None:

@@ -279,6 +279,8 @@ def test_large_biases(backend, dtype):
     q, k, v = tensors(g, queries=30, dim=16, dtype=dtype)
     b = 150 + uniform(g, 30)
     check(Call(q, k, v, modulations=[fr.LogitBias(b, slice(9, 20)), fr.KeyBias(140 + uniform(g, 30))]), backend)
+    far = torch.where(torch.arange(30, device=DEVICE) < 4, -1e9, 0.0), torch.where(b > 150.5, -3e6, 0.5)
+    check(Call(q, k, v, modulations=[fr.KeyBias(far[0]), fr.LogitBias(far[1], slice(9, 20))], label="far"), backend)
 
 
 @over(SDPA_TARGETS)

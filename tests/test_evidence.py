@@ -46,7 +46,7 @@ def test_the_readme_tells_what_is_stored():
     found = Findings.load(STORED / "grag.json")
     one, more = (share(found.row("digit, delta", x), "source") for x in (1.0, 1.5))
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"the old digit stays in {one} of its pictures at GRAG's delta 1 and in {more} at delta 1.5" in readme
+    assert f"without GRAG it keeps the old one in {one} of its pictures, with `delta=1.5` in {more}." in readme
 
 
 @pytest.mark.parametrize("part", page.PARTS)

@@ -237,6 +237,10 @@ def test_forward_mode_is_not_dropped():
     q = torch.randn(1, 6, 1, 16)
     with pytest.raises(NotImplementedError, match="forward only"):
         torch.func.jvp(lambda x: fr.attention(x, q, q, backend="triton"), (q,), (q,))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():  # no_grad ends reverse mode alone
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="forward only"):
+            fr.attention(dual, q, q, backend="triton")
 
 
 @interpreted

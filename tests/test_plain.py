@@ -51,6 +51,8 @@ class Spy:
 class SpyWithLse(Spy):
     """The same, which can return its log-sum-exp."""
 
+    returns_lse = True
+
     def __call__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, return_lse=False):
         out = super().__call__(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return (out, (torch.einsum("bihd,bjhd->bhij", query, key) * scale).logsumexp(-1)) if return_lse else out
@@ -158,6 +160,37 @@ def test_biases_that_are_the_same_for_all_queries_weigh_runs_of_keys(case, heads
     assert len(spy.seen) == 1
 
 
+@pytest.mark.parametrize("bias", [torch.tensor([[0.5], [-torch.inf]]).expand(2, 37), -torch.inf], ids=["a row", "all"])
+def test_a_query_to_which_all_keys_are_hidden_gets_zeros(bias):
+    spy = SpyWithLse()
+    out = held(a_call(modulations=lambda g: [fr.LogitBias(bias)]), spy)
+    assert len(spy.seen) == 1
+    assert not out[1].any()
+
+
+def test_a_plan_with_other_biases_folds_as_a_new_one():
+    """Whether band weights are in the rotation of the keys, and queries set apart, depends on the biases."""
+    band, varied = fr.BandWeight(torch.linspace(0.3, 1.2, 8), slice(9, 30)), torch.linspace(-1, 1, 37)
+    call = a_call(modulations=lambda g: [fr.LogitBias(varied, REFERENCE), band])
+    found = call.planned().with_biases([0.7])
+    fresh = replace(call, modulations=[fr.LogitBias(0.7, REFERENCE), band]).planned()
+    assert found.spec == fresh.spec
+    assert all(map(torch.equal, found.tensors, fresh.tensors))
+    few = replace(call, modulations=[fr.LogitBias(torch.where(torch.arange(37) < 30, 0.0, 2.0), REFERENCE)]).planned()
+    assert few.lowered.unmodulated is not None
+    neutral = few.with_biases([0.0]).lowered
+    assert neutral.biases.constant
+    assert not lse_merge.merges(neutral) or neutral.unmodulated is None
+
+
+def test_diffusers_own_attention_is_not_asked_for_what_it_refuses():
+    """It has the parameter return_lse, and raises where it is True."""
+    dispatcher = pytest.importorskip("diffusers.models.attention_dispatch")
+    call = a_call(modulations=lambda g: CONSTANT["a number"])
+    held(call, dispatcher._native_attention)
+    held(replace(call, modulations=[fr.BiasDelta(1.2, 0.7, REFERENCE)]), dispatcher._native_attention)
+
+
 def test_runs_of_keys_behind_our_prologue():
     """As on a GPU: band weights are in the rotation of the keys."""
     pytest.importorskip("triton")
@@ -230,8 +263,8 @@ def test_joint_attention_hands_over_too():
     ({"plain": "fastest"}, "plain"), ({"plain": 3}, "plain"),
     ({"plain": lambda query, key, value, **_: key[:, :1]}, "plain"),
     ({"plain": lambda query, key, value, **_: query.double()}, "plain"),
-    ({"plain": lambda query, key, value, return_lse=False, **_: query, "modulations": [fr.LogitBias(1.0)]}, "plain"),
-    ({"plain": lambda query, key, value, return_lse=False, **_: (query, query), "modulations": [fr.LogitBias(1.0)]},
+    ({"plain": Plain("one", lambda query, *_, **options: query, True), "modulations": [fr.LogitBias(1.0)]}, "plain"),
+    ({"plain": Plain("two", lambda query, *_, **options: (query, query), True), "modulations": [fr.LogitBias(1.0)]},
      "plain"),
     ({"plain": "math", "backend": "eager"}, "backend"), ({"plain": Spy(), "backend": "triton"}, "backend"),
 ])  # fmt: skip

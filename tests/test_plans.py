@@ -171,7 +171,7 @@ def test_other_numbers_in_the_logit_biases_of_a_plan():
     keys = (slice(4, 20), slice(10, None))
     hiding = torch.linspace(-1, 1, 33).masked_fill(torch.arange(33) % 5 == 0, -torch.inf)
     nothing = torch.full((2, 1), -torch.inf)
-    plan, expected = (made(*b).planned() for b in ((0.5, torch.ones(2, 33)), (hiding, nothing)))
+    plan, expected = (made(*b).planned() for b in ((torch.linspace(0, 1, 33), torch.ones(2, 33)), (hiding, nothing)))
     found = plan.with_biases([hiding, nothing])
     assert found.spec == expected.spec
     assert all(map(torch.equal, found.tensors, expected.tensors))

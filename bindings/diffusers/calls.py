@@ -107,18 +107,13 @@ class CallState:
             self.forwards.admit()
             if not self.bound:  # the handle was removed while this call waited for the lock
                 return None
-            for attn, processor in self.installed:
-                if attn.processor is not processor:  # an IP-Adapter's, say: the layer would lose its modulations
-                    raise NotImplementedError(
-                        f"attention processors: expected those that fastrope.apply installed, received "
-                        f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
-                    )
-            if within_checkpoint():
-                refuse_checkpoint()
-            if torch.is_grad_enabled():
-                follow(self.model, self.forwards)
             config = context_parallel(self.model)
             with agreeing(config):
+                self._require_its_processors()
+                if within_checkpoint():
+                    refuse_checkpoint()
+                if torch.is_grad_enabled():
+                    follow(self.model, self.forwards)
                 forward = self.forwards.settled()
                 made = self._prepared(module, args, kwargs) if forward is None else Prepared(forward)
                 forward, arguments, content = made
@@ -128,6 +123,14 @@ class CallState:
             require(self.bound, "handle", "one that stays bound while its methods run", "a removed one")
             self.forwards.enter(call_frame(), forward)
         return None if arguments is None else ((), arguments)
+
+    def _require_its_processors(self) -> None:
+        for attn, processor in self.installed:
+            if attn.processor is not processor:  # an IP-Adapter's, say: the layer would lose its modulations
+                raise NotImplementedError(
+                    f"attention processors: expected those that fastrope.apply installed, received "
+                    f"{type(attn.processor).__name__}; call handle.remove() before replacing them"
+                )
 
     def after_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook, called after errors, too. It cuts the reference's rows from the output."""

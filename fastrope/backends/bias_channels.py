@@ -87,8 +87,10 @@ def bias_of(lowered: Lowered, n: int) -> Tensor:
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """``x`` as a sum of tensors of ``dtype``."""
-    found = []
+    """``x`` as a sum of tensors of ``dtype``. Beyond half the dtype's range it is cut: whatever such a bias is beside
+    others, weights are 0 or 1."""
+    most, found = torch.finfo(dtype).max / 2, []
+    x = x.clamp(-most, most)
     for _ in range(PARTS.get(dtype, 1)):
         found.append(x.to(dtype))
         x = x - found[-1].to(x.dtype)

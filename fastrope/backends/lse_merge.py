@@ -37,10 +37,11 @@ def runs(lowered: Lowered) -> list[tuple[slice, int]]:
 
 def merges(lowered: Lowered) -> bool:
     """Whether all that a plan says can be said of q, k, v and of the log-sum-exps of :func:`runs`: each logit bias is
-    the same for all queries, and there is no mask."""
+    the same for all queries and modulates all of them, and there is no mask."""
     keys, biases = lowered.keys, lowered.biases
     apart = lowered.scales is not None or lowered.gains is not None or keys.bias is not None
-    return biases is not None and biases.constant and not apart and len(runs(lowered)) <= MOST_RUNS
+    weighs = biases is not None and biases.constant and lowered.unmodulated is None
+    return weighs and not apart and len(runs(lowered)) <= MOST_RUNS
 
 
 def by_runs(plain: Plain, lowered: Lowered) -> Attend:
@@ -52,6 +53,8 @@ def by_runs(plain: Plain, lowered: Lowered) -> Attend:
             wide = torch.promote_types(out.dtype, torch.float32)
             return out.to(wide), lse if n < 0 else lse + bias_of(lowered, n)[:, :1, None]
 
-        return reduce(merge, itertools.starmap(part, runs(lowered)))[0].to(q.dtype)
+        out, lse = reduce(merge, itertools.starmap(part, runs(lowered)))
+        nothing = (lse == -torch.inf).transpose(1, 2)[..., None]  # one run alone is not merged: its output is as it was
+        return out.masked_fill(nothing, 0.0).to(q.dtype)
 
     return attend

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +33,8 @@ class Plain:
         function: ``function(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
             enable_gqa=False)`` on ``(B, S, H, D)``, as diffusers' ``dispatch_attention_fn``. It returns
             ``(B, Sq, H, D)`` in the dtype of ``query``.
-        returns_lse: it also has a parameter ``return_lse``, as diffusers' backends and SageAttention have; with
-            ``return_lse=True`` it returns ``(out, lse)``, ``lse (B, H, Sq)`` of natural logarithms.
+        returns_lse: with ``return_lse=True`` it returns ``(out, lse)``, ``lse (B, H, Sq)`` of natural logarithms. A
+            function says so by an attribute of this name; many have the parameter and refuse it.
     """
 
     name: str
@@ -57,7 +56,7 @@ class Plain:
             return Plain(f"torch's {plain} attention", partial(_torch, plain))
         require(callable(plain), "plain", expected, repr(plain))
         name = getattr(plain, "__name__", type(plain).__name__)
-        return Plain(name, plain, "return_lse" in _parameters(plain))
+        return Plain(name, plain, bool(getattr(plain, "returns_lse", False)))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """``(B, Sq, H, D)`` of ``q (B, Sq, H, D)`` and ``k, v (B, Sk, Hkv, D)``. Grouped heads become more rows of the
@@ -86,13 +85,6 @@ class Plain:
         found = (tuple(out.shape), out.dtype) if isinstance(out, Tensor) else (type(out).__name__, None)
         require(found == expected, "plain", "a function that returns {} {}".format(*expected), "{} {}".format(*found))
         return out
-
-
-def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of builtins
-        return {}
 
 
 def _as_rows(q: Tensor, share: int) -> Tensor:

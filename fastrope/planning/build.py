@@ -54,6 +54,13 @@ class Plan:
         """Other numbers in the same tables: the spec stays."""
         return Plan(resolved, lowered, tuple(tensors_of(lowered)), self.spec)
 
+    def _lowered_again(self, resolved: Resolved) -> Plan:
+        """Of other arguments for the same tokens, on the same device."""
+        device = self.device
+        with torch.inference_mode(False), torch.device("cpu"):
+            lowered = lower(resolved.to(torch.device("cpu")), self.lowered.num_queries, self.lowered.num_keys)
+        return Plan.of(resolved, map_tensors(lowered, lambda t: _copy(on_device(t, device))))
+
     def __repr__(self) -> str:
         segments, buckets = len(self.lowered.segments), self.lowered.num_buckets
         return f"Plan(segments={segments}, scale_buckets={buckets}, nbytes={self.nbytes})"
@@ -122,9 +129,9 @@ class Plan:
                 neutral = all(bool((b[:, alone] == 0).all()) for b in values)
                 require(neutral, "biases", "0 at the queries where the plan has 0 (make a new plan)", "other numbers")
             resolved, constant = self.resolved.with_biases(values), alike(values)
-            lowered = self.lowered.with_biases(resolved.biases, constant)
-            same = constant == self.lowered.biases.constant
-            return self._with(resolved, lowered) if same else Plan.of(resolved, lowered)
+            if constant != self.lowered.biases.constant:  # other work folds
+                return self._lowered_again(resolved)
+            return self._with(resolved, self.lowered.with_biases(resolved.biases, constant))
 
     def with_weight(self, weight: Tensor) -> Plan:
         """This plan with other values in its only BandWeight; everything else is shared, but for a rotation of the keys
@@ -172,9 +179,7 @@ class Plan:
                 key_rope=held.key_rope and replace(held.key_rope, angles=keys),
             )  # fmt: skip
             if self.lowered.axis_blocks is not None or widest_float(device) != torch.float64:
-                with torch.device("cpu"):
-                    lowered = lower(resolved.to(torch.device("cpu")), self.lowered.num_queries, self.lowered.num_keys)
-                return Plan.of(resolved, map_tensors(lowered, lambda t: _copy(on_device(t, device))))
+                return self._lowered_again(resolved)
             wide = [(x if x.ndim == 3 else x[None]).to(device, torch.float64) for x in (queries, keys) if x is not None]
             return self._with(resolved, turned(self.lowered, *wide))
 

@@ -29,6 +29,7 @@ from .tables import (
 )
 
 MOST_KNOWN = 256  # layouts of tensors that come and go must not pile up
+_MISSING: Any = object()
 T = TypeVar("T")
 
 
@@ -70,11 +71,12 @@ class Lowered:
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """``make()``, remembered beside these tables: what follows from them and from ``key`` alone."""
         known = self._known
-        if key not in known:
+        found = known.get(key, _MISSING)
+        if found is _MISSING:
             if len(known) >= MOST_KNOWN:
                 known.clear()
-            known[key] = make()
-        return known[key]
+            found = known[key] = make()
+        return found  # another thread may have cleared what is known
 
     @cached_property
     def _known(self) -> dict[Hashable, Any]:

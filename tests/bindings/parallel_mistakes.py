@@ -34,8 +34,9 @@ def mistakes(found: dict, rank: int) -> None:
         expected = run(model, call)
     enable(model, "ulysses")
 
-    def error(methods, call=call) -> str:
+    def error(methods, call=call, before=lambda: None) -> str:
         with fr.apply(model, methods):
+            before()
             try:
                 run(model, call)
             except (ValueError, NotImplementedError) as problem:
@@ -49,6 +50,11 @@ def mistakes(found: dict, rank: int) -> None:
     other = call | {"encoder_hidden_states": call["encoder_hidden_states"] + rank % 2}
     found["other prompt"] = error(grag_like(layout), other)
     found["an error in some"] = error(Fails(rank % 2))
+    attn = model.transformer_blocks[0].attn
+    own = attn.processor
+    found["another processor in some"] = error(
+        grag_like(layout), before=lambda: setattr(attn, "processor", own) if rank % 2 else None
+    )
     odd = fr.TokenLayout(8, (3, 5), [(2, 4)])
     found["an odd length"] = error(grag_like(odd), host.call(odd, dtype=torch.float32))
     with fr.apply(model, grag_like(layout)) as handle:

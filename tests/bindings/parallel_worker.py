@@ -279,9 +279,12 @@ def memory(found: dict) -> None:
             enable(model, case)
         with fr.apply(model, grag_like(layout)):
             run(model, call)
-            with Live() as live:
-                run(model, call)
-        found[f"memory, {case}"] = live.peak
+            peaks = []
+            for _ in range(3):  # gloo's thread may let go of a buffer a moment after the exchange
+                with Live() as live:
+                    run(model, call)
+                peaks.append(live.peak)
+        found[f"memory, {case}"] = min(peaks)
     found["memory, all tokens"] = len(layout) * HEADS * DIM * 4
 
 
