@@ -50,6 +50,18 @@ class Positions:
         if cosines.shape != ours.shape or not bool(((cosines - ours).abs() < TABLE).all()):
             self.trusted = False
 
+    def require_own(self, what: str) -> None:
+        """Require, for ``what``, positions that no other node has changed.
+
+        Raises:
+            NotImplementedError: another node has.
+        """
+        if not self.trusted:
+            raise NotImplementedError(
+                "positions: expected the host's own, received those of a node that changes its position embedding; "
+                f"{what} does not go with it"
+            )
+
 
 class ModelCall:
     """What the layers of one call do.

@@ -286,7 +286,7 @@ class Steering:
             name = key, rescaled and rescaled.rescaling, self._digest(modulations), "guided", *span
             keys = self._works.remember(name, make)
             if keys.moves:
-                _require_own(positions, "NAG, on a model whose text has positions,")
+                positions.require_own("NAG, on a model whose text has positions,")
             found.append(GuidedWork(keys, guidance, positions.sequence.masked))
         return found
 
@@ -324,15 +324,7 @@ class Steering:
 
 def _refuse_moved(positions: Positions, modulations: tuple[Modulation, ...]) -> None:
     if any(isinstance(m, fr.QueryScale) for m in modulations):
-        _require_own(positions, "a method that scales positions (LooseRoPE)")
-
-
-def _require_own(positions: Positions, what: str) -> None:
-    if not positions.trusted:
-        raise NotImplementedError(
-            "positions: expected the host's own, received those of a node that changes its position embedding; "
-            f"{what} does not go with it"
-        )
+        positions.require_own("a method that scales positions (LooseRoPE)")
 
 
 def _remember(known: OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
