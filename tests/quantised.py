@@ -59,6 +59,9 @@ def _fp8(x: Tensor) -> Tensor:
     return (x / step).to(torch.float8_e4m3fn).float() * step
 
 
+int8.returns_lse = fp8.returns_lse = True
+
+
 def _finished(out: Tensor, lse: Tensor, query: Tensor, return_lse: bool):
     out = out.transpose(1, 2).to(query.dtype)
     return (out, lse) if return_lse else out

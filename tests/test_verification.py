@@ -90,6 +90,9 @@ def with_lse(query, key, value, scale, return_lse=False, **_):
     return (out, s.logsumexp(-1)) if return_lse else out
 
 
+with_lse.returns_lse = True
+
+
 def reference(qkv):
     return fr.attention(*qkv, rope=ROPE, modulations=[GROUP], backend="eager")
 
