@@ -39,7 +39,7 @@ def window_inputs() -> list:
 
 def layers_input() -> Any:
     """An input for the layers where a node acts."""
-    told = 'Which attention layers, counted from 0 in order: "0-18, 25". Empty: all.'
+    told = "Which attention layers, counted from 0 in order, such as 0-18, 25. Empty: all."
     return io.String.Input("layers", default="", advanced=True, tooltip=told)
 
 
@@ -64,7 +64,7 @@ def layers_of(text: str) -> set[int] | None:
     found: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        require(match is not None, "layers", 'numbers and ranges: "0-18, 25"', repr(text))
+        require(match is not None, "layers", "numbers and ranges without quotes, such as 0-18, 25", repr(text))
         first, last = int(match[1]), int(match[2] or match[1])
         require(first <= last, "layers", "ranges that count up", repr(part))
         found |= set(range(first, last + 1))
