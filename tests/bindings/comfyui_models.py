@@ -156,3 +156,17 @@ def _find(name: str):
 
 def _parameters(function) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def foreign(model):
+    """A clone with another node's override, chained as the host's own nodes chain."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    before = options.get("optimized_attention_override")
+
+    def louder(func, *args, **kwargs):
+        out = func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+        return out + 0.5 * out.roll(1, dims=-1)
+
+    options["optimized_attention_override"] = louder
+    return clone

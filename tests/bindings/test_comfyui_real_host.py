@@ -55,20 +55,6 @@ def test_tokens_stand_where_the_host_puts_them(name, placed, scaled):
 # ---- others ---------------------------------------------------------------------------------------------------------
 
 
-def foreign(model):
-    """A clone with another node's override, chained as the host's own nodes chain."""
-    clone = model.clone()
-    options = clone.model_options["transformer_options"]
-    before = options.get("optimized_attention_override")
-
-    def louder(func, *args, **kwargs):
-        out = func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
-        return out + 0.5 * out.roll(1, dims=-1)
-
-    options["optimized_attention_override"] = louder
-    return clone
-
-
 @pytest.mark.parametrize("name", real.MODELS)
 def test_two_nodes_and_a_foreign_override_in_any_order(name, capsys):
     positive, negative = edit(name)
@@ -76,7 +62,7 @@ def test_two_nodes_and_a_foreign_override_in_any_order(name, capsys):
     if name not in real.EDITS:
         keep = fr.At(fr.GRAG(1.0, 1.0, 0.9, 1.1), layers={0, 1})
         text = fr.At(text, layers={2})
-    nodes = (lambda m: steer(m, keep), lambda m: steer(m, text), foreign)
+    nodes = (lambda m: steer(m, keep), lambda m: steer(m, text), real.foreign)
     found = []
     for order in [(0, 1, 2), (2, 1, 0), (1, 2, 0)]:
         model = real.patcher(name)

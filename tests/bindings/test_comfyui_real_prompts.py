@@ -80,18 +80,6 @@ def test_regions_equal_a_dense_mask(name, local, capsys):
 def test_regions_go_with_other_nodes_in_any_order(name, capsys):
     grag = fr.GRAG(0.9, 1.4) if name in real.EDITS else fr.GRAG(1.0, 1.0, 1.2, 0.8)
 
-    def foreign(model):
-        clone = model.clone()
-        options = clone.model_options["transformer_options"]
-        before = options.get("optimized_attention_override")
-
-        def louder(func, *args, **kwargs):
-            out = func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
-            return out + 0.5 * out.roll(1, dims=-1)
-
-        options["optimized_attention_override"] = louder
-        return clone
-
     found = []
     for order in ("rgf", "fgr", "grf"):
         model, joined = real.patcher(name), None
@@ -99,7 +87,7 @@ def test_regions_go_with_other_nodes_in_any_order(name, capsys):
             if node == "r":
                 model, joined, _ = regional(model, name)
             else:
-                model = steer(model, grag) if node == "g" else foreign(model)
+                model = steer(model, grag) if node == "g" else real.foreign(model)
         found.append(real.sample(model, name, joined))
     report(capsys, f"Regions, GRAG and a foreign override in three orders, {name}", found[1], found[0])
     for other in found[1:]:
