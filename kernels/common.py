@@ -49,15 +49,15 @@ def load_stream_members(
     ROWS, ROWS2, in_first, mask, stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`load_members` of rows of two streams, float32. Each is read under its own mask: of a pointer chosen
-    between two the compiler knows no alignment, and reads one channel at a time."""
+    """:func:`load_members` of rows of two streams. Each is read under its own mask: of a pointer chosen between two
+    the compiler knows no alignment, and reads one channel at a time."""
     if STREAMS:
         x, y = load_members(ROWS, mask & in_first, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
         x2, y2 = load_members(ROWS2, mask & (in_first == 0), stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
         x, y = tl.where(in_first, x, x2), tl.where(in_first, y, y2)
     else:
         x, y = load_members(ROWS, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-    return x.to(tl.float32), y.to(tl.float32)
+    return x, y
 
 
 @triton.jit
@@ -131,7 +131,8 @@ def load_turns(COS, SIN, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def normalised(x, y, w_x, w_y, eps, HEAD_DIM: tl.constexpr):
-    """RMS norm of members [rows, pairs] float32 with weights [1 or rows, pairs]; eps is [rows]."""
+    """RMS norm of members [rows, pairs] with weights [1 or rows, pairs], float32; eps is [rows]."""
+    x, y = x.to(tl.float32), y.to(tl.float32)
     factor = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + eps)[:, None]
     return x * (factor * w_x), y * (factor * w_y)
 

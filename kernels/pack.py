@@ -57,9 +57,7 @@ def pack_kernel(
     and normalised if it is rotated too. Of VALUES it is u (delta X + (lambda - delta) nu). In OUT heads lie head_rows
     rows of HEAD_DIM apart and tokens token_rows."""
     blocks = tl.cdiv(num_rows, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    bh = tl.program_id(0) // blocks
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    block, b, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = offs_n < num_rows
     mask = valid[:, None]
@@ -93,7 +91,7 @@ def pack_kernel(
             factor = tl.load(factors, mask=valid, other=1.0)[:, None]
             shift = tl.load(factors + num_tokens, mask=valid, other=0.0)[:, None]
             group = tl.load(MEMBER + source, mask=valid, other=-1)[:, None]
-            nu = MEANS + (bh.to(tl.int64) * num_groups + group) * HEAD_DIM + channel
+            nu = MEANS + ((b * heads + h) * num_groups + group) * HEAD_DIM + channel
             x = x.to(tl.float32) * factor + shift * tl.load(nu, mask=known & (group >= 0), other=0.0)
         tl.store(out + channel, x.to(OUT.dtype.element_ty), mask=known)
 
@@ -151,7 +149,7 @@ def _pack(
         VALUES=factors is not None, num_tokens=tokens, num_groups=0 if means is None else means.shape[2],
         factors_batch_stride=batch_stride(factors), **config.options,
     )  # fmt: skip
-    grid = (triton.cdiv(rows, config.block_n) * batch * heads,)
+    grid = (triton.cdiv(rows, config.block_n) * batch, heads)
     return Launch(
         pack_kernel, grid, arguments, dict.fromkeys(("SOURCE", "COS", "SIN", "FACTORS", "MEMBER", "MEANS"), "OUT")
     )
@@ -188,8 +186,8 @@ def _scatter(at: dict[str, Layout], config: LaunchConfig) -> Launch:
 
 
 QUERIES_COUNTS = (
-    "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "num_groups", "num_buckets",
-    "pass_groups", "num_per_query", "num_residual", "table_rows", "variant_rows", "groups_batch_stride",
+    "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "repeats", "num_groups",
+    "num_buckets", "pass_groups", "num_per_query", "num_residual", "table_rows", "variant_rows", "groups_batch_stride",
     "sorted_batch_stride", "bucket_batch_stride", "split",
 )  # fmt: skip
 
@@ -199,7 +197,7 @@ def queries_kernel(
     X, X2, W, W2, OUT, RESIDUAL, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, PER_QUERY_MEANS,
     SORTED_QUERIES, TILE_BUCKET,
     stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
-    num_segments, num_variants, num_rows, num_sorted, heads, key_heads, num_groups, num_buckets,
+    num_segments, num_variants, num_rows, num_sorted, heads, key_heads, repeats, num_groups, num_buckets,
     pass_groups, num_per_query, num_residual, table_rows, variant_rows, groups_batch_stride,
     sorted_batch_stride, bucket_batch_stride, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
@@ -211,11 +209,10 @@ def queries_kernel(
     <w R(phi') q, mu>. RESIDUAL is what rounding left of the first num_residual rows of OUT.
     """
     blocks = tl.cdiv(num_rows, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    bh = tl.program_id(0) // blocks  # divided in int32: a division of int64 is a call, with registers on the stack
-    b = (bh // heads).to(tl.int64)
-    kv = b * key_heads + bh % heads // (heads // key_heads)
-    h, bh = (bh % heads).to(tl.int64), bh.to(tl.int64)
+    block, b = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    kv = b * key_heads + tl.program_id(1) // repeats
+    h = tl.program_id(1).to(tl.int64)
+    bh = b * heads + h
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
     query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)
@@ -228,6 +225,11 @@ def queries_kernel(
         X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, rows, split, stride_xs, stride_ys
     )
     in_first = (rows < split)[:, None]
+    # Read before the loop, so that memory answers while segments are looked at.
+    q_x, q_y = load_stream_members(x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS)
+    if STREAMS:
+        w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        q_x, q_y = normalised(q_x, q_y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
     pair = tl.arange(0, BLOCK_D // 2)
     groups = GROUPS + b * groups_batch_stride
     for s in range(num_segments):
@@ -238,12 +240,7 @@ def queries_kernel(
             w = tl.load(
                 WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, pair < HEAD_DIM // 2), other=1.0
             )[None, :]  # fmt: skip
-            x, y = load_stream_members(
-                x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS
-            )
-            if STREAMS:
-                w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                x, y = normalised(x, y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
+            x, y = q_x, q_y
             if ROTATE:
                 table = b * table_rows + tl.load(segment + SCALED) * variant_rows
                 cos, sin = load_turns(COS, SIN, table + rows, mask, HEAD_DIM, BLOCK_D)
@@ -329,10 +326,10 @@ def _queries(
     segments, cos, groups, means, per_query_means, order = (
         at[name] for name in ("SEGMENTS", "COS", "GROUPS", "MEANS", "PER_QUERY_MEANS", "SORTED_QUERIES")
     )
+    key_heads = heads if means is None else means.shape[1]
     arguments = dict(
         num_segments=segments.shape[0], num_variants=variants, num_rows=rows,
-        num_sorted=0 if order is None else order.shape[1], heads=heads,
-        key_heads=heads if means is None else means.shape[1],
+        num_sorted=0 if order is None else order.shape[1], heads=heads, key_heads=key_heads, repeats=heads // key_heads,
         num_groups=0 if groups is None else groups.shape[1], num_buckets=1 + num_buckets,
         pass_groups=0 if per_query_means is None else per_query_means.shape[2], num_per_query=num_per_query,
         num_residual=0 if at["RESIDUAL"] is None else num_per_query, table_rows=batch_stride(cos) // (dim // 2),
@@ -346,4 +343,4 @@ def _queries(
         "RESIDUAL": "OUT", "SORTED_QUERIES": "SEGMENTS", "TILE_BUCKET": "SEGMENTS",
         **dict.fromkeys(("COS", "SIN", "WEIGHTS", "GROUPS", "MEANS", "PER_QUERY_MEANS"), "BIAS"),
     }  # fmt: skip
-    return Launch(queries_kernel, (triton.cdiv(rows, config.block_m) * batch * heads,), arguments, stand_ins)
+    return Launch(queries_kernel, (triton.cdiv(rows, config.block_m) * batch, heads), arguments, stand_ins)

@@ -57,9 +57,10 @@ MORE_HEAD_DIMS = (32, 96, 192)
 # Codebook channels, of match: a row in one tile, and one walked through.
 MATCH_DIMS = (8, 4096)
 MORE_MATCH_DIMS = (1, 4, 64)
-# The head dim at which the usual run has all flags. At others it has those that take the most registers: adjacent
-# pairs, not halves, and rows of two streams, not of one tensor.
-ALL_FLAGS_AT = 128
+# Where the usual run has all flags. Elsewhere it has those that take the most registers: adjacent pairs, not halves,
+# rows of two streams, not of one tensor, and biases of keys; and loops in all flags.
+ALL_FLAGS_ON, ALL_FLAGS_AT = "sm_90", 128
+HEAVIEST = ("STREAMS", "HAS_KEY_BIAS", "HAS_ACTIVE")
 DTYPES = (torch.bfloat16, torch.float32)
 ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter", "match")
 INT_POINTERS = {
@@ -100,8 +101,10 @@ def variants(kernel: str) -> list[dict]:
     return [v for v in found if not (v.get("VALUES") and v["ROTATE"])]  # values have no positions
 
 
-# Kernels that take longest to compile, or have most variants: away from ALL_FLAGS_AT with biases of keys alone.
-LONGEST = ("axis_blocks", "polynomial", "run_sums")
+def heaviest(variant: dict) -> bool:
+    """Whether a variant has the flags that take the most registers, of those that it can have."""
+    paired = variant.get("INTERLEAVED", True) or not variant.get("ROTATE", True)
+    return paired and all(variant.get(flag, True) for flag in HEAVIEST)
 
 
 def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
@@ -121,12 +124,10 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
                 continue
             if kernel != "match" and not config.ships(kernel, config.LIKE.get(arch, arch), dtype, head_dim):
                 continue
-            found += [
-                (kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel)
-                if everything or head_dim == min(ALL_FLAGS_AT, dims[-1])
-                or (v.get("STREAMS", True) and (v.get("INTERLEAVED", True) or not v.get("ROTATE", True))
-                    and (kernel not in LONGEST or v["HAS_KEY_BIAS"]))
-            ]  # fmt: skip
+            # Loops without a mask take fewer registers and more shared memory.
+            every = everything or kernel in (*config.LOOPS, *config.TMA_LOOPS)
+            every |= arch == ALL_FLAGS_ON and head_dim == min(ALL_FLAGS_AT, dims[-1])
+            found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel) if every or heaviest(v)]
     return found
 
 
@@ -189,7 +190,7 @@ def compile_one(job: tuple) -> dict:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     row = dict(kernel=kernel, arch=arch, dtype=element, head_dim=head_dim, variant=variant, block_m=block_m,
-               block_n=block_n, num_warps=launch.num_warps, num_stages=num_stages)  # fmt: skip
+               block_n=block_n, block_d=launch.block_d, num_warps=launch.num_warps, num_stages=num_stages)  # fmt: skip
     log, start = io.StringIO(), cpu_seconds()
     try:
         with contextlib.redirect_stdout(log):

@@ -69,8 +69,8 @@ def render(rows: list[dict]) -> str:
         "`tests/test_compile.py` compiles every kernel ahead of time, without a GPU. With `FASTROPE_WRITE_DOCS=1` it",
         "writes this page; otherwise it compares the page with what it compiled. One row stands for all variants of a",
         "kernel (with or without a mask, rotated or not). A cell gives the tile (query rows x keys), the warps, the",
-        "stages, and the largest shared memory in KiB. Every variant compiles with zero spilled bytes. The table says",
-        "nothing about speed.", "",
+        "stages, and the largest shared memory in KiB. All compile with zero spilled bytes. The table says nothing",
+        "about speed.", "",
         "Loops with `_tma` read keys and values through tensor descriptors. When pipelined, they multiply a tile of",
         "weights with its values one tile late, so that this product can overlap the next softmax; the test checks the",
         "order in the intermediate code. `polynomial` and `terms` serve per-query scales in 16 bits. `axis_blocks`",
@@ -101,10 +101,11 @@ def render(rows: list[dict]) -> str:
 
 
 @pytest.mark.compile
-def test_every_variant_compiles_without_spills(tmp_path):
-    """Every kernel, flag and launch configuration; then the table of the docs against what was compiled."""
+def test_every_configuration_compiles_without_spills(tmp_path):
+    """Every kernel and launch configuration, and every flag on one architecture; then the table of the docs against
+    what was compiled."""
     rows = compile_rows(tmp_path)
-    assert len(rows) > 400
+    assert len(rows) > 300
     assert {r["arch"] for r in rows} == set(ARCHS)
     assert problems(rows) == []
     stated = re.search(r"on one CPU core: ([\d.]+) s and ([\d.]+) s", BACKENDS.read_text(encoding="utf-8"))
@@ -153,22 +154,23 @@ def parts() -> tuple[str, str]:
 
 def render_machine_code(rows: list[dict]) -> str:
     columns = {
-        "instructions": "instructions", "registers": "registers", "wide_loads": "128-bit loads",
-        "narrow_loads": "loads of 16 bits", "wide_stores": "128-bit stores", "reductions": "reductions in loops",
-        "barriers": "barriers in loops",
+        "channels": "channels a thread", "instructions": "instructions", "registers": "registers",
+        "wide_loads": "128-bit loads", "narrow_loads": "loads of 16 bits", "wide_stores": "128-bit stores",
+        "reductions": "reductions in loops", "barriers": "barriers in loops",
     }  # fmt: skip
     lines = [
         MACHINE_CODE,
         "Of `sm_90`, bfloat16, read from what ptxas made (`nvdisasm`): instructions as they stand, whichever branches",
-        "a call takes, and what stands in innermost loops. `queries` has one body for each query variant and one for",
-        "the means of groups, so that a call without groups, with two segments of one variant, executes some 740 of",
-        "its instructions, and some 45 for every further segment. `means` copies keys through a ring in shared",
-        "memory, which takes two barriers for 128 keys; nothing is added up across threads before its end.", "",
+        "a call takes, beside the channels that a thread holds (of `means`: reads in a turn of its loop), and what",
+        "stands in innermost loops. `queries` has a body for every query variant, and one for the means of groups.",
+        "`means` copies keys through a ring in shared memory, which takes two barriers for 128 keys; nothing is added",
+        "up across threads before its end.", "",
         "| kernel | head dim | flags | " + " | ".join(columns.values()) + " |",
         "|---|---|---|" + "---:|" * len(columns),
     ]  # fmt: skip
     for row in rows:
         flags = ", ".join(name for name, on in row["variant"].items() if on) or "plain"
+        row["channels"] = max(row["block_m"], row["block_n"]) * row["block_d"] // (32 * row["num_warps"])
         cells = " | ".join(str(row[name]) for name in columns)
         lines.append(f"| {row['kernel']} | {row['head_dim']} | {flags} | {cells} |")
     return "\n".join(lines) + "\n"
@@ -184,7 +186,7 @@ def test_machine_code_of_the_prologue(tmp_path):
     assert [row["narrow_loads"] for row in (rotated, halves, queries, means, reweight)] == [0] * 5
     assert max(row["narrow_loads"] for row in (streamed, queries_streamed)) <= 2  # the weights of two norms
     assert [row["wide_loads"] for row in (rotated, halves, streamed)] == [6, 6, 8]  # channels; cosines and sines
-    assert queries["instructions"] <= 1100
+    assert queries["instructions"] <= 1040
     assert means["loops"] > 0
     assert (means["reductions"], means["barriers"]) == (0, 2)
     section = render_machine_code(rows)
@@ -226,7 +228,7 @@ def test_consumer_cards(tmp_path):
     archs = [part for arch in CONSUMER_CARDS for part in ("--arch", arch)]
     rows = compile_rows(tmp_path, "--dtype", "bf16", "--head-dim", "128", *kernels, *archs)
     assert {row["arch"] for row in rows} == set(CONSUMER_CARDS)
-    assert len(rows) == 8
+    assert len(rows) == 6
     assert problems(rows) == []
 
 
