@@ -76,6 +76,8 @@ def architecture(device: torch.device) -> str:
         return INTERPRETED_ARCH
     if torch.version.hip is not None:
         name = capability(device)
+        if name.startswith(("gfx11", "gfx12")):
+            return "gfx1100"
         return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
     properties = torch.cuda.get_device_properties(device)
     return config.arch_of(properties.major, properties.minor)
@@ -118,7 +120,8 @@ def on_gpu(x: Projected) -> bool:
 
 
 def kernel_obstacle(q: Projected) -> str | None:
-    """Why the kernels cannot run on tensors like ``q``, or None."""
+    """Why the kernels cannot run on tensors like ``q``, or None. Of ``(B, S, H, D)`` they take the ``D`` that have a
+    configuration."""
     if q.dtype == torch.float64:
         return "float64 inputs (use sdpa or eager)"
     if not switched_on("FASTROPE_KERNELS", default=True):
@@ -129,7 +132,7 @@ def kernel_obstacle(q: Projected) -> str | None:
         return "triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"no kernel for device {q.device.type} (set TRITON_INTERPRET=1 before importing triton to interpret)"
-    return config.unsupported(architecture(q.device))
+    return config.unsupported(architecture(q.device), q.shape[3] if len(q.shape) == 4 else 0)
 
 
 def synchronise(device: torch.device) -> None:

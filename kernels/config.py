@@ -11,9 +11,10 @@ from functools import cache, partial
 
 import torch
 
-ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx1100")
 # Those that use the configurations of another; tests compile these for both.
-LIKE = {"sm_86": "sm_89", "sm_120": "sm_80"}  # modulated loops of sm_89 spill on sm_120
+LIKE = {"sm_86": "sm_89", "sm_120": "sm_80", "gfx1201": "gfx1100"}  # modulated loops of sm_89 spill on sm_120
+MOST_CHANNELS = {"gfx1100": 128}  # of a head, where more spill; 256 elsewhere
 LOOPS = ("attention", "attention_modulated", "attention_parts")
 TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
 TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
@@ -55,15 +56,20 @@ def arch_of(major: int, minor: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def unsupported(arch: str) -> str | None:
-    """Why no kernel ships for an architecture, or None."""
-    return None if arch in ARCHS else f"no kernel configuration for {arch}; supported: {', '.join(ARCHS)}"
+def unsupported(arch: str, head_dim: int = 0) -> str | None:
+    """Why no kernel ships for an architecture, or there for heads of ``head_dim`` channels, or None."""
+    if arch not in ARCHS:
+        return f"no kernel configuration for {arch}; supported: {', '.join(ARCHS)}"
+    most = MOST_CHANNELS.get(arch, 256)
+    return None if head_dim <= most else f"no kernel configuration for heads of more than {most} channels on {arch}"
 
 
 def ships(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether :func:`select` has a configuration: descriptors are for few architectures, they and the polynomial for
-    16-bit inputs; the polynomial of more than 128 channels spills."""
-    if (kernel.endswith("_tma") and arch not in TMA_ARCHS) or (kernel in POLYNOMIAL and head_dim > 128):
+    16-bit inputs; the polynomial of more than 128 channels spills, of more than 64 on gfx1100."""
+    if (kernel.endswith("_tma") and arch not in TMA_ARCHS) or unsupported(arch, head_dim):
+        return False
+    if kernel in POLYNOMIAL and head_dim > (64 if arch == "gfx1100" else 128):
         return False
     return dtype != torch.float32 or kernel not in (*TMA_LOOPS, *POLYNOMIAL)
 
@@ -75,7 +81,7 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
     Args:
         kernel: one of ``KERNELS``.
         arch: one of ``ARCHS``.
-        head_dim: 16 to 256.
+        head_dim: 16 to 256, or to what ``MOST_CHANNELS`` has.
         masked: the call has a key mask, or biases of keys.
 
     Raises:
@@ -88,7 +94,8 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
         )
     if not ships(kernel, arch, dtype, head_dim):
         expected = (
-            f"16 bits, for descriptors one of {TMA_ARCHS}, for the polynomial a head dim up to 128, for {kernel!r}"
+            f"16 bits, for descriptors one of {TMA_ARCHS}, for the polynomial a head dim up to 128 (gfx1100: 64), for "
+            f"all a head dim up to {MOST_CHANNELS.get(arch, 256)}, for {kernel!r}"
         )
         raise ValueError(f"launch: expected {expected}, received {arch!r}, {dtype}, {head_dim}")
     block_d = max(16, 1 << (head_dim - 1).bit_length())
@@ -110,6 +117,7 @@ _PLAIN_16_BIT = {
     "sm_90": ((128, 128, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
     "sm_100": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (128, 32, 4, 1)),
+    "gfx1100": ((128, 32, 8, 1), (64, 16, 8, 1)),
 }
 _MODULATED_16_BIT = {
     "sm_80": ((128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
@@ -117,6 +125,7 @@ _MODULATED_16_BIT = {
     "sm_90": ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 8, 2)),
     "sm_100": ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+    "gfx1100": ((128, 32, 8, 1), (64, 16, 8, 1)),
 }
 # Float32 outputs, parts that are merged, hold the registers of a longer epilogue.
 _PARTS_16_BIT = {
@@ -129,13 +138,14 @@ _PARTS_16_BIT = {
 _FLOAT32 = {
     **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1))),
     "gfx942": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "gfx1100": ((16, 32, 16, 1), (16, 32, 16, 1)),
 }
 
 
 def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> LaunchConfig:
     row = (_FLOAT32 if float32 else table)[arch]
     block_m, block_n, num_warps, num_stages = row[max(block_d, 64).bit_length() - 7]
-    if float32 and block_d <= 32:
+    if float32 and block_d <= 32 and arch != "gfx1100":
         num_warps = 4
     elif arch in ("sm_80", "sm_89") and block_d <= 32:
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
@@ -158,6 +168,8 @@ def _tma(loop: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
 def _axis_blocks(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     """``block_n`` is the keys of a block weighed at once: all 64, but for float32, whose operands are in registers."""
     if not float32:
+        if arch == "gfx1100" and block_d >= 64:  # tiles of 64 channels take more registers there
+            return LaunchConfig(16, 32, 128, 8, 1)
         return LaunchConfig(16, 64, block_d, 8, 1)
     if block_d <= 16 and not arch.startswith("gfx"):
         # On sm_90 and sm_100 four warps spill under triton 3.6, eight under 3.8; on the others eight do under 3.9.
@@ -175,6 +187,7 @@ _POLYNOMIAL = {
     "sm_90": ((128, 64, 8, 2), (128, 32, 8, 2)),
     "sm_100": ((128, 64, 8, 2), (64, 64, 8, 2)),
     "gfx942": ((64, 32, 8, 1), (64, 32, 8, 1)),
+    "gfx1100": ((64, 32, 8, 1),),
 }
 
 
@@ -198,7 +211,8 @@ def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    return LaunchConfig(1, 128, min(block_d, 32), 4, 6)
+    warps, stages = (8, 1) if arch == "gfx1100" else (4, 6)
+    return LaunchConfig(1, 128, min(block_d, 32), warps, stages)
 
 
 def _run_sums(arch: str, float32: bool, block_d: int) -> LaunchConfig:

@@ -36,6 +36,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
     "sm_86": GPUTarget("cuda", 86, 32), "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32), "gfx1201": GPUTarget("hip", "gfx1201", 32),
 }  # fmt: skip
 FUNCTIONS = {
     **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},

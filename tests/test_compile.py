@@ -16,9 +16,11 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "kernels.md"
 BACKENDS = ROOT / "docs" / "backends.md"  # what compilation costs
-SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_MEMORY = {
+    "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx1100": 65536
+}  # fmt: skip
 ARCHS = tuple(SHARED_MEMORY)
-CONSUMER_CARDS = {"sm_86": 101376, "sm_120": 101376}  # RTX 30 and 50, with configurations of others
+CONSUMER_CARDS = {"sm_86": 101376, "sm_120": 101376, "gfx1201": 65536}  # with configurations of others
 SHARED_MEMORY |= CONSUMER_CARDS
 
 
@@ -228,7 +230,7 @@ def test_consumer_cards(tmp_path):
     archs = [part for arch in CONSUMER_CARDS for part in ("--arch", arch)]
     rows = compile_rows(tmp_path, "--dtype", "bf16", "--head-dim", "128", *kernels, *archs)
     assert {row["arch"] for row in rows} == set(CONSUMER_CARDS)
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert problems(rows) == []
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastrope import kernels
+from fastrope import device, kernels
 from fastrope.kernels import abi, config, launch, means
 
 
@@ -35,6 +35,30 @@ def test_configurations_are_pure_and_whole(kernel, arch):
 def test_architectures(capability, arch):
     assert config.arch_of(*capability) == arch
     assert (config.unsupported(arch) is None) == (arch in config.ARCHS)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("gfx90a", "gfx942"), ("gfx942", "gfx942"), ("gfx950", "gfx942"), ("gfx1030", "gfx1030"), ("gfx1100", "gfx1100"),
+     ("gfx1151", "gfx1100"), ("gfx1201", "gfx1100")],
+)  # fmt: skip
+def test_architectures_of_amd(name, arch, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(device, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "capability", lambda where: name)
+    assert device.architecture.__wrapped__(torch.device("cuda")) == arch
+    assert (config.unsupported(arch) is None) == (arch != "gfx1030")
+
+
+def test_heads_that_no_tile_holds_are_named():
+    most = [config.MOST_CHANNELS.get(arch, 256) for arch in config.ARCHS]
+    for arch, dim in zip(config.ARCHS, most, strict=True):
+        assert config.unsupported(arch, dim) is None
+        assert f"more than {dim} channels on {arch}" in config.unsupported(arch, dim + 1)
+        assert kernels.ships("attention", arch, torch.bfloat16, dim)
+    assert min(most) == 128
+    with pytest.raises(ValueError, match="a head dim up to 128, for 'attention', received 'gfx1100'"):
+        kernels.select("attention", "gfx1100", torch.bfloat16, 130)
 
 
 def test_unknown_launches_are_refused():
