@@ -1,4 +1,4 @@
-"""``fastrope doctor --gpu``: every kernel held to the reference on this card, then timed, in about three minutes.
+"""``fastrope doctor --gpu``: kernels held to the reference on this card, then timed, in about three minutes.
 
 Every step is a process of its own with a time limit, and leaves what it found in files as it goes. So a card that hangs
 or loses its context costs one step, and checks go on behind the call that did it. The end is a page to paste into an
@@ -23,7 +23,7 @@ import torch
 import fastrope as fr
 from fastrope import card, rules
 from fastrope import device as devices
-from fastrope.kernels.config import TMA_ARCHS
+from fastrope.kernels.config import TMA_ARCHS, unsupported
 from fastrope.outputs import check_files, check_folder
 
 from . import block, first_page, routes
@@ -56,10 +56,10 @@ class Job:
     switches: dict[str, str] = field(default_factory=dict)
 
 
-def jobs(device: str) -> list[Job]:
-    """Every kernel at the shapes and dtypes it is for; on a CPU a few, interpreted, for a dry run."""
+def jobs(device: torch.device) -> list[Job]:
+    """The cases of the benchmark at the shapes and dtypes they are for; on a CPU a few, interpreted, for a dry run."""
     edges = ("all", "all-per-query")
-    if device == "cpu":
+    if device.type == "cpu":
         tiny = WORKLOADS["tiny"]
         return [Job(f"{case} {backend}", tiny, case, backend, torch.float32) for case in ("plain", *edges)
                 for backend in ("triton", "auto")]  # fmt: skip
@@ -74,9 +74,9 @@ def jobs(device: str) -> list[Job]:
     for switch in SWITCHES:
         found += [Job(f"{case} {switch}=0", small, case, switches={switch: "0"}) for case in edges]
     for dim, axes in ((64, (8, 28, 28)), (96, (16, 40, 40)), (256, (64, 96, 96))):
-        found += [
-            Job(f"{case} head dim {dim}", replace(small, dim=dim, axes_dim=axes, heads=8), case) for case in edges
-        ]
+        if unsupported(devices.architecture(device), dim) is None:
+            shape = replace(small, dim=dim, axes_dim=axes, heads=8)
+            found += [Job(f"{case} head dim {dim}", shape, case) for case in edges]
     for dtype in (torch.float16, torch.float32):
         found += [Job(f"{case} {str(dtype)[6:]}", small, case, dtype=dtype) for case in edges]
     return found
@@ -118,7 +118,7 @@ def parity(out: Path, device: torch.device, first: int) -> int:
     """Check the jobs from number ``first`` on; one row each."""
     given = {name: os.environ.get(name) for name in SWITCHES}
     with out.open("a", encoding="utf-8") as file, torch.no_grad():
-        for number, job in enumerate(jobs(device.type)[first:], start=first):
+        for number, job in enumerate(jobs(device)[first:], start=first):
             row = {"job": number, "name": job.name, "passed": None, "said": "did not return", "helps": None}
             file.write(json.dumps({"job": number, "name": job.name}) + "\n")  # so that a hang has a name
             file.flush()
@@ -201,7 +201,7 @@ def run(folder: Path, device: torch.device, force: bool = False, write: bool = F
         if code:
             problems.append(f"{what} ended early: {code if isinstance(code, str) else _last_error(folder)}")
 
-    wanted = len(jobs(device.type))
+    wanted = len(jobs(device))
     say(f"checks: {wanted} calls against the reference (at most {LIMITS['parity']} s)")
     told("the checks", _parity(folder, device, wanted))
     say(f"microseconds per route and kernel (at most {LIMITS['kernels']} s)")

@@ -12,6 +12,7 @@ import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -48,7 +49,7 @@ def key(device: torch.device) -> str:
     """A GPU and the versions that entries hold for, in readable form."""
     versions = {
         "driver": devices.driver_version(), "torch": torch.__version__, "triton": devices.triton_version(),
-        "fastrope": f"{__version__} {_digest()}",
+        "fastrope": f"{__version__} {digest(kernels, backends, planning)}",
     }  # fmt: skip
     return ", ".join([name_of(device), *(f"{name} {version}" for name, version in versions.items())])
 
@@ -86,8 +87,8 @@ def ignore(file: Path | None, why: str) -> None:
         warnings.warn(f"fastrope ignores {file}: {why}", stacklevel=2)
 
 
-def _digest() -> str:
-    """Digest of the sources of kernels, backends and plans: they can change in a clone while its version stays."""
-    folders = [Path(str(package.__file__)).parent for package in (kernels, backends, planning)]
+def digest(*packages: ModuleType) -> str:
+    """Digest of the sources of packages, which can change in a clone while its version stays."""
+    folders = [Path(str(package.__file__)).parent for package in packages]
     files = [file for each in folders for file in sorted(each.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

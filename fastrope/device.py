@@ -76,7 +76,7 @@ def architecture(device: torch.device) -> str:
         return INTERPRETED_ARCH
     if torch.version.hip is not None:
         name = capability(device)
-        if name.startswith(("gfx11", "gfx12")):
+        if name.startswith(("gfx11", "gfx120")):
             return "gfx1100"
         return "gfx942" if name in ("gfx940", "gfx941", "gfx942", "gfx950", "gfx90a") else name
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""Kernels verified before they are trusted: once per kind, on a GPU without measurements in the repository.
+"""Kernels verified before they are trusted: once per kind, on a GPU where the repository has no measurements of them.
 
 The check runs before the first call of its kind and compares the kernels with the reference on a small one. What passed
 is remembered for later processes, by card and versions. A kind that fails is not used: torch's attention takes its
@@ -14,12 +14,13 @@ from functools import lru_cache
 
 import torch
 
-from . import card
+from . import card, kernels
 from . import device as devices
 
 FILE = "verified"
-# Capabilities whose kernels need no check, and the folder under bench/results that holds the measurements of a GPU.
-ROWS = {"sm_90": "nvidia-h200"}
+# Capabilities that have measurements, the folder of these under bench/results, and which kernels were measured: they
+# alone need no check.
+ROWS = {"sm_90": ("nvidia-h200", "992698866a94")}
 _LOCK = threading.Lock()
 _PASSED: set[tuple[torch.device, Hashable]] = set()
 _FAILED: set[tuple[torch.device, Hashable]] = set()
@@ -29,7 +30,8 @@ _RECORDED: set[torch.device] = set()  # GPUs for which the warning of :func:`_wa
 @lru_cache(maxsize=64)
 def needed(device: torch.device) -> bool:
     """Whether kernels on a GPU are checked before they are trusted."""
-    return devices.capability(device) not in ROWS
+    _, measured = ROWS.get(devices.capability(device), ("", ""))
+    return card.digest(kernels) != measured
 
 
 def failed(kind: Hashable, device: torch.device) -> bool:

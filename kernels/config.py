@@ -168,8 +168,8 @@ def _tma(loop: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
 def _axis_blocks(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     """``block_n`` is the keys of a block weighed at once: all 64, but for float32, whose operands are in registers."""
     if not float32:
-        if arch == "gfx1100" and block_d >= 64:  # tiles of 64 channels take more registers there
-            return LaunchConfig(16, 32, 128, 8, 1)
+        if arch == "gfx1100":  # there tiles of 64 channels take more registers than of 128
+            return LaunchConfig(16, 64, block_d, 16, 1) if block_d <= 32 else LaunchConfig(16, 32, 128, 8, 1)
         return LaunchConfig(16, 64, block_d, 8, 1)
     if block_d <= 16 and not arch.startswith("gfx"):
         # On sm_90 and sm_100 four warps spill under triton 3.6, eight under 3.8; on the others eight do under 3.9.

@@ -125,8 +125,8 @@ def jobs(kernels, archs, everything: bool = False) -> list[tuple]:
                 continue
             if kernel != "match" and not config.ships(kernel, config.LIKE.get(arch, arch), dtype, head_dim):
                 continue
-            # Loops without a mask take fewer registers and more shared memory.
-            every = everything or kernel in (*config.LOOPS, *config.TMA_LOOPS)
+            # Pipelined loops without a mask take fewer registers and more shared memory.
+            every = everything or (kernel in (*config.LOOPS, *config.TMA_LOOPS) and dtype != torch.float32)
             every |= arch == ALL_FLAGS_ON and head_dim == min(ALL_FLAGS_AT, dims[-1])
             found += [(kernel, arch, ELEMENT[dtype], head_dim, v) for v in variants(kernel) if every or heaviest(v)]
     return found

@@ -14,7 +14,7 @@ import torch
 from source_tree import ROOT
 
 import fastrope as fr
-from fastrope import card, dispatch, joint, rules, sample, verification
+from fastrope import card, dispatch, joint, kernels, rules, sample, verification
 from fastrope import device as devices
 from fastrope.modulations import MODULATIONS
 from fastrope.planning import build
@@ -356,8 +356,9 @@ def test_readers_never_see_half_a_file(a_card):
 # ---- who needs none --------------------------------------------------------------------------------------------------
 
 
-def test_architectures_with_rows_are_trusted(a_card, checks, monkeypatch):
+def test_kernels_with_rows_are_trusted(a_card, checks, monkeypatch):
     monkeypatch.setattr(devices, "capability", lambda device: "sm_90")
+    monkeypatch.setitem(verification.ROWS, "sm_90", ("here", card.digest(kernels)))
     a_card()
     _, qkv = attend()
     assert checks == []
@@ -365,8 +366,18 @@ def test_architectures_with_rows_are_trusted(a_card, checks, monkeypatch):
     assert "trust" not in str(fr.explain(*qkv, rope=ROPE, backend="triton"))
 
 
+def test_kernels_that_changed_since_are_checked(a_card, checks, monkeypatch):
+    monkeypatch.setattr(devices, "capability", lambda device: "sm_90")
+    monkeypatch.setitem(verification.ROWS, "sm_90", ("here", "of other kernels"))
+    a_card()
+    attend()
+    assert len(checks) == 1
+
+
 def test_rows_in_the_repository_are_those_named():
-    assert {path.name for path in (ROOT / "bench" / "results").iterdir()} == set(verification.ROWS.values())
+    assert {path.name for path in (ROOT / "bench" / "results").iterdir()} == {
+        name for name, _ in verification.ROWS.values()
+    }
 
 
 def test_the_cache_folder_is_the_users(users_cache_folder, monkeypatch, tmp_path):

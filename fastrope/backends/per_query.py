@@ -25,8 +25,9 @@ def against_polynomial(q: Projected, lowered: Lowered) -> str | None:
         return str(q.dtype).removeprefix("torch.")
     if not devices.switched_on("FASTROPE_POLYNOMIAL", default=True):
         return "FASTROPE_POLYNOMIAL=0"
-    if not kernels.ships("polynomial", devices.architecture(q.device), q.dtype, q.shape[3]):
-        return "a polynomial of more than 128 channels spills"
+    arch = devices.architecture(q.device)
+    if not kernels.ships("polynomial", arch, q.dtype, q.shape[3]):
+        return f"no polynomial of {q.shape[3]} channels on {arch}: it spills"
     if lowered.polynomial is None or lowered.polynomial.tiles(q.dtype) is None:
         return "too few queries of similar scales to fill tiles, or keys too far apart"
     return None

@@ -42,7 +42,7 @@ def test_all_is_well(tmp_path, here, monkeypatch):
     passed, page, rows = run(tmp_path)
     assert passed
     assert "All 6 checks passed." in page
-    assert [row["name"] for row in rows] == [job.name for job in first_run.jobs("cpu")]
+    assert [row["name"] for row in rows] == [job.name for job in first_run.jobs(CPU)]
 
 
 def test_a_wrong_result_is_told_with_what_helps(tmp_path, here, monkeypatch):
@@ -92,7 +92,7 @@ def test_it_goes_on_with_the_next_call_after_a_lost_device(tmp_path, here, monke
 
 
 def test_a_call_that_hangs_has_a_name(tmp_path, here, monkeypatch):
-    step, jobs = first_run._step, [job.name for job in first_run.jobs("cpu")]
+    step, jobs = first_run._step, [job.name for job in first_run.jobs(CPU)]
     monkeypatch.setattr(first_run, "check", lambda job, device: (True, "fine"))
 
     def hangs(arguments, folder, device, *more):
@@ -124,7 +124,7 @@ def test_a_file_that_grows_is_no_hang_and_no_reason_to_go_on_for_ever(limit, han
 
 
 def test_a_check_that_time_cuts_off_did_not_fail(tmp_path, here, monkeypatch):
-    jobs = [job.name for job in first_run.jobs("cpu")]
+    jobs = [job.name for job in first_run.jobs(CPU)]
 
     def slow(arguments, folder, device, *more):
         if arguments[0] == "parity":
@@ -151,7 +151,7 @@ def test_the_whole_of_it_takes_less_than_three_minutes():
 
 
 def test_switches_that_change_nothing_are_not_tried(monkeypatch):
-    job = first_run.jobs("cpu")[0]
+    job = first_run.jobs(CPU)[0]
     for arch, expected in (("sm_89", ("FASTROPE_POLYNOMIAL",)), ("sm_90", first_run.SWITCHES)):
         monkeypatch.setattr(first_run.devices, "architecture", lambda device, arch=arch: arch)
         assert first_run._switches(job, torch.device("cuda", 0)) == expected
