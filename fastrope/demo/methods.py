@@ -114,8 +114,9 @@ SHOWS = {
     "untwisting": Show(
         "Style without copying: Untwisting RoPE",
         "The words say which digit to draw; the reference shows another one. Plain sharing of its keys and values "
-        "(s_hf 1) copies the reference. A lower s_hf weakens the frequencies that bind a query to its own place: the "
-        "copy goes, and part of the style with it. On a model this small the asked-for digit does not always come.",
+        "(s_hf 1) copies where the reference's ink is, and its colours. A lower s_hf weakens the frequencies that bind "
+        "a query to its own place: the copy goes, and part of the style with it. On a model this small the asked-for "
+        "digit does not always come.",
         untwisting,
     ),
     "looserope": Show(

@@ -74,8 +74,8 @@ def text(found: Findings) -> str:
 `handle.inspect()` measures the editor: the share of the target's attention on each group of tokens, and the distance
 between a query and the keys of the reference that it attends to (root mean square, in tokens). Both are means over
 layers and steps. GRAG and Untwisting RoPE (here on the host's own reference) act in edits that ask for another digit.
-LooseRoPE, with one range factor for the whole paste, acts in edits that blend it. There are at most {SAMPLES}
-pictures.
+LooseRoPE, with one range factor for the whole paste, acts in edits that blend it. A call holds all {SAMPLES} pictures,
+so there are no intervals over samples. Guidance is 1.
 
 {rows}
 
@@ -101,16 +101,17 @@ def _summary(found: Findings) -> str:
 
 
 def draw(found: Findings, figure) -> None:
-    """Mass above, distance below, one column per dial, a line per value."""
+    """Mass and distance by layer, then by step; one column per dial, a line per value."""
     dials = list(dict.fromkeys(row.sweep for row in found.rows))
-    panels = figure.subplots(2, len(dials), sharex=True, sharey="row")
+    kinds = [(what, by) for by in ("layer", "step") for what in ("mass", "distance")]
+    panels = figure.subplots(len(kinds), len(dials), sharey="row")
     for column, dial in zip(panels.T, dials, strict=True):
         for row, colour in zip(found.sweep(dial), (BLUE, GREEN, ORANGE), strict=True):
-            for axes, what in zip(column, ("mass", "distance"), strict=True):
-                values = row.outcomes[f"{what} on {GROUP} by layer"]
+            for axes, (what, by) in zip(column, kinds, strict=True):
+                values = row.outcomes[f"{what} on {GROUP} by {by}"]
                 axes.plot(range(len(values)), values, marker="o", markersize=3, color=colour, label=f"{row.value:g}")
+                axes.set_xlabel(by)
         column[0].set_title(dial)
         column[0].legend()
-        column[1].set_xlabel("layer")
-    panels[0, 0].set_ylabel("mass on the reference")
-    panels[1, 0].set_ylabel("distance, tokens (RMS)")
+    for axes, (what, _) in zip(panels[:, 0], kinds, strict=True):
+        axes.set_ylabel({"mass": "mass on the reference", "distance": "distance, tokens"}[what])

@@ -20,8 +20,8 @@ def text(found: Findings) -> str:
     tasks = sorted((row for row in found.rows if row not in real), key=lambda row: row.value)
     return f"""## The editor
 
-The first two rows are real pictures: the classifier can hardly recognise more in drawn ones. Guidance above 1 is the
-pipeline's `true_cfg_scale`; its negative prompt names the task and leaves all other words open. Distances are mean
-absolute differences per channel, as a share of a pixel's range. Every held-out real digit is shown four times.
+The first two rows are real pictures, judged in the same way; every held-out digit is shown four times. Guidance above 1
+is true guidance, whose negative prompt names the task and leaves all other words open. Distances are mean absolute
+differences per channel, as a share of a pixel's range.
 
 {models.table([*real, *tasks], ("digit", "colours", "distance"))}"""

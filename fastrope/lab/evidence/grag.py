@@ -11,7 +11,7 @@ import fastrope as fr
 
 from .. import judge, scenes
 from .findings import Findings, Row, outcomes, strip
-from .report import BLUE, ORANGE, curve, share, show_strips, table
+from .report import BLUE, ORANGE, claim, curve, share, show_strips, table
 from .studio import Studio, only
 
 USES = ("editor", "classifier")  # models, whose digests are stored with the numbers
@@ -73,7 +73,7 @@ def evenness(rows: list[Row]) -> tuple[float, float]:
 
 
 MAIN = ("digit, delta", "digit, lambda", "digit, delta on values")
-CAPTION = "GRAG: edits under delta, lambda and guidance, and samples for delta"
+CAPTION = "GRAG: edits under delta and lambda, and samples for delta"
 
 
 def text(found: Findings) -> str:
@@ -84,6 +84,14 @@ def text(found: Findings) -> str:
     low, one, high = (found.row("digit, delta", x) for x in (0.5, 1.0, 1.5))
     few, many = (found.row("digit, lambda", x) for x in (0.5, 1.5))
     even = {name: evenness(found.sweep(f"digit, {name}")) for name in ("delta", "guidance")}
+    neither = 1 - high.mean("asked") - high.mean("source")
+    keeps = high.mean("source") > low.mean("source") and high.mean("distance") < low.mean("distance")
+    told = claim(keeps, "As published, a higher delta keeps more.", "A higher delta does not keep more.")
+    evener = claim(
+        even["delta"][0] < even["guidance"][0],
+        "So delta acts more evenly than guidance here.",
+        "So delta acts less evenly than guidance here, over a range of distances that is larger.",
+    )
     return f"""## GRAG: how much of the source is kept
 
 The editor gets a picture and a prompt of one word: another digit. True guidance is {GUIDANCE:g}. `fr.GRAG(delta=...)`
@@ -94,11 +102,13 @@ digit* that it finds the digit that was there before.
 
 DCAG (arXiv 2602.18022) modulates both keys and values. The rows *delta on values* modulate values alone.
 
-As published, a higher delta keeps more. From delta 0.5 to 1.5, the share of outputs with the source's digit goes from
-{share(low, "source")} to {share(high, "source")}, and the distance to the source from {low.mean("distance"):.3f} to
-{high.mean("distance"):.3f}. At delta 1, {share(one, "asked")} of the edits succeed. Lambda has little effect here: from
-0.5 to 1.5, the distance goes from {few.mean("distance"):.3f} to {many.mean("distance"):.3f}, although the reference
-gets more of the attention ([below](#attention-under-the-dials)).
+{told} From delta 0.5 to 1.5, the share of outputs with the source's digit goes from {share(low, "source")} to
+{share(high, "source")}, and the distance to the source from {low.mean("distance"):.3f} to {high.mean("distance"):.3f}.
+The edits succeed in {share(low, "asked")} at delta 0.5, in {share(one, "asked")} at 1 and in {share(high, "asked")} at
+1.5, where {100 * neither:.0f} % of the pictures show neither digit. Lambda acts in another way. It adds one number per
+query to all logits of the group, so it changes how much attention the source gets
+([below](#attention-under-the-dials)), but not which of its tokens. From lambda 0.5 to 1.5, the distance goes from
+{few.mean("distance"):.3f} to {many.mean("distance"):.3f}.
 
 The same in another edit, where the prompt is one word for the colour of the ink:
 
@@ -112,7 +122,7 @@ Delta changes the mean distance by {_change(found, "delta"):.3f}. The largest of
 {100 * even["delta"][0]:.0f} % of this change, and {100 * even["delta"][1]:.0f} % of the steps of single pictures go in
 the same direction as the mean. Guidance changes it by {_change(found, "guidance"):.3f}, of which the largest step makes
 {100 * even["guidance"][0]:.0f} %, and {100 * even["guidance"][1]:.0f} % of the steps go in the direction of the
-mean."""
+mean. {evener}"""
 
 
 def _change(found: Findings, dial: str) -> float:

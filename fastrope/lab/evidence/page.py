@@ -11,22 +11,26 @@ from .findings import Findings, digest
 
 PARTS = ("editor", "grag", "untwisting", "looserope", "attention", "author", "islock")
 PAGE, FOLDER = "evidence.md", "evidence"
-SIZE = {"attention": (10, 4.6)}  # of pictures in inches, where it is another than 10 x 4.2
+SIZE = {"attention": (10, 8.4)}  # of pictures in inches, where it is another than 10 x 4.2
 DPI = 110
 
 HEAD = """# Evidence: what the methods do on trained models
 
 A package cannot ship published models, but it can train small ones. `fastrope.lab` holds three that this project
 trained on handwritten digits ([how](../fastrope/lab/README.md)): a FLUX-shaped editor and a LlamaGen-shaped
-autoregressive model, of about a million weights each, and a classifier that judges their pictures. On these models,
-every method runs through the public interface, and its effect is counted. **These are not published models.** Pictures
-have 16 x 16 pixels and 8 x 8 tokens, so the best values of dials differ from those for 64 x 64 tokens. The numbers show
-whether there is an effect, in which direction, and how large it is compared with the noise.
+autoregressive model, of about a million weights each, and a classifier that judges their pictures. On these models
+four methods run through the public interface, and their effects are counted. **These are not published models.**
+Pictures have 16 x 16 pixels and 8 x 8 tokens, so the best values of dials differ from those for 64 x 64 tokens. The
+numbers show whether there is an effect, in which direction, and how large it is compared with the noise. The dials are
+those of the methods' pages: [GRAG](grag.md), [Untwisting RoPE](untwisting.md), [LooseRoPE](looserope.md),
+[ISLock](islock.md).
 
 `fastrope evidence` measures all of it again; `--quick` takes fewer samples. This page is generated from the numbers in
-[evidence/](evidence), which has one file per section with the outcome of every sample; a test checks that they agree.
-Square brackets are 95 % bootstrap intervals over samples. The pictures of digits and the combinations of words are held
-out from training. Every setting of a dial gets the same samples and the same noise."""
+[evidence/](evidence), which has one file per section with the outcome of every sample (of attention, means over
+samples); a test checks that they agree. Square brackets are 95 % bootstrap intervals over samples. The pictures of
+digits are held out from training, and so are the combinations of words where a prompt names all of them. Every setting
+of a dial gets the same samples and the same noise, but for `fr.steer`, which draws its own. *True guidance* is
+classifier-free guidance by a negative prompt, the pipeline's `true_cfg_scale`."""
 
 
 def module(part: str):

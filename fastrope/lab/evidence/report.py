@@ -40,6 +40,11 @@ def share(row: Row, outcome: str) -> str:
     return f"{100 * row.mean(outcome):.0f} %"
 
 
+def claim(holds: bool, yes: str, no: str) -> str:
+    """What the page says of a published effect: ``yes`` where the numbers show it, else ``no``."""
+    return yes if holds else no
+
+
 def curve(axes, rows: Sequence[Row], outcome: str, label: str, colour: str, places: Sequence[float] | None = None):
     """Means over the dial as a line, intervals as a band."""
     x = [row.value for row in rows] if places is None else places

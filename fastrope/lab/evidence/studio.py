@@ -55,13 +55,13 @@ class Studio:
         with fr.apply(self.drawing, *methods, **shared):
             return _run(self.drawing, prompt, seed, guidance, **call | {"output_type": "pt"})
 
-    def write(self, prompt, seed: int = 0, guidance: float = 1.0, matcher=None, anchors=None):
+    def write(self, prompt, seed: int = 0, guidance: float = 1.0, matcher=None, anchors=None, top_k: int = 0):
         """The author's tokens ``(B, 64)`` for ``prompt``, and the record of matches; one seed per row."""
         from ...bindings.llamagen import generate
 
         generators = [torch.Generator().manual_seed(seed + n) for n in range(len(prompt))]
         return generate(
-            self.author.transformer, words.embed(prompt)[0], guidance=guidance, top_k=0, generator=generators,
+            self.author.transformer, words.embed(prompt)[0], guidance=guidance, top_k=top_k, generator=generators,
             matcher=matcher, anchors=anchors,
         )  # fmt: skip
 
