@@ -129,17 +129,21 @@ def test_untwisting_copies_less_and_keeps_style_as_s_hf_falls(studio):
     assert style["plain"] < style["low"] < 0.85 * style["alone"], style
 
 
-def test_looserope_blends_the_ring_as_the_range_factor_falls(studio):
+def test_looserope_blends_the_ring_as_its_factors_fall(studio):
     pasted = edits("blend", 8)
     clean, box = pasted.target.render(), scenes.box(pasted.source.strokes)[:, 0]
     ring = box & (pasted.source.strokes[:, 0] < 0.05)
     prompt, composite = only(as_task(pasted.prompt, "keep")), (pasted.reference + 1) / 2
-    left = []
-    for r in (1.0, 0.0):
-        dials = {"range_curve": (r, r, 0.0), "crop_curve": None, "range_growth": 1.0, "dilation": 0}
-        made = studio.edit(prompt, pasted.reference, [fr.LooseRoPE.from_images(composite, mask=box, **dials)])
-        left.append(looserope.remaining(made, pasted.reference, clean, ring).mean().item())
-    assert left[0] > left[1] + 0.2, left
+
+    def left(**dials) -> float:
+        method = fr.LooseRoPE.from_images(composite, mask=box, **{"dilation": 0} | dials)
+        made = studio.edit(prompt, pasted.reference, [method], backend="eager")
+        return looserope.remaining(made, pasted.reference, clean, ring).mean().item()
+
+    one, zero = (left(range_curve=(r, r, 0.0), crop_curve=None, range_growth=1.0) for r in (1.0, 0.0))
+    published, lower = left(), left(boost=0.4)
+    assert one > zero + 0.05, (one, zero)
+    assert one > published + 0.05 > lower + 0.08, (one, published, lower)
 
 
 def test_islock_keeps_more_of_the_structure_as_tau_rises(studio):

@@ -122,8 +122,7 @@ SHOWS = {
     "looserope": Show(
         "Blend a paste: LooseRoPE",
         "A digit was pasted with a box of its own ground. This model was trained to blend such pastes, so the box is "
-        "gone without LooseRoPE, too. Its boost decides how much of the paste holds on to its place: lower blends "
-        "more, and at last the digit itself fades.",
+        "gone without LooseRoPE, too. A lower boost lets the paste go further: here, the digit fades a little.",
         looserope,
     ),
     "islock": Show(

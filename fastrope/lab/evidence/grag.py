@@ -90,7 +90,7 @@ def text(found: Findings) -> str:
     evener = claim(
         even["delta"][0] < even["guidance"][0],
         "So delta acts more evenly than guidance here.",
-        "So delta acts less evenly than guidance here, over a range of distances that is larger.",
+        "So delta acts less evenly than guidance here.",
     )
     return f"""## GRAG: how much of the source is kept
 

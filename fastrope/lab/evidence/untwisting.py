@@ -116,9 +116,9 @@ nearer), and whether the texture is the same.
 
 {claim(copies, "As published, plain sharing copies where the ink is", "Unlike published, plain sharing does not copy")}:
 the correlation with the reference's layout is {plain.mean("layout"):.2f}, and {none.mean("layout"):.2f} without
-sharing. {claim(whole, "Whole digits are copied, too", "Whole digits are hardly copied on this model")}: the reference's
-digit is found in {share(plain, "copied")}, and in {share(none, "copied")} without sharing. The digit asked for is found
-in {share(plain, "asked")}, and in {share(none, "asked")} without sharing.
+sharing. {claim(whole, "Some whole digits are copied, too", "Whole digits are hardly copied on this model")}: the
+reference's digit is found in {share(plain, "copied")}, and in {share(none, "copied")} without sharing. The digit asked
+for is found in {share(plain, "asked")}, and in {share(none, "asked")} without sharing.
 {claim(stops, "As published, a lower s_hf stops the copying of the layout", "A lower s_hf does not stop the copying")}:
 the correlation is {half.mean("layout"):.2f}, {low.mean("layout"):.2f} and {zero.mean("layout"):.2f} at s_hf 0.5, 0.25
 and 0. The digit asked for is found in {share(half, "asked")}, {share(low, "asked")} and {share(zero, "asked")}. Plain
