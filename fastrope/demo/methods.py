@@ -107,8 +107,9 @@ def islock(device: torch.device, seed: int) -> list[Cell]:
 SHOWS = {
     "grag": Show(
         "Edit with a dial: GRAG",
-        "The model is asked to turn a digit into another one. Delta is a temperature inside the source picture: below "
-        "1 the words win, above 1 the picture does. Nothing else changes between the columns.",
+        "The model is asked to turn a digit into another one. Delta is a temperature inside the source picture. "
+        "At 1 the words win already; well above 1 the source comes back, often as a mixture of both. Nothing else "
+        "changes between the columns.",
         grag,
     ),
     "untwisting": Show(
@@ -128,7 +129,8 @@ SHOWS = {
     "islock": Show(
         "An anchored edit: ISLock",
         "The autoregressive model draws a digit, then the same digit on another ground. The tokens of the first "
-        "drawing are anchors: a token that is likely and near its anchor is taken. A larger tau keeps more of it.",
+        "drawing are anchors: a token that is likely and near its anchor is taken. A larger tau keeps more of it, "
+        "and at last blocks the edit.",
         islock,
     ),
 }

@@ -91,13 +91,12 @@ def _summary(found: Findings) -> str:
     lines = []
     for dial in dials:
         rows = sorted(found.sweep(dial), key=lambda row: row.value)
-        mass = [100 * row.mean(f"mass on {GROUP} by layer") for row in (rows[0], rows[-1])]
-        far = [_distance(row) for row in (rows[0], rows[-1])]
-        lines.append(
-            f"* {dial} from {rows[0].value:g} to {rows[-1].value:g}: mass on the reference {mass[0]:.1f} to "
-            f"{mass[1]:.1f} %, distance {far[0]:.2f} to {far[1]:.2f} tokens."
-        )
-    return "\n".join(lines)
+        values = ", ".join(f"{row.value:g}" for row in rows)
+        mass = ", ".join(f"{100 * row.mean(f'mass on {GROUP} by layer'):.0f} %" for row in rows)
+        far = ", ".join(f"{_distance(row):.2f}" for row in rows)
+        lines.append(f"* {dial} {values}: mass on the reference {mass}; distance {far} tokens.")
+    even = "Attention that is spread evenly over the 8 x 8 tokens has a distance of 4.58. LooseRoPE ends after step 9."
+    return "\n".join(lines) + f"\n\n{even}"
 
 
 def draw(found: Findings, figure) -> None:

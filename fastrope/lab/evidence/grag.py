@@ -87,10 +87,11 @@ def text(found: Findings) -> str:
     neither = 1 - high.mean("asked") - high.mean("source")
     keeps = high.mean("source") > low.mean("source") and high.mean("distance") < low.mean("distance")
     told = claim(keeps, "As published, a higher delta keeps more.", "A higher delta does not keep more.")
-    evener = claim(
-        even["delta"][0] < even["guidance"][0],
-        "So delta acts more evenly than guidance here.",
-        "So delta acts less evenly than guidance here.",
+    steps, ways = zip(*even.values(), strict=True)
+    evener = (
+        f"By its largest step delta acts {claim(steps[0] < steps[1], 'more', 'less')} evenly than guidance, by the "
+        f"direction of single steps {claim(ways[0] > ways[1], 'more', 'less')}; its whole effect is "
+        f"{_change(found, 'delta') / _change(found, 'guidance'):.0f} times as large."
     )
     return f"""## GRAG: how much of the source is kept
 
@@ -110,7 +111,8 @@ query to all logits of the group, so it changes how much attention the source ge
 ([below](#attention-under-the-dials)), but not which of its tokens. From lambda 0.5 to 1.5, the distance goes from
 {few.mean("distance"):.3f} to {many.mean("distance"):.3f}.
 
-The same in another edit, where the prompt is one word for the colour of the ink:
+The same in another edit, where the prompt is one word for the colour of the ink. Here the source gives way at every
+delta: the ink is as asked in {share(found.row("ink, delta", 1.5), "asked")} at delta 1.5.
 
 {table(found.sweep("ink, delta"), ink, "delta")}
 

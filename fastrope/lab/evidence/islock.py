@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import fastrope as fr
@@ -16,6 +17,7 @@ GUIDANCE = 2.0
 TAUS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 TAU, CANDIDATES, ALPHA = 4.0, 8, 0.6  # the paper's K is 150 of 16384 codes: one in a hundred
 COUNTS = (1, 4, 8, 16, 64)
+NARROW = 4  # the fixed window that is compared with the shrinking one
 ALPHAS = (0.0, 0.3, 0.6, 0.9)
 EDITS = ("digit", "ground")
 GREEDY = "prompt change, likeliest tokens"
@@ -124,22 +126,33 @@ def _summary(found: Findings, plain: dict[str, Row]) -> str:
 {digit[1.0].mean("distance"):.3f} and {digit[TAUS[-1]].mean("distance"):.3f}. At tau = 1 the new ground is found in
 {share(some, "asked")} ({share(plain["ground"], "asked")} without ISLock), and the layouts correlate by
 {some.mean("layout"):.2f} ({plain["ground"].mean("layout"):.2f}); at tau = {TAUS[-1]:g} in {share(most, "asked")}, by
-{most.mean("layout"):.2f}. A digit cannot change while its layout stays, so there structure costs successful edits."""
+{most.mean("layout"):.2f}. For the ground, a smaller distance mostly means that the edit failed: among pictures with the
+new ground it is {_of_successes(ground[TAU]):.2f} at tau = {TAU:g}, and {_of_successes(plain["ground"]):.2f} without
+ISLock. The digit, which should stay, is recognised in {share(plain["ground"], "digit")} without ISLock, and in
+{share(ground[TAU], "digit")} at tau = {TAU:g}, where many pictures are mixtures. A digit cannot change while its layout
+stays, so there structure costs successful edits."""
+
+
+def _of_successes(row: Row) -> float:
+    """Mean distance of the edits that succeeded."""
+    pairs = zip(row.outcomes["distance"], row.outcomes["asked"], strict=True)
+    return float(np.mean([distance for distance, asked in pairs if asked]))
 
 
 def _window(found: Findings) -> str:
     fixed, shrinking = found.row("ground, K", CANDIDATES), found.row("ground, alpha", ALPHA)
-    as_good = [row.value for row in found.sweep("ground, K") if row.value != CANDIDATES
-               and all(row.mean(what) >= shrinking.mean(what) for what in ("asked", "layout"))]  # fmt: skip
-    other = claim(
-        bool(as_good),
-        f"A fixed window of {' or '.join(f'{k:g}' for k in as_good)} has at least as many edits and as much structure.",
-        "No other fixed window has as many edits and as much structure.",
+    narrow = found.row("ground, K", NARROW)
+    shown = claim(
+        narrow.mean("asked") >= shrinking.mean("asked") and narrow.mean("layout") > shrinking.interval("layout")[0],
+        "is not shown here",
+        "is not contradicted here",
     )
     return f"""With a window of {CANDIDATES} that shrinks, the new ground is found in {share(shrinking, "asked")}, with
 a fixed one in {share(fixed, "asked")}; layouts correlate with the original's by {shrinking.mean("layout"):.2f} and
-{fixed.mean("layout"):.2f}. {other} The paper compares its dynamic window with fixed ones, and finds the best ratio of
-edit to structure there."""
+{fixed.mean("layout"):.2f}. A fixed window of {NARROW} finds it in {share(narrow, "asked")}, with layouts at
+{narrow.mean("layout"):.2f}. The paper reports the best ratio of edit to structure with its dynamic window. This
+{shown}:
+every window trades one for the other."""
 
 
 def draw(found: Findings, figure) -> None:

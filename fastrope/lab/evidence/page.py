@@ -28,8 +28,9 @@ those of the methods' pages: [GRAG](grag.md), [Untwisting RoPE](untwisting.md), 
 `fastrope evidence` measures all of it again; `--quick` takes fewer samples. This page is generated from the numbers in
 [evidence/](evidence), which has one file per section with the outcome of every sample (of attention, means over
 samples); a test checks that they agree. Square brackets are 95 % bootstrap intervals over samples. The pictures of
-digits are held out from training, and so are the combinations of words where a prompt names all of them. Every setting
-of a dial gets the same samples and the same noise, but for `fr.steer`, which draws its own. *True guidance* is
+digits are held out from training. The combinations of words are held out where the editor draws from a full prompt,
+keeps or blends; most other edits name combinations that training may have drawn. Every setting of a dial gets the same
+samples and the same noise, but for `fr.steer`, which draws its own. *True guidance* is
 classifier-free guidance by a negative prompt, the pipeline's `true_cfg_scale`."""
 
 
