@@ -225,8 +225,10 @@ def queries_kernel(
         X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, rows, split, stride_xs, stride_ys
     )
     in_first = (rows < split)[:, None]
-    # Read before the loop, so that memory answers while segments are looked at.
-    q_x, q_y = load_stream_members(x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS)
+    if ROTATE:  # read before the loop, so that memory answers while segments are looked at
+        q_x, q_y = load_stream_members(
+            x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS
+        )
     if STREAMS:
         w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
         q_x, q_y = normalised(q_x, q_y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
@@ -240,11 +242,12 @@ def queries_kernel(
             w = tl.load(
                 WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, pair < HEAD_DIM // 2), other=1.0
             )[None, :]  # fmt: skip
-            x, y = q_x, q_y
             if ROTATE:
                 table = b * table_rows + tl.load(segment + SCALED) * variant_rows
                 cos, sin = load_turns(COS, SIN, table + rows, mask, HEAD_DIM, BLOCK_D)
-                x, y = x * cos - y * sin, y * cos + x * sin
+                x, y = q_x * cos - q_y * sin, q_y * cos + q_x * sin
+            else:
+                x, y = load_members(x_rows, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
             x, y = x * w, y * w
             of_variant = bh * num_variants + variant
             out = (OUT + (of_variant * num_rows + offs_m) * HEAD_DIM)[:, None]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # variants that are the same kernel have a log each
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same code, a tenth sooner
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastrope-aot-"))
 
