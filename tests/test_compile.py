@@ -73,8 +73,8 @@ def render(rows: list[dict]) -> str:
         "kernel (with or without a mask, rotated or not). A cell gives the tile (query rows x keys), the warps, the",
         "stages, and the largest shared memory in KiB. All compile with zero spilled bytes: in every run all flags for",
         "`sm_90` at head dim 128 and elsewhere those that take the most registers. `FASTROPE_COMPILE_ALL=1` compiles",
-        "all flags, dtypes and head blocks; among these ptxas spills up to 128 bytes of some variants, so that more",
-        "programs fit on a multiprocessor (on `sm_90` of `queries` alone). The table says nothing about speed.", "",
+        "all flags, dtypes and head blocks, and still fails: of these ptxas spills up to 96 bytes in 9 variants of",
+        "`queries` on `sm_90`, and up to 24 in 4 variants on `sm_80`. The table says nothing about speed.", "",
         "Loops with `_tma` read keys and values through tensor descriptors. When pipelined, they multiply a tile of",
         "weights with its values one tile late, so that this product can overlap the next softmax; the test checks the",
         "order in the intermediate code. `polynomial` and `terms` serve per-query scales in 16 bits. `axis_blocks`",
@@ -109,7 +109,7 @@ def test_every_configuration_compiles_without_spills(tmp_path):
     """Every kernel and launch configuration, and every flag on one architecture; then the table of the docs against
     what was compiled."""
     rows = compile_rows(tmp_path)
-    assert len(rows) > 300
+    assert len(rows) > 500
     assert {r["arch"] for r in rows} == set(ARCHS)
     assert problems(rows) == []
     stated = re.search(r"on one CPU core: ([\d.]+) s and ([\d.]+) s", BACKENDS.read_text(encoding="utf-8"))
@@ -245,9 +245,6 @@ def test_consumer_cards(tmp_path):
 def test_every_head_block_and_dtype_compiles(arch, tmp_path):
     rows = compile_rows(tmp_path, "--all", "--arch", arch)
     assert len(rows) > 600
-    for row in rows:
-        if row.get("spills", 0) <= 128:  # to fit more programs on a multiprocessor
-            row |= {"spills": 0, "stack": 0}
     assert problems(rows) == []
 
 
