@@ -175,7 +175,7 @@ def _verdict(found: Findings) -> str:
     return f"""{act}: the ring goes from {none.mean("ring"):.2f} to {published.mean("ring"):.2f} at the default boost
 and to {low.mean("ring"):.2f} at boost 0.4. The digit is recognised in {share(none, "digit")},
 {share(published, "digit")} and {share(low, "digit")}, and in {share(found.row("pictures", "with the paste"), "digit")}
-of the untouched pastes. The crop factor alone brings the ring to {crops.mean("ring"):.2f}; held at 0, it brings it to
+of the pictures before. The crop factor alone brings the ring to {crops.mean("ring"):.2f}; held at 0, it brings it to
 {cropped.mean("ring"):.2f}, and the digit is recognised in {share(cropped, "digit")}. {alone}: the ring is at
 {ranges.mean("ring"):.2f} with the published curve, at {half.mean("ring"):.2f} with r = 0.5, and at
 {zero.mean("ring"):.2f} with r = 0, where the digit is recognised in {share(zero, "digit")}. {reason} When told to
