@@ -46,18 +46,35 @@ def stream_rows(X, X2, rows, split, stride_s, stride2_s):
 
 @triton.jit
 def load_stream_members(
-    ROWS, ROWS2, in_first, mask, stride_d,
+    ROWS, ROWS2, in_first, stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """:func:`load_members` of rows of two streams. Each is read under its own mask: of a pointer chosen between two
     the compiler knows no alignment, and reads one channel at a time."""
     if STREAMS:
-        x, y = load_members(ROWS, mask & in_first, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-        x2, y2 = load_members(ROWS2, mask & (in_first == 0), stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        x, y = load_members(ROWS, in_first, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        x2, y2 = load_members(ROWS2, in_first == 0, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
         x, y = tl.where(in_first, x, x2), tl.where(in_first, y, y2)
     else:
-        x, y = load_members(ROWS, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+        x, y = load_members(ROWS, None, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
     return x, y
+
+
+@triton.jit
+def load_known(P, mask, known, ALL: tl.constexpr):
+    """What ``P`` points at, zero elsewhere; under no mask where rows have none (None) and ALL channels are known: an
+    instruction a number less, which would set it to zero beforehand."""
+    if mask is None and ALL:
+        x = tl.load(P)
+    else:
+        if mask is None:
+            present = known
+        elif ALL:
+            present = mask
+        else:
+            present = mask & known
+        x = tl.load(P, mask=present, other=0.0)
+    return x
 
 
 @triton.jit
@@ -69,18 +86,12 @@ def load_members(ROWS, mask, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
     BLOCK_P: tl.constexpr = BLOCK_D // 2
     if INTERLEAVED:
         channel = tl.arange(0, BLOCK_D)[None, :]
-        if HEAD_DIM == BLOCK_D:
-            both = tl.load(ROWS + channel * stride_d, mask=mask, other=0.0)
-        else:
-            both = tl.load(ROWS + channel * stride_d, mask=mask & (channel < HEAD_DIM), other=0.0)
+        both = load_known(ROWS + channel * stride_d, mask, channel < HEAD_DIM, HEAD_DIM == BLOCK_D)
         x, y = tl.split(tl.reshape(both, (both.shape[0], BLOCK_P, 2)))
     else:
         pair = tl.arange(0, BLOCK_P)[None, :]
-        known = mask
-        if HEAD_DIM != BLOCK_D:
-            known = mask & (pair < PAIRS)
-        x = tl.load(ROWS + pair * stride_d, mask=known, other=0.0)
-        y = tl.load(ROWS + (pair + PAIRS) * stride_d, mask=known, other=0.0)
+        x = load_known(ROWS + pair * stride_d, mask, pair < PAIRS, HEAD_DIM == BLOCK_D)
+        y = load_known(ROWS + (pair + PAIRS) * stride_d, mask, pair < PAIRS, HEAD_DIM == BLOCK_D)
     return x, y
 
 
@@ -117,16 +128,14 @@ def load_vector(V, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: t
 
 
 @triton.jit
-def load_turns(COS, SIN, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_turns(COS, SIN, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cosines and sines of the pairs of some rows, [rows, BLOCK_D / 2], of tables with HEAD_DIM / 2 a row; mask is
     [rows, 1]."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
-    known = mask
-    if HEAD_DIM != BLOCK_D:
-        known = mask & (pair < PAIRS)
-    at = rows.to(tl.int64)[:, None] * PAIRS + pair
-    return tl.load(COS + at, mask=known, other=1.0), tl.load(SIN + at, mask=known, other=0.0)
+    at = rows[:, None] * PAIRS + pair
+    all_known: tl.constexpr = HEAD_DIM == BLOCK_D
+    return load_known(COS + at, None, pair < PAIRS, all_known), load_known(SIN + at, None, pair < PAIRS, all_known)
 
 
 @triton.jit

@@ -24,15 +24,14 @@ from .common import (
     SEGMENT_FIELDS,
     VARIANT,
     WEIGHT,
+    load_known,
     load_members,
     load_stream_members,
     load_turns,
-    load_vector,
     norm_weights,
     normalised,
     store_members,
     stream_rows,
-    when,
 )  # fmt: skip
 from .config import LaunchConfig
 from .launch import Launch, Layout, batch_stride, launch
@@ -56,14 +55,13 @@ def pack_kernel(
     """OUT[b, h, n] = R(phi[n]) X[b, SOURCE[n], h] for one block of rows of one head; X joined of streams if STREAMS,
     and normalised if it is rotated too. Of VALUES it is u (delta X + (lambda - delta) nu). In OUT heads lie head_rows
     rows of HEAD_DIM apart and tokens token_rows."""
-    blocks = tl.cdiv(num_rows, BLOCK_N)
-    block, b, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = offs_n < num_rows
-    mask = valid[:, None]
+    mask = (offs_n < num_rows)[:, None]
+    offs_n = tl.minimum(offs_n, num_rows - 1)  # rows beyond are read, too, so that no load has a mask, and not stored
     source = offs_n
     if GATHER:
-        source = tl.load(SOURCE + offs_n, mask=valid, other=0)
+        source = tl.load(SOURCE + offs_n)
     x_rows, y_rows = stream_rows(
         X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, source, split, stride_xs, stride_ys
     )
@@ -71,29 +69,30 @@ def pack_kernel(
     row = b * heads * num_rows + h * head_rows + offs_n.to(tl.int64) * token_rows
     out = (OUT + row * HEAD_DIM)[:, None]
     if ROTATE:
-        x, y = load_stream_members(x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS)
+        x, y = load_stream_members(x_rows, y_rows, in_first, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS)
         if STREAMS:
             w_x, w_y = norm_weights(W, W2, source, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
             x, y = normalised(x, y, w_x, w_y, tl.where(source < split, eps, eps2), HEAD_DIM)
-        cos, sin = load_turns(COS, SIN, b * table_rows + offs_n, mask, HEAD_DIM, BLOCK_D)
+        first = b * table_rows * (HEAD_DIM // 2)
+        cos, sin = load_turns(COS + first, SIN + first, offs_n, HEAD_DIM, BLOCK_D)
         store_members(out, x * cos - y * sin, y * cos + x * sin, mask, HEAD_DIM, BLOCK_D, INTERLEAVED)
     else:
         channel = tl.arange(0, BLOCK_D)[None, :]
-        known = mask & (channel < HEAD_DIM)
+        known = channel < HEAD_DIM
         if STREAMS:
             x = tl.load(x_rows + channel * stride_d, mask=known & in_first)
             y = tl.load(y_rows + channel * stride_d, mask=known & (in_first == 0))
             x = tl.where(in_first, x, y)
         else:
-            x = tl.load(x_rows + channel * stride_d, mask=known)
+            x = load_known(x_rows + channel * stride_d, None, known, HEAD_DIM == BLOCK_D)
         if VALUES:
             factors = FACTORS + b * factors_batch_stride + source
-            factor = tl.load(factors, mask=valid, other=1.0)[:, None]
-            shift = tl.load(factors + num_tokens, mask=valid, other=0.0)[:, None]
-            group = tl.load(MEMBER + source, mask=valid, other=-1)[:, None]
+            factor = tl.load(factors)[:, None]
+            shift = tl.load(factors + num_tokens)[:, None]
+            group = tl.load(MEMBER + source)[:, None]
             nu = MEANS + ((b * heads + h) * num_groups + group) * HEAD_DIM + channel
             x = x.to(tl.float32) * factor + shift * tl.load(nu, mask=known & (group >= 0), other=0.0)
-        tl.store(out + channel, x.to(OUT.dtype.element_ty), mask=known)
+        tl.store(out + channel, x.to(OUT.dtype.element_ty), mask=mask & known)
 
 
 def pack_rows(
@@ -149,7 +148,7 @@ def _pack(
         VALUES=factors is not None, num_tokens=tokens, num_groups=0 if means is None else means.shape[2],
         factors_batch_stride=batch_stride(factors), **config.options,
     )  # fmt: skip
-    grid = (triton.cdiv(rows, config.block_n) * batch, heads)
+    grid = (triton.cdiv(rows, config.block_n), heads, batch)
     return Launch(
         pack_kernel, grid, arguments, dict.fromkeys(("SOURCE", "COS", "SIN", "FACTORS", "MEMBER", "MEANS"), "OUT")
     )
@@ -186,7 +185,7 @@ def _scatter(at: dict[str, Layout], config: LaunchConfig) -> Launch:
 
 
 QUERIES_COUNTS = (
-    "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "repeats", "num_groups",
+    "num_segments", "num_variants", "num_rows", "num_sorted", "heads", "key_heads", "num_groups",
     "num_buckets", "pass_groups", "num_per_query", "num_residual", "table_rows", "variant_rows", "groups_batch_stride",
     "sorted_batch_stride", "bucket_batch_stride", "split",
 )  # fmt: skip
@@ -208,27 +207,22 @@ def queries_kernel(
     OUT[b, h, variant, row] = w R(phi') q, made once per variant, and BIAS[b, h, segment, row] = (lambda - delta)
     <w R(phi') q, mu>. RESIDUAL is what rounding left of the first num_residual rows of OUT.
     """
-    blocks = tl.cdiv(num_rows, BLOCK_M)
-    block, b = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    block, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv = b * key_heads + tl.program_id(1) // repeats
-    h = tl.program_id(1).to(tl.int64)
     bh = b * heads + h
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
     query = tl.load(SORTED_QUERIES + b * sorted_batch_stride + offs_m, mask=offs_m < num_sorted, other=-1)
     sorted_tile = block * BLOCK_M < num_sorted
-    rows = tl.where(sorted_tile, query, offs_m)
+    # Padding reads a row that is there: a load under a mask takes an instruction more for each of its registers.
+    rows = tl.maximum(tl.where(sorted_tile, query, tl.minimum(offs_m, num_rows - 1)), 0)
     bucket = tl.load(TILE_BUCKET + b * bucket_batch_stride + block * BLOCK_M // QUERY_TILE, mask=sorted_tile, other=0)
-    row_mask = (rows >= 0) & in_range
-    mask = row_mask[:, None]
     x_rows, y_rows = stream_rows(
         X + b * stride_xb + h * stride_xh, X2 + b * stride_yb + h * stride_yh, rows, split, stride_xs, stride_ys
     )
     in_first = (rows < split)[:, None]
     if ROTATE:  # read before the loop, so that memory answers while segments are looked at
-        q_x, q_y = load_stream_members(
-            x_rows, y_rows, in_first, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS
-        )
+        q_x, q_y = load_stream_members(x_rows, y_rows, in_first, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED, STREAMS)
     if STREAMS:
         w_x, w_y = norm_weights(W, W2, rows, split, HEAD_DIM, BLOCK_D, INTERLEAVED)
         q_x, q_y = normalised(q_x, q_y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
@@ -238,19 +232,19 @@ def queries_kernel(
         segment = SEGMENTS + s * SEGMENT_FIELDS
         variant = tl.load(segment + VARIANT)
         if tl.load(segment + FIRST_OF_VARIANT) != 0:
-            weight = tl.load(segment + WEIGHT)
-            w = tl.load(
-                WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=when(weight >= 0, pair < HEAD_DIM // 2), other=1.0
-            )[None, :]  # fmt: skip
             if ROTATE:
-                table = b * table_rows + tl.load(segment + SCALED) * variant_rows
-                cos, sin = load_turns(COS, SIN, table + rows, mask, HEAD_DIM, BLOCK_D)
+                table = (b * table_rows + tl.load(segment + SCALED) * variant_rows) * (HEAD_DIM // 2)
+                cos, sin = load_turns(COS + table, SIN + table, rows, HEAD_DIM, BLOCK_D)
                 x, y = q_x * cos - q_y * sin, q_y * cos + q_x * sin
             else:
-                x, y = load_members(x_rows, mask, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
-            x, y = x * w, y * w
+                x, y = load_members(x_rows, None, stride_d, HEAD_DIM, BLOCK_D, INTERLEAVED)
+            weight = tl.load(segment + WEIGHT)
+            x, y = x.to(tl.float32), y.to(tl.float32)
+            if weight >= 0:
+                w = tl.load(WEIGHTS + weight * (HEAD_DIM // 2) + pair, mask=pair < HEAD_DIM // 2, other=1.0)[None, :]
+                x, y = x * w, y * w
             of_variant = bh * num_variants + variant
-            out = (OUT + (of_variant * num_rows + offs_m) * HEAD_DIM)[:, None]
+            out = (OUT + of_variant * num_rows * HEAD_DIM + offs_m * HEAD_DIM)[:, None]
             store_members(out, x, y, in_range[:, None], HEAD_DIM, BLOCK_D, INTERLEAVED)
             if block * BLOCK_M < num_residual:
                 left_x = x - x.to(OUT.dtype.element_ty).to(tl.float32)
@@ -262,15 +256,16 @@ def queries_kernel(
                 other = SEGMENTS + t * SEGMENT_FIELDS
                 group = tl.load(other + GROUP)
                 if (group >= 0) & (tl.load(other + VARIANT) == variant):
-                    if bucket >= 0:
-                        mean = MEANS + ((kv * num_groups + group) * num_buckets + bucket) * HEAD_DIM
-                        mu_x, mu_y = load_vector(mean, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                    if bucket >= 0:  # one row for all, which a thread reads once
+                        at = (kv * num_groups + group) * num_buckets + bucket
+                        means = MEANS + at * HEAD_DIM + 0 * offs_m
+                        mu_x, mu_y = load_members(means[:, None], None, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
                         product = tl.sum(x * mu_x + y * mu_y, 1)
-                    else:
-                        at = (kv * pass_groups + tl.load(other + PASS_GROUP)) * num_per_query + offs_m
-                        means = (PER_QUERY_MEANS + at * HEAD_DIM)[:, None]
-                        of_x, of_y = load_members(means, mask, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
-                        product = tl.sum(x * of_x + y * of_y, 1)
+                    else:  # whole tiles: QUERY_TILE divides num_per_query
+                        at = (kv * pass_groups + tl.load(other + PASS_GROUP)) * num_per_query
+                        means = PER_QUERY_MEANS + (at * HEAD_DIM + offs_m * HEAD_DIM)
+                        mu_x, mu_y = load_members(means[:, None], None, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                        product = tl.sum(x * mu_x + y * mu_y, 1)
                     of_group = groups + group * GROUP_FIELDS
                     shift = tl.load(of_group + GROUP_BIAS) - tl.load(of_group + GROUP_DELTA)
                     tl.store(BIAS + (bh * num_segments + t) * num_rows + offs_m, shift * product, mask=in_range)
@@ -346,4 +341,4 @@ def _queries(
         "RESIDUAL": "OUT", "SORTED_QUERIES": "SEGMENTS", "TILE_BUCKET": "SEGMENTS",
         **dict.fromkeys(("COS", "SIN", "WEIGHTS", "GROUPS", "MEANS", "PER_QUERY_MEANS"), "BIAS"),
     }  # fmt: skip
-    return Launch(queries_kernel, (triton.cdiv(rows, config.block_m) * batch, heads), arguments, stand_ins)
+    return Launch(queries_kernel, (triton.cdiv(rows, config.block_m), heads, batch), arguments, stand_ins)

@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from numerics import DEVICE, Call, axial, every_modulation, generator, grid, key_masks, tensors
+import torch.nn.functional as F
+from numerics import DEVICE, Call, axial, biases_and_values, every_modulation, generator, grid, key_masks, tensors
 
 import fastrope as fr
 from fastrope.bench.cases import CASES
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
+from fastrope.rope import join_pairs, rotate
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -49,6 +51,34 @@ def a_folding_call(modulated=True, **options) -> Call:
     call = a_call(mask=None, **options)
     kept = [m for m in call.modulations if isinstance(m, (fr.BandWeight, fr.BiasDelta))]
     return Call(call.q, call.k, call.v, call.rope, None, kept if modulated else ())
+
+
+def torchs(call: Call) -> torch.Tensor:
+    """What torch's attention makes of a folding call whose keys are folded in float64 and rounded once.
+
+    In float32 it is less exact than the reference, with nothing folded at all, and differs between GPUs.
+    """
+    q, k = call.q.double(), call.k.double()
+    if not call.rope.applied:
+        q, k = (rotate(x, call.rope.angles, call.rope.pairing) for x in (q, k))
+    groups = [m for m in call.modulations if isinstance(m, fr.BiasDelta)]
+    weights = [m for m in call.modulations if isinstance(m, fr.BandWeight)]
+    for m in groups:
+        mean = k[:, m.keys].mean(dim=1, keepdim=True)
+        k[:, m.keys] = m.bias * mean + m.delta * (k[:, m.keys] - mean)
+    for m in weights:
+        w = m.weight.double()
+        k[:, m.keys] *= join_pairs(w, w, call.rope.pairing)
+    q, k, v = (x.to(call.q.dtype).transpose(1, 2) for x in (q, k, call.v))
+    return F.scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=True).transpose(1, 2)
+
+
+def a_biased_call(**options) -> Call:
+    """Biases of queries and keys, and values changed, beside the modulations of :func:`a_call`."""
+    call = a_call(**options)
+    tokens = call.q.shape[1]
+    more = biases_and_values(generator(1), tokens, tokens, len(call.q))
+    return replace(call, modulations=[*call.modulations, *more])
 
 
 def a_splitting_call(kind="levels", **options) -> Call:

@@ -8,6 +8,7 @@ from gpu.device_calls import (
     DTYPES,
     HALF,
     KINDS,
+    a_biased_call,
     a_call,
     attend_checked,
     kontext,
@@ -51,8 +52,21 @@ def test_head_dims_of_a_polynomial(dim, dtype, mask, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_head_dims(dim, dtype, kind):
+def test_head_dims(dim, dtype, kind, request):
+    if kind == "distinct" and dtype == torch.float32 and dim >= 96:
+        reason = "the mean error of axis blocks is 1.2 to 1.5 times the reference's (docs/limits.md)"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     check(a_call(kind, dtype, dim), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", [None, "random"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_biases_and_values(dim, dtype, mask, kind):
+    call = a_biased_call(kind=kind, dtype=dtype, dim=dim, mask=mask)
+    check(call, "triton")
+    check(call, "auto")
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 113, 239, 1023])

@@ -13,6 +13,7 @@ from gpu.device_calls import (
     a_splitting_call,
     attend_checked,
     kontext,
+    torchs,
 )
 from numerics import (
     DEVICE,
@@ -33,10 +34,12 @@ pytestmark = pytest.mark.gpu
 
 
 def check_folded(call: Call) -> None:
+    """In float32, that folding adds no error to what torch's attention makes by itself (docs/limits.md)."""
     assert decide(call.planned().lowered, call.q, call.k, call.v, "sdpa").folded
     out = call.run("sdpa", return_lse=False)
     assert out.is_contiguous()
-    assert_close(out, call.exact()[0], call.low()[0])
+    low = torchs(call) if call.q.dtype == torch.float32 else call.low()[0]
+    assert_close(out, call.exact()[0], low)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
