@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 import fastrope as fr
-from fastrope import card, rules
+from fastrope import card, child, rules
 from fastrope import device as devices
 from fastrope.kernels.config import TMA_ARCHS, unsupported
 from fastrope.outputs import check_files, check_folder
@@ -273,9 +272,7 @@ def _process(
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     with (folder / ERRORS).open("a", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=errors
-        )
+        process = subprocess.Popen(child.command(code), env=environment, stdout=subprocess.DEVNULL, stderr=errors)
     begin = since = time.monotonic()
     size = -1
     while process.poll() is None:

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from PIL import Image
 
+import fastrope
 from fastrope import cli, demo, figures, lab
 from fastrope.commands.pipelines import Settings, Trained
 from fastrope.demo import build, idea, methods
@@ -119,6 +120,15 @@ def test_the_exit_code_is_that_of_the_backends(found, code, tmp_path, monkeypatc
     page = (tmp_path / "demo.html").read_text(encoding="utf-8")
     assert page.count("passed") == bool(found)
     assert ("&lt;wrong&gt;" in page) == (code == 1 and bool(found))
+
+
+def test_the_doctor_is_that_of_this_process(tmp_path, monkeypatch):
+    """In a clone, too, whose folder of that name lacks parts of the package."""
+    (tmp_path / "fastrope").mkdir()
+    (tmp_path / "fastrope" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    doctor = build._ask_doctor(CPU)
+    assert json.loads(doctor.communicate()[0])["fastrope"] == fastrope.__version__
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 
 import fastrope as fr
 
+from .. import child
 from ..figures import PAPERS, sheet
 from ..outputs import write_picture, write_text
 from . import idea, methods
@@ -70,7 +71,8 @@ def build(out: Path, device: torch.device, quick: bool) -> int:
 def _ask_doctor(device: torch.device) -> subprocess.Popen:
     """Triton decides at import whether it interprets, so on a CPU the check of the kernels has its own process."""
     extra = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
-    command = [sys.executable, "-W", "ignore", "-m", "fastrope.cli", "doctor", "--json"]
+    code = "from fastrope.cli import main; raise SystemExit(main(['doctor', '--json']))"
+    command = child.command(code, "-W", "ignore")
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **extra})
 
 
