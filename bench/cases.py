@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ SPATIAL = (1, 2)  # position axes of rows and columns
 HIGH, LOW, BETA = 0.5, 1.2, 2.0
 # GRAG (arXiv 2510.24657): lambda and delta of its demo.
 BIAS, DELTA = 1.0, 1.10
+SPANS = 5  # weights that one launch does not hold
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,39 @@ def crop_gain(workload: Workload, device: torch.device) -> list[Modulation]:
     return [fr.LogitGain(per_query(workload, by_level(CROP), device), keys=keys.to(device))]
 
 
+def spans(workload: Workload, device: torch.device) -> list[Modulation]:
+    """The references' keys in equal runs, each under a weight of its own."""
+    bounds = torch.linspace(workload.source.start, workload.source.stop, SPANS + 1).long().tolist()
+    pairs = sum(workload.axes_dim) // 2
+    return [
+        fr.BandWeight(torch.linspace(HIGH, LOW + n / 10, pairs, device=device), keys=slice(*run))
+        for n, run in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def logit_bias(workload: Workload, device: torch.device) -> list[Modulation]:
+    """The references' keys, the same for all queries."""
+    return [fr.LogitBias(0.7, keys=workload.source)]
+
+
+def regions(workload: Workload, device: torch.device) -> list[Modulation]:
+    """Three runs of text, each with a bias of its own for every query."""
+    queries = len(workload.tokens)
+    return [
+        fr.LogitBias(torch.linspace(-n, 1, queries, device=device), keys=slice(15 * n, 15 * n + 9)) for n in (1, 2, 3)
+    ]
+
+
+def key_bias(workload: Workload, device: torch.device) -> list[Modulation]:
+    """Every key has a bias of its own."""
+    return [fr.KeyBias(torch.linspace(-1, 1, workload.tokens.num_keys, device=device))]
+
+
+def values(workload: Workload, device: torch.device) -> list[Modulation]:
+    """The references' values: gained, and around their mean."""
+    return [fr.ValueGain(-0.5, keys=workload.source), fr.BiasDelta(1.1, 0.8, workload.source, on="values")]
+
+
 def _together(*parts: Callable) -> Callable[[Workload, torch.device], list[Modulation]]:
     return lambda workload, device: [m for part in parts for m in part(workload, device)]
 
@@ -119,4 +154,13 @@ CASES = _cases(
     Case("all", "all four, levels", _together(loose_levels, bands, grag, crop_gain)),
     Case("all-per-query", "all four, all scales different", _together(loose_per_query, bands, grag, crop_gain)),
     Case("shared", "BandWeight on the keys of a shared reference", bands, shared=True),
+)
+# What is held to the reference and not timed.
+CHECKED = _cases(
+    Case("bias", "LogitBias on the reference", logit_bias),
+    Case("regions", "LogitBias on three runs of text, one for each query", regions),
+    Case("key bias", "KeyBias on all keys", key_bias),
+    Case("values", "ValueGain and BiasDelta on the values of the reference", values),
+    Case("passes", "several passes over the keys: BandWeight on five parts of the reference", spans),
+    Case("passes-per-query", "the same beside QueryScale, all different", _together(loose_per_query, spans)),
 )

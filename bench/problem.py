@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 
@@ -18,6 +19,7 @@ from .workloads import Workload
 
 ALL_ROWS = 512  # sequences up to this are compared in full
 EVEN_ROWS, CROP_ROWS = 96, 32  # of longer ones, as many queries spread over the sequence and over the crop
+Answer = tuple[torch.Tensor, torch.Tensor]  # output (B, n, H, D) and log-sum-exp (B, H, n) of n queries
 
 
 class Unsupported(Exception):
@@ -91,6 +93,25 @@ class Problem:
         key_rope = self.key_rope and self.key_rope.as_applied()
         return replace(self, q=q, k=k, rope=self.rope.as_applied(), key_rope=key_rope)
 
+    @property
+    def grouped(self) -> Problem:
+        """The same problem where two heads of the queries share one of keys and values."""
+        k, v = (x[:, :, ::2].contiguous() for x in (self.k, self.v))
+        return replace(self, k=k, v=v)
+
+    @property
+    def strided(self) -> Problem:
+        """The same problem with heads first in memory; with every other channel; with one head of values for all."""
+        q = self.q.transpose(1, 2).contiguous().transpose(1, 2)
+        k = torch.stack((self.k, self.k), dim=-1)[..., 0]
+        return replace(self, q=q, k=k, v=self.v[:, :, :1].expand_as(self.v))
+
+    @property
+    def padded(self) -> Problem:
+        """The same problem in rows that 16 bytes do not divide."""
+        q, k, v = (torch.nn.functional.pad(x, (0, 2))[..., :-2] for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
     def check(self, out: torch.Tensor) -> Errors:
         """Hold ``out (B, Sq, H, D)`` against the reference under the tolerance rule.
 
@@ -101,7 +122,20 @@ class Problem:
             raise ValueError(f"expected {tuple(self.q.shape)} {self.q.dtype}, received {tuple(out.shape)} {out.dtype}")
         if not bool(out.isfinite().all()):
             raise ValueError("expected a finite output, received NaN or infinity")
-        return measure(out[:, self._rows], *self._reference)
+        (exact, _), (low, _) = self._reference
+        return measure(out[:, self._rows], exact, low)
+
+    def check_lse(self, lse: torch.Tensor) -> Errors:
+        """The same of log-sum-exps ``(B, H, Sq)``.
+
+        Raises:
+            ValueError: another shape.
+        """
+        batch, queries, heads, _ = self.q.shape
+        if lse.shape != (batch, heads, queries):
+            raise ValueError(f"expected {(batch, heads, queries)}, received {tuple(lse.shape)}")
+        (_, exact), (_, low) = self._reference
+        return measure(lse[:, :, self._rows], exact, low, self.q.dtype)
 
     @cached_property
     def _rows(self) -> torch.Tensor:
@@ -113,10 +147,12 @@ class Problem:
         return torch.cat([torch.linspace(0, length - 1, EVEN_ROWS).long(), inside]).unique().to(self.q.device)
 
     @cached_property
-    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reference(self) -> tuple[Answer, Answer]:
         """In float64 and in the dtype of the inputs."""
         inputs = self.q, self.k, self.v
-        with torch.no_grad():
-            exact, _ = reference.run(*(x.double() for x in inputs), self.plan.resolved, self.scale, queries=self._rows)
-            low, _ = reference.run(*inputs, self.plan.resolved, self.scale, queries=self._rows)
-        return exact, low
+        return self._answer(*(x.double() for x in inputs)), self._answer(*inputs)
+
+    @torch.no_grad()
+    def _answer(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Answer:
+        out, lse = reference.run(q, k, v, self.plan.resolved, self.scale, return_lse=True, queries=self._rows)
+        return out, cast(torch.Tensor, lse)

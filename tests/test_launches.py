@@ -40,6 +40,8 @@ LAUNCHES = {
     "values auto": ("pack", "pack", "means", "pack"),
     "values triton": ("pack", "means", "pack", "pack", "attention"),
     "values joint": ("pack", "pack", "means", "pack"),
+    "passes triton": ("pack", *("queries", "attention") * 2),
+    "passes-per-query triton": ("pack", *("queries", "axis_block", "attention") * 2),
     "loose-levels triton": ("pack", "queries", "attention"),
     "loose-levels auto": ("pack", "queries", "attention", "pack", "scatter"),
     "all triton": (*PREPARED, "attention"),

@@ -100,49 +100,27 @@ def calls():
     import fastrope as fr
     from fastrope import dispatch, sample
     from fastrope.bench import block, match
-    from fastrope.bench.cases import CASES, Case
+    from fastrope.bench.cases import CASES, CHECKED
     from fastrope.bench.problem import Problem
     from fastrope.bench.workloads import WORKLOADS
     from fastrope.planning import polynomial
 
     cpu, layout = torch.device("cpu"), fr.TokenLayout(77, (24, 24), references=[(24, 24)])
     small = replace(WORKLOADS["kontext"], tokens=layout, heads=4)
-    cases = {name: case for name, case in CASES.items() if case.suits(small)}
-    more = {
-        "bias": lambda w, _: [fr.LogitBias(0.7, keys=w.source)],
-        "regions": lambda w, _: [
-            fr.LogitBias(torch.linspace(-n, 1, len(layout)), keys=slice(15 * n, 15 * n + 9)) for n in range(1, 4)
-        ],
-        "key bias": lambda w, _: [fr.KeyBias(torch.linspace(-1, 1, w.tokens.num_keys))],
-        "values": lambda w, _: [fr.ValueGain(-0.5, keys=w.source), fr.BiasDelta(1.1, 0.8, w.source, on="values")],
-    }  # fmt: skip
-    cases |= {name: Case(name, name, make) for name, make in more.items()}
+    cases = {name: case for name, case in (CASES | CHECKED).items() if case.suits(small)}
     edges = ("all", "all-per-query")
 
-    def attend(workload, case, backend="triton", dtype=torch.bfloat16, applied=False, change=None, **options):
+    def attend(workload, case, backend="triton", dtype=torch.bfloat16, form=None, **options):
         def made():
             problem = Problem.make(workload, cases[case], cpu, dtype)
-            problem = problem.applied if applied else problem
-            q, k, v = (problem.q, problem.k, problem.v) if change is None else change(problem)
-            return lambda: fr.attention(q, k, v, plan=problem.plan, backend=backend, debug=False, **options)
+            problem = problem if form is None else getattr(problem, form)
+            return lambda: fr.attention(*problem.inputs(), plan=problem.plan, backend=backend, debug=False, **options)
 
         def run():
             return made()()
 
         run.made = made
         return run
-
-    def grouped(problem):
-        return problem.q, problem.k[:, :, :2].contiguous(), problem.v[:, :, :2].contiguous()
-
-    def strided(problem):  # heads first in memory; every other channel; expanded
-        *_, heads, dim = problem.v.shape
-        q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
-        k = torch.stack((problem.k, problem.k), dim=-1)[..., 0]
-        return q, k, problem.v[:, :, :1].expand(-1, -1, heads, dim)
-
-    def padded(problem):  # rows that 16 bytes do not divide
-        return tuple(torch.nn.functional.pad(x, (0, 2))[..., :-2] for x in (problem.q, problem.k, problem.v))
 
     def verified(case):
         """The small call by which the kernels of a case are verified on a card without rows."""
@@ -159,10 +137,10 @@ def calls():
             yield f"{case} {backend}", attend(small, case, backend)
         yield f"{case} verified", lambda case=case: verified(case)
     for case in ("plain", *edges):
-        yield f"{case} applied", attend(small, case, applied=True)
+        yield f"{case} applied", attend(small, case, form="applied")
         yield f"{case} lse", attend(small, case, "auto", return_lse=True)
-        for name, change in (("grouped", grouped), ("strided", strided), ("padded", padded)):
-            yield f"{case} {name}", attend(small, case, change=change)
+        for form in ("grouped", "strided", "padded"):
+            yield f"{case} {form}", attend(small, case, form=form)
     masked = replace(small, batch=2, prompts=(77, 5))
     for case in ("plain", *edges):
         yield f"{case} masked triton", attend(masked, case)
@@ -192,7 +170,7 @@ def calls():
 
     for name, workload in (("dim 128", small), ("dim 64", replace(small, dim=64, axes_dim=(8, 28, 28)))):
         yield f"polynomial {name}", in_tiles(workload)
-        yield f"polynomial {name} padded", in_tiles(workload, change=padded)
+        yield f"polynomial {name} padded", in_tiles(workload, form="padded")
         yield f"polynomial {name} masked", in_tiles(replace(workload, batch=2, prompts=(77, 5)))
     for case in ("plain", "values", "all"):
         yield (
