@@ -13,101 +13,25 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-import fastrope as fr
 from fastrope import card, child, rules
 from fastrope import device as devices
-from fastrope.kernels.config import TMA_ARCHS, unsupported
+from fastrope.kernels.config import TMA_ARCHS
 from fastrope.outputs import check_files, check_folder
 
-from . import block, first_page, routes
-from .cases import CASES
+from . import first_page, routes
+from .first_checks import SWITCHES, Job, check, jobs
 from .first_page import read_rows
-from .problem import Problem
-from .workloads import WORKLOADS, Workload
 
 PATIENCE = {"cuda": 1, "cpu": 10}  # times the limits: interpreted kernels are slow
 LIMITS = {"parity": 70, "kernels": 40, "attention": 30, "block": 30}  # seconds of each step
-SWITCHES = ("FASTROPE_TMA", "FASTROPE_POLYNOMIAL")  # tried one after the other where a check fails
 HANGS = 25.0  # seconds without a row of the checks: the call hangs. The first one also compiles
 TIME_IS_UP = "its time was up"
 LOST = 3  # exit code of a process whose device is lost
-POISON = {"cuda": 2**26, "cpu": 2**10}  # floats of NaN in the memory that outputs are taken from
 ERRORS = "errors.txt"  # what steps wrote there
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call that is held to the reference."""
-
-    name: str
-    workload: Workload
-    case: str
-    backend: str = "triton"
-    dtype: torch.dtype = torch.bfloat16
-    applied: bool = False
-    joint: bool = False
-    switches: dict[str, str] = field(default_factory=dict)
-
-
-def jobs(device: torch.device) -> list[Job]:
-    """The cases of the benchmark at the shapes and dtypes they are for; on a CPU a few, interpreted, for a dry run."""
-    edges = ("all", "all-per-query")
-    if device.type == "cpu":
-        tiny = WORKLOADS["tiny"]
-        return [Job(f"{case} {backend}", tiny, case, backend, torch.float32) for case in ("plain", *edges)
-                for backend in ("triton", "auto")]  # fmt: skip
-    big, masked = WORKLOADS["kontext"], WORKLOADS["qwen-edit"]
-    small = replace(big, tokens=fr.TokenLayout(77, (24, 24), references=[(24, 24)]))
-    found = [Job(f"{case} {backend}", big, case, backend) for case in CASES if CASES[case].suits(big)
-             for backend in ("triton", "auto")]  # fmt: skip
-    found += [Job(f"{case} applied", big, case, applied=True) for case in ("plain", *edges)]
-    found += [Job(f"{case} masked {backend}", masked, case, backend) for case in ("plain", "all")
-              for backend in ("triton", "auto")]  # fmt: skip
-    found += [Job(f"{case} joint", big, case, joint=True) for case in ("plain", "all")]
-    for switch in SWITCHES:
-        found += [Job(f"{case} {switch}=0", small, case, switches={switch: "0"}) for case in edges]
-    for dim, axes in ((64, (8, 28, 28)), (96, (16, 40, 40)), (256, (64, 96, 96))):
-        if unsupported(devices.architecture(device), dim) is None:
-            shape = replace(small, dim=dim, axes_dim=axes, heads=8)
-            found += [Job(f"{case} head dim {dim}", shape, case) for case in edges]
-    for dtype in (torch.float16, torch.float32):
-        found += [Job(f"{case} {str(dtype)[6:]}", small, case, dtype=dtype) for case in edges]
-    return found
-
-
-def check(job: Job, device: torch.device) -> tuple[bool, str]:
-    """Whether a job's output is within the tolerance rule and the same twice, over poisoned memory; and by how much."""
-    problem = _problem(job.joint, job.workload, job.case, device, job.dtype)
-    problem = problem.applied if job.applied else problem
-
-    def run() -> torch.Tensor:
-        if device.type == "cuda":  # so that outputs come from what is poisoned, not from results of before
-            torch.cuda.empty_cache()
-        held = [torch.full((size,), torch.nan, device=device) for size in (POISON[device.type], *[2**15] * 64)]
-        del held
-        if job.joint:
-            return fr.joint_attention(problem.streams, plan=problem.plan)
-        return fr.attention(problem.q, problem.k, problem.v, plan=problem.plan, backend=job.backend, debug=False)
-
-    first, second = run(), run()
-    errors = problem.check(first)
-    same = torch.equal(first, second)
-    largest, mean = errors.max_out / errors.max_allowed, errors.mean_out / errors.mean_allowed
-    said = f"{largest:.2f} of the largest error allowed, {mean:.2f} of the mean"
-    return errors.passed and same, said if same else f"{said}; NOT THE SAME TWICE"
-
-
-@lru_cache(maxsize=1)  # the next call is often another backend's on the same
-def _problem(
-    joint: bool, workload: Workload, case: str, device: torch.device, dtype: torch.dtype
-) -> Problem | block.BlockProblem:
-    return (block.BlockProblem.of if joint else Problem.make)(workload, CASES[case], device, dtype)
 
 
 # ---- steps, each in a process of its own -----------------------------------------------------------------------------

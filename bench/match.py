@@ -8,9 +8,10 @@ step is timed beside them, and ``share`` is matching's part of step and matching
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -19,11 +20,13 @@ from fastrope.bindings.anchors import guide
 from fastrope.bindings.llamagen import LlamaGen, LlamaGenConfig
 from fastrope.bindings.llamagen.generate import warp
 from fastrope.bindings.llamagen.model import Cache
+from fastrope.islock import Match
 
 from . import timing
 from .frame import Selection, Session, Task
 
 SUITE, ROUNDS = "match", 50
+T = TypeVar("T")
 NUM_TOKENS = 1024
 
 
@@ -74,7 +77,12 @@ def tasks(selection: Selection) -> list[Task]:
 
 
 def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Contestants by name; each returns a :class:`fastrope.islock.Match` of position 0."""
+    """Contestants by name: :func:`matchers`; on a GPU each also as a graph."""
+    return with_graphs(matchers(case, device), device)
+
+
+def matchers(case: MatchCase, device: torch.device) -> dict[str, Callable[[], Match]]:
+    """The reference and the kernel by name; each matches at position 0."""
     g = torch.Generator(device).manual_seed(0)
     codebook = torch.randn(case.image, case.dim, generator=g, device=device)
     codebook = codebook / codebook.norm(dim=1, keepdim=True)
@@ -91,7 +99,7 @@ def problem(case: MatchCase, device: torch.device) -> dict[str, Callable[[], obj
         matcher = case.lock.matcher(codebook, num_tokens=NUM_TOKENS, token_ids=ids, backend=name)
         seeds = matcher.seeds(case.batch, torch.Generator(device).manual_seed(1))
         runs[name] = lambda matcher=matcher, seeds=seeds: matcher(logits, anchors, 0, seeds=seeds)
-    return with_graphs(runs, device)
+    return runs
 
 
 def decode_step(case: MatchCase, device: torch.device) -> Callable[[], object]:
@@ -114,12 +122,12 @@ def decode_step(case: MatchCase, device: torch.device) -> Callable[[], object]:
     return run
 
 
-def with_graphs(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
+def with_graphs(runs: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
     """``runs``, and each once more as a CUDA graph where there is a GPU."""
     return {**runs, **{name + GRAPH: captured(run) for name, run in runs.items() if device.type == "cuda"}}
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object]:
+def captured(run: Callable[[], T]) -> Callable[[], T]:
     """``run`` as a CUDA graph that is replayed."""
     for _ in range(2):
         run()
