@@ -4,7 +4,11 @@
 C launchers and tensor maps are triton's own, the driver below them is ``stub_cuda.c``. Numbers mean nothing, since no
 kernel runs. Rows: case, kernels launched, kernels compiled for it, and the error if a launch was refused; then of the
 same call again: kernels launched, how many went to their binary directly, those whose binary triton would not have
-taken, and of some calls the most bytes that they hold beyond inputs.
+taken, and of some calls the most bytes that they hold beyond inputs. After these come the calls of ``tests/gpu``, see
+``gpu_suite.py``: some of every test, or all of them with ``--all`` (minutes).
+
+A CUDA graph cannot be captured over a stub; instead, rows of ``tests/gpu`` say what the same call reads on the host
+when made again, and the stub has no function that allocates, copies or waits, so that a launch that wants one fails.
 """
 
 from __future__ import annotations
@@ -110,9 +114,9 @@ def calls():
     cases = {name: case for name, case in (CASES | CHECKED).items() if case.suits(small)}
     edges = ("all", "all-per-query")
 
-    def attend(workload, case, backend="triton", dtype=torch.bfloat16, form=None, **options):
+    def attend(workload, case, backend="triton", form=None, **options):
         def made():
-            problem = Problem.make(workload, cases[case], cpu, dtype)
+            problem = Problem.make(workload, cases[case], cpu, torch.bfloat16)
             problem = problem if form is None else getattr(problem, form)
             return lambda: fr.attention(*problem.inputs(), plan=problem.plan, backend=backend, debug=False, **options)
 
@@ -145,12 +149,6 @@ def calls():
     for case in ("plain", *edges):
         yield f"{case} masked triton", attend(masked, case)
         yield f"{case} masked auto", attend(masked, case, "auto")
-    for dim, axes in ((64, (8, 28, 28)), (96, (16, 40, 40)), (256, (64, 96, 96))):
-        for case in edges:
-            yield f"{case} dim {dim}", attend(replace(small, dim=dim, axes_dim=axes), case)
-    for dtype in (torch.float16, torch.float32):
-        for case in edges:
-            yield f"{case} {str(dtype).removeprefix('torch.')}", attend(small, case, dtype=dtype)
     odd = replace(small, tokens=fr.TokenLayout(1, (7, 5), references=[(7, 5)]))
     for case in ("plain", *edges):
         yield f"{case} odd", attend(odd, case, "auto")
@@ -242,46 +240,78 @@ def observed(call) -> list[str]:
     return seen
 
 
+class Lane:
+    """Makes calls, and rows of what they launch and compile."""
+
+    def __init__(self, driver):
+        from triton import knobs
+
+        self.driver, self.compiled = driver, []
+        driver.stub_launched.restype = ctypes.c_char_p
+        # Before a compilation, where no test of tests/gpu listens; a true answer would skip it.
+        knobs.runtime.jit_cache_hook = lambda *, fn, **_: self.compiled.append(fn.name)
+
+    def made(self, call) -> tuple[dict, object]:
+        """The row of a call, which is made twice, and what it returned."""
+        self.compiled.clear()
+        self.driver.stub_reset()
+        try:
+            result, error = call(), None
+        except Exception as problem:  # one refused launch must not hide the others
+            result, error = None, f"{type(problem).__name__}: {problem}"
+        row = {"launched": self.launched(), "compiled": len(self.compiled), "error": error}
+        if error is None:
+            self.driver.stub_reset()
+            with Watch() as watch:
+                call()
+            row |= {"again": self.launched(), "direct": watch.direct, "other": watch.other}
+        return row, result
+
+    def launched(self) -> list[str]:
+        """Kernels since the last reset."""
+        return self.driver.stub_launched().decode().split()
+
+
+def rows_of_calls(lane: Lane) -> list[dict]:
+    """Of the calls above."""
+    rows = []
+    for name, call in calls():
+        if name not in os.environ.get("LANE_CASES", name).split(","):
+            continue
+        row, _ = lane.made(call)
+        row["case"] = name
+        if row["error"] is None:
+            row["observed"] = observed(call) if name.startswith("plain") else None
+            row["peak"] = peak_bytes(call.made()) if name in WEIGHED else None
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Run what the arguments select and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=TARGETS, default="sm_90")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--all", action="store_true", help="every case of the tests of tests/gpu, not some of each")
     parser.add_argument("--host", action="store_true", help="print host times instead, see bench/host.py")
     options = parser.parse_args()
     start_over(options.arch)
     pretend(options.arch)
     import torch
-    from triton import knobs
 
-    driver, compiled, rows = ctypes.CDLL("libcuda.so.1"), [], []
+    driver = ctypes.CDLL("libcuda.so.1")
     if options.host:
         from fastrope.bench import host
 
         raise SystemExit(not host.report(torch.device("cpu"), driver.stub_reset))
-    driver.stub_launched.restype = ctypes.c_char_p
-    knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
+    sys.path.insert(0, str(HERE.parent))  # what tests share
+    import gpu_suite
+
+    lane = Lane(driver)
     with torch.no_grad():
-        for name, call in calls():
-            if name not in os.environ.get("LANE_CASES", name).split(","):
-                continue
-            compiled.clear()
-            driver.stub_reset()
-            error = None
-            try:
-                call()
-            except Exception as problem:  # one refused launch must not hide the others
-                error = f"{type(problem).__name__}: {problem}"
-            launched = driver.stub_launched().decode().split()
-            row = {"case": name, "launched": launched, "compiled": len(compiled), "error": error}
-            if error is None:
-                driver.stub_reset()
-                with Watch() as watch:
-                    call()
-                row |= {"again": driver.stub_launched().decode().split(), "direct": watch.direct, "other": watch.other}
-                row["observed"] = observed(call) if name.startswith("plain") else None
-                row["peak"] = peak_bytes(call.made()) if name in WEIGHED else None
-            rows.append(row)
+        rows = rows_of_calls(lane)
+        if "LANE_CASES" not in os.environ:
+            rows += gpu_suite.rows(lane, options.all)
     options.out.write_text(json.dumps(rows, indent=0))
 
 
