@@ -135,10 +135,11 @@ def captured(run: Callable[[], T]) -> Callable[[], T]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
+    held = run, out  # what the graph reads and writes must live as long as it
 
     def replay():
         graph.replay()
-        return out
+        return held[1]
 
     return replay
 

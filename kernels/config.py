@@ -28,7 +28,8 @@ HEAD_BLOCKS = (16, 32, 64, 128, 256)
 @dataclass(frozen=True)
 class LaunchConfig:
     """Tile sizes in tokens and (padded) channels, warps and software-pipeline stages of one launch; whether keys and
-    values come through tensor descriptors, and whether the loop weighs values one tile late."""
+    values come through tensor descriptors, whether the loop weighs values one tile late, and a bound on the registers
+    of a thread (0: the compiler's choice)."""
 
     block_m: int
     block_n: int
@@ -37,12 +38,14 @@ class LaunchConfig:
     num_stages: int
     tma: bool = False
     pipelined: bool = False
+    max_registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Compiler options of the launch. A fused multiply-add rounds once where two operations round twice: closer to
         what is meant, and no kernel of these relies on the second rounding (exact products stay exact)."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 def arch_of(major: int, minor: int) -> str:
@@ -102,6 +105,8 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
     if kernel in LOOPS and head_dim < block_d == 128 and dtype != torch.float32 and not arch.startswith("gfx"):
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
+    if kernel == "queries" and head_dim < block_d and config.max_registers == 128:
+        config = replace(config, max_registers=168)  # likewise
     if masked and kernel == "attention_modulated_tma" and block_d == 128:
         config = replace(config, pipelined=False)  # faster
     if masked and kernel == "attention_tma" and block_d == 256:
@@ -142,6 +147,12 @@ _FLOAT32 = {
 }
 
 
+def _registers(arch: str) -> int:
+    """A bound that is none. Where there is none, ptxas may aim at more programs a multiprocessor and spill for it; where
+    there is one, it takes more registers. On sm_90 the kernels that were timed have none, and do not spill."""
+    return 255 if arch.startswith("sm_") and arch != "sm_90" else 0
+
+
 def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> LaunchConfig:
     row = (_FLOAT32 if float32 else table)[arch]
     block_m, block_n, num_warps, num_stages = row[max(block_d, 64).bit_length() - 7]
@@ -149,7 +160,8 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
         num_warps = 4
     elif arch in ("sm_80", "sm_89") and block_d <= 32:
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
-    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages)
+    registers = _registers(arch) if float32 else 0
+    return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=registers)
 
 
 # Query rows, keys, warps, stages and whether pipelined, for head blocks as above: the fastest of those tried on an H200
@@ -205,14 +217,17 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    if block_d == 256:
-        return LaunchConfig(32, 1, block_d, 8, 1)
-    return LaunchConfig(16 if block_d == 16 else min(64, 4096 // block_d), 1, block_d, 4, 1)
+    """On sm_90 with 128 registers, so that four programs run on a multiprocessor, which is faster; those that need more
+    have 168, for three."""
+    block_m, num_warps, registers = {16: (16, 4, 0), 128: (32, 4, 128), 256: (16, 8, 128)}.get(block_d, (64, 4, 0))
+    if block_d == 128 and float32:
+        registers = 168
+    return LaunchConfig(block_m, 1, block_d, num_warps, 1, max_registers=registers if arch == "sm_90" else _registers(arch))
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     warps, stages = (8, 1) if arch == "gfx1100" else (4, 6)
-    return LaunchConfig(1, 128, min(block_d, 32), warps, stages)
+    return LaunchConfig(1, 128, min(block_d, 32), warps, stages, max_registers=_registers(arch))
 
 
 def _run_sums(arch: str, float32: bool, block_d: int) -> LaunchConfig:

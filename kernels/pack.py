@@ -228,7 +228,7 @@ def queries_kernel(
         q_x, q_y = normalised(q_x, q_y, w_x, w_y, tl.where(rows < split, eps, eps2), HEAD_DIM)
     pair = tl.arange(0, BLOCK_D // 2)
     groups = GROUPS + b * groups_batch_stride
-    for s in range(num_segments):
+    for s in tl.range(num_segments, disable_licm=True):
         segment = SEGMENTS + s * SEGMENT_FIELDS
         variant = tl.load(segment + VARIANT)
         if tl.load(segment + FIRST_OF_VARIANT) != 0:
@@ -246,12 +246,11 @@ def queries_kernel(
             of_variant = bh * num_variants + variant
             out = (OUT + of_variant * num_rows * HEAD_DIM + offs_m * HEAD_DIM)[:, None]
             store_members(out, x, y, in_range[:, None], HEAD_DIM, BLOCK_D, INTERLEAVED)
-            if block * BLOCK_M < num_residual:
+            if block * BLOCK_M < num_residual:  # whole tiles: QUERY_TILE divides num_residual
                 left_x = x - x.to(OUT.dtype.element_ty).to(tl.float32)
                 left_y = y - y.to(OUT.dtype.element_ty).to(tl.float32)
                 left = (RESIDUAL + (of_variant * num_residual + offs_m) * HEAD_DIM)[:, None]
-                kept = (offs_m < num_residual)[:, None]
-                store_members(left, left_x, left_y, kept, HEAD_DIM, BLOCK_D, INTERLEAVED)
+                store_members(left, left_x, left_y, in_range[:, None], HEAD_DIM, BLOCK_D, INTERLEAVED)
             for t in range(s, num_segments):
                 other = SEGMENTS + t * SEGMENT_FIELDS
                 group = tl.load(other + GROUP)
@@ -261,7 +260,7 @@ def queries_kernel(
                         means = MEANS + at * HEAD_DIM + 0 * offs_m
                         mu_x, mu_y = load_members(means[:, None], None, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)
                         product = tl.sum(x * mu_x + y * mu_y, 1)
-                    else:  # whole tiles: QUERY_TILE divides num_per_query
+                    else:
                         at = (kv * pass_groups + tl.load(other + PASS_GROUP)) * num_per_query
                         means = PER_QUERY_MEANS + (at * HEAD_DIM + offs_m * HEAD_DIM)
                         mu_x, mu_y = load_members(means[:, None], None, 1, HEAD_DIM, BLOCK_D, INTERLEAVED)

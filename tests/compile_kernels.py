@@ -170,7 +170,7 @@ def compile_one(job: tuple) -> dict:
             "BLOCK_P": max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
-        options = {"num_warps": launch.num_warps, "num_stages": num_stages}
+        options = launch.options
     wide_out = kernel in ("means", "run_sums", "per_query_means", "attention_parts")
     described = _described(kernel, element, launch) if kernel != "match" and launch.tma else {}
     signature, constexprs, attrs = {}, {}, {}

@@ -69,8 +69,9 @@ def torchs(call: Call) -> torch.Tensor:
     for m in weights:
         w = m.weight.double()
         k[:, m.keys] *= join_pairs(w, w, call.rope.pairing)
-    q, k, v = (x.to(call.q.dtype).transpose(1, 2) for x in (q, k, call.v))
-    return F.scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=True).transpose(1, 2)
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, call.v))  # its own way is another kernel
+    q, k, v = (x.to(call.q.dtype).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=call.scale).transpose(1, 2)
 
 
 def a_biased_call(**options) -> Call:
