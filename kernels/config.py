@@ -160,7 +160,7 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
         num_warps = 4
     elif arch in ("sm_80", "sm_89") and block_d <= 32:
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
-    registers = _registers(arch) if float32 else 0
+    registers = _registers(arch) if float32 and block_d <= 32 else 0
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=registers)
 
 
@@ -219,10 +219,12 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
     """On sm_90 with 128 registers, so that four programs run on a multiprocessor, which is faster; those that need more
     have 168, for three."""
-    block_m, num_warps, registers = {16: (16, 4, 0), 128: (32, 4, 128), 256: (16, 8, 128)}.get(block_d, (64, 4, 0))
+    block_m, num_warps, registers = {16: (16, 4, 0), 128: (32, 4, 128), 256: (16, 8, 128)}.get(block_d, (64, 4, 168))
     if block_d == 128 and float32:
         registers = 168
-    return LaunchConfig(block_m, 1, block_d, num_warps, 1, max_registers=registers if arch == "sm_90" else _registers(arch))
+    return LaunchConfig(
+        block_m, 1, block_d, num_warps, 1, max_registers=registers if arch == "sm_90" else _registers(arch)
+    )
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:

@@ -196,7 +196,7 @@ def queries_kernel(
     X, X2, W, W2, OUT, RESIDUAL, BIAS, SEGMENTS, COS, SIN, WEIGHTS, GROUPS, MEANS, PER_QUERY_MEANS,
     SORTED_QUERIES, TILE_BUCKET,
     stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_d,
-    num_segments, num_variants, num_rows, num_sorted, heads, key_heads, repeats, num_groups, num_buckets,
+    num_segments, num_variants, num_rows, num_sorted, heads, key_heads, heads_ratio, num_groups, num_buckets,
     pass_groups, num_per_query, num_residual, table_rows, variant_rows, groups_batch_stride,
     sorted_batch_stride, bucket_batch_stride, split, eps, eps2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERY_TILE: tl.constexpr,
@@ -208,7 +208,7 @@ def queries_kernel(
     <w R(phi') q, mu>. RESIDUAL is what rounding left of the first num_residual rows of OUT.
     """
     block, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    kv = b * key_heads + tl.program_id(1) // repeats
+    kv = b * key_heads + ((tl.program_id(1) + 0.5) * heads_ratio).to(tl.int32)  # shorter than a division
     bh = b * heads + h
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = offs_m < num_rows
@@ -326,7 +326,7 @@ def _queries(
     key_heads = heads if means is None else means.shape[1]
     arguments = dict(
         num_segments=segments.shape[0], num_variants=variants, num_rows=rows,
-        num_sorted=0 if order is None else order.shape[1], heads=heads, key_heads=key_heads, repeats=heads // key_heads,
+        num_sorted=0 if order is None else order.shape[1], heads=heads, key_heads=key_heads, heads_ratio=key_heads / heads,
         num_groups=0 if groups is None else groups.shape[1], num_buckets=1 + num_buckets,
         pass_groups=0 if per_query_means is None else per_query_means.shape[2], num_per_query=num_per_query,
         num_residual=0 if at["RESIDUAL"] is None else num_per_query, table_rows=batch_stride(cos) // (dim // 2),

@@ -74,7 +74,7 @@ LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
 BOOL_POINTERS = {"ACTIVE", "ACCEPTED"}
 UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_d", "stride_lv"}
-NUMBERS = {"log2_scale", "tau", "eps", "eps2", "max_key_angle"}
+NUMBERS = {"log2_scale", "tau", "eps", "eps2", "max_key_angle", "heads_ratio"}
 
 
 FLAGS = {

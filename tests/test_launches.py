@@ -67,6 +67,7 @@ LAUNCHES = {
 # call with every modulation takes two passes. An alternative is that of another layout, dtype or length, of a head dim
 # that 8 does not divide, or of rotations that were applied before.
 ALL = (*PREPARED, "attention", "queries", "attention")
+VALUES = ("pack", "means", "pack", "means")  # with means of values, which the pass that packs these needs
 AXIS_BLOCKS = (*PER_QUERY, "axis_block", "attention", "queries", "axis_block", "attention")
 RUNS, TERMS = ("run_sums", "per_query_means"), ("queries", "terms", "polynomial", "attention")
 POLYNOMIAL = ("pack", "pack", "means", "pack", *RUNS, *TERMS, *TERMS)
@@ -92,6 +93,9 @@ OF_TESTS = {
     },
     "test_head_dims_of_a_polynomial": {"": [POLYNOMIAL]},
     "test_head_dims": {"levels": [ALL], "distinct": [AXIS_BLOCKS]},
+    "test_biases_and_values": {
+        "levels": [(*VALUES, *ALL[-4:])], "distinct": [(*VALUES, *RUNS, *AXIS_BLOCKS[-6:])],
+    },
     "test_lengths": {"": [ALL], "17": [ALL[1:]], "1": [("pack", "means", "queries", "attention")]},
     "test_strides_with_nan_between_and_behind": {
         "False": [ALL, ("pack", "pack", "attention")], "True": [ALL, ("attention",)],

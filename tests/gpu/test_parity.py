@@ -52,10 +52,7 @@ def test_head_dims_of_a_polynomial(dim, dtype, mask, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_head_dims(dim, dtype, kind, request):
-    if kind == "distinct" and dtype == torch.float32 and dim >= 96:
-        reason = "the mean error of axis blocks is 1.2 to 1.5 times the reference's (docs/limits.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
+def test_head_dims(dim, dtype, kind):
     check(a_call(kind, dtype, dim), "triton")
 
 

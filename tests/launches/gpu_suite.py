@@ -35,6 +35,7 @@ SOME = {
     "test_head_dims": (
         "64, bfloat16, levels", "96, float32, levels", "128, bfloat16, distinct", "256, float16, levels",
     ),
+    "test_biases_and_values": ("64, bfloat16, None, levels", "128, bfloat16, random, levels"),
     "test_strides_with_nan_between_and_behind": ("True, expanded, bfloat16", "False, padded, bfloat16"),
     "test_head_dims_split": ("96, float16, polynomial", "128, bfloat16, levels"),
     "test_strides_folded": tuple(f"True, {layout}, bfloat16" for layout in numerics.LAYOUTS),
