@@ -148,8 +148,8 @@ _FLOAT32 = {
 
 
 def _registers(arch: str) -> int:
-    """A bound that is none. Where there is none, ptxas may aim at more programs a multiprocessor and spill for it; where
-    there is one, it takes more registers. On sm_90 the kernels that were timed have none, and do not spill."""
+    """The most registers that a thread can have. Said, ptxas takes them; unsaid, it may prefer more programs on a
+    multiprocessor, and spill. The kernels that were timed, on sm_90, have no bound and do not spill."""
     return 255 if arch.startswith("sm_") and arch != "sm_90" else 0
 
 

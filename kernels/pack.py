@@ -326,7 +326,8 @@ def _queries(
     key_heads = heads if means is None else means.shape[1]
     arguments = dict(
         num_segments=segments.shape[0], num_variants=variants, num_rows=rows,
-        num_sorted=0 if order is None else order.shape[1], heads=heads, key_heads=key_heads, heads_ratio=key_heads / heads,
+        num_sorted=0 if order is None else order.shape[1], heads=heads, key_heads=key_heads,
+        heads_ratio=key_heads / heads,
         num_groups=0 if groups is None else groups.shape[1], num_buckets=1 + num_buckets,
         pass_groups=0 if per_query_means is None else per_query_means.shape[2], num_per_query=num_per_query,
         num_residual=0 if at["RESIDUAL"] is None else num_per_query, table_rows=batch_stride(cos) // (dim // 2),
