@@ -10,7 +10,7 @@ _HOME = {
     "ValueFactors": "tables",
     "axis_block_attention": "axis_blocks", "describable": "descriptors", "fused_attention": "attention",
     "group_means": "means", "match_anchors": "match", "pack_rows": "pack", "polynomial_attention": "polynomial",
-    "per_query_means": "query_means",
+    "order_keys": "order", "per_query_means": "query_means",
     "prepare_queries": "pack", "reweight_keys": "means", "scatter_rows": "pack",
     "select": "config", "select_match": "match", "ships": "config",
 }  # fmt: skip

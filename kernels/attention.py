@@ -58,14 +58,18 @@ def attend(
     if PIPELINED:  # the first product is of zeros; the compiler keeps weights in registers that are carried as integers
         carried = tl.zeros([acc.shape[0], BLOCK_N], dtype=tl.int16)
         alpha = tl.full([acc.shape[0]], 1.0, dtype=tl.float32)
-    if HAS_KEY_BIAS:
+    # Read one tile ahead: read in its own tile, the compiler would copy biases through shared memory, with barriers.
+    if HAS_KEY_BIAS and TMA:
         next_bias = load_key_bias(KEY_BIAS, start + offs_n, offs_n < stop - start)
     for start_n in tl.range(start, stop, BLOCK_N, disable_licm=TMA):
         valid = offs_n < stop - start_n
         if HAS_KEY_BIAS:
-            key_bias = next_bias
-            ahead = start_n + BLOCK_N + offs_n
-            next_bias = load_key_bias(KEY_BIAS, ahead, ahead < stop)
+            if TMA:
+                key_bias = next_bias
+                ahead = start_n + BLOCK_N + offs_n
+                next_bias = load_key_bias(KEY_BIAS, ahead, ahead < stop)
+            else:
+                key_bias = load_key_bias(KEY_BIAS, start_n + offs_n, valid)
             valid = key_bias > -float("inf")
         k = load_block(
             K, b, h, start_n + key_shift, offs_n, valid, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N, TMA

@@ -18,7 +18,7 @@ MOST_CHANNELS = {"gfx1100": 128}  # of a head, where more spill; 256 elsewhere
 LOOPS = ("attention", "attention_modulated", "attention_parts")
 TMA_LOOPS = ("attention_tma", "attention_modulated_tma")  # keys and values through tensor descriptors
 TMA_ARCHS = ("sm_90",)  # where these ship, for 16-bit inputs
-POLYNOMIAL = ("polynomial", "polynomial_tma", "terms")  # for 16-bit inputs of up to 128 channels
+POLYNOMIAL = ("polynomial", "polynomial_tma", "terms", "order")  # for 16-bit inputs of up to 128 channels
 PROLOGUE = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter")
 KERNELS = (*LOOPS, *TMA_LOOPS, "axis_blocks", *POLYNOMIAL, *PROLOGUE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -206,6 +206,8 @@ _POLYNOMIAL = {
 def _polynomial(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchConfig:
     if kernel == "terms":
         return LaunchConfig(32, 1, block_d, 8, 1)
+    if kernel == "order":
+        return LaunchConfig(1, max(16, 4096 // block_d), block_d, 4, 1)
     block_m, block_n, num_warps, num_stages = _POLYNOMIAL[arch][block_d == 128]
     if kernel == "polynomial_tma":
         block_n = 64

@@ -128,8 +128,8 @@ class Polynomial:
         phase: ``(Bx, 2, n, P)`` float32, angles of the n scaled keys from the origin over ``max_key_angle``.
         max_key_angle: the largest angle of a scaled key from the origin, radians.
         float16, bfloat16: tiles of each dtype; None where these would be too empty, or angles too large for float32.
-        channels: ``(2, 2 P)`` int64, the channels of the keys in the order of ``columns``.
-        rows: ``(n,)`` int64, the scaled keys among the packed ones, or where ``source`` is given, among its own.
+        channels: ``(2, 2 P)`` int32, the channels of the keys in the order of ``columns``.
+        rows: ``(n,)`` int32, the scaled keys among the packed ones, or where ``source`` is given, among its own.
         source: ``(n,)`` int32, the token each scaled key is made from, unless keys arrive rotated.
         cos, sin: ``(Bx, n, D/2)`` float32, the rotation of the pairs that no scale turns, likewise.
     """

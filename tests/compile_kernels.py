@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrope.kernels import abi, attention, axis_blocks, config, match, means, pack, polynomial, query_means
+from fastrope.kernels import abi, attention, axis_blocks, config, match, means, order, pack, polynomial, query_means
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -43,8 +43,8 @@ FUNCTIONS = {
     **{kernel: attention.attention_kernel for kernel in config.KERNELS if kernel.startswith("attention")},
     "axis_blocks": axis_blocks.axis_block_kernel,
     **dict.fromkeys(("polynomial", "polynomial_tma"), polynomial.polynomial_kernel),
-    "terms": polynomial.terms_kernel, "pack": pack.pack_kernel, "queries": pack.queries_kernel,
-    "scatter": pack.scatter_kernel,
+    "terms": polynomial.terms_kernel, "order": order.order_kernel,
+    "pack": pack.pack_kernel, "queries": pack.queries_kernel, "scatter": pack.scatter_kernel,
     "means": means.means_kernel, "reweight": means.reweight_kernel,
     "run_sums": query_means.run_sums_kernel, "per_query_means": query_means.per_query_means_kernel,
     "match": match.match_kernel,
@@ -64,11 +64,13 @@ MORE_MATCH_DIMS = (1, 4, 64)
 ALL_FLAGS_ON, ALL_FLAGS_AT = "sm_90", 128
 HEAVIEST = ("STREAMS", "HAS_KEY_BIAS", "HAS_ACTIVE")
 DTYPES = (torch.bfloat16, torch.float32)
-ONE_FOR_ALL_DTYPES = ("pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter", "match")
+ONE_FOR_ALL_DTYPES = (
+    "pack", "queries", "means", "reweight", "run_sums", "per_query_means", "scatter", "order", "match",
+)  # fmt: skip
 INT_POINTERS = {
     "SEGMENTS", "SORTED_QUERIES", "TILE_BUCKET", "SOURCE", "BLOCK_KEYS", "BLOCK_A", "BLOCK_B", "BLOCK_C", "COLUMNS_A",
     "MEMBERS", "MEMBER_BOUNDS", "COLUMNS_B", "COLUMNS_C", "ROWS", "WINDOWS", "WINDOW",
-    "COLUMNS", "TILES", "MEMBER", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS", "PLACES",
+    "COLUMNS", "CHANNELS", "TILES", "MEMBER", "BOUNDS", "PASS", "PAIR_RUNS", "RUN_KEYS", "RUN_GROUPS", "PLACES",
 }  # fmt: skip
 LONG_POINTERS = {"ANCHORS", "POSITION", "SEEDS", "KEYS", "TOKENS"}
 DATA_POINTERS = {"Q", "K", "V", "X", "X2", "W", "W2", "OUT", "RESIDUAL", "LOGITS", "CODEBOOK"}
@@ -83,6 +85,7 @@ FLAGS = {
     "axis_blocks": {"HAS_KEY_BIAS": (False, True)},
     **{kernel: {"HAS_KEY_BIAS": (False, True)} for kernel in ("polynomial", "polynomial_tma")},
     "terms": {},
+    "order": {},
     "pack": dict.fromkeys(("INTERLEAVED", "GATHER", "ROTATE", "STREAMS", "VALUES"), (False, True)),
     "queries": dict.fromkeys(("INTERLEAVED", "ROTATE", "STREAMS"), (False, True)),
     "means": {"HAS_KEY_BIAS": (False, True), "STREAMS": (False, True)},
@@ -167,7 +170,7 @@ def compile_one(job: tuple) -> dict:
             "HEAD_DIM": head_dim, "BLOCK_D": launch.block_d, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
             "QUERY_TILE": abi.QUERY_TILE, "TMA": launch.tma,
             "PIPELINED": launch.pipelined, "STAGES": launch.num_stages,
-            "BLOCK_P": max(8, launch.block_d // 4), **variant,
+            "BLOCK_P": max(8, launch.block_d // 4), "WIDTH": 2 * max(8, launch.block_d // 4), **variant,
         }  # fmt: skip
         block_m, block_n, num_stages = launch.block_m, launch.block_n, launch.num_stages
         options = launch.options

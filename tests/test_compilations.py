@@ -11,7 +11,7 @@ import fastrope as fr
 from fastrope.backends import folded, fused
 
 pytest.importorskip("triton")
-from fastrope.kernels import attention, axis_blocks, launch, means, pack, polynomial, query_means
+from fastrope.kernels import attention, axis_blocks, launch, means, order, pack, polynomial, query_means
 
 BACKENDS = " ".join(page("backends.md").split())  # what compilation costs
 
@@ -48,7 +48,8 @@ def recorders(monkeypatch):
     monkeypatch.setattr(launch, "_PREPARED", {})  # launches prepared before know the kernel itself
     for module, name in ((attention, "attention_kernel"), (axis_blocks, "axis_block_kernel"), (pack, "pack_kernel"),
                          (pack, "queries_kernel"), (means, "means_kernel"), (polynomial, "terms_kernel"),
-                         (polynomial, "polynomial_kernel"), (means, "reweight_kernel"), (pack, "scatter_kernel"),
+                         (polynomial, "polynomial_kernel"), (order, "order_kernel"), (means, "reweight_kernel"),
+                         (pack, "scatter_kernel"),
                          (query_means, "run_sums_kernel"), (query_means, "per_query_means_kernel")):  # fmt: skip
         kernel = getattr(module, name)
         original = getattr(kernel, "fn", kernel)
@@ -62,7 +63,8 @@ def recorders(monkeypatch):
 COUNTS = {
     "attention_kernel": "ATTENTION_COUNTS", "axis_block_kernel": "AXIS_BLOCK_COUNTS", "pack_kernel": "PACK_COUNTS",
     "queries_kernel": "QUERIES_COUNTS", "means_kernel": "MEANS_COUNTS", "terms_kernel": "TERMS_COUNTS",
-    "polynomial_kernel": "POLYNOMIAL_COUNTS", "reweight_kernel": "REWEIGHT_COUNTS", "scatter_kernel": "SCATTER_COUNTS",
+    "polynomial_kernel": "POLYNOMIAL_COUNTS", "order_kernel": "ORDER_COUNTS",
+    "reweight_kernel": "REWEIGHT_COUNTS", "scatter_kernel": "SCATTER_COUNTS",
     "run_sums_kernel": "RUN_SUMS_COUNTS", "per_query_means_kernel": "PER_QUERY_MEANS_COUNTS",
 }  # fmt: skip
 
@@ -116,7 +118,8 @@ def test_compilations_of_a_call_that_folds(recorders):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("dtype", "more"), [(torch.float32, ["axis_block_kernel"]), (torch.float16, ["terms_kernel", "polynomial_kernel"])]
+    ("dtype", "more"),
+    [(torch.float32, ["axis_block_kernel"]), (torch.float16, ["terms_kernel", "polynomial_kernel", "order_kernel"])],
 )
 def test_compilations_of_a_modulated_call(recorders, dtype, more):
     """Scale buckets and per-query scales, many lengths: one binary of each kernel, one more of that which packs keys

@@ -49,8 +49,11 @@ LAUNCHES = {
     "all auto": (*PREPARED, "attention", "pack", "pack", "means", "reweight", "scatter"),
     "all-per-query triton": (*PER_QUERY, "axis_block", "attention"),
     "polynomial dim 128": (
-        *PREPARED[:3],
         "pack",
+        "pack",
+        "means",
+        "pack",
+        "order",
         "run_sums",
         "per_query_means",
         "queries",
@@ -70,8 +73,8 @@ ALL = (*PREPARED, "attention", "queries", "attention")
 VALUES = ("pack", "means", "pack", "means")  # with means of values, which the pass that packs these needs
 AXIS_BLOCKS = (*PER_QUERY, "axis_block", "attention", "queries", "axis_block", "attention")
 RUNS, TERMS = ("run_sums", "per_query_means"), ("queries", "terms", "polynomial", "attention")
-POLYNOMIAL = ("pack", "pack", "means", "pack", *RUNS, *TERMS, *TERMS)
-POLYNOMIAL_APPLIED = ("pack", "pack", "means", *RUNS, *TERMS, *TERMS)
+POLYNOMIAL = ("pack", "pack", "means", "pack", "order", *RUNS, *TERMS, *TERMS)
+POLYNOMIAL_APPLIED = ("pack", "pack", "means", "order", *RUNS, *TERMS, *TERMS)
 FOLDED = ("pack", "pack", "means", "reweight")
 PADDED = ("pack", *FOLDED)
 OF_TESTS = {
@@ -81,13 +84,14 @@ OF_TESTS = {
         "bands": [("pack", "queries", "attention"), ("queries", "attention")],
         "loose-levels": [("pack", "queries", "attention")],
         "loose-per-query": [
-            ("pack", "pack", *TERMS), TERMS, ("pack", "queries", "axis_block", "attention"),
+            ("pack", "pack", "order", *TERMS), ("order", *TERMS), ("pack", "queries", "axis_block", "attention"),
             ("queries", "axis_block", "attention"),
         ],
         "crop-gain": [("pack", "pack", "queries", "attention")],
         "all": [(*PREPARED, "attention")],
         "all-per-query": [
-            ("pack", "pack", "means", "pack", *RUNS, *TERMS), ("pack", "pack", "means", *RUNS, *TERMS),
+            ("pack", "pack", "means", "pack", "order", *RUNS, *TERMS),
+            ("pack", "pack", "means", "order", *RUNS, *TERMS),
             (*PER_QUERY, "axis_block", "attention"),
         ],
     },
@@ -107,9 +111,9 @@ OF_TESTS = {
     "test_flux_kontext_split": {
         "loose-levels": [("pack", "queries", "attention", "pack", "scatter")],
         "crop-gain": [("pack", "pack", "queries", "attention", "pack", "scatter")],
-        "loose-per-query": [("pack", "pack", *TERMS, "pack", "scatter")],
+        "loose-per-query": [("pack", "pack", "order", *TERMS, "pack", "scatter")],
         "all": [(*PREPARED, "attention", *FOLDED, "scatter")],
-        "all-per-query": [("pack", "pack", "means", "pack", *RUNS, *TERMS, *FOLDED, "scatter")],
+        "all-per-query": [("pack", "pack", "means", "pack", "order", *RUNS, *TERMS, *FOLDED, "scatter")],
     },
     "test_head_dims_folded": {"False": [("pack", "pack"), ("pack", "pack", "pack")], "True": [PADDED]},
     "test_lengths_folded": {"": [PADDED], "1": [FOLDED], "17": [FOLDED]},
@@ -191,7 +195,7 @@ def test_every_launch_is_legal(arch, folder):
     assert sum("test" not in row for row in found) > 50
     launched = Counter(name for row in found for name in names(row))
     expected = {"attention", "axis_block", "pack", "queries", "means", "reweight", "run_sums", "per_query_means",
-                "scatter", "match", "terms", "polynomial"}  # fmt: skip
+                "scatter", "match", "terms", "polynomial", "order"}  # fmt: skip
     assert set(launched) == expected
 
 

@@ -15,7 +15,6 @@ from .. import device as devices
 from .. import kernels
 from ..kernels.config import LaunchConfig
 from ..kernels.streams import Projected
-from ..kernels.tables import Polynomial
 from ..planning.lowered import Lowered
 
 
@@ -50,9 +49,4 @@ def polynomial_keys(k: Projected, keys: Tensor, lowered: Lowered, config: Callab
     p = lowered.polynomial
     if p.source is not None:
         keys = kernels.pack_rows(k, p.source, p.cos, p.sin, lowered.pairing == "interleaved", config("pack"))
-    return in_order(keys, p)
-
-
-def in_order(keys: Tensor, p: Polynomial | None) -> Tensor:
-    """Rows and channels of keys ``(B, Hkv, R, D)`` that the polynomial reads, in its order."""
-    return keys[:, :, p.rows[None, :, None], p.channels[:, None, :]].flatten(1, 2)
+    return kernels.order_keys(keys, p, config("order"))

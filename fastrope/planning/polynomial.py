@@ -70,7 +70,7 @@ def polynomial(
     return Polynomial(
         columns=columns.int(), share=(furthest / max_key_angle).float(), origin=split(origin * (2 / torch.pi)),
         factor=split(turned_by), phase=phase.float().contiguous(), max_key_angle=max_key_angle, **tiles,
-        channels=torch.stack([first, second], dim=1).clamp(min=0).view(2, 2 * half), rows=rows,
+        channels=torch.stack([first, second], dim=1).clamp(min=0).view(2, 2 * half).int(), rows=rows.int(),
         source=made and source.int(), cos=made and made.cos, sin=made and made.sin,
     )  # fmt: skip
 

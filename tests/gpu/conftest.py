@@ -6,7 +6,6 @@ import pytest
 import torch
 from numerics import DEVICE
 
-
 # Axis blocks: their mean error is 1.2 to 1.5 times the reference's (docs/limits.md).
 KNOWN = {f"test_head_dims[{dim}-torch.float32-distinct]" for dim in (96, 128, 256)}
 

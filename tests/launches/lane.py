@@ -74,7 +74,7 @@ def pretend(arch: str) -> None:
     import torch
 
     from fastrope import device, verification
-    from fastrope.backends import folded, per_query
+    from fastrope.backends import folded
     from fastrope.kernels import config
 
     device.architecture = lambda _: config.arch_of(*divmod(capability, 10))
@@ -92,9 +92,6 @@ def pretend(arch: str) -> None:
             return torch.empty_like(q)
 
     folded.F = NoAttention()
-    per_query.in_order = lambda keys, p: keys.new_empty(
-        (len(keys), 2 * keys.shape[1], len(p.rows), p.channels.shape[1])
-    )
 
 
 def calls():
