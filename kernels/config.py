@@ -105,8 +105,6 @@ def select(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, masked: bo
     config = _SELECTORS[kernel](arch, dtype == torch.float32, block_d)
     if kernel in LOOPS and head_dim < block_d == 128 and dtype != torch.float32 and not arch.startswith("gfx"):
         config = replace(config, block_m=max(config.block_m // 2, 32))  # masks of padded channels take registers
-    if kernel == "queries" and head_dim < block_d and config.max_registers == 128:
-        config = replace(config, max_registers=168)  # likewise
     if masked and kernel == "attention_modulated_tma" and block_d == 128:
         config = replace(config, pipelined=False)  # faster
     if masked and kernel == "attention_tma" and block_d == 256:
@@ -148,8 +146,8 @@ _FLOAT32 = {
 
 
 def _registers(arch: str) -> int:
-    """The most registers that a thread can have. Said, ptxas takes them; unsaid, it may prefer more programs on a
-    multiprocessor, and spill. The kernels that were timed, on sm_90, have no bound and do not spill."""
+    """The most registers that a thread can have, as a bound. With it ptxas takes what it needs; without, it may prefer
+    more programs on a multiprocessor, and spill for that. On sm_90 bounds are what was timed."""
     return 255 if arch.startswith("sm_") and arch != "sm_90" else 0
 
 
@@ -160,7 +158,8 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
         num_warps = 4
     elif arch in ("sm_80", "sm_89") and block_d <= 32:
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
-    registers = _registers(arch) if float32 and block_d <= 32 else 0
+    unsaid = block_d > 32 or (arch, float32) not in (("sm_80", True), ("sm_100", False))  # without it others do not spill
+    registers = 0 if unsaid else _registers(arch)
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=registers)
 
 
@@ -207,7 +206,7 @@ def _polynomial(kernel: str, arch: str, float32: bool, block_d: int) -> LaunchCo
     if kernel == "terms":
         return LaunchConfig(32, 1, block_d, 8, 1)
     if kernel == "order":
-        return LaunchConfig(1, max(16, 4096 // block_d), block_d, 4, 1)
+        return LaunchConfig(1, max(16, 2048 // block_d), block_d, 4, 1)
     block_m, block_n, num_warps, num_stages = _POLYNOMIAL[arch][block_d == 128]
     if kernel == "polynomial_tma":
         block_n = 64
@@ -219,14 +218,13 @@ def _pack(arch: str, float32: bool, block_d: int) -> LaunchConfig:
 
 
 def _queries(arch: str, float32: bool, block_d: int) -> LaunchConfig:
-    """On sm_90 with 128 registers, so that four programs run on a multiprocessor, which is faster; those that need more
-    have 168, for three."""
-    block_m, num_warps, registers = {16: (16, 4, 0), 128: (32, 4, 128), 256: (16, 8, 128)}.get(block_d, (64, 4, 168))
-    if block_d == 128 and float32:
-        registers = 168
-    return LaunchConfig(
-        block_m, 1, block_d, num_warps, 1, max_registers=registers if arch == "sm_90" else _registers(arch)
-    )
+    """On sm_90 with 128 registers a thread, so that a multiprocessor holds 512 threads, which is faster; float32 needs
+    168."""
+    block_m, num_warps = {16: (16, 4), 128: (32, 4), 256: (32, 8)}.get(block_d, (64, 4))
+    registers = _registers(arch)
+    if arch == "sm_90":
+        registers = 168 if float32 else 128
+    return LaunchConfig(block_m, 1, block_d, num_warps, 1, max_registers=registers)
 
 
 def _means(arch: str, float32: bool, block_d: int) -> LaunchConfig:

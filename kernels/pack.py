@@ -251,7 +251,7 @@ def queries_kernel(
                 left_y = y - y.to(OUT.dtype.element_ty).to(tl.float32)
                 left = (RESIDUAL + (of_variant * num_residual + offs_m) * HEAD_DIM)[:, None]
                 store_members(left, left_x, left_y, in_range[:, None], HEAD_DIM, BLOCK_D, INTERLEAVED)
-            for t in range(s, num_segments):
+            for t in tl.range(s, num_segments, disable_licm=True):
                 other = SEGMENTS + t * SEGMENT_FIELDS
                 group = tl.load(other + GROUP)
                 if (group >= 0) & (tl.load(other + VARIANT) == variant):

@@ -70,8 +70,10 @@ def torchs(call: Call) -> torch.Tensor:
         w = m.weight.double()
         k[:, m.keys] *= join_pairs(w, w, call.rope.pairing)
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, call.v))  # its own way is another kernel
-    q, k, v = (x.to(call.q.dtype).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=call.scale).transpose(1, 2)
+    dim = q.shape[3]
+    scale = dim**-0.5 if call.scale is None else call.scale
+    q, k, v = (F.pad(x.to(call.q.dtype), (0, -dim % 8)).transpose(1, 2) for x in (q, k, v))  # likewise
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :dim].transpose(1, 2)
 
 
 def a_biased_call(**options) -> Call:
