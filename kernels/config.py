@@ -158,8 +158,8 @@ def _fused(table: dict[str, tuple], arch: str, float32: bool, block_d: int) -> L
         num_warps = 4
     elif arch in ("sm_80", "sm_89") and block_d <= 32:
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 2
-    unsaid = block_d > 32 or (arch, float32) not in (("sm_80", True), ("sm_100", False))  # without it others do not spill
-    registers = 0 if unsaid else _registers(arch)
+    spills = block_d <= 32 and (arch, float32) in (("sm_80", True), ("sm_100", False))  # without a bound
+    registers = _registers(arch) if spills else 0
     return LaunchConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=registers)
 
 
