@@ -19,6 +19,7 @@ from .kernels.streams import Projected
 
 INTERPRETED_ARCH = "sm_89"  # whose configuration the interpreter uses: small tiles
 WITHOUT_FLOAT64 = ("mps",)  # device types; Metal has no double precision
+MOST_PROGRAMS = 65535  # of the second and third dimension of a grid, which are heads and batch rows
 WITHOUT_KERNELS = "FASTROPE_KERNELS=0"  # an obstacle that a user wants
 SWITCHES = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
@@ -132,6 +133,8 @@ def kernel_obstacle(q: Projected) -> str | None:
         return "triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"no kernel for device {q.device.type} (set TRITON_INTERPRET=1 before importing triton to interpret)"
+    if max(q.shape[0], q.shape[2] if len(q.shape) == 4 else 0) > MOST_PROGRAMS:
+        return f"more than {MOST_PROGRAMS} batch rows or heads, which a grid of programs cannot have"
     return config.unsupported(architecture(q.device), q.shape[3] if len(q.shape) == 4 else 0)
 
 

@@ -62,8 +62,8 @@ def load_stream_members(
 
 @triton.jit
 def load_known(P, mask, known, ALL: tl.constexpr):
-    """What ``P`` points at, zero elsewhere; under no mask where rows have none (None) and ALL channels are known: an
-    instruction a number less, which would set it to zero beforehand."""
+    """What ``P`` points at where ``mask`` [rows, 1] and ``known`` [1, channels] hold, zero elsewhere. ``mask`` may be
+    None, and ALL says that ``known`` holds everywhere: a load without a mask needs no zeros beforehand."""
     if mask is None and ALL:
         x = tl.load(P)
     else:
@@ -80,8 +80,8 @@ def load_known(P, mask, known, ALL: tl.constexpr):
 @triton.jit
 def load_members(ROWS, mask, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
     """First and second members of the RoPE pairs of some rows, two [rows, BLOCK_D / 2] in the dtype of memory. ROWS
-    points at the rows and is [rows, 1], as is mask; members that are not there are zero. Every channel is read once, in
-    the order in which it lies, so that a thread reads 16 bytes at a time."""
+    points at the rows and is [rows, 1]; mask is the same, or None where all rows are there. Members that are not there
+    are zero. Every channel is read once, in the order in which it lies, so that a thread reads 16 bytes at a time."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
     BLOCK_P: tl.constexpr = BLOCK_D // 2
     if INTERLEAVED:
@@ -129,8 +129,8 @@ def load_vector(V, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: t
 
 @triton.jit
 def load_turns(COS, SIN, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Cosines and sines of the pairs of some rows, [rows, BLOCK_D / 2], of tables with HEAD_DIM / 2 a row; mask is
-    [rows, 1]."""
+    """Cosines and sines of the pairs of some rows, [rows, BLOCK_D / 2], of tables with HEAD_DIM / 2 a row. Offsets in a
+    table are int32, which takes fewer registers."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
     at = rows[:, None] * PAIRS + pair

@@ -6,6 +6,7 @@ import ast
 import contextlib
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pretend_device
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map
 
 import fastrope as fr
+from fastrope import device as devices
 from fastrope.device import on_device, widest_float
 from fastrope.methods.maps import as_map
 from fastrope.methods.saliency import feature_energy
@@ -108,6 +110,17 @@ def test_another_default_device_changes_nothing(backend):
     with torch.device("meta"):
         assert torch.equal(fr.attention(*qkv, **arguments, backend=backend), expected)
         assert torch.equal(fr.joint_attention(streams, plan=fr.plan(**arguments), backend=backend), joint)
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(65536, 1), (1, 65536)])
+def test_grids_have_a_limit(monkeypatch, batch, heads):
+    """Batch rows and heads are dimensions of a grid that CUDA limits; torch's attention takes such calls."""
+    gpu = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0), shape=(batch, 1, heads, 16))
+    monkeypatch.setattr(devices, "interpreted", lambda: False)
+    monkeypatch.setattr(devices, "architecture", lambda _: "sm_90")
+    assert "more than 65535 batch rows or heads" in devices.kernel_obstacle(gpu)
+    gpu.shape = (batch - (batch > 1), 1, heads - (heads > 1), 16)
+    assert devices.kernel_obstacle(gpu) is None
 
 
 def test_maps_and_energies_come_from_any_device():
