@@ -133,7 +133,7 @@ def seconds(rows: list[dict], modulated: bool) -> float:
     kernels = [("pack", {"GATHER", "ROTATE"})]
     if modulated:
         kernels += [("pack", {"GATHER"}), ("means", set()), ("queries", {"ROTATE"}), ("terms", set())]
-        kernels += [("run_sums", set()), ("per_query_means", set())]
+        kernels += [("order", set()), ("run_sums", set()), ("per_query_means", set())]
         kernels += [("polynomial_tma", set()), ("attention_modulated_tma", {"MODULATED"})]
     else:
         kernels += [("pack", {"ROTATE"})]
@@ -206,7 +206,7 @@ def test_seconds_are_of_what_a_first_call_compiles():
     row = {"arch": "sm_90", "dtype": "bf16", "head_dim": 128, "seconds": 1.0}
     on = [("pack", "GATHER ROTATE"), ("pack", "GATHER"), ("pack", "ROTATE"), ("queries", "ROTATE"), ("terms", ""),
           ("polynomial_tma", ""), ("attention_modulated_tma", "MODULATED"), ("run_sums", ""),
-          ("match", "")]  # fmt: skip
+          ("order", ""), ("match", "")]  # fmt: skip
     rows = [{**row, "kernel": kernel, "variant": dict.fromkeys(flags.split(), True)} for kernel, flags in on]
     rows += [{**row, "kernel": kernel, "head_dim": 64, "variant": {"HAS_KEY_BIAS": False}} for kernel in FEW_CHANNELS]
     rows += [{**rows[0], "arch": "sm_80"}]
