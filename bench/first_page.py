@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fastrope as fr
-from fastrope import card, rules
+from fastrope import card, kernels, rules
 from fastrope import device as devices
 
 from . import plots, report, routes
@@ -43,7 +43,7 @@ def render(folder: Path, device: torch.device, wanted: int, problems: list[str],
     lines = [f"# fastrope {fr.__version__} on {facts['gpu']}", "", _verdict(bad, len(latest), wanted), ""]
     lines += [f"{_card(device)}torch {facts['torch']}, triton {facts['triton']}, driver {facts['driver']}, Python "
               f"{platform.python_version()} on {platform.system()}, {facts['date']}, revision {facts['rev']}, "
-              f"{seconds:.0f} s"]  # fmt: skip
+              f"kernels {card.digest(kernels)}, {seconds:.0f} s"]  # fmt: skip
     lines += [f"* {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("FASTROPE_")]
     lines += [f"* {problem}" for problem in problems]
     lines += [f"* check {row['name']}: {row.get('said', 'did not return')}" for row in bad]

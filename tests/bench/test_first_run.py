@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastrope as fr
-from fastrope import card, cli, rules
+from fastrope import card, cli, kernels, rules
 from fastrope.bench import first_page, first_run, routes
 from fastrope.bench.cases import CASES
 from fastrope.bench.problem import Problem
@@ -42,6 +42,7 @@ def test_all_is_well(tmp_path, here, monkeypatch):
     passed, page, rows = run(tmp_path)
     assert passed
     assert "All 6 checks passed." in page
+    assert f"kernels {card.digest(kernels)}" in page  # what fastrope/verification.py names, once it is measured
     assert [row["name"] for row in rows] == [job.name for job in first_run.jobs(CPU)]
 
 

