@@ -13,4 +13,5 @@ def command(code: str, *flags: str) -> list[str]:
     Args:
         flags: of the interpreter.
     """
-    return [sys.executable, *flags, "-c", f"import sys; sys.path[:] = {sys.path!a}; {code}"]
+    folders = [folder for folder in sys.path if isinstance(folder, str)]  # Python ignores others
+    return [sys.executable, *flags, "-c", f"import sys; sys.path[:] = {folders!a}; {code}"]

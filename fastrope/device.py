@@ -133,9 +133,14 @@ def kernel_obstacle(q: Projected) -> str | None:
         return "triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"no kernel for device {q.device.type} (set TRITON_INTERPRET=1 before importing triton to interpret)"
-    if max(q.shape[0], q.shape[2] if len(q.shape) == 4 else 0) > MOST_PROGRAMS:
-        return f"more than {MOST_PROGRAMS} batch rows or heads, which a grid of programs cannot have"
-    return config.unsupported(architecture(q.device), q.shape[3] if len(q.shape) == 4 else 0)
+    if len(q.shape) != 4:
+        return config.unsupported(architecture(q.device))
+    batch, tokens, heads, dim = q.shape
+    if batch > MOST_PROGRAMS or 2 * heads > MOST_PROGRAMS:  # the polynomial has two rows of keys a head
+        return f"more than {MOST_PROGRAMS} batch rows or half as many heads, which a grid of programs cannot have"
+    if tokens * dim >= 2**31:
+        return "2**31 numbers or more in a head, and offsets in a head are int32"
+    return config.unsupported(architecture(q.device), dim)
 
 
 def synchronise(device: torch.device) -> None:

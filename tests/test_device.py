@@ -112,15 +112,24 @@ def test_another_default_device_changes_nothing(backend):
         assert torch.equal(fr.joint_attention(streams, plan=fr.plan(**arguments), backend=backend), joint)
 
 
-@pytest.mark.parametrize(("batch", "heads"), [(65536, 1), (1, 65536)])
-def test_grids_have_a_limit(monkeypatch, batch, heads):
-    """Batch rows and heads are dimensions of a grid that CUDA limits; torch's attention takes such calls."""
-    gpu = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0), shape=(batch, 1, heads, 16))
+@pytest.mark.parametrize(
+    ("least", "most", "said"),
+    [
+        ((65536, 1, 1, 16), (65535, 1, 1, 16), "more than 65535 batch rows"),
+        ((1, 1, 32768, 16), (1, 1, 32767, 16), "half as many heads"),
+        ((1, 2**24, 1, 128), (1, 2**24 - 1, 1, 128), "int32"),
+        (None, (262144, 8), ""),  # a codebook of anchor token matching
+    ],
+)
+def test_kernels_have_limits(monkeypatch, least, most, said):
+    """Of a grid of programs and of offsets; torch's attention takes such calls."""
     monkeypatch.setattr(devices, "interpreted", lambda: False)
     monkeypatch.setattr(devices, "architecture", lambda _: "sm_90")
-    assert "more than 65535 batch rows or heads" in devices.kernel_obstacle(gpu)
-    gpu.shape = (batch - (batch > 1), 1, heads - (heads > 1), 16)
-    assert devices.kernel_obstacle(gpu) is None
+    x = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0), shape=most)
+    assert devices.kernel_obstacle(x) is None
+    if least is not None:
+        x.shape = least
+        assert said in devices.kernel_obstacle(x)
 
 
 def test_maps_and_energies_come_from_any_device():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,7 @@ def test_a_process_imports_what_this_one_imports(tmp_path, monkeypatch):
     (tmp_path / "fastrope").mkdir()
     (tmp_path / "fastrope" / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])  # no string: Python passes over it
     lines = ["from fastrope.bench import first_run", f"0 if first_run.__file__ == {first_run.__file__!r} else 3"]
     assert first_run._process(lines, 60, CPU, tmp_path) == 0
 

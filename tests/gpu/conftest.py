@@ -13,7 +13,7 @@ KNOWN = {f"test_head_dims[{dim}-torch.float32-distinct]" for dim in (96, 128, 25
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.name in KNOWN:
-            item.add_marker(pytest.mark.xfail(reason="docs/limits.md", raises=AssertionError))
+            item.add_marker(pytest.mark.xfail(reason="docs/limits.md", raises=AssertionError, strict=False))
 
 
 @pytest.fixture(autouse=True)
