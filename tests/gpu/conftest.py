@@ -6,15 +6,6 @@ import pytest
 import torch
 from numerics import DEVICE
 
-# Axis blocks: their mean error is 1.2 to 1.5 times the reference's (docs/limits.md).
-KNOWN = {f"test_head_dims[{dim}-torch.float32-distinct]" for dim in (96, 128, 256)}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.name in KNOWN:
-            item.add_marker(pytest.mark.xfail(reason="docs/limits.md", raises=AssertionError, strict=False))
-
 
 @pytest.fixture(autouse=True)
 def _poison():

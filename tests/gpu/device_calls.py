@@ -6,14 +6,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from numerics import DEVICE, Call, axial, biases_and_values, every_modulation, generator, grid, key_masks, tensors
 
 import fastrope as fr
 from fastrope.bench.cases import CASES
 from fastrope.bench.problem import Problem
 from fastrope.bench.workloads import WORKLOADS
-from fastrope.rope import join_pairs, rotate
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -51,29 +49,6 @@ def a_folding_call(modulated=True, **options) -> Call:
     call = a_call(mask=None, **options)
     kept = [m for m in call.modulations if isinstance(m, (fr.BandWeight, fr.BiasDelta))]
     return Call(call.q, call.k, call.v, call.rope, None, kept if modulated else ())
-
-
-def torchs(call: Call) -> torch.Tensor:
-    """What torch's attention makes of a folding call whose keys are folded in float64 and rounded once.
-
-    In float32 it is less exact than the reference, with nothing folded at all, and differs between GPUs.
-    """
-    q, k = call.q.double(), call.k.double()
-    if not call.rope.applied:
-        q, k = (rotate(x, call.rope.angles, call.rope.pairing) for x in (q, k))
-    groups = [m for m in call.modulations if isinstance(m, fr.BiasDelta)]
-    weights = [m for m in call.modulations if isinstance(m, fr.BandWeight)]
-    for m in groups:
-        mean = k[:, m.keys].mean(dim=1, keepdim=True)
-        k[:, m.keys] = m.bias * mean + m.delta * (k[:, m.keys] - mean)
-    for m in weights:
-        w = m.weight.double()
-        k[:, m.keys] *= join_pairs(w, w, call.rope.pairing)
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, call.v))  # its own way is another kernel
-    dim = q.shape[3]
-    scale = dim**-0.5 if call.scale is None else call.scale
-    q, k, v = (F.pad(x.to(call.q.dtype), (0, -dim % 8)).transpose(1, 2) for x in (q, k, v))  # likewise
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :dim].transpose(1, 2)
 
 
 def a_biased_call(**options) -> Call:
